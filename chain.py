@@ -1,0 +1,303 @@
+"""Recipes in sequence, from a YAML file, handing the model on.
+
+    python chain.py yaml/quickstart.yaml
+    python chain.py --config=pipeline.yaml --stages sft dpo --sft.learning_rate=1e-4 --output_dir=outputs/try2
+    python chain.py pipeline.yaml --dry_run
+
+What the command line does not name, the YAML decides. A stage is a file in recipes/ (`sft` is recipes/sft.py), a path
+to a copy of one (`research/my_dpo.py`), or a class given to `Pipeline.register_stage`. The chain knows no algorithm.
+
+From Python: `Pipeline.from_yaml("pipeline.yaml", output_dir="outputs/a").run()` returns the list of StageResults.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Sequence, get_type_hints
+
+import yaml
+
+from common import (
+    BaseStage, ConfigError, Names, Precision, StageConfig, StageResult, before_and_after, coerce_fields, is_main_process,
+    logger, option_help, read_command_line, resolve_names, save_model, start_logging, unknown, write_json,
+)  # fmt: skip
+
+RECIPES = Path(__file__).resolve().parent / "recipes"
+SHARED = ("model_name_or_path", "revision", "torch_dtype", "trust_remote_code", "use_auth_token", "log_level")
+
+
+@dataclass
+class PipelineConfig:
+    """The top level of a pipeline's YAML. The first six options are handed to every stage that has them."""
+
+    aliases: ClassVar[dict[str, str]] = {"model": "model_name_or_path"}
+
+    model_name_or_path: str = ""  # what the first stage starts from: hub name, folder or .gguf file
+    revision: str | None = None  # branch, tag or commit of a hub name
+    torch_dtype: Precision = "auto"  # precision of every stage
+    trust_remote_code: bool = False  # true runs Python code that comes with the model
+    use_auth_token: bool = False  # true: gated models, with your login (`hf auth login`, or the variable HF_TOKEN)
+    log_level: Literal["debug", "info", "warning", "error"] = "info"  # of the lines on the screen
+    output_dir: str = "outputs"  # OUT/01_sft/, OUT/02_.../, OUT/final/, OUT/pipeline.json, OUT/pipeline_training.log
+    stages: Names = field(default_factory=list)  # in order; a stage may stand twice
+    stage_configs: dict[str, dict[str, Any]] = field(default_factory=dict)  # by name (sft) or by folder (02_sft)
+    save_final_model: bool = True  # OUT/final has the last model
+    cleanup_intermediate: bool = False  # delete the weights in the stages' folders once the whole chain succeeded
+    dry_run: bool = False  # check every stage's config and data, print the plan, write nothing
+    push_to_hub: bool = False  # not built yet; refused
+    hub_repo_id: str | None = None  # where to push
+    hub_private: bool = True  # whether that repository is private
+    hub_commit_message: str | None = None  # of the push
+
+    def __post_init__(self):
+        coerce_fields(self)
+
+
+class StrictLoader(yaml.SafeLoader):
+    """YAML without surprises: a key that stands twice is an error, and 2e-4 is a number, as in YAML 1.2."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            if (key := self.construct_object(key_node)) in seen:
+                raise ConfigError(f"{self.name}, line {key_node.start_mark.line + 1}: {key!r} stands twice; keep one")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Builds no objects. Raises ConfigError naming file and line."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = yaml.load(file, StrictLoader)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected lines of the form key: value")
+    return values
+
+
+class Pipeline:
+    """The stages of a config, checked at construction: `Pipeline(PipelineConfig(...)).run()`."""
+
+    registry: ClassVar[dict[str, type[BaseStage]]] = {}
+
+    @classmethod
+    def register_stage(cls, name: str, stage_class: type[BaseStage]) -> None:
+        """Make `name` usable in `stages`. The config class is the stage's `config_class`, or the annotation of
+        `config` on its `__init__`."""
+        cls.registry[name] = stage_class
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, **overrides: Any) -> Pipeline:
+        """The pipeline of a YAML file; `overrides` are top-level options, or a stage's as {"sft.seed": 1}."""
+        return cls.from_dict(load_yaml(path), **overrides)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], **overrides: Any) -> Pipeline:
+        per_stage: dict[str, dict[str, Any]] = {}
+        for key in [key for key in overrides if "." in key]:
+            stage, option = key.split(".", 1)
+            per_stage.setdefault(stage, {})[option] = overrides.pop(key)
+        resolved = resolve_names(PipelineConfig, values) | resolve_names(PipelineConfig, overrides)
+        return cls(PipelineConfig(**resolved), per_stage)
+
+    def __init__(self, config: PipelineConfig, overrides: dict[str, dict[str, Any]] | None = None):
+        self.config, self.overrides = config, overrides or {}
+        self.results: list[StageResult] = []
+        if config.push_to_hub:
+            raise ConfigError("push_to_hub is not built yet; set it to false and upload OUT/final with `hf upload`")
+        if not config.stages:
+            raise ConfigError("stages is missing; name at least one, for example stages: [sft]")
+        self.folders = [f"{i:02d}_{Path(name).stem}" for i, name in enumerate(config.stages, 1)]
+        configurable = {*self.folders, *(Path(name).stem for name in config.stages)}
+        for name in [*config.stage_configs, *self.overrides]:  # options of a stage that does not run are checked too
+            if name not in configurable:
+                self.stage(name, "unused", name)
+        self.stages = [self.stage(name, folder) for name, folder in zip(config.stages, self.folders)]
+
+    def stage(self, name: str, folder: str, shown: str = "") -> BaseStage:
+        """The stage of a name, with its config: command line over stage over pipeline over default."""
+        stage_class, short = self.find_class(name), Path(name).stem
+        config_class = stage_class.config_class
+        if config_class is StageConfig:
+            config_class = get_type_hints(stage_class.__init__).get("config", StageConfig)
+        known = {f.name for f in fields(config_class)}
+        values = {key: getattr(self.config, key) for key in SHARED if key in known}
+        try:
+            for source in (self.config.stage_configs, self.overrides):
+                for key in dict.fromkeys((short, folder)):
+                    values |= resolve_names(config_class, source.get(key) or {})
+            values["output_dir"] = str(Path(self.config.output_dir, folder))
+            config = config_class(**values)
+            config.validate()
+        except ConfigError as error:
+            raise ConfigError(f"stage {shown or folder}: {error}") from None
+        stage = stage_class(config)
+        stage.stage_name = config.stage_name or short
+        return stage
+
+    def find_class(self, name: str) -> type[BaseStage]:
+        """The class registered under `name`, or defined by the recipe of that name or path."""
+        if name in self.registry:
+            return self.registry[name]
+        path = Path(name) if name.endswith(".py") else RECIPES / f"{name}.py"
+        if not path.is_file():
+            raise ConfigError(unknown("stage", name, [*self.registry, *(file.stem for file in RECIPES.glob("*.py"))]))
+        spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look their module up there
+        spec.loader.exec_module(module)
+        classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, BaseStage)]
+        classes = [c for c in classes if c.__module__ == spec.name]
+        if len(classes) != 1:
+            raise ConfigError(f"stage {name}: {path} must define one subclass of BaseStage, and defines {len(classes)}")
+        self.registry[name] = classes[0]
+        return classes[0]
+
+    def plan(self) -> str:
+        """The stages as a table, for reading."""
+        source, rows = self.config.model_name_or_path, []
+        for folder, stage in zip(self.folders, self.stages):
+            if not stage.config.enabled:
+                rows.append((folder, "skipped: enabled is false", ""))
+                continue
+            rows.append((folder, source, stage.config.output_dir))
+            source = f"the model of {folder}"
+        return table(("stage", "starts from", "folder"), rows)
+
+    def check(self) -> None:
+        """Everything that can be refused before a model is loaded: configs and data of all stages."""
+        for folder, stage in zip(self.folders, self.stages):
+            if stage.config.enabled:
+                try:
+                    stage.check()
+                except ConfigError as error:
+                    raise ConfigError(f"stage {folder}: {error}") from None
+
+    def run(self) -> list[StageResult]:
+        """Run the stages in order, each on the model of the one before; stops at the first that fails, deleting
+        nothing. With dry_run, check and print the plan only. Raises ConfigError before the first stage runs."""
+        config, out = self.config, Path(self.config.output_dir)
+        with start_logging(config.log_level, None if config.dry_run else out / "pipeline_training.log"):
+            self.check()
+            logger.info("%s", self.plan())
+            if config.dry_run:
+                return []
+            result: StageResult | None = None
+            for number, (folder, stage) in enumerate(zip(self.folders, self.stages), 1):
+                if not stage.config.enabled:
+                    logger.info("\n%s skipped: enabled is false", folder)
+                    continue
+                logger.info("\n%d/%d %s", number, len(self.stages), folder)
+                self.write_state(running=folder)
+                try:
+                    handed = (result.model, result.tokenizer) if result else (None, None)
+                    current = stage.execute(*handed, previous_result=result)
+                except ConfigError as error:  # seen only once the model was there
+                    logger.error("%s: %s", folder, error)
+                    current = StageResult(stage.stage_name, False, error_message=f"ConfigError: {error}")
+                if result is not None:
+                    result.model = result.tokenizer = None  # one model in memory at a time
+                self.results.append(current)
+                if not current.success:
+                    self.write_state(failed=folder)
+                    logger.error("stage %s failed; the log is %s", folder, Path(stage.config.output_dir, "training.log"))
+                    return self.results
+                result = current
+            if config.save_final_model and result and is_main_process():
+                self.save_final(result, out / "final")
+            if config.cleanup_intermediate:
+                self.clean_up(result)
+            self.write_state(finished=True)
+            logger.info("\n%s", self.summary())
+        return self.results
+
+    def save_final(self, result: StageResult, folder: Path) -> None:
+        """OUT/final: the last stage's model, by hard links where the file system has them."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if result.model_path is None:
+            save_model(result.model, result.tokenizer, str(folder))
+            return
+        for old in folder.glob("*"):
+            old.unlink()
+        not_model = {"stage.json", "stage_config.yaml", "metrics.jsonl", "samples.jsonl", "training.log"}
+        for file in Path(result.model_path).iterdir():
+            if file.is_file() and file.name not in not_model:
+                try:
+                    os.link(file, folder / file.name)
+                except OSError:
+                    shutil.copy2(file, folder / file.name)
+
+    def clean_up(self, last: StageResult | None) -> None:
+        """Delete weights and checkpoints of the stages; the last one's only when OUT/final has them. Records stay."""
+        for result in self.results:
+            if result.model_path and (result is not last or self.config.save_final_model):
+                folder = Path(result.model_path)
+                for file in [*folder.glob("*.safetensors"), *folder.glob("adapter/*.safetensors")]:
+                    file.unlink()
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+                logger.info("deleted the weights in %s", folder)
+
+    def write_state(self, **state: Any) -> None:
+        """OUT/pipeline.json: the plan, where the chain stands, and the results so far."""
+        if is_main_process():
+            results = [{k: v for k, v in vars(r).items() if k not in ("model", "tokenizer")} for r in self.results]
+            plan = {folder: asdict(stage.config) for folder, stage in zip(self.folders, self.stages)}
+            path = Path(self.config.output_dir, "pipeline.json")
+            write_json(path, {"state": state, "results": results, "config": asdict(self.config), "plan": plan})
+
+    def summary(self) -> str:
+        rows = []
+        for result, folder in zip(self.results, [f for f, s in zip(self.folders, self.stages) if s.config.enabled]):
+            figures = before_and_after(result.metrics) or {"": ""}
+            for i, (name, change) in enumerate(figures.items()):
+                minutes = f"{result.metrics.get('seconds', 0) / 60:.1f}"
+                rows.append((folder, minutes, name, change, result.model_path or "in memory") if not i else ("", "", name, change, ""))
+        return table(("stage", "minutes", "figure", "before -> after", "folder"), rows)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text in aligned columns."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in [head, *rows]]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line. Exit status 0: done; 1: a stage failed; 2: the input has to be mended."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or {"-h", "--help"} & set(arguments):
+        return print(f"{__doc__.strip()}\n\nOptions:\n{option_help(PipelineConfig)}")
+    try:
+        words, options = read_command_line(arguments)
+        if "--stages" in arguments:  # `--stages sft dpo`: the words after the first belong to it
+            files = [word for word in words if word.endswith((".yaml", ".yml"))]
+            options["stages"] = ",".join([options["stages"], *(word for word in words if word not in files)])
+            words = files
+        if "config" in options:
+            words.append(options.pop("config"))
+        if len(words) != 1:
+            raise ConfigError("give one YAML file" + (f"; got {', '.join(words)}" if words else ": python chain.py FILE"))
+        results = Pipeline.from_yaml(words[0], **options).run()
+    except ConfigError as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    sys.exit(0 if all(result.success for result in results) else 1)
+
+
+if __name__ == "__main__":
+    main()

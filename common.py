@@ -1,0 +1,1036 @@
+"""Plumbing that the recipes share, in the order of a run: configuration, stage contract, data, model, fit, saving,
+command line. No objective stands here: the mathematics of an algorithm is in its recipe. A recipe and this file,
+copied together, are a working program.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import importlib.util
+import inspect
+import json
+import logging
+import math
+import os
+import platform
+import re
+import shutil
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Callable, ClassVar, Iterable, Literal, Mapping, Sequence, get_type_hints
+
+import torch
+import yaml
+from annotated_types import Ge, Gt, Lt
+from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
+
+# transformers.Trainer, trl and peft take 5 to 9 seconds to import. They are imported inside the functions that use
+# them, so that --help and a misspelt option answer at once.
+
+IGNORE = -100  # label of a token that is not a target: the convention of transformers and torch
+logger = logging.getLogger("recipes")
+
+
+class ConfigError(ValueError):
+    """Input that the user has to mend: one sentence that says what is wrong and what to write instead."""
+
+
+class RowError(ValueError):
+    """A row that cannot be used. The reason is counted and said, and the row left out."""
+
+
+# ---- Configuration: one flat dataclass a stage; the same fields from the command line, from YAML and from a notebook -
+
+Count = Annotated[int, Ge(1)]
+Natural = Annotated[int, Ge(0)]
+Positive = Annotated[float, Gt(0)]
+NonNegative = Annotated[float, Ge(0)]
+Share = Annotated[float, Ge(0), Lt(1)]
+Names = Annotated[list[str], BeforeValidator(lambda v: re.findall(r"[^,\s]+", v) if isinstance(v, str) else v)]
+Switch = Annotated[bool | str, BeforeValidator(lambda v: yaml.safe_load(v) if isinstance(v, str) else v)]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+Optimizer = Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd"]
+Scheduler = Literal["linear", "cosine", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"]
+
+
+
+def coerce_fields(config) -> None:
+    """Coerce every field of a dataclass to its annotation ("2e-4" to 0.0002); raises ConfigError naming the field."""
+    hints = get_type_hints(type(config), include_extras=True)
+    for name in (f.name for f in fields(config)):
+        value, rules = getattr(config, name), ConfigDict(coerce_numbers_to_str=True, allow_inf_nan=False)
+        try:
+            setattr(config, name, TypeAdapter(hints[name], config=rules).validate_python(value))
+        except ValidationError as error:
+            shown = "" if re.search("token|secret|password|key", name) else f"={value!r}"  # may be a secret by mistake
+            raise ConfigError(f"{name}{shown}: {error.errors()[0]['msg'].lower()}") from None
+
+
+def resolve_names(config_class, values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with aliases replaced by field names; raises ConfigError with the nearest name for an unknown key."""
+    names, resolved = {f.name for f in fields(config_class)}, {}
+    for key, value in values.items():
+        name = config_class.aliases.get(key, key)
+        if name not in names:
+            raise ConfigError(unknown("option", key, names | set(config_class.aliases)))
+        if name in resolved:
+            raise ConfigError(f"{name} is given twice, once by its short name; keep one")
+        resolved[name] = value
+    return resolved
+
+
+def unknown(kind: str, name: str, valid: Iterable[str]) -> str:
+    """One sentence on an unknown name, with the nearest valid one."""
+    near = difflib.get_close_matches(name, valid := sorted(valid), n=1)
+    return f"unknown {kind} {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(valid)}")
+
+
+@dataclass
+class StageConfig:
+    """Options that every stage has. A stage of your own extends it: `@dataclass class MyConfig(StageConfig): ...`."""
+
+    aliases: ClassVar[dict[str, str]] = {}  # short names, for the command line
+
+    stage_name: str = ""  # name in logs and results; empty: the name of the recipe
+    output_dir: str = "outputs"  # folder of the stage: model, tokenizer, training.log, metrics.jsonl, stage.json
+    enabled: bool = True  # false: a chain skips the stage, and says so
+    save_intermediate: bool = True  # false: write no weights, hand the model on in memory only
+    seed: Natural = 42  # of initialisation, shuffling, splits and dropout
+    log_level: Literal["debug", "info", "warning", "error"] = "info"  # of the lines on the screen; the log has all
+    report_to: Names = field(default_factory=list)  # trackers: tensorboard, wandb, trackio
+    use_wandb: bool = False  # the same as report_to=wandb
+    wandb_project: str | None = None  # project in Weights & Biases
+    wandb_run_name: str | None = None  # name of the run in the trackers
+
+    def __post_init__(self):
+        coerce_fields(self)
+
+    def validate(self) -> None:
+        """Check what no single field shows; raises ConfigError. Opens nothing."""
+        coerce_fields(self)  # a notebook may have assigned fields since
+        for tracker in self.trackers:
+            if tracker not in ("tensorboard", "wandb", "trackio"):
+                raise ConfigError("report_to: " + unknown("tracker", tracker, ["tensorboard", "wandb", "trackio"]))
+            if not importlib.util.find_spec(tracker):
+                raise ConfigError(f"report_to={tracker}: not installed; run: pip install {tracker}")
+
+    @property
+    def trackers(self) -> list[str]:
+        return sorted({*self.report_to, *(["wandb"] if self.use_wandb else [])})
+
+
+@dataclass
+class TrainingConfig(StageConfig):
+    """Options of every stage that trains: model, quantization, LoRA, optimizer, schedule, checkpoints."""
+
+    aliases: ClassVar[dict[str, str]] = {"model": "model_name_or_path", "dtype": "torch_dtype"}
+
+    # model
+    model_name_or_path: str = ""  # hub name, folder, adapter folder, or .gguf file (also package/file.gguf)
+    revision: str | None = None  # branch, tag or commit of a hub name
+    torch_dtype: Precision = "auto"  # auto: bfloat16 on GPUs that have it, else float16; float32 on CPU and MPS
+    trust_remote_code: bool = False  # true runs Python code that comes with the model
+    use_auth_token: bool = False  # true: gated models, with your login (`hf auth login`, or the variable HF_TOKEN)
+    attn_implementation: str | None = None  # sdpa, eager, flash_attention_2, ...; none: the model's own choice
+    instruction_template: str | None = None  # such as "Q: {instruction}\nA: {response}"; none: the chat template
+    # quantization by bitsandbytes, under an adapter
+    use_4bit: bool = False  # QLoRA (Dettmers et al. 2023)
+    use_8bit: bool = False  # LLM.int8 (Dettmers et al. 2022)
+    bnb_4bit_compute_dtype: Precision = "auto"  # precision of the multiplications; auto: as torch_dtype
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"  # data type of the 4-bit weights
+    bnb_4bit_use_double_quant: bool = True  # quantize the quantization constants too
+    # adapter by PEFT
+    lora_r: Natural = 16  # rank; 0 trains all weights
+    lora_alpha: Positive = 32  # the adapter's output is scaled by lora_alpha / lora_r
+    lora_dropout: Share = 0.0  # dropout before the adapter
+    lora_target_modules: Names = field(default_factory=lambda: ["all-linear"])  # or names: q_proj,v_proj
+    lora_bias: Literal["none", "all", "lora_only"] = "none"  # which biases train
+    use_dora: bool = False  # weight-decomposed LoRA (Liu et al. 2024)
+    use_rslora: bool = False  # scale by lora_alpha / sqrt(lora_r) (Kalajdzievski 2023)
+    # optimizer and schedule
+    num_train_epochs: Positive = 1.0  # passes over the data
+    max_steps: Natural = 0  # stop after so many optimizer steps; 0: as num_train_epochs says
+    per_device_train_batch_size: Count = 8  # rows a device in a micro-batch
+    per_device_eval_batch_size: Count = 8  # the same in evaluation
+    gradient_accumulation_steps: Count = 1  # micro-batches an optimizer step
+    learning_rate: Positive = 2e-4  # its peak; full training (lora_r=0) wants about a tenth of the default
+    weight_decay: NonNegative = 0.0  # of AdamW
+    warmup_ratio: Share = 0.03  # share of the steps over which the learning rate rises
+    lr_scheduler_type: Scheduler = "cosine"  # its course after that
+    optim: Optimizer = "adamw_torch"  # the 8-bit and paged ones are those of bitsandbytes
+    max_grad_norm: NonNegative = 1.0  # longer gradients are clipped to this norm; 0: none are
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
+    # logging, evaluation, checkpoints
+    logging_steps: Count = 1  # a line on the screen and in metrics.jsonl every so many steps
+    eval_steps: Natural = 0  # evaluate every so many steps; 0: before the first and after the last only
+    save_steps: Natural = 500  # a checkpoint every so many steps; 0: none
+    save_total_limit: Count = 2  # so many checkpoints are kept
+    load_best_model_at_end: bool = False  # keep the best evaluated checkpoint instead of the last state
+    metric_for_best_model: str = "eval_loss"  # the figure that decides
+    greater_is_better: bool = False  # whether more of it is better
+    early_stopping_patience: Natural = 0  # stop after so many evaluations without improvement; 0: never
+    resume_from_checkpoint: Switch = False  # true: the newest checkpoint in output_dir; or the folder of one
+
+    def validate(self) -> None:
+        super().validate()
+        if not self.model_name_or_path:
+            raise ConfigError("model_name_or_path is missing: --model=<hub name, folder or .gguf file>")
+        if self.use_4bit and self.use_8bit:
+            raise ConfigError("use_4bit and use_8bit exclude each other; keep one")
+        if self.quantized and not self.lora_r:
+            raise ConfigError("lora_r=0 trains all weights, and quantized ones cannot train; set lora_r=16")
+        if self.torch_dtype == "float16" and not self.lora_r:
+            raise ConfigError("torch_dtype=float16 with lora_r=0 underflows; write auto, bfloat16 or float32")
+        if (self.load_best_model_at_end or self.early_stopping_patience) and not self.eval_steps:
+            raise ConfigError("load_best_model_at_end and early_stopping_patience compare evaluations; set eval_steps")
+        if self.load_best_model_at_end and (not self.save_steps or self.save_steps % self.eval_steps):
+            raise ConfigError(f"load_best_model_at_end: save_steps must be a multiple of eval_steps={self.eval_steps}")
+
+    @property
+    def quantized(self) -> bool:
+        return self.use_4bit or self.use_8bit
+
+
+# ---- Stage contract --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class StageResult:
+    """What a stage hands on. `metrics` has x and x_before for a figure taken after and before training."""
+
+    stage_name: str
+    success: bool
+    model_path: str | None = None  # folder of the model; None when save_intermediate is false
+    tokenizer_path: str | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    artifacts: dict[str, str] = field(default_factory=dict)  # what else the stage left: name -> path
+    error_message: str | None = None  # last line of the traceback; the log has all of it
+    model: Any = field(default=None, repr=False, compare=False)  # live, for hand-over in memory; never saved
+    tokenizer: Any = field(default=None, repr=False, compare=False)
+
+
+class BaseStage:
+    """One step of a chain. A subclass names itself and its config class, and defines `train`."""
+
+    stage_name: str = ""
+    config_class: type[StageConfig] = StageConfig
+    needs_chat_template: bool = True  # false: the data is plain text
+
+    def __init__(self, config: StageConfig):
+        self.config = config
+        self.stage_name = config.stage_name or self.stage_name
+        self.logger = logger.getChild(self.stage_name)
+        self.data: Any = None  # what load_data returned
+        self.lineage: dict[str, Any] = {}  # what stage.json says beside the figures: parent, data
+        self.artifacts: dict[str, str] = {}
+
+    def validate_config(self) -> None:
+        """Refuse by ConfigError what cannot work. Opens nothing."""
+        self.config.validate()
+
+    def load_data(self) -> Any:
+        """Open the stage's data. Needs no model; a dry run calls it too."""
+
+    def check(self) -> None:
+        """All that can be refused before a model is loaded; raises ConfigError."""
+        self.validate_config()
+        if self.data is None:
+            self.data = self.load_data()
+
+    def train(self, model, tokenizer) -> dict[str, float]:
+        """Train `model` in place; returns the metrics."""
+        raise NotImplementedError(f"{type(self).__name__} defines no train()")
+
+    def prepare_model_and_tokenizer(self, model, tokenizer, previous_result: StageResult | None = None):
+        """The model, ready to train, and its tokenizer: those handed over, else from the folder of the stage before,
+        else from `model_name_or_path`. A fresh adapter alone trains, or all weights if `lora_r` is 0."""
+        config, handed_over = self.config, model is not None
+        if previous_result is not None and previous_result.model_path:
+            config = replace(config, model_name_or_path=previous_result.model_path, revision=None)
+        elif handed_over and config.quantized:
+            raise ConfigError("use_4bit and use_8bit load from a folder; set save_intermediate: true in the stage before")
+        self.lineage["parent"] = {"model": config.model_name_or_path, "revision": config.revision}
+        if handed_over and not config.quantized:
+            prepare_tokenizer(tokenizer, config, self.needs_chat_template)
+            model = merge_adapter(model).to(weight_dtype(config))
+        else:
+            model, tokenizer = load_model_and_tokenizer(config, self.needs_chat_template)
+        set_stop_tokens(model, tokenizer)
+        return add_adapter(model, config), tokenizer
+
+    def save_model_and_tokenizer(self, model, tokenizer) -> str:
+        """Write both into output_dir, aside first and then by rename; returns the folder."""
+        return save_model(model, tokenizer, self.config.output_dir)
+
+    def setup_logging(self) -> None:
+        """Tidy lines on the screen; those and all that libraries say in output_dir/training.log."""
+        self.logs = start_logging(self.config.log_level, Path(self.config.output_dir, "training.log"))
+
+    def cleanup_logging(self) -> None:
+        self.logs.close()
+
+    def execute(self, model=None, tokenizer=None, previous_result: StageResult | None = None) -> StageResult:
+        """Check, prepare, train, save. A ConfigError, which the user has to mend, passes through; any other exception
+        becomes a failed result, its traceback in the log."""
+        import transformers
+
+        self.setup_logging()
+        started, folder = time.time(), Path(self.config.output_dir)
+        try:
+            if is_main_process():
+                (folder / "stage.json").unlink(missing_ok=True)  # a stage is done when its stage.json says so
+            self.check()
+            transformers.set_seed(self.config.seed)
+            model, tokenizer = self.prepare_model_and_tokenizer(model, tokenizer, previous_result)
+            metrics = self.train(model, tokenizer)
+            if hasattr(model, "peft_config"):
+                if self.config.save_intermediate:
+                    self.artifacts["adapter"] = save_adapter(model, self.config)
+                model = merge_adapter(model)
+            path = self.save_model_and_tokenizer(model, tokenizer) if self.config.save_intermediate else None
+            metrics = {**metrics, "seconds": round(time.time() - started, 1)}
+            result = StageResult(self.stage_name, True, path, path, metrics, self.artifacts, None, model, tokenizer)
+            write_stage_json(self.config, result, self.lineage)
+            return result
+        except ConfigError as error:
+            self.logger.debug("refused: %s", error)
+            raise
+        except Exception as error:
+            message = f"{type(error).__name__}: {error}"
+            self.logger.debug("traceback of the failure", exc_info=True)
+            self.logger.error("%s failed: %s\nThe traceback is in %s", self.stage_name, message, folder / "training.log")
+            return StageResult(self.stage_name, False, error_message=message)
+        finally:
+            self.cleanup_logging()
+
+
+def is_main_process() -> bool:
+    """True in the one process that writes and logs, also under `accelerate launch`."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def start_logging(level: str, path: Path | None = None) -> contextlib.ExitStack:
+    """Until closed, our own lines go to the screen and everything, libraries included, to the file at `path`."""
+    import datasets
+    import transformers
+
+    stack, root, main, seen = contextlib.ExitStack(), logging.getLogger(), is_main_process(), set()
+
+    def once(record: logging.LogRecord) -> bool:  # some libraries say the same at every layer of every step
+        new = record.name.startswith(logger.name) or record.getMessage() not in seen
+        seen.add(record.getMessage())
+        return new
+
+    def attach(target: logging.Logger, handler: logging.Handler, style: str, level: str) -> None:
+        handler.setFormatter(logging.Formatter(style))
+        handler.setLevel(level.upper())
+        target.addHandler(handler)
+        stack.callback(lambda: (target.removeHandler(handler), handler.close()))
+
+    file: logging.Handler = logging.NullHandler()  # without any handler Python prints the warnings of libraries
+    if main and path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(path, encoding="utf-8")
+    file.addFilter(once)
+    attach(root, file, "%(asctime)s %(levelname)s %(name)s: %(message)s", "debug")
+    if main and not logger.handlers:  # within a chain the screen is set up already
+        attach(logger, logging.StreamHandler(sys.stdout), "%(message)s", level)
+    logger.setLevel(logging.DEBUG)
+    logging.captureWarnings(True)
+    stack.callback(logging.captureWarnings, False)
+    transformers.utils.logging.disable_default_handler()
+    transformers.utils.logging.enable_propagation()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    return stack
+
+
+# ---- Data: load, detect, convert, split, encode ----------------------------------------------------------------------
+
+READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def load_dataset_from_path(path: str, config_name: str | None = None, split: str = "train"):
+    """A `datasets.Dataset` from a .json, .jsonl, .csv or .parquet file, a folder of such files (or one written by
+    `save_to_disk`), or a hub name. Raises ConfigError with the remedy."""
+    import datasets
+
+    local = Path(path).expanduser()
+    try:
+        if not local.exists():
+            require_hub_name("data", path)
+            dataset = datasets.load_dataset(path, config_name, split=split)
+        elif (local / "dataset_dict.json").exists() or (local / "state.json").exists():
+            dataset = datasets.load_from_disk(str(local))
+            dataset = dataset[split] if isinstance(dataset, datasets.DatasetDict) else dataset
+        else:
+            files = [local] if local.is_file() else sorted(file for file in local.rglob("*") if file.is_file())
+            readers = {READERS.get(file.suffix) for file in files}
+            if len(readers) != 1 or None in readers:
+                found = ", ".join(sorted({file.suffix or file.name for file in files})) or "nothing"
+                raise ConfigError(f"data {path}: expected one kind of file out of {', '.join(READERS)}; found {found}")
+            dataset = datasets.load_dataset(readers.pop(), data_files=[str(file) for file in files], split="train")
+    except ConfigError:
+        raise
+    except Exception as error:  # datasets passes on whatever its readers raise: pyarrow's, pandas', the hub's
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ConfigError(f"data {path} cannot be read: {reason[:300]}") from error
+    if not len(dataset):
+        raise ConfigError(f"data {path} has no rows")
+    return dataset
+
+
+def require_hub_name(kind: str, name: str) -> None:
+    """Raise ConfigError unless `name` can be looked up on the hub: now, since its client retries for half a minute."""
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in (*READERS, ".gguf", ".txt"):
+        raise ConfigError(f"{kind} {name}: no such file or folder")
+    offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() not in ("0", "FALSE", "NO", "")
+    try:
+        if not offline:
+            urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=5).close()
+    except urllib.error.HTTPError:
+        pass  # it answered
+    except OSError:
+        offline = True
+    if offline:
+        raise ConfigError(f"{kind} {name}: no such file or folder here, and the model hub cannot be reached")
+
+
+def detect_format(columns: Sequence[str], formats: Mapping[str, Sequence[str]], wanted: str = "auto") -> str:
+    """The name of the one format among `formats` (name -> required columns) whose columns are all there; of several,
+    one that contains the others. Raises ConfigError with the columns found and the formats known, never guesses."""
+    known = "; ".join(f"{name} ({', '.join(needs)})" for name, needs in formats.items())
+    if wanted != "auto":
+        if wanted not in formats:
+            raise ConfigError("dataset_format: " + unknown("format", wanted, formats))
+        if missing := [column for column in formats[wanted] if column not in columns]:
+            raise ConfigError(f"dataset_format={wanted}: no column {', '.join(missing)} among {', '.join(columns)}")
+        return wanted
+    fitting = [name for name, needs in formats.items() if set(needs) <= set(columns)]
+    fitting = [a for a in fitting if not any(set(formats[a]) < set(formats[b]) for b in fitting)]
+    if len(fitting) > 1:  # a column `text` beside others is the same row once more, already rendered
+        fitting = [name for name in fitting if name != "text"]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise ConfigError(f"the columns {', '.join(columns)} fit {' and '.join(fitting)}; choose by dataset_format")
+    raise ConfigError(f"unknown data format: columns {', '.join(columns)}. Known: {known}")
+
+
+def usable_rows(rows: Iterable, convert: Callable, what: str) -> list:
+    """`[convert(row) for row in rows]` without the rows for which it raises RowError: those are counted, and the
+    counts said. Raises ConfigError when nothing is left."""
+    kept, reasons = [], Counter()
+    for row in rows:
+        try:
+            kept.append(convert(row))
+        except RowError as error:
+            reasons[str(error)] += 1
+    said = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+    if not kept:
+        raise ConfigError(f"{what}: no usable row ({said or 'it is empty'})")
+    if reasons:
+        logger.warning("%s: %d of %d rows left out: %s", what, reasons.total(), reasons.total() + len(kept), said)
+    return kept
+
+
+def split_dataset(rows: Sequence, validation_split: float, seed: int) -> tuple[list, list]:
+    """(training rows, evaluation rows), shuffled by `seed`; `validation_split` is the share held out. Equal rows stay
+    on one side, so that nothing held out is trained on."""
+    groups: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
+        groups.setdefault(json.dumps(row, sort_keys=True, default=str), []).append(index)
+    members = list(groups.values())
+    order = torch.randperm(len(members), generator=torch.Generator().manual_seed(seed)).tolist()
+    training, evaluation, wanted = [], [], math.ceil(len(rows) * validation_split)
+    for group in order:
+        (evaluation if len(evaluation) < wanted else training).extend(rows[index] for index in members[group])
+    return training, evaluation
+
+
+def fingerprint(rows: Iterable) -> str:
+    """SHA-256 of rows in their order: tells whether two runs saw the same data."""
+    return hashlib.sha256(json.dumps(list(rows), sort_keys=True, default=str).encode()).hexdigest()
+
+
+def prepare_tokenizer(tokenizer, config: TrainingConfig, needs_chat_template: bool = True) -> None:
+    """Give the tokenizer a pad token, and the chat template that `instruction_template` describes, so that training,
+    generation, the next stage and whoever loads the folder format a prompt alike."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # harmless: our batches mask by length, never by token
+    if config.instruction_template:
+        tokenizer.chat_template = as_chat_template(config.instruction_template, tokenizer)
+    if needs_chat_template and not tokenizer.chat_template:
+        raise ConfigError(
+            f"{config.model_name_or_path} has no chat template; say how a prompt is written, for example "
+            r"--instruction_template='### Instruction:\n{instruction}\n\n### Response:\n{response}', or start from an "
+            "instruction-tuned model"
+        )
+
+
+def as_chat_template(text: str, tokenizer) -> str:
+    """The Jinja chat template of an instruction template with the fields {instruction}, {input} and {response}."""
+    text = text.replace("\\n", "\n")  # a shell hands \n over as two characters
+    prompt, _, after = text.partition("{response}")
+    # A space before the answer is tokenized with its first word, so the model has to write it.
+    space, prompt = " " * (len(prompt) - len(prompt.rstrip(" "))), prompt.rstrip(" ")
+    if "{instruction}" not in prompt:
+        raise ConfigError("instruction_template: {instruction} is missing, or stands after {response}")
+    value = {"{instruction}": "{{ message['content'] }}", "{input}": "{{ message['input'] }}"}
+    quoted = lambda text: "{{ " + json.dumps(text, ensure_ascii=False) + " }}"  # noqa: E731
+    parts = [part for part in re.split(r"(\{instruction\}|\{input\})", prompt) if part]
+    bos = tokenizer.bos_token and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+    return "".join([
+        "{{ bos_token }}" if bos else "", "{% for message in messages %}{% if message['role'] == 'assistant' %}",
+        quoted(space), value["{instruction}"], quoted(after), "{{ eos_token }}",
+        "{% elif message['role'] == 'system' %}", value["{instruction}"], quoted("\n\n"),
+        "{% else %}", *(value.get(part) or quoted(part) for part in parts), "{% endif %}{% endfor %}",
+    ])  # fmt: skip
+
+
+def render_turns(tokenizer, messages: list[dict]) -> list[tuple[str, bool]]:
+    """The conversation as the model will see it, in pieces (text, is_target). Targets are what the assistant has to
+    write: its turns up to and including the stop token, which is appended where the template has none."""
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    stop = re.compile("|".join(map(re.escape, [*special, tokenizer.eos_token])))
+    pieces, done = [], ""
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = tokenizer.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True)
+        answered = tokenizer.apply_chat_template(messages[: index + 1], tokenize=False)
+        if not (prompt.startswith(done) and answered.startswith(prompt)):
+            raise RowError("whose earlier turns the chat template renders otherwise once later ones follow")
+        turn = answered[len(prompt) :]
+        last = [match.end() for match in stop.finditer(turn)]
+        end = last[-1] if last and not turn[last[-1] :].strip() else None
+        pieces += [(prompt[len(done) :], False), (turn[:end] + ("" if end else tokenizer.eos_token), True)]
+        pieces += [(turn[end:], False)] if end else []
+        done = answered
+    if not any(target for _, target in pieces):
+        raise RowError("without an answer")
+    return pieces
+
+
+def encode_turns(tokenizer, pieces: Sequence[tuple[str, bool]]) -> tuple[list[int], list[int]]:
+    """(input_ids, labels) of the pieces as one text; labels are IGNORE outside the targets."""
+    while pieces and not pieces[-1][1]:
+        pieces = pieces[:-1]  # nothing after the last target is learnt
+    text = "".join(piece for piece, _ in pieces)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    labels, start, offsets = [IGNORE] * len(encoded["input_ids"]), 0, encoded["offset_mapping"]
+    index = 0
+    for piece, target in pieces:
+        end = start + len(piece)
+        while index < len(offsets) and offsets[index][0] < end:
+            if offsets[index][1] > end:  # generation could never start from this prompt
+                raise RowError("whose answer begins inside a token of the prompt")
+            if target:
+                labels[index] = encoded["input_ids"][index]
+            index += 1
+        start = end
+    return encoded["input_ids"], labels
+
+
+# ---- Model: load, quantize, adapter, merge ---------------------------------------------------------------------------
+
+
+def default_device() -> torch.device:
+    """This process's GPU, else MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def compute_dtype(precision: str) -> torch.dtype:
+    """The dtype of a Precision here: by default the fast one of the GPU, and float32 on CPU and MPS."""
+    if precision == "auto" and torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.float32 if precision == "auto" else getattr(torch, precision)
+
+
+def weight_dtype(config: TrainingConfig) -> torch.dtype:
+    """Frozen weights lie in the compute dtype; weights that train lie in float32 under autocast, since small updates
+    vanish in 16 bits, unless a torch_dtype is asked for by name."""
+    return compute_dtype("float32" if config.torch_dtype == "auto" and not config.lora_r else config.torch_dtype)
+
+
+@contextlib.contextmanager
+def written_aside(folder: Path):
+    """A folder beside `folder` that takes its place when the block ends without an error."""
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def cached(kind: str, files: Sequence[Path], build: Callable[[Path], None]) -> Path:
+    """A folder that `build(folder)` fills once for the content of `files`."""
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    folder = home / "recipes" / kind / digest.hexdigest()[:32]
+    if not folder.exists():
+        logger.info("%s %s once, kept in %s", kind, files[0].name, folder)
+        with written_aside(folder) as aside:
+            build(aside)
+    return folder
+
+
+def find_model(name: str, config: TrainingConfig) -> Path:
+    """The local folder of a model: as named; of a hub name, downloaded; of a .gguf file, on disk or as
+    package/file.gguf inside an installed Python package, converted. Raises ConfigError when there is none."""
+    from huggingface_hub import snapshot_download
+
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        spec = importlib.util.find_spec(path.parts[0]) if path.parts[0].isidentifier() else None
+        homes = spec.submodule_search_locations or [] if spec else []
+        found = [file for file in (path, *(Path(home, *path.parts[1:]) for home in homes)) if file.is_file()]
+        if found:
+            return cached("converting", found[:1], lambda folder: convert_gguf(found[0], folder))
+    if path.exists():
+        if path.is_dir() and not config.revision:
+            return path
+        wrong = "is a file; give its folder" if path.is_file() else "is a folder, and revision goes with a hub name"
+        raise ConfigError(f"model {name} {wrong}")
+    files = ["*.json", "model*.safetensors", "adapter_model.safetensors", "*.jinja", "*.model", "*.txt"]
+    ask = {"revision": config.revision, "token": config.use_auth_token or None, "allow_patterns": files}
+    ask["allow_patterns"] += ["*.py"] if config.trust_remote_code else []
+    try:
+        require_hub_name("model", name)
+        return Path(snapshot_download(name, **ask))
+    except ConfigError:
+        with contextlib.suppress(Exception):  # what was downloaded before also serves offline
+            return Path(snapshot_download(name, local_files_only=True, **ask))
+        raise
+    except Exception as error:
+        raise ConfigError(f"model {name} cannot be downloaded: {' '.join(str(error).split())[:300]}") from error
+
+
+def convert_gguf(file: Path, folder: Path) -> None:
+    """Write the model and the tokenizer of a GGUF file as float32 safetensors."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # its progress bars
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    del model.config.quantization_config  # the weights are plain by now; save_pretrained goes by this field
+    plain = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config = model.generation_config
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def load_model_and_tokenizer(config: TrainingConfig, needs_chat_template: bool = True):
+    """(causal language model, tokenizer) of `model_name_or_path`, quantized if asked for; an adapter folder is merged
+    into its base. The tokenizer comes first, so that a missing chat template is said before weights are read."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    code = {"trust_remote_code": config.trust_remote_code}
+
+    def load(base: Path, adapter: Path | None = None, **quantized):
+        model = AutoModelForCausalLM.from_pretrained(
+            base, dtype=weight_dtype(config), use_safetensors=True, attn_implementation=config.attn_implementation,
+            **code, **quantized,
+        )  # fmt: skip
+        if adapter is None:
+            return model
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(model, adapter).merge_and_unload()
+
+    base, adapter = find_model(config.model_name_or_path, config), None
+    try:
+        if (base / "adapter_config.json").exists():
+            name = json.loads((base / "adapter_config.json").read_text())["base_model_name_or_path"]
+            base, adapter = find_model(name, replace(config, revision=None)), base
+        of_adapter = adapter and (adapter / "tokenizer_config.json").exists()
+        tokenizer = AutoTokenizer.from_pretrained(adapter if of_adapter else base, **code)
+        prepare_tokenizer(tokenizer, config, needs_chat_template)
+        if not config.quantized:
+            return load(base, adapter), tokenizer
+        if adapter:  # quantized weights cannot take a merge
+            parts = [*sorted(base.glob("*.safetensors")), *sorted(adapter.glob("adapter_*"))]
+            base = cached("merging", parts, lambda folder: load(base, adapter).save_pretrained(folder))
+        precision = config.torch_dtype if config.bnb_4bit_compute_dtype == "auto" else config.bnb_4bit_compute_dtype
+        settings = BitsAndBytesConfig(
+            load_in_4bit=config.use_4bit, load_in_8bit=config.use_8bit, bnb_4bit_quant_type=config.bnb_4bit_quant_type,
+            bnb_4bit_compute_dtype=compute_dtype(precision),
+            bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,
+        )  # fmt: skip
+        return load(base, quantization_config=settings, device_map={"": default_device()}), tokenizer
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:400]
+        raise ConfigError(f"model {config.model_name_or_path} cannot be loaded: {reason}") from error
+
+
+def add_adapter(model, config: TrainingConfig):
+    """`model` under a fresh adapter that alone trains, or `model` itself with all weights trainable if lora_r is 0."""
+    if not config.lora_r:
+        return model.requires_grad_(True)
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    if config.quantized:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    targets = config.lora_target_modules
+    linear = {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    if targets != ["all-linear"] and (missing := set(targets) - linear):
+        known = ", ".join(sorted(linear))
+        raise ConfigError(f"lora_target_modules: no layer named {', '.join(sorted(missing))}; the model has {known}")
+    return get_peft_model(model, LoraConfig(
+        task_type="CAUSAL_LM", r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
+        target_modules="all-linear" if targets == ["all-linear"] else targets, bias=config.lora_bias,
+        use_dora=config.use_dora, use_rslora=config.use_rslora,
+    ))  # fmt: skip
+
+
+def merge_adapter(model):
+    """The plain model with its adapter merged at full precision, all weights trainable again. A quantized base is
+    dequantized first: rounding after the merge would undo much of what the adapter learnt."""
+    if not hasattr(model, "peft_config"):
+        return model
+    if hasattr(model.get_base_model(), "hf_quantizer"):
+        from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+        adapter, lora = get_peft_model_state_dict(model), model.peft_config["default"]
+        base = model.unload().dequantize()
+        base.is_loaded_in_4bit = base.is_loaded_in_8bit = False  # dequantize() leaves the mark on
+        model = get_peft_model(base, lora)
+        set_peft_model_state_dict(model, adapter)
+    return model.merge_and_unload().requires_grad_(True)
+
+
+def set_stop_tokens(model, tokenizer) -> None:
+    """Make generation stop at the token that ends an assistant's turn. Some chat templates end it with another token
+    than the tokenizer's eos, and such a model would talk on for ever."""
+    stops = [tokenizer.eos_token_id]
+    if tokenizer.chat_template:
+        turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        ids, labels = encode_turns(tokenizer, render_turns(tokenizer, turn))
+        stops.append(labels[-1])
+    model.generation_config.eos_token_id = sorted(set(stops))
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+@torch.no_grad()
+def generate(model, tokenizer, prompts: Sequence[list[dict]], max_new_tokens: int, batch_size: int = 16):
+    """Greedy answers to conversations: a list of (text, whether the model stopped by itself)."""
+    training, answers, stops = model.training, [], set(model.generation_config.eos_token_id)
+    model.eval()
+    for start in range(0, len(prompts), batch_size):
+        chunk = prompts[start : start + batch_size]
+        texts = [tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) for prompt in chunk]
+        batch = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
+        batch = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
+        output = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True)
+        for ids in output[:, batch["input_ids"].shape[1] :].tolist():
+            end = next((index for index, token in enumerate(ids) if token in stops), None)
+            answers.append((tokenizer.decode(ids[:end], skip_special_tokens=True), end is not None))
+    model.train(training)
+    return answers
+
+
+# ---- Fit: transformers' Trainer behind one function ------------------------------------------------------------------
+
+
+def logits_at(model, mask: torch.Tensor, **inputs) -> torch.Tensor:
+    """The logits (N, V) of the N positions where `mask` (B, T) is true, from one forward pass through `model`, DDP and
+    FSDP wrappers included. The vocabulary projection sees no other position: most of the time and memory it would
+    take goes to prompts and padding."""
+    from accelerate.utils import extract_model_from_parallel
+
+    head = extract_model_from_parallel(model).get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0][mask],))
+    try:
+        return model(**inputs, use_cache=False).logits
+    finally:
+        hook.remove()
+
+
+class LengthSampler(torch.utils.data.Sampler):
+    """Rows in random order, but those of similar length in one batch, so that little is padded. A pure function of
+    (seed, epoch): a resumed run sees the batches that the interrupted one would have seen."""
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self):
+        generator, size = torch.Generator().manual_seed(self.seed + self.epoch), self.batch_size
+        order = torch.randperm(len(self), generator=generator).tolist()
+        blocks = [order[i : i + 50 * size] for i in range(0, len(order), 50 * size)]  # batches differ between epochs
+        order = [row for block in blocks for row in sorted(block, key=lambda row: -self.lengths[row])]
+        batches = [order[i : i + size] for i in range(0, len(order), size)]
+        whole = len(order) // size  # a short batch stays last; anywhere else it would shift the others
+        for batch in [*torch.randperm(whole, generator=generator).tolist(), *range(whole, len(batches))]:
+            yield from batches[batch]
+
+
+def fit(config: TrainingConfig, model, tokenizer, train_rows: Sequence[dict], eval_rows: Sequence[dict],
+        collate: Callable[[list], dict], loss: Callable[[Any, dict], tuple[torch.Tensor, dict]]) -> dict[str, float]:  # fmt: skip
+    """Train `model` in place by transformers' Trainer; returns the figures after training, and as x_before those from
+    before it.
+
+    A row has "input_ids". `collate(rows)` returns a batch of tensors, among them "num_tokens", for the speed, and
+    "num_items": over how many items (tokens, pairs, ...) `loss(model, batch) -> (loss, metrics)` takes its means. The
+    loss of an accumulated and distributed step is then the mean over all its items, however they fall into
+    micro-batches. A loss or gradient that is not finite stops the run before it reaches the weights.
+    """
+    from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+    from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
+
+    folder, device, dtype = Path(config.output_dir), default_device(), compute_dtype(config.torch_dtype)
+    sums: Counter[str] = Counter()  # since the last logged step: metrics times items, items, tokens, seconds
+
+    def stop(what: str, value, state) -> None:
+        raise FloatingPointError(f"the {what} is {float(value)} at step {state.global_step + 1}. The weights are those of "
+                                 "the step before; lower learning_rate, or look for a broken row")  # fmt: skip
+
+    class FitTrainer(Trainer):
+        loss_is_scaled_for_ga = True
+
+        def get_batch_samples(self, epoch_iterator, num_batches, device):
+            batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+            items = torch.tensor(sum(int(batch["num_items"]) for batch in batches), device=device)
+            return batches, self.accelerator.reduce(items, "sum")
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            value, metrics = loss(model, inputs)
+            if not torch.isfinite(value):
+                stop("loss", value, self.state)
+            items = int(inputs["num_items"])
+            sums.update({name: float(metric) * items for name, metric in metrics.items()})
+            sums.update(items=items, tokens=int(inputs["num_tokens"]))
+            # gradients are averaged over processes, not summed: hence the last factor
+            return value * items / num_items_in_batch * self.accelerator.num_processes
+
+        def _get_grad_norm(self, model, grad_norm=None):
+            norm = super()._get_grad_norm(model, grad_norm)
+            if norm is not None and not math.isfinite(norm) and self.accelerator.scaler is None:
+                stop("gradient's norm", norm, self.state)
+            return norm
+
+        def _get_train_sampler(self, train_dataset=None):
+            size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            return LengthSampler([len(row["input_ids"]) for row in self.train_dataset], size, config.seed)
+
+        def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None,
+                            metric_key_prefix="eval"):  # fmt: skip
+            self.model_wrapped.eval()
+            totals: Counter[str] = Counter()
+            for batch in map(self._prepare_inputs, dataloader):
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    value, metrics = loss(self.model_wrapped, batch)
+                items = int(batch["num_items"])
+                totals.update({k: float(v) * items for k, v in {"loss": value, **metrics}.items()}, items=items)
+            reduced = self.accelerator.reduce(torch.tensor([*totals.values()], device=self.args.device), "sum").tolist()
+            means = {f"{metric_key_prefix}_{name}": total / reduced[-1] for name, total in zip(totals, reduced)}
+            del means[f"{metric_key_prefix}_items"]
+            return EvalLoopOutput(None, None, means, len(eval_rows))
+
+        def log(self, logs, start_time=None):
+            if "loss" in logs:
+                seconds, tokens, items = (sums.pop(name) for name in ("seconds", "tokens", "items"))
+                logs |= {name: total / items for name, total in sums.items()}
+                logs["tokens_per_s"] = round(tokens * self.accelerator.num_processes / seconds, 1)
+                sums.clear()
+            super().log({k: v for k, v in logs.items() if not k.endswith(("_runtime", "_per_second"))}, start_time)
+
+        def _save(self, output_dir=None, state_dict=None):
+            super()._save(output_dir, state_dict)
+            if self.args.should_save:
+                Path(output_dir, "training_args.bin").unlink()  # a pickle that nothing reads
+
+    class Progress(TrainerCallback):
+        """metrics.jsonl, the lines on the screen, and the clock."""
+
+        def on_train_begin(self, args, state, control, **_):
+            path = folder / "metrics.jsonl"
+            if state.is_world_process_zero:  # what an interrupted run logged after its checkpoint comes once more
+                old = path.read_text().splitlines(True) if state.global_step and path.exists() else []
+                path.write_text("".join(line for line in old if json.loads(line)["step"] <= state.global_step))
+
+        def on_step_begin(self, args, state, control, **_):
+            self.began = time.perf_counter()
+
+        def on_step_end(self, args, state, control, **_):
+            sums["seconds"] += time.perf_counter() - self.began
+            if state.global_step >= state.max_steps and state.global_step % (config.save_steps or 1):
+                control.should_save = False  # the stage saves the finished model itself
+
+        def on_log(self, args, state, control, logs=None, **_):
+            if not state.is_world_process_zero or "train_loss" in logs:
+                return
+            with open(folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+            words = {"learning_rate": "lr {:.2g}", "tokens_per_s": "{:,.0f} tokens/s", "epoch": "", "grad_norm": ""}
+            shown = "  ".join(words.get(k, f"{k} {{:.4g}}").format(v) for k, v in logs.items() if words.get(k) != "")
+            logger.info("step %*d/%d  %s", len(str(state.max_steps)), state.global_step, state.max_steps, shown)
+
+    if config.wandb_project:
+        os.environ["WANDB_PROJECT"] = config.wandb_project
+    names = {f.name for f in fields(TrainingArguments)} & {f.name for f in fields(TrainingConfig)}
+    same = {name: getattr(config, name) for name in names - {"resume_from_checkpoint", "log_level", "report_to"}}
+    args = TrainingArguments(**same | {
+        "output_dir": str(folder / "checkpoints"), "run_name": config.wandb_run_name or config.output_dir,
+        "max_steps": config.max_steps or -1, "warmup_steps": config.warmup_ratio,  # below 1 it is a share
+        "gradient_checkpointing": None, "activation_checkpointing": config.gradient_checkpointing,
+        "activation_checkpointing_kwargs": {"use_reentrant": False}, "report_to": config.trackers or "none",
+        "eval_strategy": "steps" if eval_rows and config.eval_steps else "no", "eval_steps": config.eval_steps or None,
+        "eval_on_start": bool(eval_rows), "save_strategy": "steps" if config.save_steps else "no",
+        "save_steps": config.save_steps or 500, "logging_nan_inf_filter": False, "disable_tqdm": True,
+        "bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16, "use_cpu": device.type == "cpu",
+        "dataloader_pin_memory": device.type == "cuda", "remove_unused_columns": False,
+    })  # fmt: skip
+    args._n_gpu = min(args.n_gpu, 1)  # several GPUs are for `accelerate launch`, never for DataParallel
+    counts = [sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True)]
+    if not counts[0]:
+        raise RuntimeError("no parameter of the model trains: everything is frozen")
+    checkpoint = config.resume_from_checkpoint
+    if checkpoint is True:
+        checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+        logger.info("resuming from %s", checkpoint) if checkpoint else logger.info("no checkpoint yet: from the start")
+    trainer = FitTrainer(model, args, collate, list(train_rows), list(eval_rows) or None, tokenizer, callbacks=[Progress()])
+    trainer.remove_callback(PrinterCallback)
+    if config.early_stopping_patience:
+        trainer.add_callback(EarlyStoppingCallback(config.early_stopping_patience))
+    logger.info("training %s of %s parameters on %s rows, on %s in %s", *(f"{n:,}" for n in (*counts, len(train_rows))),
+                device.type, str(dtype).removeprefix("torch."))  # fmt: skip
+    trained = trainer.train(resume_from_checkpoint=checkpoint or None)
+    history = trainer.state.log_history
+    before = next((logs for logs in history if "eval_loss" in logs), {})
+    after = trainer.evaluate() if eval_rows else {}
+    trainer.accelerator.unwrap_model(trainer.model).config.use_cache = True  # the Trainer's False would be saved
+    figures = {k: v for k, v in after.items() if k in before and k.startswith("eval_")}
+    speeds = sorted(logs["tokens_per_s"] for logs in history if "tokens_per_s" in logs)
+    return {**figures, **{f"{name}_before": before[name] for name in figures}, "train_loss": trained.training_loss,
+            "steps": trainer.state.global_step, "tokens_per_s": speeds[len(speeds) // 2] if speeds else 0.0}  # fmt: skip
+
+
+# ---- Saving ----------------------------------------------------------------------------------------------------------
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write aside, flush to the disk, rename: a reader, or a crash, meets the old file or the new one whole."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(aside, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def save_model(model, tokenizer, folder: str) -> str:
+    """Save both into `folder`, beside what else lies there; the files of an older model go. Returns `folder`."""
+    target, aside = Path(folder), Path(folder, ".saving")
+    if is_main_process():
+        shutil.rmtree(aside, ignore_errors=True)
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        for old in target.glob("*.safetensors*"):
+            old.unlink()
+        for file in aside.iterdir():
+            with open(file, "rb") as stream:
+                os.fsync(stream.fileno())
+            file.replace(target / file.name)
+        aside.rmdir()
+    model.config._name_or_path = folder
+    return folder
+
+
+def save_adapter(model, config: TrainingConfig) -> str:
+    """Save the adapter alone, with its base's name, into output_dir/adapter."""
+    folder = Path(config.output_dir, "adapter")
+    if is_main_process():
+        with written_aside(folder) as aside:
+            model.save_pretrained(aside)
+    return str(folder)
+
+
+def write_stage_json(config: StageConfig, result: StageResult, lineage: dict) -> None:
+    """The stage's resolved config, and last of all stage.json: what was made from what, with which versions."""
+    if not is_main_process():
+        return
+    folder = Path(config.output_dir)
+    (folder / "stage_config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
+    packages = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
+    write_json(folder / "stage.json", {
+        "stage": result.stage_name, "success": result.success, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        **lineage, "metrics": result.metrics, "artifacts": result.artifacts, "device": str(default_device()),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+    })  # fmt: skip
+
+
+# ---- Command line ----------------------------------------------------------------------------------------------------
+
+
+def read_command_line(arguments: Sequence[str]) -> tuple[list[str], dict[str, str | None]]:
+    """(words, options) of a command line, all as text: the config's annotations say what a value is, not its looks."""
+    import fire
+
+    found: list = []
+    cli = fire.decorators.SetParseFn(str)(lambda *words, **options: found.extend((list(words), options)))
+    fire.Fire(cli, command=list(arguments))
+    return found[0], {key: None if value in ("None", "null") else value for key, value in found[1].items()}
+
+
+def option_help(config_class: type) -> str:
+    """The options of a config class: name, default, and the comment beside it in the source."""
+    comments: dict[str, str] = {}
+    for cls in reversed([cls for cls in config_class.__mro__ if issubclass(cls, StageConfig)]):
+        comments |= dict(re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(cls), re.M))
+    lines = []
+    for f in fields(config_class):
+        default = f.default if f.default is not MISSING else f.default_factory()
+        lines.append(f"  --{f.name}={default if not isinstance(default, list) else ','.join(default)}")
+        lines[-1] = f"{lines[-1]:<46}  {comments.get(f.name, '')}"
+    short = ", ".join(f"--{alias} is --{name}" for alias, name in config_class.aliases.items())
+    return "\n".join([*lines, f"\n{short}"])
+
+
+def main(stage_class: type[BaseStage], doc: str, arguments: Sequence[str] | None = None) -> None:
+    """The command line of a recipe. Exit status 0: done; 1: the stage failed; 2: the input has to be mended."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if {"-h", "--help"} & set(arguments):
+        return print(f"{doc.strip()}\n\nOptions:\n{option_help(stage_class.config_class)}")
+    try:
+        words, options = read_command_line(arguments)
+        if words:
+            raise ConfigError(f"unexpected word {words[0]!r}; options are written --name=value")
+        config_class = stage_class.config_class
+        result = stage_class(config_class(**resolve_names(config_class, options))).execute()
+    except ConfigError as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    if not result.success:
+        sys.exit(1)
+    figures = "  ".join(f"{name} {shown}" for name, shown in before_and_after(result.metrics).items())
+    print(f"done: {result.model_path}  {figures}")
+
+
+def before_and_after(metrics: Mapping[str, float]) -> dict[str, str]:
+    """{name: "before -> after"} of the metrics taken both before and after training."""
+    pairs = {name: (metrics[f"{name}_before"], value) for name, value in metrics.items() if f"{name}_before" in metrics}
+    return {name: f"{before:.3f} -> {after:.3f}" for name, (before, after) in pairs.items()}

