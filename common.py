@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import hashlib
 import importlib.util
 import inspect
@@ -54,7 +55,9 @@ Natural = Annotated[int, Ge(0)]
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Lt(1)]
-Names = Annotated[list[str], BeforeValidator(lambda v: re.findall(r"[^,\s]+", v) if isinstance(v, str) else v)]
+comma_separated = BeforeValidator(lambda v: re.findall(r"[^,\s]+", v) if isinstance(v, str) else v)
+Names = Annotated[list[str], comma_separated]
+Trackers = Annotated[list[Literal["tensorboard", "wandb", "trackio"]], comma_separated]
 Switch = Annotated[bool | str, BeforeValidator(lambda v: yaml.safe_load(v) if isinstance(v, str) else v)]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Optimizer = Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd"]
@@ -105,7 +108,7 @@ class StageConfig:
     save_intermediate: bool = True  # false: write no weights, hand the model on in memory only
     seed: Natural = 42  # of initialisation, shuffling, splits and dropout
     log_level: Literal["debug", "info", "warning", "error"] = "info"  # of the lines on the screen; the log has all
-    report_to: Names = field(default_factory=list)  # trackers: tensorboard, wandb, trackio
+    report_to: Trackers = field(default_factory=list)  # tensorboard, wandb, trackio
     use_wandb: bool = False  # the same as report_to=wandb
     wandb_project: str | None = None  # project in Weights & Biases
     wandb_run_name: str | None = None  # name of the run in the trackers
@@ -116,15 +119,10 @@ class StageConfig:
     def validate(self) -> None:
         """Check what no single field shows; raises ConfigError. Opens nothing."""
         coerce_fields(self)  # a notebook may have assigned fields since
-        for tracker in self.trackers:
-            if tracker not in ("tensorboard", "wandb", "trackio"):
-                raise ConfigError("report_to: " + unknown("tracker", tracker, ["tensorboard", "wandb", "trackio"]))
+        self.report_to = sorted({*self.report_to, *(["wandb"] if self.use_wandb else [])})
+        for tracker in self.report_to:
             if not importlib.util.find_spec(tracker):
                 raise ConfigError(f"report_to={tracker}: not installed; run: pip install {tracker}")
-
-    @property
-    def trackers(self) -> list[str]:
-        return sorted({*self.report_to, *(["wandb"] if self.use_wandb else [])})
 
 
 @dataclass
@@ -185,7 +183,7 @@ class TrainingConfig(StageConfig):
             raise ConfigError("model_name_or_path is missing: --model=<hub name, folder or .gguf file>")
         if self.use_4bit and self.use_8bit:
             raise ConfigError("use_4bit and use_8bit exclude each other; keep one")
-        if self.quantized and not self.lora_r:
+        if (self.use_4bit or self.use_8bit) and not self.lora_r:
             raise ConfigError("lora_r=0 trains all weights, and quantized ones cannot train; set lora_r=16")
         if self.torch_dtype == "float16" and not self.lora_r:
             raise ConfigError("torch_dtype=float16 with lora_r=0 underflows; write auto, bfloat16 or float32")
@@ -194,9 +192,7 @@ class TrainingConfig(StageConfig):
         if self.load_best_model_at_end and (not self.save_steps or self.save_steps % self.eval_steps):
             raise ConfigError(f"load_best_model_at_end: save_steps must be a multiple of eval_steps={self.eval_steps}")
 
-    @property
-    def quantized(self) -> bool:
-        return self.use_4bit or self.use_8bit
+    quantized = property(lambda self: self.use_4bit or self.use_8bit)
 
 
 # ---- Stage contract --------------------------------------------------------------------------------------------------
@@ -233,7 +229,6 @@ class BaseStage:
         self.artifacts: dict[str, str] = {}
 
     def validate_config(self) -> None:
-        """Refuse by ConfigError what cannot work. Opens nothing."""
         self.config.validate()
 
     def load_data(self) -> Any:
@@ -267,11 +262,9 @@ class BaseStage:
         return add_adapter(model, config), tokenizer
 
     def save_model_and_tokenizer(self, model, tokenizer) -> str:
-        """Write both into output_dir, aside first and then by rename; returns the folder."""
         return save_model(model, tokenizer, self.config.output_dir)
 
     def setup_logging(self) -> None:
-        """Tidy lines on the screen; those and all that libraries say in output_dir/training.log."""
         self.logs = start_logging(self.config.log_level, Path(self.config.output_dir, "training.log"))
 
     def cleanup_logging(self) -> None:
@@ -300,12 +293,11 @@ class BaseStage:
             result = StageResult(self.stage_name, True, path, path, metrics, self.artifacts, None, model, tokenizer)
             write_stage_json(self.config, result, self.lineage)
             return result
-        except ConfigError as error:
-            self.logger.debug("refused: %s", error)
+        except ConfigError:
             raise
         except Exception as error:
+            self.logger.debug("the failure in full", exc_info=True)
             message = f"{type(error).__name__}: {error}"
-            self.logger.debug("traceback of the failure", exc_info=True)
             self.logger.error("%s failed: %s\nThe traceback is in %s", self.stage_name, message, folder / "training.log")
             return StageResult(self.stage_name, False, error_message=message)
         finally:
@@ -318,31 +310,31 @@ def is_main_process() -> bool:
 
 
 def start_logging(level: str, path: Path | None = None) -> contextlib.ExitStack:
-    """Until closed, our own lines go to the screen and everything, libraries included, to the file at `path`."""
+    """Until closed: our own tidy lines on the screen, and those and all that libraries say in the file at `path`."""
     import datasets
     import transformers
 
-    stack, root, main, seen = contextlib.ExitStack(), logging.getLogger(), is_main_process(), set()
+    stack, main, seen = contextlib.ExitStack(), is_main_process(), set()
 
     def once(record: logging.LogRecord) -> bool:  # some libraries say the same at every layer of every step
         new = record.name.startswith(logger.name) or record.getMessage() not in seen
         seen.add(record.getMessage())
         return new
 
-    def attach(target: logging.Logger, handler: logging.Handler, style: str, level: str) -> None:
+    def attach(target: logging.Logger, handler: logging.Handler, style: str = "%(message)s") -> logging.Handler:
         handler.setFormatter(logging.Formatter(style))
-        handler.setLevel(level.upper())
         target.addHandler(handler)
         stack.callback(lambda: (target.removeHandler(handler), handler.close()))
+        return handler
 
-    file: logging.Handler = logging.NullHandler()  # without any handler Python prints the warnings of libraries
     if main and path:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = logging.FileHandler(path, encoding="utf-8")
-    file.addFilter(once)
-    attach(root, file, "%(asctime)s %(levelname)s %(name)s: %(message)s", "debug")
+        attach(logging.getLogger(), file, "%(asctime)s %(levelname)s %(name)s: %(message)s").addFilter(once)
+    else:
+        attach(logging.getLogger(), logging.NullHandler())  # without a handler Python prints libraries' warnings
     if main and not logger.handlers:  # within a chain the screen is set up already
-        attach(logger, logging.StreamHandler(sys.stdout), "%(message)s", level)
+        attach(logger, logging.StreamHandler(sys.stdout)).setLevel(level.upper())
     logger.setLevel(logging.DEBUG)
     logging.captureWarnings(True)
     stack.callback(logging.captureWarnings, False)
@@ -365,24 +357,21 @@ def load_dataset_from_path(path: str, config_name: str | None = None, split: str
 
     local = Path(path).expanduser()
     try:
-        if not local.exists():
-            require_hub_name("data", path)
-            dataset = datasets.load_dataset(path, config_name, split=split)
-        elif (local / "dataset_dict.json").exists() or (local / "state.json").exists():
+        if local.is_file():
+            if local.suffix not in READERS:
+                raise ConfigError(f"data {path}: expected a file of type {', '.join(READERS)}")
+            dataset = datasets.load_dataset(READERS[local.suffix], data_files=str(local), split="train")
+        elif (local / "state.json").exists():
             dataset = datasets.load_from_disk(str(local))
-            dataset = dataset[split] if isinstance(dataset, datasets.DatasetDict) else dataset
         else:
-            files = [local] if local.is_file() else sorted(file for file in local.rglob("*") if file.is_file())
-            readers = {READERS.get(file.suffix) for file in files}
-            if len(readers) != 1 or None in readers:
-                found = ", ".join(sorted({file.suffix or file.name for file in files})) or "nothing"
-                raise ConfigError(f"data {path}: expected one kind of file out of {', '.join(READERS)}; found {found}")
-            dataset = datasets.load_dataset(readers.pop(), data_files=[str(file) for file in files], split="train")
+            if not local.is_dir():
+                require_hub_name("data", path)
+            dataset = datasets.load_dataset(str(local) if local.is_dir() else path, config_name, split=split)
     except ConfigError:
         raise
     except Exception as error:  # datasets passes on whatever its readers raise: pyarrow's, pandas', the hub's
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise ConfigError(f"data {path} cannot be read: {reason[:300]}") from error
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        raise ConfigError(f"data {path} cannot be read: {reason}") from error
     if not len(dataset):
         raise ConfigError(f"data {path} has no rows")
     return dataset
@@ -407,22 +396,18 @@ def require_hub_name(kind: str, name: str) -> None:
 def detect_format(columns: Sequence[str], formats: Mapping[str, Sequence[str]], wanted: str = "auto") -> str:
     """The name of the one format among `formats` (name -> required columns) whose columns are all there; of several,
     one that contains the others. Raises ConfigError with the columns found and the formats known, never guesses."""
-    known = "; ".join(f"{name} ({', '.join(needs)})" for name, needs in formats.items())
-    if wanted != "auto":
-        if wanted not in formats:
-            raise ConfigError("dataset_format: " + unknown("format", wanted, formats))
-        if missing := [column for column in formats[wanted] if column not in columns]:
-            raise ConfigError(f"dataset_format={wanted}: no column {', '.join(missing)} among {', '.join(columns)}")
-        return wanted
-    fitting = [name for name, needs in formats.items() if set(needs) <= set(columns)]
+    if wanted != "auto" and not set(formats[wanted]) <= set(columns):
+        raise ConfigError(f"dataset_format={wanted} needs {', '.join(formats[wanted])}; found {', '.join(columns)}")
+    fitting = [name for name, needs in formats.items() if set(needs) <= set(columns) and wanted in ("auto", name)]
     fitting = [a for a in fitting if not any(set(formats[a]) < set(formats[b]) for b in fitting)]
     if len(fitting) > 1:  # a column `text` beside others is the same row once more, already rendered
         fitting = [name for name in fitting if name != "text"]
-    if len(fitting) == 1:
-        return fitting[0]
-    if fitting:
+    if len(fitting) > 1:
         raise ConfigError(f"the columns {', '.join(columns)} fit {' and '.join(fitting)}; choose by dataset_format")
-    raise ConfigError(f"unknown data format: columns {', '.join(columns)}. Known: {known}")
+    if not fitting:
+        known = "; ".join(f"{name} ({', '.join(needs)})" for name, needs in formats.items())
+        raise ConfigError(f"unknown data format: the columns are {', '.join(columns)}. Known: {known}")
+    return fitting[0]
 
 
 def usable_rows(rows: Iterable, convert: Callable, what: str) -> list:
@@ -456,11 +441,6 @@ def split_dataset(rows: Sequence, validation_split: float, seed: int) -> tuple[l
     return training, evaluation
 
 
-def fingerprint(rows: Iterable) -> str:
-    """SHA-256 of rows in their order: tells whether two runs saw the same data."""
-    return hashlib.sha256(json.dumps(list(rows), sort_keys=True, default=str).encode()).hexdigest()
-
-
 def prepare_tokenizer(tokenizer, config: TrainingConfig, needs_chat_template: bool = True) -> None:
     """Give the tokenizer a pad token, and the chat template that `instruction_template` describes, so that training,
     generation, the next stage and whoever loads the folder format a prompt alike."""
@@ -487,7 +467,7 @@ def as_chat_template(text: str, tokenizer) -> str:
     value = {"{instruction}": "{{ message['content'] }}", "{input}": "{{ message['input'] }}"}
     quoted = lambda text: "{{ " + json.dumps(text, ensure_ascii=False) + " }}"  # noqa: E731
     parts = [part for part in re.split(r"(\{instruction\}|\{input\})", prompt) if part]
-    bos = tokenizer.bos_token and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+    bos = tokenizer.bos_token_id in tokenizer("a").input_ids  # the tokenizer puts it before every text
     return "".join([
         "{{ bos_token }}" if bos else "", "{% for message in messages %}{% if message['role'] == 'assistant' %}",
         quoted(space), value["{instruction}"], quoted(after), "{{ eos_token }}",
@@ -496,48 +476,57 @@ def as_chat_template(text: str, tokenizer) -> str:
     ])  # fmt: skip
 
 
+@functools.cache
+def training_template(tokenizer) -> str | None:
+    """None where the tokenizer's own chat template serves for training: what it wrote for earlier turns stays as it is
+    when later ones follow. Else TRL's version of that template, which does so (Qwen3, for example)."""
+    turns = [{"role": role, "content": "a"} for role in ("user", "assistant", "user", "assistant")]
+    two, four = (tokenizer.apply_chat_template(turns[:n], tokenize=False) for n in (2, 4))
+    if four.startswith(two):
+        return None
+    from trl.chat_template_utils import get_training_chat_template
+
+    try:
+        return get_training_chat_template(tokenizer)
+    except ValueError as error:
+        raise ConfigError(f"the chat template changes earlier turns; give instruction_template ({error})") from None
+
+
 def render_turns(tokenizer, messages: list[dict]) -> list[tuple[str, bool]]:
     """The conversation as the model will see it, in pieces (text, is_target). Targets are what the assistant has to
     write: its turns up to and including the stop token, which is appended where the template has none."""
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    stop = re.compile("|".join(map(re.escape, [*special, tokenizer.eos_token])))
-    pieces, done = [], ""
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        prompt = tokenizer.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True)
-        answered = tokenizer.apply_chat_template(messages[: index + 1], tokenize=False)
-        if not (prompt.startswith(done) and answered.startswith(prompt)):
-            raise RowError("whose earlier turns the chat template renders otherwise once later ones follow")
-        turn = answered[len(prompt) :]
-        last = [match.end() for match in stop.finditer(turn)]
-        end = last[-1] if last and not turn[last[-1] :].strip() else None
-        pieces += [(prompt[len(done) :], False), (turn[:end] + ("" if end else tokenizer.eos_token), True)]
-        pieces += [(turn[end:], False)] if end else []
-        done = answered
-    if not any(target for _, target in pieces):
-        raise RowError("without an answer")
+    stop = re.compile(f"(?:{'|'.join(map(re.escape, {*special, tokenizer.eos_token}))})(?=\\s*$)")
+    render = functools.partial(
+        tokenizer.apply_chat_template, tokenize=False, chat_template=training_template(tokenizer)
+    )
+    pieces, done = [], 0
+    for index in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
+        prompt, answered = render(messages[:index], add_generation_prompt=True), render(messages[: index + 1])
+        if not answered.startswith(prompt):
+            raise RowError("which the chat template renders without its generation prompt")
+        turn, ends = answered[len(prompt) :], stop.search(answered, len(prompt))
+        end = ends.end() - len(prompt) if ends else len(turn)
+        pieces += [(prompt[done:], False), (turn[:end] + ("" if ends else tokenizer.eos_token), True), (turn[end:], False)]
+        done = len(answered)
     return pieces
 
 
 def encode_turns(tokenizer, pieces: Sequence[tuple[str, bool]]) -> tuple[list[int], list[int]]:
-    """(input_ids, labels) of the pieces as one text; labels are IGNORE outside the targets."""
-    while pieces and not pieces[-1][1]:
-        pieces = pieces[:-1]  # nothing after the last target is learnt
-    text = "".join(piece for piece, _ in pieces)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    labels, start, offsets = [IGNORE] * len(encoded["input_ids"]), 0, encoded["offset_mapping"]
-    index = 0
+    """(input_ids, labels) of the pieces as one text that ends with the last target; labels are IGNORE elsewhere."""
+    last = max((number for number, (_, target) in enumerate(pieces) if target), default=-1)
+    if last < 0:
+        raise RowError("without an answer")
+    pieces = pieces[: last + 1]
+    encoded = tokenizer("".join(p for p, _ in pieces), add_special_tokens=False, return_offsets_mapping=True)
+    ids, offsets, labels, end = encoded["input_ids"], encoded["offset_mapping"], [], 0
     for piece, target in pieces:
-        end = start + len(piece)
-        while index < len(offsets) and offsets[index][0] < end:
-            if offsets[index][1] > end:  # generation could never start from this prompt
+        end += len(piece)
+        while len(labels) < len(ids) and offsets[len(labels)][0] < end:
+            if offsets[len(labels)][1] > end:  # after this prompt the model could never begin so
                 raise RowError("whose answer begins inside a token of the prompt")
-            if target:
-                labels[index] = encoded["input_ids"][index]
-            index += 1
-        start = end
-    return encoded["input_ids"], labels
+            labels.append(ids[len(labels)] if target else IGNORE)
+    return ids, labels
 
 
 # ---- Model: load, quantize, adapter, merge ---------------------------------------------------------------------------
@@ -898,7 +887,7 @@ def fit(config: TrainingConfig, model, tokenizer, train_rows: Sequence[dict], ev
         "output_dir": str(folder / "checkpoints"), "run_name": config.wandb_run_name or config.output_dir,
         "max_steps": config.max_steps or -1, "warmup_steps": config.warmup_ratio,  # below 1 it is a share
         "gradient_checkpointing": None, "activation_checkpointing": config.gradient_checkpointing,
-        "activation_checkpointing_kwargs": {"use_reentrant": False}, "report_to": config.trackers or "none",
+        "activation_checkpointing_kwargs": {"use_reentrant": False}, "report_to": config.report_to or "none",
         "eval_strategy": "steps" if eval_rows and config.eval_steps else "no", "eval_steps": config.eval_steps or None,
         "eval_on_start": bool(eval_rows), "save_strategy": "steps" if config.save_steps else "no",
         "save_steps": config.save_steps or 500, "logging_nan_inf_filter": False, "disable_tqdm": True,

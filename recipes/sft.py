@@ -13,6 +13,7 @@ Run it on a laptop, and as QLoRA on a GPU:
     python recipes/sft.py --model=Qwen/Qwen3-8B --data=my_chats.jsonl --use_4bit --output_dir=outputs/qwen
 """
 
+import hashlib
 import json
 import sys
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import (
     IGNORE, BaseStage, ConfigError, Count, Natural, RowError, Share, TrainingConfig, detect_format, encode_turns,
-    fingerprint, fit, generate, is_main_process, load_dataset_from_path, logger, logits_at, main, render_turns,
+    fit, generate, is_main_process, load_dataset_from_path, logger, logits_at, main, render_turns,
     split_dataset, usable_rows,
 )  # fmt: skip  # isort: skip
 
@@ -114,7 +115,8 @@ def load_rows(config: SFTConfig) -> tuple[list, list, dict]:
     rows = usable_rows(dataset, (lambda row: to_text(row) if form == "text" else to_messages(row, form, separate)), "data")
     if form == "text" and config.num_eval_samples:
         raise ConfigError("num_eval_samples answers prompts, and plain text has none; set it to 0")
-    found = {"path": config.dataset_name_or_path, "format": form, "rows": len(rows), "sha256": fingerprint(rows)}
+    digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+    found = {"path": config.dataset_name_or_path, "format": form, "rows": len(rows), "sha256": digest}
     return *split_dataset(rows, config.validation_split, config.seed), found
 
 

@@ -1,0 +1,74 @@
+"""A tiny random model, made on the spot: the tests need no network and no downloads."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks the network is broken
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Converted models and read data sets of the tests lie in a folder of their own."""
+    os.environ["HF_HOME"] = os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(own_cache):
+    """A byte-level BPE of 400 tokens whose turns end in <|im_end|>, while its eos is <|endoftext|>: the trap."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator((ROOT / "examples/sample_data.jsonl").read_text().splitlines(), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|endoftext|>", pad_token="<|endoftext|>", chat_template=CHATML
+    )
+
+
+def make_model(tokenizer, seed=0, **changes):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=512, eos_token_id=0, pad_token_id=0,
+                         bos_token_id=None, tie_word_embeddings=False, **sizes | changes)  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+@pytest.fixture
+def model(tokenizer):
+    return make_model(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def model_dir(tokenizer, tmp_path_factory):
+    """A folder with the tiny model and its tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny")
+    make_model(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A .jsonl of 24 question-answer rows of different lengths."""
+    rows = [{"question": f"Say {'x' * (n % 7)} {n}", "answer": f"{'y' * (1 + n % 5)} {n}."} for n in range(24)]
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)

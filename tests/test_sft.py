@@ -1,0 +1,328 @@
+"""recipes/sft.py: what is a target, that the loss is right however rows are batched, and that a model learns to stop."""
+
+import json
+
+import pytest
+import sft
+import torch
+from conftest import make_model
+
+import common
+from common import IGNORE, ConfigError, RowError, encode_turns, render_turns
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "One?"},
+    {"role": "assistant", "content": "Uno."},
+    {"role": "user", "content": "Two?"},
+    {"role": "assistant", "content": "Dos, my friend."},
+]
+
+
+def config(tmp_path, **options):
+    defaults = dict(model_name_or_path="tiny", dataset_name_or_path="data", output_dir=str(tmp_path / "out"), save_steps=0)
+    return sft.SFTConfig(**defaults | options)
+
+
+def rows_of(tokenizer, *texts):
+    """Encoded question-answer rows with answers of the given lengths."""
+    chats = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in texts]
+    return [row for chat in chats for row in sft.encode(chat, tokenizer, 256)]
+
+
+LENGTHS = [("a", "b"), ("why " * 9, "because " * 7), ("x y z", "yes"), ("q", "long answer " * 12)] * 2
+
+
+def targets(tokenizer, ids, labels):
+    """The supervised stretches, as text."""
+    text, stretches = [], []
+    for label in [*labels, IGNORE]:
+        if label == IGNORE and text:
+            stretches.append(tokenizer.decode(text))
+            text = []
+        elif label != IGNORE:
+            text.append(label)
+    return stretches
+
+
+# -- targets ----------------------------------------------------------------------------------------------------------
+
+
+def test_targets_are_the_answers_and_their_stop_tokens(tokenizer):
+    ids, labels = encode_turns(tokenizer, render_turns(tokenizer, CHAT))
+    assert targets(tokenizer, ids, labels) == ["Uno.<|im_end|>", "Dos, my friend.<|im_end|>"]
+    rendered = tokenizer.apply_chat_template(CHAT, tokenize=False)
+    assert tokenizer.decode(ids) == rendered.removesuffix("\n")  # nothing added, nothing lost
+    assert all(label in (IGNORE, token) for token, label in zip(ids, labels))
+
+
+def test_unicode_and_special_texts_are_exact_targets(tokenizer):
+    answer = "Grüße 👩‍🚀 <|im_start|> \n\n  ok\t"
+    ids, labels = encode_turns(tokenizer, render_turns(tokenizer, [CHAT[1], {"role": "assistant", "content": answer}]))
+    assert targets(tokenizer, ids, labels) == [answer + "<|im_end|>"]
+
+
+@pytest.mark.parametrize("template", [None, "Q: {instruction}\\nA: {response}", "### {instruction}\n### {input}\n"])
+def test_templates_end_every_answer_in_a_stop_token_and_the_prompt_is_its_prefix(tokenizer, tmp_path, template):
+    import copy
+
+    tok = copy.deepcopy(tokenizer)
+    common.prepare_tokenizer(tok, config(tmp_path, instruction_template=template))
+    ids, labels = encode_turns(tok, render_turns(tok, CHAT[1:]))
+    stop = "<|endoftext|>" if template else "<|im_end|>"
+    assert [text.strip() for text in targets(tok, ids, labels)] == ["Uno." + stop, "Dos, my friend." + stop]
+    prompt = tok.apply_chat_template(CHAT[1:2], tokenize=False, add_generation_prompt=True)
+    prompt_ids = tok(prompt, add_special_tokens=False).input_ids
+    assert ids[: len(prompt_ids)] == prompt_ids and labels[len(prompt_ids)] != IGNORE == labels[len(prompt_ids) - 1]
+
+
+def test_a_template_without_a_stop_token_gets_one(tokenizer):
+    import copy
+
+    tok = copy.deepcopy(tokenizer)
+    tok.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    tok.chat_template += "{% if add_generation_prompt %}assistant:{% endif %}"
+    ids, labels = encode_turns(tok, render_turns(tok, CHAT))
+    assert targets(tok, ids, labels) == [" Uno.\n<|endoftext|>", " Dos, my friend.\n<|endoftext|>"]
+
+
+def test_a_template_that_rewrites_earlier_turns_is_replaced_by_trls(tokenizer):
+    import copy
+    from pathlib import Path
+
+    import trl
+
+    tok = copy.deepcopy(tokenizer)
+    tok.chat_template = (Path(trl.__file__).parent / "chat_templates/qwen3.jinja").read_text()
+    ids, labels = encode_turns(tok, render_turns(tok, CHAT))
+    assert [text.split("</think>")[-1].strip() for text in targets(tok, ids, labels)] == [
+        "Uno.<|im_end|>", "Dos, my friend.<|im_end|>",
+    ]  # fmt: skip
+
+
+def test_an_answer_that_merges_with_its_prompt_is_refused(tokenizer):
+    with pytest.raises(RowError, match="inside a token"):
+        encode_turns(tokenizer, [("Remind m", False), ("e to", True)])
+
+
+def test_what_does_not_fit_is_cut_at_an_answers_end_or_left_out(tokenizer):
+    whole = sft.encode(CHAT, tokenizer, 256)[0]
+    (cut,) = sft.encode(CHAT, tokenizer, len(whole["input_ids"]) - 1)
+    assert targets(tokenizer, cut["input_ids"], cut["labels"].tolist()) == ["Uno.<|im_end|>"]
+    assert tokenizer.decode(cut["input_ids"]).endswith("Uno.<|im_end|>")
+    with pytest.raises(RowError, match="no answer that ends within 8"):
+        sft.encode(CHAT, tokenizer, 8)
+
+
+def test_long_text_is_split_and_nothing_is_lost(tokenizer):
+    text = "The quick brown fox. " * 20
+    pieces = sft.encode(text, tokenizer, 32)
+    assert all(len(piece["input_ids"]) <= 32 for piece in pieces) and all(p["labels"][0] == IGNORE for p in pieces)
+    assert tokenizer.decode(torch.cat([piece["input_ids"] for piece in pieces])) == text + "<|endoftext|>"
+
+
+# -- data formats -----------------------------------------------------------------------------------------------------
+
+ALPACA = {"instruction": "Add.", "input": "1 2", "output": "3"}
+SHAREGPT = {"conversations": [{"from": "human", "value": "Add. 1 2"}, {"from": "gpt", "value": "3"}]}
+ROWS = {
+    "messages": {"messages": [{"role": "user", "content": "Add. 1 2"}, {"role": "assistant", "content": "3"}]},
+    "sharegpt": SHAREGPT,
+    "alpaca": {"instruction": "Add. 1 2", "output": "3"},
+    "instruction-response": {"instruction": "Add. 1 2", "response": "3"},
+    "prompt-completion": {"prompt": "Add. 1 2", "completion": "3"},
+    "prompt-response": {"prompt": "Add. 1 2", "response": "3"},
+    "question-answer": {"question": "Add. 1 2", "answer": "3"},
+}
+
+
+@pytest.mark.parametrize("form", ROWS)
+def test_formats_are_detected_and_say_the_same(form):
+    assert common.detect_format(list(ROWS[form]), sft.FORMATS) == form
+    assert sft.to_messages(ROWS[form], form) == ROWS["messages"]["messages"]
+
+
+def test_alpaca_input_and_context(tmp_path):
+    assert sft.to_messages(ALPACA, "alpaca")[0]["content"] == "Add.\n\n1 2"
+    assert sft.to_messages(ALPACA, "alpaca", True)[0] == {"role": "user", "content": "Add.", "input": "1 2"}
+    assert sft.to_messages(ALPACA | {"input": ""}, "alpaca")[0]["content"] == "Add."
+    row = {"context": "Numbers.", "question": "1+2?", "answer": "3"}
+    assert common.detect_format(list(row), sft.FORMATS) == "context-question-answer"
+    assert sft.to_messages(row, "context-question-answer")[0]["content"] == "Numbers.\n\n1+2?"
+
+
+def test_unknown_and_ambiguous_columns_are_refused():
+    with pytest.raises(ConfigError, match="frage, antwort. Known: messages"):
+        common.detect_format(["frage", "antwort"], sft.FORMATS)
+    with pytest.raises(ConfigError, match="alpaca and question-answer"):
+        common.detect_format(["instruction", "output", "question", "answer"], sft.FORMATS)
+    assert common.detect_format(["instruction", "output", "question", "answer"], sft.FORMATS, "alpaca") == "alpaca"
+    assert common.detect_format(["instruction", "input", "output", "text"], sft.FORMATS) == "alpaca"
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet", "folder", "saved"])
+def test_files_and_folders(tmp_path, caplog, suffix):
+    import datasets
+
+    dataset = datasets.Dataset.from_list([ALPACA, ALPACA | {"input": "3 4", "output": ""}, ALPACA | {"input": "5 6"}])
+    path = tmp_path / f"rows.{suffix}"
+    if suffix == "saved":
+        dataset.save_to_disk(path)
+    elif suffix == "folder":
+        path.mkdir()
+        dataset.to_json(path / "train.jsonl")
+        dataset.to_json(path / "test.jsonl")
+    else:
+        getattr(dataset, "to_json" if suffix == "jsonl" else f"to_{suffix}")(path, **{"lines": False} if suffix == "json" else {})
+    train, held_out, found = sft.load_rows(config(tmp_path, dataset_name_or_path=str(path), validation_split=0.4))
+    assert found["format"] == "alpaca" and found["rows"] == 2  # the empty output is left out
+    assert sorted(row[0]["content"] for row in train + held_out) == ["Add.\n\n1 2", "Add.\n\n5 6"]
+
+
+def test_what_is_left_out_is_counted(tmp_path, caplog):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(ALPACA | {"output": answer}) + "\n" for answer in ("3", "", None, "4")))
+    with caplog.at_level("INFO"):
+        sft.load_rows(config(tmp_path, dataset_name_or_path=str(path)))
+    assert "alpaca, 4 rows: instruction, input, output" in caplog.text
+    assert "2 of 4 rows left out: 2 with an empty or missing text" in caplog.text
+
+
+def test_split_is_seeded_and_equal_rows_stay_on_one_side():
+    rows = [{"n": n % 40} for n in range(120)]
+    train, held_out = common.split_dataset(rows, 0.25, seed=1)
+    assert len(train) + len(held_out) == 120 and len(held_out) == 30
+    assert not {row["n"] for row in train} & {row["n"] for row in held_out}
+    assert common.split_dataset(rows, 0.25, seed=1) == (train, held_out) != common.split_dataset(rows, 0.25, seed=2)
+    assert common.split_dataset(rows, 0.0, seed=1)[1] == []
+
+
+# -- mathematics ------------------------------------------------------------------------------------------------------
+
+
+def gradient(model, value):
+    model.zero_grad()
+    value.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def test_loss_and_gradient_are_those_of_stock_sft_trainer(tokenizer, model, tmp_path):
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    rows = rows_of(tokenizer, *LENGTHS)
+    lists = [{name: row[name].tolist() for name in ("input_ids", "labels")} for row in rows]
+    stock = SFTTrainer(model, SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_length=None,
+                       per_device_train_batch_size=8), train_dataset=Dataset.from_list(lists),
+                       processing_class=tokenizer)  # fmt: skip
+    batch = stock.data_collator(lists)
+    expected = stock.compute_loss(model, dict(batch))
+    theirs = gradient(model, expected)
+    ours, _ = sft.loss(model, sft.collate(rows))
+    assert ours.item() == pytest.approx(expected.item(), abs=1e-6)
+    assert torch.norm(gradient(model, ours) - theirs) <= 1e-5 * torch.norm(theirs)
+
+
+def test_left_and_right_padding_agree(tokenizer, model):
+    rows = rows_of(tokenizer, *LENGTHS)
+    right, left = (sft.loss(model, sft.collate(rows, side))[0] for side in ("right", "left"))
+    assert right.item() == pytest.approx(left.item(), abs=1e-6)
+
+
+def test_a_packed_document_is_the_document_alone(tokenizer, model):
+    rows = rows_of(tokenizer, *LENGTHS)
+    packed = sft.pack(rows, 256)
+    assert len(packed) < len(rows) and sum(len(row["input_ids"]) for row in packed) == sum(len(r["input_ids"]) for r in rows)
+    batch = sft.collate(packed)
+    with torch.no_grad():
+        together = model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+        for number, row in enumerate(packed):
+            start = 0
+            for length in row["seq_lengths"].tolist():
+                alone = model(row["input_ids"][None, start : start + length].long()).logits[0]
+                assert torch.allclose(together[number, start : start + length], alone, atol=1e-4)
+                start += length
+    alone, packed_loss = sft.loss(model, sft.collate(rows))[0], sft.loss(model, batch)[0]
+    assert packed_loss.item() == pytest.approx(alone.item(), abs=1e-4)
+    assert batch["num_items"] == sft.collate(rows)["num_items"]
+
+
+def fitted(tmp_path, tokenizer, rows, held_out=(), model=None, **options):
+    model = model or make_model(tokenizer)
+    settings = config(tmp_path, lora_r=0, learning_rate=1e-3, **options)
+    metrics = common.fit(settings, model, tokenizer, rows, list(held_out), sft.collate, sft.loss)
+    lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    return model, metrics, lines
+
+
+def test_accumulation_is_exact_for_rows_of_any_length(tokenizer, tmp_path):
+    rows, losses = rows_of(tokenizer, *LENGTHS, *LENGTHS), []
+    for size, steps in ((8, 1), (4, 2), (1, 8)):
+        (tmp_path / "out").mkdir(exist_ok=True)
+        _, _, lines = fitted(tmp_path, tokenizer, rows, rows[:3], num_train_epochs=3, per_device_eval_batch_size=size,
+                             per_device_train_batch_size=size, gradient_accumulation_steps=steps)  # fmt: skip
+        losses.append([line.get("loss", line.get("eval_loss")) for line in lines])
+    assert len(losses[0]) == 8  # six steps, and an evaluation before and after them
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5) and losses[2] == pytest.approx(losses[0], abs=1e-5)
+
+
+def test_eight_rows_learnt_by_heart_are_said_and_stopped_after(tokenizer, tmp_path):
+    chats = [[{"role": "user", "content": f"Number {n}?"}, {"role": "assistant", "content": "so " * n + "."}] for n in range(8)]
+    rows = [row for chat in chats for row in sft.encode(chat, tokenizer, 256)]
+    (tmp_path / "out").mkdir()
+    model, _, _ = fitted(tmp_path, tokenizer, rows, num_train_epochs=150, lr_scheduler_type="constant", logging_steps=50)
+    common.set_stop_tokens(model, tokenizer)
+    answers = common.generate(model, tokenizer, [chat[:-1] for chat in chats], 40)
+    assert [stopped for _, stopped in answers] == [True] * 8
+    assert [text for text, _ in answers] == [chat[-1]["content"] for chat in chats]
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tokenizer, tmp_path):
+    model, rows = make_model(tokenizer), rows_of(tokenizer, *LENGTHS)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def broken(model, batch):
+        value, metrics = sft.loss(model, batch)
+        return value * float("nan"), metrics
+
+    (tmp_path / "out").mkdir()
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 1"):
+        common.fit(config(tmp_path, lora_r=0), model, tokenizer, rows, [], sft.collate, broken)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(tokenizer, tmp_path):
+    model, rows = make_model(tokenizer), rows_of(tokenizer, *LENGTHS)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.model.norm.weight.register_hook(lambda grad: grad * float("inf"))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(FloatingPointError, match="gradient's norm"):
+        common.fit(config(tmp_path, lora_r=0), model, tokenizer, rows, [], sft.collate, sft.loss)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_resuming_gives_bitwise_the_undisturbed_run(tokenizer, tmp_path):
+    rows = rows_of(tokenizer, *LENGTHS, *LENGTHS)
+    (tmp_path / "out").mkdir()
+    options = dict(num_train_epochs=4, per_device_train_batch_size=3, save_steps=5, lora_dropout=0.0)
+    whole, _, lines = fitted(tmp_path, tokenizer, rows, **options)  # six steps an epoch: step 15 is amid the third
+    checkpoints = sorted((tmp_path / "out/checkpoints").iterdir())
+    assert [folder.name for folder in checkpoints] == ["checkpoint-15", "checkpoint-20"]
+    assert not (checkpoints[0] / "training_args.bin").exists()
+    options |= dict(resume_from_checkpoint=str(checkpoints[0]))
+    resumed, _, again = fitted(tmp_path, tokenizer, rows, model=make_model(tokenizer, seed=1), **options)
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
+    drop = lambda lines: [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in lines]  # noqa: E731
+    assert drop(again) == drop(lines)
+
+
+def test_best_model_early_stopping_and_the_learning_rate(tokenizer, tmp_path):
+    rows = rows_of(tokenizer, *LENGTHS)
+    (tmp_path / "out").mkdir()
+    _, metrics, lines = fitted(tmp_path, tokenizer, rows[:4], rows[4:], num_train_epochs=60, eval_steps=2, save_steps=2,
+                               warmup_ratio=0.5, early_stopping_patience=2, load_best_model_at_end=True,
+                               metric_for_best_model="eval_token_accuracy", greater_is_better=True)  # fmt: skip
+    evaluations = [line["eval_token_accuracy"] for line in lines if "eval_loss" in line]
+    assert metrics["steps"] < 60 and metrics["eval_token_accuracy"] == max(evaluations)
+    rates = [line["learning_rate"] for line in lines if "loss" in line]
+    assert rates[:3] == pytest.approx([0, 1e-3 / 30, 2e-3 / 30])
