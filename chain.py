@@ -13,7 +13,6 @@ From Python: `Pipeline.from_yaml("pipeline.yaml", output_dir="outputs/a").run()`
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -26,7 +25,8 @@ import yaml
 
 from common import (
     BaseStage, ConfigError, Names, Precision, StageConfig, StageResult, before_and_after, coerce_fields, is_main_process,
-    logger, option_help, read_command_line, resolve_names, save_model, start_logging, unknown, write_json,
+    logger, option_help, read_command_line, resolve_names, save_model, start_logging, unknown,
+    write_json, written_aside,
 )  # fmt: skip
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
@@ -47,7 +47,7 @@ class PipelineConfig:
     log_level: Literal["debug", "info", "warning", "error"] = "info"  # of the lines on the screen
     output_dir: str = "outputs"  # OUT/01_sft/, OUT/02_.../, OUT/final/, OUT/pipeline.json, OUT/pipeline_training.log
     stages: Names = field(default_factory=list)  # in order; a stage may stand twice
-    stage_configs: dict[str, dict[str, Any]] = field(default_factory=dict)  # by name (sft) or by folder (02_sft)
+    stage_configs: dict[str, dict[str, Any] | None] = field(default_factory=dict)  # by name (sft) or by folder (02_sft)
     save_final_model: bool = True  # OUT/final has the last model
     cleanup_intermediate: bool = False  # delete the weights in the stages' folders once the whole chain succeeded
     dry_run: bool = False  # check every stage's config and data, print the plan, write nothing
@@ -113,10 +113,10 @@ class Pipeline:
         for key in [key for key in overrides if "." in key]:
             stage, option = key.split(".", 1)
             per_stage.setdefault(stage, {})[option] = overrides.pop(key)
-        resolved = resolve_names(PipelineConfig, values) | resolve_names(PipelineConfig, overrides)
-        return cls(PipelineConfig(**resolved), per_stage)
+        written, overrides = resolve_names(PipelineConfig, values), resolve_names(PipelineConfig, overrides)
+        return cls(PipelineConfig(**written | overrides), per_stage, PipelineConfig(**written).stages)
 
-    def __init__(self, config: PipelineConfig, overrides: dict[str, dict[str, Any]] | None = None):
+    def __init__(self, config: PipelineConfig, overrides: dict[str, dict] | None = None, declared: Sequence[str] = ()):
         self.config, self.overrides = config, overrides or {}
         self.results: list[StageResult] = []
         if config.push_to_hub:
@@ -124,13 +124,13 @@ class Pipeline:
         if not config.stages:
             raise ConfigError("stages is missing; name at least one, for example stages: [sft]")
         self.folders = [f"{i:02d}_{Path(name).stem}" for i, name in enumerate(config.stages, 1)]
-        configurable = {*self.folders, *(Path(name).stem for name in config.stages)}
-        for name in [*config.stage_configs, *self.overrides]:  # options of a stage that does not run are checked too
-            if name not in configurable:
-                self.stage(name, "unused", name)
+        known = {Path(name).stem for name in (*config.stages, *declared, *self.registry, *RECIPES.glob("*.py"))}
+        for name in (*config.stage_configs, *self.overrides):
+            if name not in self.folders and re.sub(r"^\d\d_", "", name) not in known:
+                raise ConfigError("stage_configs: " + unknown("stage", name, known))
         self.stages = [self.stage(name, folder) for name, folder in zip(config.stages, self.folders)]
 
-    def stage(self, name: str, folder: str, shown: str = "") -> BaseStage:
+    def stage(self, name: str, folder: str) -> BaseStage:
         """The stage of a name, with its config: command line over stage over pipeline over default."""
         stage_class, short = self.find_class(name), Path(name).stem
         config_class = stage_class.config_class
@@ -146,7 +146,7 @@ class Pipeline:
             config = config_class(**values)
             config.validate()
         except ConfigError as error:
-            raise ConfigError(f"stage {shown or folder}: {error}") from None
+            raise ConfigError(f"stage {folder}: {error}") from None
         stage = stage_class(config)
         stage.stage_name = config.stage_name or short
         return stage
@@ -219,7 +219,7 @@ class Pipeline:
                     logger.error("stage %s failed; the log is %s", folder, Path(stage.config.output_dir, "training.log"))
                     return self.results
                 result = current
-            if config.save_final_model and result and is_main_process():
+            if config.save_final_model and result and result.model is not None and is_main_process():
                 self.save_final(result, out / "final")
             if config.cleanup_intermediate:
                 self.clean_up(result)
@@ -229,19 +229,20 @@ class Pipeline:
 
     def save_final(self, result: StageResult, folder: Path) -> None:
         """OUT/final: the last stage's model, by hard links where the file system has them."""
-        folder.mkdir(parents=True, exist_ok=True)
         if result.model_path is None:
+            folder.mkdir(exist_ok=True)
             save_model(result.model, result.tokenizer, str(folder))
             return
-        for old in folder.glob("*"):
-            old.unlink()
-        not_model = {"stage.json", "stage_config.yaml", "metrics.jsonl", "samples.jsonl", "training.log"}
-        for file in Path(result.model_path).iterdir():
-            if file.is_file() and file.name not in not_model:
-                try:
-                    os.link(file, folder / file.name)
-                except OSError:
-                    shutil.copy2(file, folder / file.name)
+
+        def link(source: str, target: str) -> None:
+            try:
+                os.link(source, target)
+            except OSError:
+                shutil.copy2(source, target)
+
+        records = shutil.ignore_patterns("adapter", "checkpoints", "stage*", "*.jsonl", "*.log")
+        with written_aside(folder) as aside:
+            shutil.copytree(result.model_path, aside, ignore=records, copy_function=link, dirs_exist_ok=True)
 
     def clean_up(self, last: StageResult | None) -> None:
         """Delete weights and checkpoints of the stages; the last one's only when OUT/final has them. Records stay."""
@@ -262,12 +263,13 @@ class Pipeline:
             write_json(path, {"state": state, "results": results, "config": asdict(self.config), "plan": plan})
 
     def summary(self) -> str:
-        rows = []
-        for result, folder in zip(self.results, [f for f, s in zip(self.folders, self.stages) if s.config.enabled]):
-            figures = before_and_after(result.metrics) or {"": ""}
-            for i, (name, change) in enumerate(figures.items()):
-                minutes = f"{result.metrics.get('seconds', 0) / 60:.1f}"
-                rows.append((folder, minutes, name, change, result.model_path or "in memory") if not i else ("", "", name, change, ""))
+        """What the stages did, as a table."""
+        rows, enabled = [], [f for f, stage in zip(self.folders, self.stages) if stage.config.enabled]
+        for folder, result in zip(enabled, self.results):
+            minutes = f"{result.metrics.get('seconds', 0) / 60:.1f}"
+            for name, change in (before_and_after(result.metrics) or {"": ""}).items():
+                rows.append((folder, minutes, name, change, result.model_path or "in memory"))
+                folder = minutes = ""
         return table(("stage", "minutes", "figure", "before -> after", "folder"), rows)
 
 

@@ -1,0 +1,228 @@
+"""chain.py: YAML and command line, hand-over, failure, state."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from chain import Pipeline, load_yaml
+from common import BaseStage, ConfigError, StageConfig, TrainingConfig
+
+
+@dataclass
+class NoteConfig(StageConfig):
+    note: str = "none"  # what is written
+    break_down: bool = False  # whether to fail
+
+
+class NoteStage(BaseStage):
+    """Passes the model on and leaves a note; its config class is only annotated."""
+
+    stage_name = "note"
+
+    def __init__(self, config: NoteConfig):
+        super().__init__(config)
+
+    def prepare_model_and_tokenizer(self, model, tokenizer, previous_result=None):
+        return model, tokenizer
+
+    def save_model_and_tokenizer(self, model, tokenizer):
+        return None
+
+    def train(self, model, tokenizer):
+        if self.config.break_down:
+            raise RuntimeError("the note broke")
+        return {"length": len(self.config.note)}
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    Pipeline.register_stage("note", NoteStage)
+    yield
+    Pipeline.registry.clear()
+
+
+@pytest.fixture
+def pipeline(model_dir, data, tmp_path):
+    """A function that writes a pipeline's YAML and returns its path."""
+
+    def write(stages, configs=None, **top):
+        sft = {"dataset_name_or_path": data, "validation_split": 0.2, "max_steps": 2, "learning_rate": 1e-3}
+        configs = {**({"sft": sft} if "sft" in stages else {}), **(configs or {})}
+        values = {"model_name_or_path": model_dir, "output_dir": str(tmp_path / "out"), "stages": stages, "stage_configs": configs}
+        path = tmp_path / "pipeline.yaml"
+        path.write_text(yaml.safe_dump(values | top))
+        return str(path)
+
+    return write
+
+
+def test_stages_run_in_order_each_on_the_model_of_the_one_before(pipeline, tmp_path, capsys):
+    results = Pipeline.from_yaml(pipeline(["sft", "note", "sft"], {"note": {"note": "hello"}})).run()
+    assert [result.stage_name for result in results] == ["sft", "note", "sft"] and all(r.success for r in results)
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == {
+        "01_sft", "02_note", "03_sft", "final", "pipeline.json", "pipeline_training.log",
+    }  # fmt: skip
+    assert results[1].metrics["length"] == 5
+    state = json.loads((out / "pipeline.json").read_text())
+    assert state["state"] == {"finished": True} and len(state["results"]) == 3 and state["plan"]["03_sft"]["max_steps"] == 2
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    losses = [result.metrics["eval_loss"] for result in (results[0], results[2])]
+    assert results[2].metrics["eval_loss_before"] == pytest.approx(losses[0], abs=1e-5)  # it took the trained model
+    final = AutoModelForCausalLM.from_pretrained(out / "final").state_dict()
+    last = AutoModelForCausalLM.from_pretrained(out / "03_sft").state_dict()
+    assert all((final[name] == last[name]).all() for name in last) and AutoTokenizer.from_pretrained(out / "final").chat_template
+    assert not (out / "final/stage.json").exists()
+    screen = capsys.readouterr().out
+    assert "before -> after" in screen and "3/3 03_sft" in screen
+
+
+def test_numbered_options_and_overrides_win(pipeline, tmp_path):
+    path = pipeline(["sft", "sft"], {"02_sft": {"max_steps": 1, "seed": 5}}, log_level="warning")
+    stages = Pipeline.from_yaml(path, **{"sft.learning_rate": "1e-4", "02_sft.seed": 6}).stages
+    assert [s.config.max_steps for s in stages] == [2, 1] and [s.config.seed for s in stages] == [42, 6]
+    assert [s.config.learning_rate for s in stages] == [1e-4, 1e-4] and stages[0].config.log_level == "warning"
+
+
+def test_a_stage_that_is_not_enabled_is_skipped_and_said_so(pipeline, tmp_path, capsys):
+    results = Pipeline.from_yaml(pipeline(["note", "sft"], {"sft": {"enabled": False, "data": "none"}})).run()
+    assert len(results) == 1 and "02_sft skipped: enabled is false" in capsys.readouterr().out
+
+
+def test_a_failing_stage_stops_the_chain_and_deletes_nothing(pipeline, tmp_path, capsys):
+    path = pipeline(["sft", "note", "sft"], {"note": {"break_down": True}}, cleanup_intermediate=True)
+    results = Pipeline.from_yaml(path).run()
+    out = tmp_path / "out"
+    assert [result.success for result in results] == [True, False] and results[1].error_message == "RuntimeError: the note broke"
+    assert (out / "01_sft/model.safetensors").exists() and (out / "01_sft/stage.json").exists()
+    assert not (out / "final").exists() and not (out / "02_note/stage.json").exists()
+    assert json.loads((out / "pipeline.json").read_text())["state"] == {"failed": "02_note"}
+    for log in ("02_note/training.log", "pipeline_training.log"):
+        assert 'raise RuntimeError("the note broke")' in (out / log).read_text()
+    assert "stage 02_note failed; the log is" in capsys.readouterr().out
+
+
+def test_cleanup_deletes_weights_and_keeps_records(pipeline, tmp_path):
+    Pipeline.from_yaml(pipeline(["sft", "sft"], cleanup_intermediate=True)).run()
+    out = tmp_path / "out"
+    assert [str(path.relative_to(out)) for path in out.rglob("*.safetensors")] == ["final/model.safetensors"]
+    assert (out / "01_sft/stage.json").exists() and (out / "01_sft/metrics.jsonl").exists()
+
+
+def test_a_model_kept_in_memory_reaches_final(pipeline, tmp_path):
+    path = pipeline(["sft"])
+    (result,) = Pipeline.from_yaml(path, **{"sft.save_intermediate": False}).run()
+    assert result.model_path is None and (tmp_path / "out/final/model.safetensors").exists()
+    (result,) = Pipeline.from_yaml(path, save_final_model=False, output_dir=str(tmp_path / "b")).run()
+    assert not (tmp_path / "b/final").exists()
+
+
+def test_a_dry_run_opens_the_data_and_writes_nothing(pipeline, tmp_path, capsys):
+    path = pipeline(["sft", "sft"])
+    assert Pipeline.from_yaml(path, dry_run=True).run() == [] and not (tmp_path / "out").exists()
+    screen = capsys.readouterr().out
+    assert "question-answer, 24 rows" in screen and "the model of 01_sft" in screen
+    with pytest.raises(ConfigError, match="stage 02_sft: data ./gone.jsonl: no such file"):
+        Pipeline.from_yaml(path, **{"02_sft.data": "./gone.jsonl"}, dry_run=True).run()
+
+
+@pytest.mark.parametrize("top, words", [
+    ({"stage": ["sft"]}, "unknown option 'stage'; did you mean 'stages'"), ({"stages": ["sfd"]}, "did you mean 'sft'"),
+    ({"stages": []}, "stages is missing"), ({"push_to_hub": True}, "not built yet"), ({"stages": ["no/such.py"]}, "unknown stage"),
+    ({"stage_configs": {"stf": {}}}, "stage_configs: unknown stage 'stf'; did you mean 'sft'"),
+    ({"stage_configs": {"sft": {"learnig_rate": 1}}}, "stage 01_sft: unknown option 'learnig_rate'; did you mean 'learning_rate'"),
+    ({"stage_configs": {"sft": {"data": "d", "seed": -1}}}, "stage 01_sft: seed=-1"), ({"log_level": "loud"}, "log_level='loud'"),
+])  # fmt: skip
+def test_mistakes_in_the_yaml_are_refused(pipeline, top, words):
+    with pytest.raises(ConfigError, match=words):
+        Pipeline.from_yaml(pipeline(**{"stages": ["sft"]} | top))
+
+
+def test_yaml_is_read_without_surprises(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("a: 2e-4\nb: 1E5\nc: [1.5e-3, 2e4x]\n")
+    assert load_yaml(path) == {"a": 2e-4, "b": 1e5, "c": [1.5e-3, "2e4x"]}
+    for text, words in (("a: 1\nb:\n  c: 1\n  c: 2\n", "line 4: 'c' stands twice"), ("a: [", "is not YAML"), ("- a", "key: value"),
+                        ("a: !!python/object/apply:os.system ['true']", "is not YAML")):  # fmt: skip
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=words):
+            load_yaml(path)
+
+
+def test_a_copied_recipe_runs_by_its_path(pipeline, tmp_path):
+    source = (ROOT / "recipes/sft.py").read_text().replace("parents[1]", f"parents[1] / {str(ROOT)!r}")
+    (tmp_path / "my_sft.py").write_text(source.replace('"sft", SFTConfig', '"mine", SFTConfig'))
+    options = yaml.safe_load(open(pipeline(["sft"])))["stage_configs"]["sft"]
+    path = pipeline(["note", str(tmp_path / "my_sft.py")], {"my_sft": options})
+    assert Pipeline.from_yaml(path, stages="note").config.stages == ["note"]  # my_sft's options stay without use
+    results = Pipeline.from_yaml(path).run()
+    assert [result.success for result in results] == [True, True] and (tmp_path / "out/02_my_sft/model.safetensors").exists()
+
+
+def test_the_registered_class_needs_no_config_class_attribute():
+    stage = Pipeline.from_dict({"stages": ["note"], "stage_configs": {"note": {"note": 5}}}).stages[0]
+    assert isinstance(stage.config, NoteConfig) and stage.config.note == "5"
+
+
+def command(*arguments):
+    return subprocess.run([sys.executable, "chain.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_command_line(pipeline, tmp_path):
+    path, out = pipeline(["sft", "note", "sft"]), str(tmp_path / "elsewhere")
+    for stages in (["--stages", "sft", "sft"], ["--stages=sft,sft"]):
+        done = command(path, *stages, f"--output_dir={out}", "--sft.max_steps=1", "--dry_run")
+        assert done.returncode == 0 and "02_sft" in done.stdout and "03" not in done.stdout, done.stderr
+    assert not os.path.exists(out)
+    done = command("--config", path, "--stages", "sft", f"--output_dir={out}", "--sft.max_steps=1", "--log_level", "info")
+    assert done.returncode == 0 and "step 1/1" in done.stdout and "Warning" not in done.stdout + done.stderr
+    assert json.loads(open(f"{out}/pipeline.json").read())["plan"]["01_sft"]["max_steps"] == 1
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--sft.learnig_rate=1"], "did you mean 'learning_rate'"), (["--dryrun"], "did you mean 'dry_run'"),
+    (["--stages", "sft", "dpoo"], "unknown stage 'dpoo'"), (["other.yaml"], "give one YAML file"),
+])  # fmt: skip
+def test_mistakes_on_the_command_line_exit_with_status_2_within_three_seconds(pipeline, arguments, words):
+    path = pipeline(["sft"])
+    command("--help")  # the files are in the disk cache after this
+    started = time.time()
+    done = command(path, *arguments)
+    seconds = time.time() - started
+    assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1
+    assert seconds < 6, seconds  # three on a quiet machine
+
+
+def test_a_failed_chain_exits_with_status_1(pipeline, model_dir, tmp_path):
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("".join(json.dumps({"question": "q", "answer": f"a{n}"}) + "\n" for n in range(9)))
+    (tmp_path / "exploding.py").write_text(
+        "from recipes_under_test import *\n".replace("recipes_under_test", "sft")
+        + "class Exploding(SFTStage):\n    stage_name = 'boom'\n    def train(self, m, t):\n        raise RuntimeError('boom')\n"
+    )
+    options = {"exploding": {"data": str(broken)}}
+    path = pipeline([str(tmp_path / "exploding.py")], options)
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "recipes")}
+    done = subprocess.run([sys.executable, "chain.py", path], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1 and "01_exploding failed" in done.stdout and "boom" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "yaml").glob("*.yaml")), ids=lambda path: path.name)
+def test_the_shipped_pipelines_are_valid(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert Pipeline.from_yaml(path, dry_run=True).run() == []
+
+
+def test_every_option_of_the_pipeline_reaches_the_stages_that_have_it(pipeline):
+    path = pipeline(["sft"], torch_dtype="float32", use_auth_token=True, trust_remote_code=True)
+    config = Pipeline.from_yaml(path).stages[0].config
+    assert isinstance(config, TrainingConfig) and config.torch_dtype == "float32"
+    assert config.use_auth_token and config.trust_remote_code

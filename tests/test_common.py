@@ -1,0 +1,398 @@
+"""common.py: strict configuration, model loading and merging, the stage contract, saving, the command line."""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+import sft
+import torch
+from conftest import ROOT, make_model
+
+import common
+from common import BaseStage, ConfigError, StageConfig, StageResult, TrainingConfig
+
+# -- configuration ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, value, meant", [
+    ("learning_rate", "2e-4", 2e-4), ("max_steps", "12", 12), ("use_4bit", "True", True), ("lora_r", 8.0, 8),
+    ("report_to", "tensorboard", ["tensorboard"]), ("lora_target_modules", ("q_proj", "v_proj"), ["q_proj", "v_proj"]),
+    ("lora_target_modules", "q_proj, v_proj", ["q_proj", "v_proj"]), ("model_name_or_path", 12, "12"),
+    ("resume_from_checkpoint", "true", True), ("resume_from_checkpoint", "out/checkpoint-5", "out/checkpoint-5"),
+    ("num_train_epochs", 2, 2.0), ("revision", None, None),
+])  # fmt: skip
+def test_values_are_coerced_by_annotation(name, value, meant):
+    result = getattr(TrainingConfig(**{name: value}), name)
+    assert result == meant and type(result) is type(meant)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("learning_rate", "fast"), ("learning_rate", 0), ("learning_rate", float("nan")), ("learning_rate", None),
+    ("max_steps", -1), ("max_steps", 1.5), ("per_device_train_batch_size", 0), ("warmup_ratio", 1.0), ("lora_dropout", -0.1),
+    ("lr_scheduler_type", "cosin"), ("optim", "adam"), ("use_4bit", "maybe"), ("report_to", "tensorbored"),
+    ("model_name_or_path", ["a"]), ("torch_dtype", "int8"), ("seed", True + 0.5),
+])  # fmt: skip
+def test_wrong_values_are_refused_by_name(name, value):
+    with pytest.raises(ConfigError, match=f"^{name}"):
+        TrainingConfig(**{name: value})
+
+
+def test_a_token_is_refused_without_being_shown():
+    with pytest.raises(ConfigError) as error:
+        TrainingConfig(use_auth_token="hf_canary")
+    assert "use_auth_token" in str(error.value) and "canary" not in str(error.value)
+
+
+def test_unknown_names_get_the_nearest_valid_one():
+    with pytest.raises(ConfigError, match="unknown option 'learnig_rate'; did you mean 'learning_rate'"):
+        common.resolve_names(sft.SFTConfig, {"learnig_rate": 1})
+    with pytest.raises(ConfigError, match="model_name_or_path is given twice"):
+        common.resolve_names(sft.SFTConfig, {"model": "a", "model_name_or_path": "b"})
+    assert common.resolve_names(sft.SFTConfig, {"model": "a", "data": "b"}) == {
+        "model_name_or_path": "a", "dataset_name_or_path": "b",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("options, words", [
+    ({}, "model_name_or_path is missing"), ({"dataset_name_or_path": ""}, "dataset_name_or_path is missing"),
+    ({"use_4bit": True, "use_8bit": True}, "exclude each other"), ({"use_4bit": True, "lora_r": 0}, "lora_r=0"),
+    ({"torch_dtype": "float16", "lora_r": 0}, "underflows"), ({"load_best_model_at_end": True}, "set eval_steps"),
+    ({"eval_steps": 3, "save_steps": 4, "load_best_model_at_end": True}, "multiple of eval_steps=3"),
+    ({"auto_detect_format": False}, "goes with dataset_format"), ({"dataset_format": "alpacca"}, "one of: messages"),
+    ({"num_eval_samples": 4, "validation_split": 0}, "validation_split"), ({"report_to": "trackio"}, "pip install trackio"),
+])  # fmt: skip
+def test_options_that_contradict_each_other_are_refused(options, words):
+    given = {"model_name_or_path": "m", "dataset_name_or_path": "d"} if options else {}
+    with pytest.raises(ConfigError, match=words):
+        sft.SFTConfig(**given | options).validate()
+
+
+def test_a_config_of_ones_own_is_strict_too():
+    @dataclass
+    class Mine(StageConfig):
+        weight: Annotated[float, common.Gt(0)] = 1.0
+        mode: Literal["a", "b"] = "a"
+        names: common.Names = field(default_factory=list)
+
+    assert Mine(weight="3", names="x,y").names == ["x", "y"]
+    with pytest.raises(ConfigError, match="^mode='c'"):
+        Mine(mode="c")
+
+
+# -- command line -----------------------------------------------------------------------------------------------------
+
+
+def run(*arguments, **options):
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, **options)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--learning_rat=1"], "did you mean 'learning_rate'"), (["--model=12", "--data=x.jsonl", "--seed=x"], "seed='x'"),
+    (["train"], "unexpected word 'train'"), (["--model=./nowhere", "--data=./none.jsonl"], "./none.jsonl: no such file"),
+])  # fmt: skip
+def test_a_mistake_exits_with_status_2_and_one_sentence(tmp_path, arguments, words):
+    started = time.time()
+    done = run("recipes/sft.py", f"--output_dir={tmp_path}", *arguments)
+    assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1
+    assert "Traceback" not in done.stderr + done.stdout and time.time() - started < 20
+
+
+def test_help_has_every_option_with_its_comment():
+    done = run("recipes/sft.py", "--help")
+    assert done.returncode == 0 and "log pi_theta" in done.stdout
+    for name in (field.name for field in fields(sft.SFTConfig)):
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith(f"  --{name}=")]
+        assert len(line.split("  ")[-1]) > 5, f"{name} has no comment"
+
+
+def test_the_recipe_from_the_command_line_leaves_a_whole_folder(model_dir, data, tmp_path):
+    out = tmp_path / "out"
+    done = run("recipes/sft.py", f"--model={model_dir}", f"--data={data}", f"--output_dir={out}", "--max_steps=3",
+               "--validation_split=0.2", "--num_eval_samples=2", "--max_new_tokens=4", "--report_to=tensorboard",
+               "--learning_rate=1e-2", env={**__import__("os").environ, "HF_TOKEN": "hf_canary"})  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "question-answer, 24 rows: question, answer" in done.stdout and "tokens/s" in done.stdout
+    assert "Warning" not in done.stdout + done.stderr
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    assert model.config.use_cache and model.generation_config.eos_token_id == [0, 2] and tokenizer.chat_template
+    stage = json.loads((out / "stage.json").read_text())
+    assert stage["success"] and stage["parent"]["model"] == model_dir and stage["data"]["rows"] == 24
+    assert stage["metrics"]["eval_loss"] < stage["metrics"]["eval_loss_before"]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 3]
+    assert {"loss", "learning_rate", "grad_norm", "tokens_per_s", "token_accuracy"} <= set(lines[1])
+    assert len((out / "samples.jsonl").read_text().splitlines()) == 2
+    assert list(out.rglob("events.out.tfevents*")) and (out / "adapter/adapter_model.safetensors").exists()
+    written = b"".join(path.read_bytes() for path in out.rglob("*") if path.is_file())
+    assert b"hf_canary" not in written and not list(out.rglob("*.bin"))
+
+
+# -- model ------------------------------------------------------------------------------------------------------------
+
+
+def training_config(model_dir, **options):
+    return TrainingConfig(model_name_or_path=str(model_dir), **options)
+
+
+def shaken(model):
+    """The PEFT model with an adapter that does something."""
+    torch.manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            parameter.data = torch.randn_like(parameter) * 0.1
+    return model.eval()
+
+
+IDS = torch.arange(5, 45)[None]
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True}, {"lora_bias": "all"}])
+def test_the_merged_adapter_is_the_adapter(model_dir, options):
+    model, _ = common.load_model_and_tokenizer(training_config(model_dir))
+    model = shaken(common.add_adapter(model, training_config(model_dir, **options)))
+    with torch.no_grad():
+        before = model(IDS).logits
+        merged = common.merge_adapter(model)
+        assert torch.allclose(merged(IDS).logits, before, atol=1e-4)
+    assert type(merged).__name__ == "LlamaForCausalLM" and all(p.requires_grad for p in merged.parameters())
+
+
+@pytest.mark.parametrize("bits", ["use_4bit", "use_8bit"])
+def test_a_quantized_base_is_dequantized_then_merged(model_dir, tmp_path, bits):
+    config = training_config(model_dir, **{bits: True})
+    model, tokenizer = common.load_model_and_tokenizer(config)
+    assert "bnb" in str(type(model.model.layers[0].mlp.up_proj)).lower() or "bitsandbytes" in str(
+        type(model.model.layers[0].mlp.up_proj)
+    )
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+    quantized = model.model.layers[1].mlp.up_proj.weight
+    state = getattr(model.model.layers[1].mlp.up_proj, "state", None)
+    plain = dequantize_bnb_weight(quantized, state).float()
+    model = shaken(common.add_adapter(model, config))
+    lora = model.base_model.model.model.layers[1].mlp.up_proj
+    expected = plain + lora.scaling["default"] * lora.lora_B["default"].weight @ lora.lora_A["default"].weight
+    merged = common.merge_adapter(model)
+    assert torch.allclose(merged.model.layers[1].mlp.up_proj.weight, expected, atol=1e-4)
+    folder = common.save_model(merged, tokenizer, str(tmp_path))
+    again, _ = common.load_model_and_tokenizer(training_config(folder))
+    assert torch.equal(again(IDS).logits, merged(IDS).logits) and not hasattr(again.config, "quantization_config")
+
+
+@pytest.mark.parametrize("bits", [{}, {"use_4bit": True}])
+def test_an_adapter_folder_is_loaded_with_its_base_and_trains(model_dir, tmp_path, bits):
+    config = training_config(model_dir, output_dir=str(tmp_path))
+    model, _ = common.load_model_and_tokenizer(config)
+    model = shaken(common.add_adapter(model, config))
+    with torch.no_grad():
+        expected = model(IDS).logits
+    folder = common.save_adapter(model, config)
+    loaded, _ = common.load_model_and_tokenizer(training_config(folder, **bits))
+    with torch.no_grad():
+        assert torch.allclose(loaded(IDS).logits, expected, atol=2.0 if bits else 1e-4)
+    trainable = common.add_adapter(loaded, training_config(folder, **bits))
+    assert sum(p.numel() for p in trainable.parameters() if p.requires_grad) > 0
+
+
+def test_a_gguf_file_is_converted_once_for_its_content(tokenizer, tmp_path, monkeypatch):
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path / "tiny.gguf"
+    write_gguf(gguf, path, tokenizer)
+    folder = common.find_model(str(path), TrainingConfig())
+    assert (folder / "model.safetensors").exists() and (folder / "tokenizer.json").exists()
+    monkeypatch.setattr(common, "convert_gguf", None)  # would fail if called again
+    (tmp_path / "copy.gguf").write_bytes(path.read_bytes())
+    assert common.find_model(str(tmp_path / "copy.gguf"), TrainingConfig()) == folder
+    (tmp_path / "somepackage").mkdir()
+    (tmp_path / "somepackage/__init__.py").write_text("raise ImportError('must not be imported')")
+    (tmp_path / "somepackage/tiny.gguf").write_bytes(path.read_bytes())
+    monkeypatch.syspath_prepend(tmp_path)
+    assert common.find_model("somepackage/tiny.gguf", TrainingConfig()) == folder
+    loaded, _ = common.load_model_and_tokenizer(training_config(path), needs_chat_template=False)
+    expected = make_model(tokenizer, tie_word_embeddings=True)
+    assert torch.allclose(loaded(IDS).logits, expected(IDS).logits, atol=1e-4)
+    trainable = common.add_adapter(loaded, training_config(path, lora_r=0))
+    assert all(p.requires_grad for p in trainable.parameters())
+
+
+def write_gguf(gguf, path, tokenizer):
+    """The tiny model as llama.cpp would write it."""
+    import numpy
+
+    model, size = make_model(tokenizer, tie_word_embeddings=True), 64
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(512), writer.add_embedding_length(size), writer.add_block_count(2)
+    writer.add_feed_forward_length(128), writer.add_head_count(4), writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-6), writer.add_rope_dimension_count(16), writer.add_vocab_size(len(tokenizer))
+    vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    writer.add_tokenizer_model("gpt2"), writer.add_tokenizer_pre("smollm"), writer.add_token_list(tokens)
+    writer.add_token_types([3 if token.startswith("<|") else 1 for token in tokens])
+    writer.add_token_merges([" ".join(merge) for merge in vocabulary["merges"]])
+    writer.add_eos_token_id(0), writer.add_bos_token_id(1)
+    names = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+             "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+             "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}  # fmt: skip
+    for name, value in model.state_dict().items():
+        value = value.numpy().astype(numpy.float32)
+        if name == "lm_head.weight":
+            continue
+        if "layers." in name:
+            _, _, layer, rest = name.split(".", 3)
+            rest = rest.removesuffix(".weight")
+            if rest in ("self_attn.q_proj", "self_attn.k_proj"):  # llama.cpp interleaves the halves of a head
+                heads = 4 if "q_proj" in rest else 2
+                value = value.reshape(heads, 2, -1, size).swapaxes(1, 2).reshape(value.shape)
+            writer.add_tensor(f"blk.{layer}.{names[rest]}.weight", value)
+        else:
+            writer.add_tensor({"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}[name], value)
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+
+
+@pytest.mark.parametrize("name, words", [
+    ("./nowhere", "no such file or folder"), ("some/model", "hub cannot be reached"), ("tiny.gguf", "no such file"),
+    ("{file}", "is a file; give its folder"), ("{empty}", "cannot be loaded"),
+])  # fmt: skip
+def test_a_model_that_is_not_there_is_refused_at_once(tmp_path, name, words):
+    (tmp_path / "empty").mkdir()
+    name = name.format(file=__file__, empty=tmp_path / "empty")
+    started = time.time()
+    with pytest.raises(ConfigError, match=words):
+        common.load_model_and_tokenizer(training_config(name))
+    assert time.time() - started < 5
+
+
+def test_a_revision_goes_with_a_hub_name_only(model_dir):
+    with pytest.raises(ConfigError, match="revision goes with a hub name"):
+        common.find_model(model_dir, training_config(model_dir, revision="main"))
+
+
+def test_a_base_model_without_a_template_gets_a_choice_before_weights_are_read(model_dir, tmp_path):
+    import shutil
+
+    shutil.copytree(model_dir, tmp_path / "base")
+    (tmp_path / "base/chat_template.jinja").unlink()
+    (tmp_path / "base/model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="has no chat template; .*instruction_template='### Instruction"):
+        common.load_model_and_tokenizer(training_config(tmp_path / "base"))
+
+
+def test_unknown_target_modules_are_refused_with_those_there(model_dir):
+    model, _ = common.load_model_and_tokenizer(training_config(model_dir))
+    with pytest.raises(ConfigError, match="no layer named query; the model has down_proj"):
+        common.add_adapter(model, training_config(model_dir, lora_target_modules="query"))
+
+
+def test_weights_that_are_not_safetensors_are_refused(model_dir, tmp_path):
+    import shutil
+
+    shutil.copytree(model_dir, tmp_path / "pickled")
+    (tmp_path / "pickled/model.safetensors").unlink()
+    torch.save(make_model(common.load_model_and_tokenizer(training_config(model_dir))[1]).state_dict(),
+               tmp_path / "pickled/pytorch_model.bin")  # fmt: skip
+    with pytest.raises(ConfigError, match="safetensors"):
+        common.load_model_and_tokenizer(training_config(tmp_path / "pickled"))
+
+
+# -- stage contract ---------------------------------------------------------------------------------------------------
+
+
+class Stage(BaseStage):
+    stage_name, config_class = "probe", TrainingConfig
+
+    def train(self, model, tokenizer):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter += 0.01
+        return {"figure": 1.0}
+
+
+def stage_config(model_dir, folder, **options):
+    return training_config(model_dir, output_dir=str(folder), **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_r": 0}, {"use_4bit": True}])
+def test_stages_hand_the_model_on_trainable(model_dir, tmp_path, options):
+    first = Stage(stage_config(model_dir, tmp_path / "1", **options)).execute()
+    assert first.success and Path(first.model_path, "stage.json").exists() and first.metrics["figure"] == 1.0
+    weights = first.model.state_dict()
+    second = Stage(stage_config(model_dir, tmp_path / "2", **options)).execute(first.model, first.tokenizer, first)
+    third = Stage(stage_config("unused", tmp_path / "3", **options)).execute(previous_result=second)
+    assert second.success and third.success
+    stage = json.loads((tmp_path / "3/stage.json").read_text())
+    assert stage["parent"]["model"] == second.model_path
+    from transformers import AutoModelForCausalLM
+
+    saved = AutoModelForCausalLM.from_pretrained(second.model_path).state_dict()
+    assert any(not torch.equal(saved[name], AutoModelForCausalLM.from_pretrained(first.model_path).state_dict()[name]) for name in weights)
+
+
+def test_without_save_intermediate_the_model_is_handed_on_in_memory(model_dir, tmp_path):
+    first = Stage(stage_config(model_dir, tmp_path / "1", save_intermediate=False)).execute()
+    assert first.model_path is None and not list((tmp_path / "1").rglob("*.safetensors")) and first.model is not None
+    second = Stage(stage_config(model_dir, tmp_path / "2")).execute(first.model, first.tokenizer, first)
+    assert second.success
+    with pytest.raises(ConfigError, match="save_intermediate: true in the stage before"):
+        Stage(stage_config(model_dir, tmp_path / "3", use_4bit=True)).execute(first.model, first.tokenizer, first)
+
+
+def test_a_failed_stage_leaves_its_traceback_and_no_result(model_dir, tmp_path, capsys):
+    class Failing(Stage):
+        def train(self, model, tokenizer):
+            raise RuntimeError("out of luck")
+
+    (tmp_path / "stage.json").write_text('{"success": true}')  # of an older run
+    result = Failing(stage_config(model_dir, tmp_path)).execute()
+    assert not result.success and result.error_message == "RuntimeError: out of luck" and result.model is None
+    assert not (tmp_path / "stage.json").exists() and not (tmp_path / "model.safetensors").exists()
+    log = (tmp_path / "training.log").read_text()
+    assert "Traceback (most recent call last)" in log and "raise RuntimeError" in log
+    screen = capsys.readouterr().out
+    assert "probe failed: RuntimeError: out of luck" in screen and "Traceback (most" not in screen
+
+
+def test_a_save_that_fails_leaves_no_stage_json_and_the_old_model(model_dir, tmp_path, monkeypatch):
+    first = Stage(stage_config(model_dir, tmp_path)).execute()
+    old = (tmp_path / "model.safetensors").read_bytes()
+    monkeypatch.setattr(type(first.tokenizer), "save_pretrained", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    again = Stage(stage_config(model_dir, tmp_path)).execute()
+    assert not again.success and "disk full" in again.error_message
+    assert (tmp_path / "model.safetensors").read_bytes() == old and not (tmp_path / "stage.json").exists()
+
+
+def test_a_frozen_model_is_an_error_not_a_success(tokenizer, model, tmp_path):
+    with pytest.raises(RuntimeError, match="everything is frozen"):
+        common.fit(stage_config("m", tmp_path), model.requires_grad_(False), tokenizer, [{"input_ids": [1]}], [], None, None)
+
+
+def test_a_custom_stage_that_overrides_execute(tmp_path):
+    class Custom(BaseStage):
+        stage_name = "custom"
+
+        def execute(self, model=None, tokenizer=None, previous_result=None):
+            self.setup_logging()
+            self.logger.info("nothing to train")
+            self.cleanup_logging()
+            return StageResult(self.stage_name, True, model=model, tokenizer=tokenizer)
+
+    result = Custom(StageConfig(output_dir=str(tmp_path))).execute("model", "tokenizer")
+    assert result.model == "model" and "nothing to train" in (tmp_path / "training.log").read_text()
+    assert "model=" not in repr(result)
+
+
+def test_dtypes(monkeypatch):
+    assert common.compute_dtype("auto") == torch.float32 and common.compute_dtype("bfloat16") == torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for has_bf16, dtype in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has_bf16: has)
+        assert common.weight_dtype(TrainingConfig()) == dtype == common.compute_dtype("auto")
+        assert common.weight_dtype(TrainingConfig(lora_r=0)) == torch.float32
+    assert common.weight_dtype(TrainingConfig(lora_r=0, torch_dtype="bfloat16")) == torch.bfloat16
