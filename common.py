@@ -159,7 +159,7 @@ class TrainingConfig(StageConfig):
     per_device_train_batch_size: Count = 8  # rows a device in a micro-batch
     per_device_eval_batch_size: Count = 8  # the same in evaluation
     gradient_accumulation_steps: Count = 1  # micro-batches an optimizer step
-    learning_rate: Positive = 2e-4  # its peak; full training (lora_r=0) wants about a tenth of the default
+    learning_rate: Positive | None = None  # its peak; none: 5e-4 for an adapter, 5e-5 for all weights
     weight_decay: NonNegative = 0.0  # of AdamW
     warmup_ratio: Share = 0.03  # share of the steps over which the learning rate rises
     lr_scheduler_type: Scheduler = "cosine"  # its course after that
@@ -176,6 +176,11 @@ class TrainingConfig(StageConfig):
     greater_is_better: bool = False  # whether more of it is better
     early_stopping_patience: Natural = 0  # stop after so many evaluations without improvement; 0: never
     resume_from_checkpoint: Switch = False  # true: the newest checkpoint in output_dir; or the folder of one
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.learning_rate is None:
+            self.learning_rate = 5e-4 if self.lora_r else 5e-5
 
     def validate(self) -> None:
         super().validate()
@@ -663,7 +668,13 @@ def load_model_and_tokenizer(config: TrainingConfig, needs_chat_template: bool =
             bnb_4bit_compute_dtype=compute_dtype(precision),
             bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,
         )  # fmt: skip
-        return load(base, quantization_config=settings, device_map={"": default_device()}), tokenizer
+        model = load(base, quantization_config=settings, device_map={"": default_device()})
+        for module in model.modules():
+            # On some CPUs an evaluation would repack 4-bit weights for good: after it no gradient passes them, and
+            # dequantizing them gives noise.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+        return model, tokenizer
     except ConfigError:
         raise
     except (OSError, ValueError) as error:

@@ -32,7 +32,7 @@ def test_values_are_coerced_by_annotation(name, value, meant):
 
 
 @pytest.mark.parametrize("name, value", [
-    ("learning_rate", "fast"), ("learning_rate", 0), ("learning_rate", float("nan")), ("learning_rate", None),
+    ("learning_rate", "fast"), ("learning_rate", 0), ("learning_rate", float("nan")), ("weight_decay", None),
     ("max_steps", -1), ("max_steps", 1.5), ("per_device_train_batch_size", 0), ("warmup_ratio", 1.0), ("lora_dropout", -0.1),
     ("lr_scheduler_type", "cosin"), ("optim", "adam"), ("use_4bit", "maybe"), ("report_to", "tensorbored"),
     ("model_name_or_path", ["a"]), ("torch_dtype", "int8"), ("seed", True + 0.5),
@@ -187,6 +187,35 @@ def test_a_quantized_base_is_dequantized_then_merged(model_dir, tmp_path, bits):
 
 
 @pytest.mark.parametrize("bits", [{}, {"use_4bit": True}])
+def test_a_4_bit_model_trains_and_merges_rightly_after_an_evaluation(model_dir):
+    """bitsandbytes repacks the weights in evaluation on some CPUs; gradients and dequantized weights were wrong then."""
+    config = training_config(model_dir, use_4bit=True)
+    model, tokenizer = common.load_model_and_tokenizer(config)
+    model = shaken(common.add_adapter(model, config))
+    (row,) = sft.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b c d"}], tokenizer, 64)
+    with torch.no_grad():
+        model(IDS)  # in eval mode: this is where the weights were repacked
+    gradients = []
+    for candidate in (model, None):
+        if candidate is None:  # the same adapter on the dequantized base
+            from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+            state, lora = get_peft_model_state_dict(model), model.peft_config["default"]
+            candidate = get_peft_model(model.unload().dequantize(), lora)
+            set_peft_model_state_dict(candidate, state)
+        loss, _ = sft.loss(candidate.train(), sft.collate([row]))
+        loss.backward()
+        gradients.append({n: p.grad for n, p in candidate.named_parameters() if p.grad is not None})
+    assert len(gradients[0]) == len(gradients[1]) > 10
+    for name, gradient in gradients[1].items():
+        assert torch.allclose(gradients[0][name], gradient, rtol=1e-3, atol=1e-6), name
+
+
+def test_the_default_learning_rate_goes_with_what_trains():
+    assert [TrainingConfig(lora_r=r).learning_rate for r in (16, 0)] == [5e-4, 5e-5]
+    assert TrainingConfig(learning_rate="1e-3", lora_r=0).learning_rate == 1e-3
+
+
 def test_an_adapter_folder_is_loaded_with_its_base_and_trains(model_dir, tmp_path, bits):
     config = training_config(model_dir, output_dir=str(tmp_path))
     model, _ = common.load_model_and_tokenizer(config)
