@@ -18,6 +18,7 @@ import os
 import platform
 import re
 import shutil
+import statistics
 import sys
 import time
 import urllib.error
@@ -289,10 +290,11 @@ class BaseStage:
             transformers.set_seed(self.config.seed)
             model, tokenizer = self.prepare_model_and_tokenizer(model, tokenizer, previous_result)
             metrics = self.train(model, tokenizer)
-            if hasattr(model, "peft_config"):
-                if self.config.save_intermediate:
-                    self.artifacts["adapter"] = save_adapter(model, self.config)
-                model = merge_adapter(model)
+            if hasattr(model, "peft_config") and self.config.save_intermediate and is_main_process():
+                self.artifacts["adapter"] = str(folder / "adapter")
+                with written_aside(folder / "adapter") as aside:
+                    model.save_pretrained(aside)
+            model = merge_adapter(model)
             path = self.save_model_and_tokenizer(model, tokenizer) if self.config.save_intermediate else None
             metrics = {**metrics, "seconds": round(time.time() - started, 1)}
             result = StageResult(self.stage_name, True, path, path, metrics, self.artifacts, None, model, tokenizer)
@@ -369,8 +371,8 @@ def load_dataset_from_path(path: str, config_name: str | None = None, split: str
         elif (local / "state.json").exists():
             dataset = datasets.load_from_disk(str(local))
         else:
-            if not local.is_dir():
-                require_hub_name("data", path)
+            if not local.is_dir() and not hub_answers("data", path):
+                raise ConfigError(f"data {path}: no such file or folder here, and the hub cannot be reached")
             dataset = datasets.load_dataset(str(local) if local.is_dir() else path, config_name, split=split)
     except ConfigError:
         raise
@@ -382,20 +384,18 @@ def load_dataset_from_path(path: str, config_name: str | None = None, split: str
     return dataset
 
 
-def require_hub_name(kind: str, name: str) -> None:
-    """Raise ConfigError unless `name` can be looked up on the hub: now, since its client retries for half a minute."""
+def hub_answers(kind: str, name: str) -> bool:
+    """Whether the hub can be asked for `name`. Looked up first, since its client retries for half a minute. Raises
+    ConfigError for what can only be a path."""
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in (*READERS, ".gguf", ".txt"):
         raise ConfigError(f"{kind} {name}: no such file or folder")
-    offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() not in ("0", "FALSE", "NO", "")
     try:
-        if not offline:
-            urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=5).close()
+        urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=5).close()
     except urllib.error.HTTPError:
-        pass  # it answered
+        return True
     except OSError:
-        offline = True
-    if offline:
-        raise ConfigError(f"{kind} {name}: no such file or folder here, and the model hub cannot be reached")
+        return False
+    return os.environ.get("HF_HUB_OFFLINE", "0") in ("0", "")
 
 
 def detect_format(columns: Sequence[str], formats: Mapping[str, Sequence[str]], wanted: str = "auto") -> str:
@@ -603,17 +603,15 @@ def find_model(name: str, config: TrainingConfig) -> Path:
         wrong = "is a file; give its folder" if path.is_file() else "is a folder, and revision goes with a hub name"
         raise ConfigError(f"model {name} {wrong}")
     files = ["*.json", "model*.safetensors", "adapter_model.safetensors", "*.jinja", "*.model", "*.txt"]
+    files += ["*.py"] if config.trust_remote_code else []
     ask = {"revision": config.revision, "token": config.use_auth_token or None, "allow_patterns": files}
-    ask["allow_patterns"] += ["*.py"] if config.trust_remote_code else []
     try:
-        require_hub_name("model", name)
-        return Path(snapshot_download(name, **ask))
+        return Path(snapshot_download(name, local_files_only=not hub_answers("model", name), **ask))
     except ConfigError:
-        with contextlib.suppress(Exception):  # what was downloaded before also serves offline
-            return Path(snapshot_download(name, local_files_only=True, **ask))
         raise
-    except Exception as error:
-        raise ConfigError(f"model {name} cannot be downloaded: {' '.join(str(error).split())[:300]}") from error
+    except Exception as error:  # the hub's client and its transport raise many kinds
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"model {name}: not a folder here, and not to be had from the hub: {reason}") from error
 
 
 def convert_gguf(file: Path, folder: Path) -> None:
@@ -688,16 +686,15 @@ def add_adapter(model, config: TrainingConfig):
         return model.requires_grad_(True)
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
+    targets, everywhere = config.lora_target_modules, config.lora_target_modules == ["all-linear"]
+    linear = {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    if not everywhere and not set(targets) <= linear:
+        raise ConfigError(f"lora_target_modules={','.join(targets)}: the model's are {', '.join(sorted(linear))}")
     if config.quantized:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    targets = config.lora_target_modules
-    linear = {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    if targets != ["all-linear"] and (missing := set(targets) - linear):
-        known = ", ".join(sorted(linear))
-        raise ConfigError(f"lora_target_modules: no layer named {', '.join(sorted(missing))}; the model has {known}")
     return get_peft_model(model, LoraConfig(
         task_type="CAUSAL_LM", r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
-        target_modules="all-linear" if targets == ["all-linear"] else targets, bias=config.lora_bias,
+        target_modules="all-linear" if everywhere else targets, bias=config.lora_bias,
         use_dora=config.use_dora, use_rslora=config.use_rslora,
     ))  # fmt: skip
 
@@ -795,9 +792,9 @@ def fit(config: TrainingConfig, model, tokenizer, train_rows: Sequence[dict], ev
     before it.
 
     A row has "input_ids". `collate(rows)` returns a batch of tensors, among them "num_tokens", for the speed, and
-    "num_items": over how many items (tokens, pairs, ...) `loss(model, batch) -> (loss, metrics)` takes its means. The
-    loss of an accumulated and distributed step is then the mean over all its items, however they fall into
-    micro-batches. A loss or gradient that is not finite stops the run before it reaches the weights.
+    "num_items": over how many items (tokens, pairs, ...) `loss(model, batch) -> (loss, metrics)` takes its means. So
+    the loss of a step is the mean over all its items, however they fall into micro-batches and processes. A loss or a
+    gradient that is not finite stops the run before it reaches the weights.
     """
     from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
     from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
@@ -805,9 +802,10 @@ def fit(config: TrainingConfig, model, tokenizer, train_rows: Sequence[dict], ev
     folder, device, dtype = Path(config.output_dir), default_device(), compute_dtype(config.torch_dtype)
     sums: Counter[str] = Counter()  # since the last logged step: metrics times items, items, tokens, seconds
 
-    def stop(what: str, value, state) -> None:
-        raise FloatingPointError(f"the {what} is {float(value)} at step {state.global_step + 1}. The weights are those of "
-                                 "the step before; lower learning_rate, or look for a broken row")  # fmt: skip
+    def require_finite(what: str, value, state) -> None:
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the {what} is {float(value)} at step {state.global_step + 1}. The weights are as "
+                                     "before that step; lower learning_rate, or look for a broken row")  # fmt: skip
 
     class FitTrainer(Trainer):
         loss_is_scaled_for_ga = True
@@ -819,8 +817,7 @@ def fit(config: TrainingConfig, model, tokenizer, train_rows: Sequence[dict], ev
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             value, metrics = loss(model, inputs)
-            if not torch.isfinite(value):
-                stop("loss", value, self.state)
+            require_finite("loss", value.detach(), self.state)
             items = int(inputs["num_items"])
             sums.update({name: float(metric) * items for name, metric in metrics.items()})
             sums.update(items=items, tokens=int(inputs["num_tokens"]))
@@ -829,8 +826,8 @@ def fit(config: TrainingConfig, model, tokenizer, train_rows: Sequence[dict], ev
 
         def _get_grad_norm(self, model, grad_norm=None):
             norm = super()._get_grad_norm(model, grad_norm)
-            if norm is not None and not math.isfinite(norm) and self.accelerator.scaler is None:
-                stop("gradient's norm", norm, self.state)
+            if norm is not None and self.accelerator.scaler is None:  # float16's scaler skips such steps itself
+                require_finite("gradient's norm", norm, self.state)
             return norm
 
         def _get_train_sampler(self, train_dataset=None):
@@ -906,13 +903,13 @@ def fit(config: TrainingConfig, model, tokenizer, train_rows: Sequence[dict], ev
         "dataloader_pin_memory": device.type == "cuda", "remove_unused_columns": False,
     })  # fmt: skip
     args._n_gpu = min(args.n_gpu, 1)  # several GPUs are for `accelerate launch`, never for DataParallel
-    counts = [sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True)]
+    counts = [model.num_parameters(only_trainable=only) for only in (True, False)]
     if not counts[0]:
         raise RuntimeError("no parameter of the model trains: everything is frozen")
     checkpoint = config.resume_from_checkpoint
     if checkpoint is True:
         checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-        logger.info("resuming from %s", checkpoint) if checkpoint else logger.info("no checkpoint yet: from the start")
+        logger.info("resuming from %s", checkpoint or "the start: there is no checkpoint yet")
     trainer = FitTrainer(model, args, collate, list(train_rows), list(eval_rows) or None, tokenizer, callbacks=[Progress()])
     trainer.remove_callback(PrinterCallback)
     if config.early_stopping_patience:
@@ -920,14 +917,16 @@ def fit(config: TrainingConfig, model, tokenizer, train_rows: Sequence[dict], ev
     logger.info("training %s of %s parameters on %s rows, on %s in %s", *(f"{n:,}" for n in (*counts, len(train_rows))),
                 device.type, str(dtype).removeprefix("torch."))  # fmt: skip
     trained = trainer.train(resume_from_checkpoint=checkpoint or None)
+    model.config.use_cache = True  # the Trainer's False would be saved with the model
+    with contextlib.suppress(OSError):
+        Path(args.output_dir).rmdir()  # stays unless no checkpoint was saved
     history = trainer.state.log_history
     before = next((logs for logs in history if "eval_loss" in logs), {})
     after = trainer.evaluate() if eval_rows else {}
-    trainer.accelerator.unwrap_model(trainer.model).config.use_cache = True  # the Trainer's False would be saved
     figures = {k: v for k, v in after.items() if k in before and k.startswith("eval_")}
-    speeds = sorted(logs["tokens_per_s"] for logs in history if "tokens_per_s" in logs)
+    speeds = [logs["tokens_per_s"] for logs in history if "tokens_per_s" in logs]
     return {**figures, **{f"{name}_before": before[name] for name in figures}, "train_loss": trained.training_loss,
-            "steps": trainer.state.global_step, "tokens_per_s": speeds[len(speeds) // 2] if speeds else 0.0}  # fmt: skip
+            "steps": trainer.state.global_step, "tokens_per_s": statistics.median(speeds)}  # fmt: skip
 
 
 # ---- Saving ----------------------------------------------------------------------------------------------------------
@@ -944,44 +943,32 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def save_model(model, tokenizer, folder: str) -> str:
-    """Save both into `folder`, beside what else lies there; the files of an older model go. Returns `folder`."""
+    """Save both into `folder`, beside what else lies there: written aside, flushed, renamed. Returns `folder`."""
     target, aside = Path(folder), Path(folder, ".saving")
     if is_main_process():
         shutil.rmtree(aside, ignore_errors=True)
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
-        for old in target.glob("*.safetensors*"):
+        for old in target.glob("*.safetensors*"):  # an older model may have had more files
             old.unlink()
         for file in aside.iterdir():
             with open(file, "rb") as stream:
                 os.fsync(stream.fileno())
             file.replace(target / file.name)
         aside.rmdir()
-    model.config._name_or_path = folder
     return folder
-
-
-def save_adapter(model, config: TrainingConfig) -> str:
-    """Save the adapter alone, with its base's name, into output_dir/adapter."""
-    folder = Path(config.output_dir, "adapter")
-    if is_main_process():
-        with written_aside(folder) as aside:
-            model.save_pretrained(aside)
-    return str(folder)
 
 
 def write_stage_json(config: StageConfig, result: StageResult, lineage: dict) -> None:
     """The stage's resolved config, and last of all stage.json: what was made from what, with which versions."""
-    if not is_main_process():
-        return
-    folder = Path(config.output_dir)
-    (folder / "stage_config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
-    packages = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
-    write_json(folder / "stage.json", {
-        "stage": result.stage_name, "success": result.success, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        **lineage, "metrics": result.metrics, "artifacts": result.artifacts, "device": str(default_device()),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-    })  # fmt: skip
+    folder, packages = Path(config.output_dir), ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets")
+    if is_main_process():
+        (folder / "stage_config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
+        write_json(folder / "stage.json", {
+            "stage": result.stage_name, "success": result.success, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            **lineage, "metrics": result.metrics, "artifacts": result.artifacts, "device": str(default_device()),
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        })  # fmt: skip
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
@@ -999,35 +986,30 @@ def read_command_line(arguments: Sequence[str]) -> tuple[list[str], dict[str, st
 
 def option_help(config_class: type) -> str:
     """The options of a config class: name, default, and the comment beside it in the source."""
-    comments: dict[str, str] = {}
-    for cls in reversed([cls for cls in config_class.__mro__ if issubclass(cls, StageConfig)]):
-        comments |= dict(re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(cls), re.M))
-    lines = []
+    source = "".join(inspect.getsource(cls) for cls in reversed(config_class.__mro__) if hasattr(cls, "aliases"))
+    comments, lines = dict(re.findall(r"^    (\w+): .*  # (.*)$", source, re.M)), []
     for f in fields(config_class):
-        default = f.default if f.default is not MISSING else f.default_factory()
-        lines.append(f"  --{f.name}={default if not isinstance(default, list) else ','.join(default)}")
-        lines[-1] = f"{lines[-1]:<46}  {comments.get(f.name, '')}"
+        default = f.default if f.default is not MISSING else ",".join(f.default_factory())
+        lines.append(f"{f'  --{f.name}={default}':<46}  {comments[f.name]}")
     short = ", ".join(f"--{alias} is --{name}" for alias, name in config_class.aliases.items())
     return "\n".join([*lines, f"\n{short}"])
 
 
-def main(stage_class: type[BaseStage], doc: str, arguments: Sequence[str] | None = None) -> None:
+def main(stage_class: type[BaseStage], doc: str) -> None:
     """The command line of a recipe. Exit status 0: done; 1: the stage failed; 2: the input has to be mended."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if {"-h", "--help"} & set(arguments):
-        return print(f"{doc.strip()}\n\nOptions:\n{option_help(stage_class.config_class)}")
+    config_class = stage_class.config_class
+    if {"-h", "--help"} & set(sys.argv):
+        return print(f"{doc.strip()}\n\nOptions:\n{option_help(config_class)}")
     try:
-        words, options = read_command_line(arguments)
+        words, options = read_command_line(sys.argv[1:])
         if words:
             raise ConfigError(f"unexpected word {words[0]!r}; options are written --name=value")
-        config_class = stage_class.config_class
         result = stage_class(config_class(**resolve_names(config_class, options))).execute()
     except ConfigError as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
     if not result.success:
         sys.exit(1)
-    figures = "  ".join(f"{name} {shown}" for name, shown in before_and_after(result.metrics).items())
-    print(f"done: {result.model_path}  {figures}")
+    print("done:", result.model_path, *(f" {name} {shown}" for name, shown in before_and_after(result.metrics).items()))
 
 
 def before_and_after(metrics: Mapping[str, float]) -> dict[str, str]:

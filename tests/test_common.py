@@ -186,7 +186,6 @@ def test_a_quantized_base_is_dequantized_then_merged(model_dir, tmp_path, bits):
     assert torch.equal(again(IDS).logits, merged(IDS).logits) and not hasattr(again.config, "quantization_config")
 
 
-@pytest.mark.parametrize("bits", [{}, {"use_4bit": True}])
 def test_a_4_bit_model_trains_and_merges_rightly_after_an_evaluation(model_dir):
     """bitsandbytes repacks the weights in evaluation on some CPUs; gradients and dequantized weights were wrong then."""
     config = training_config(model_dir, use_4bit=True)
@@ -216,13 +215,15 @@ def test_the_default_learning_rate_goes_with_what_trains():
     assert TrainingConfig(learning_rate="1e-3", lora_r=0).learning_rate == 1e-3
 
 
+@pytest.mark.parametrize("bits", [{}, {"use_4bit": True}])
 def test_an_adapter_folder_is_loaded_with_its_base_and_trains(model_dir, tmp_path, bits):
     config = training_config(model_dir, output_dir=str(tmp_path))
     model, _ = common.load_model_and_tokenizer(config)
     model = shaken(common.add_adapter(model, config))
     with torch.no_grad():
         expected = model(IDS).logits
-    folder = common.save_adapter(model, config)
+    folder = tmp_path / "adapter"
+    model.save_pretrained(folder)
     loaded, _ = common.load_model_and_tokenizer(training_config(folder, **bits))
     with torch.no_grad():
         assert torch.allclose(loaded(IDS).logits, expected, atol=2.0 if bits else 1e-4)
@@ -286,7 +287,7 @@ def write_gguf(gguf, path, tokenizer):
 
 
 @pytest.mark.parametrize("name, words", [
-    ("./nowhere", "no such file or folder"), ("some/model", "hub cannot be reached"), ("tiny.gguf", "no such file"),
+    ("./nowhere", "no such file or folder"), ("some/model", "not to be had from the hub"), ("tiny.gguf", "no such file"),
     ("{file}", "is a file; give its folder"), ("{empty}", "cannot be loaded"),
 ])  # fmt: skip
 def test_a_model_that_is_not_there_is_refused_at_once(tmp_path, name, words):
@@ -315,7 +316,7 @@ def test_a_base_model_without_a_template_gets_a_choice_before_weights_are_read(m
 
 def test_unknown_target_modules_are_refused_with_those_there(model_dir):
     model, _ = common.load_model_and_tokenizer(training_config(model_dir))
-    with pytest.raises(ConfigError, match="no layer named query; the model has down_proj"):
+    with pytest.raises(ConfigError, match="query: the model's are down_proj"):
         common.add_adapter(model, training_config(model_dir, lora_target_modules="query"))
 
 
