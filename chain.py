@@ -6,8 +6,7 @@
 
 What the command line does not name, the YAML decides. A stage is a file in recipes/ (`sft` is recipes/sft.py), a path
 to a copy of one (`research/my_dpo.py`), or a class given to `Pipeline.register_stage`. The chain knows no algorithm.
-
-From Python: `Pipeline.from_yaml("pipeline.yaml", output_dir="outputs/a").run()` returns the list of StageResults.
+From Python: `Pipeline.from_yaml("pipeline.yaml", output_dir="outputs/a").run()`, a list of StageResults.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ from typing import Any, ClassVar, Literal, Sequence, get_type_hints
 import yaml
 
 from common import (
-    BaseStage, ConfigError, Names, Precision, StageConfig, StageResult, before_and_after, coerce_fields, is_main_process,
-    logger, option_help, read_command_line, resolve_names, save_model, start_logging, unknown,
+    BaseStage, ConfigError, Names, Precision, StageConfig, StageResult, before_and_after, coerce_fields,
+    is_main_process, logger, option_help, read_command_line, resolve_names, save_model, start_logging, unknown,
     write_json, written_aside,
-)  # fmt: skip
+)
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 SHARED = ("model_name_or_path", "revision", "torch_dtype", "trust_remote_code", "use_auth_token", "log_level")
@@ -72,9 +71,8 @@ class StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+FLOAT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+StrictLoader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789"))
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
@@ -120,7 +118,9 @@ class Pipeline:
         self.config, self.overrides = config, overrides or {}
         self.results: list[StageResult] = []
         if config.push_to_hub:
-            raise ConfigError("push_to_hub is not built yet; set it to false and upload OUT/final with `hf upload`")
+            options = "--private " * config.hub_private + f"--commit-message={config.hub_commit_message or 'model'!r}"
+            command = f"hf upload {config.hub_repo_id or 'NAME/MODEL'} {config.output_dir}/final {options}"
+            raise ConfigError(f"push_to_hub is not built yet; set it to false and run, after the chain: {command}")
         if not config.stages:
             raise ConfigError("stages is missing; name at least one, for example stages: [sft]")
         self.folders = [f"{i:02d}_{Path(name).stem}" for i, name in enumerate(config.stages, 1)]
@@ -162,22 +162,19 @@ class Pipeline:
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # dataclasses look their module up there
         spec.loader.exec_module(module)
-        classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, BaseStage)]
-        classes = [c for c in classes if c.__module__ == spec.name]
+        own = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == spec.name]
+        classes = [c for c in own if issubclass(c, BaseStage)]
         if len(classes) != 1:
             raise ConfigError(f"stage {name}: {path} must define one subclass of BaseStage, and defines {len(classes)}")
         self.registry[name] = classes[0]
         return classes[0]
 
     def plan(self) -> str:
-        """The stages as a table, for reading."""
         source, rows = self.config.model_name_or_path, []
         for folder, stage in zip(self.folders, self.stages):
-            if not stage.config.enabled:
-                rows.append((folder, "skipped: enabled is false", ""))
-                continue
-            rows.append((folder, source, stage.config.output_dir))
-            source = f"the model of {folder}"
+            enabled = stage.config.enabled
+            rows.append((folder, source if enabled else "skipped: enabled is false", stage.config.output_dir))
+            source = f"the model of {folder}" if enabled else source
         return table(("stage", "starts from", "folder"), rows)
 
     def check(self) -> None:
@@ -205,8 +202,8 @@ class Pipeline:
                     continue
                 logger.info("\n%d/%d %s", number, len(self.stages), folder)
                 self.write_state(running=folder)
+                handed = (result.model, result.tokenizer) if result else (None, None)
                 try:
-                    handed = (result.model, result.tokenizer) if result else (None, None)
                     current = stage.execute(*handed, previous_result=result)
                 except ConfigError as error:  # seen only once the model was there
                     logger.error("%s: %s", folder, error)
@@ -216,10 +213,10 @@ class Pipeline:
                 self.results.append(current)
                 if not current.success:
                     self.write_state(failed=folder)
-                    logger.error("stage %s failed; the log is %s", folder, Path(stage.config.output_dir, "training.log"))
+                    logger.error("stage %s failed; the log is %s/training.log", folder, stage.config.output_dir)
                     return self.results
                 result = current
-            if config.save_final_model and result and result.model is not None and is_main_process():
+            if config.save_final_model and result and result.model is not None:
                 self.save_final(result, out / "final")
             if config.cleanup_intermediate:
                 self.clean_up(result)
@@ -229,8 +226,7 @@ class Pipeline:
 
     def save_final(self, result: StageResult, folder: Path) -> None:
         """OUT/final: the last stage's model, by hard links where the file system has them."""
-        if result.model_path is None:
-            folder.mkdir(exist_ok=True)
+        if result.model_path is None or not is_main_process():
             save_model(result.model, result.tokenizer, str(folder))
             return
 
@@ -263,7 +259,6 @@ class Pipeline:
             write_json(path, {"state": state, "results": results, "config": asdict(self.config), "plan": plan})
 
     def summary(self) -> str:
-        """What the stages did, as a table."""
         rows, enabled = [], [f for f, stage in zip(self.folders, self.stages) if stage.config.enabled]
         for folder, result in zip(enabled, self.results):
             minutes = f"{result.metrics.get('seconds', 0) / 60:.1f}"
@@ -294,11 +289,11 @@ def main(arguments: list[str] | None = None) -> None:
         if "config" in options:
             words.append(options.pop("config"))
         if len(words) != 1:
-            raise ConfigError("give one YAML file" + (f"; got {', '.join(words)}" if words else ": python chain.py FILE"))
+            raise ConfigError(f"give one YAML file, python chain.py FILE; got {', '.join(words) or 'none'}")
         results = Pipeline.from_yaml(words[0], **options).run()
     except ConfigError as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
-    sys.exit(0 if all(result.success for result in results) else 1)
+    sys.exit(not all(result.success for result in results))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ import shutil
 import statistics
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections import Counter
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
@@ -47,6 +46,18 @@ class ConfigError(ValueError):
 
 class RowError(ValueError):
     """A row that cannot be used. The reason is counted and said, and the row left out."""
+
+
+@contextlib.contextmanager
+def refusing(what: str):
+    """Turn whatever a library raises about the user's input into a ConfigError that begins with `what`."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ConfigError(f"{what}: {reason[:400]}") from error
 
 
 # ---- Configuration: one flat dataclass a stage; the same fields from the command line, from YAML and from a notebook -
@@ -202,8 +213,6 @@ class TrainingConfig(StageConfig):
 
 
 # ---- Stage contract --------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class StageResult:
     """What a stage hands on. `metrics` has x and x_before for a figure taken after and before training."""
@@ -253,17 +262,17 @@ class BaseStage:
     def prepare_model_and_tokenizer(self, model, tokenizer, previous_result: StageResult | None = None):
         """The model, ready to train, and its tokenizer: those handed over, else from the folder of the stage before,
         else from `model_name_or_path`. A fresh adapter alone trains, or all weights if `lora_r` is 0."""
-        config, handed_over = self.config, model is not None
-        if previous_result is not None and previous_result.model_path:
-            config = replace(config, model_name_or_path=previous_result.model_path, revision=None)
-        elif handed_over and config.quantized:
-            raise ConfigError("use_4bit and use_8bit load from a folder; set save_intermediate: true in the stage before")
+        config, folder = self.config, previous_result.model_path if previous_result else None
+        if folder:
+            config = replace(config, model_name_or_path=folder, revision=None)
+        elif model is not None and config.quantized:
+            raise ConfigError("use_4bit and use_8bit load from a folder: set save_intermediate in the stage before")
         self.lineage["parent"] = {"model": config.model_name_or_path, "revision": config.revision}
-        if handed_over and not config.quantized:
+        if model is None or config.quantized:
+            model, tokenizer = load_model_and_tokenizer(config, self.needs_chat_template)
+        else:
             prepare_tokenizer(tokenizer, config, self.needs_chat_template)
             model = merge_adapter(model).to(weight_dtype(config))
-        else:
-            model, tokenizer = load_model_and_tokenizer(config, self.needs_chat_template)
         set_stop_tokens(model, tokenizer)
         return add_adapter(model, config), tokenizer
 
@@ -304,9 +313,10 @@ class BaseStage:
             raise
         except Exception as error:
             self.logger.debug("the failure in full", exc_info=True)
-            message = f"{type(error).__name__}: {error}"
-            self.logger.error("%s failed: %s\nThe traceback is in %s", self.stage_name, message, folder / "training.log")
-            return StageResult(self.stage_name, False, error_message=message)
+            result = StageResult(self.stage_name, False, error_message=f"{type(error).__name__}: {error}")
+            self.logger.error("%s failed: %s\nThe traceback is in %s", self.stage_name, result.error_message,
+                              folder / "training.log")
+            return result
         finally:
             self.cleanup_logging()
 
@@ -321,28 +331,22 @@ def start_logging(level: str, path: Path | None = None) -> contextlib.ExitStack:
     import datasets
     import transformers
 
-    stack, main, seen = contextlib.ExitStack(), is_main_process(), set()
-
-    def once(record: logging.LogRecord) -> bool:  # some libraries say the same at every layer of every step
-        new = record.name.startswith(logger.name) or record.getMessage() not in seen
-        seen.add(record.getMessage())
-        return new
-
-    def attach(target: logging.Logger, handler: logging.Handler, style: str = "%(message)s") -> logging.Handler:
-        handler.setFormatter(logging.Formatter(style))
-        target.addHandler(handler)
-        stack.callback(lambda: (target.removeHandler(handler), handler.close()))
-        return handler
-
+    stack, main, root = contextlib.ExitStack(), is_main_process(), logging.getLogger()
+    handler: logging.Handler = logging.NullHandler()  # without any, Python prints what libraries warn of
     if main and path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(path, encoding="utf-8")
-        attach(logging.getLogger(), file, "%(asctime)s %(levelname)s %(name)s: %(message)s").addFilter(once)
-    else:
-        attach(logging.getLogger(), logging.NullHandler())  # without a handler Python prints libraries' warnings
+        handler = logging.FileHandler(path, encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handlers = [(root, handler)]
     if main and not logger.handlers:  # within a chain the screen is set up already
-        attach(logger, logging.StreamHandler(sys.stdout)).setLevel(level.upper())
+        handlers.append((logger, logging.StreamHandler(sys.stdout)))
+        handlers[-1][1].setLevel(level.upper())
+    for target, handler in handlers:
+        target.addHandler(handler)
+        stack.callback(handler.close)
+        stack.callback(target.removeHandler, handler)
     logger.setLevel(logging.DEBUG)
+    logging.getLogger("bitsandbytes.autograd").setLevel(logging.ERROR)  # it warns at every layer of every step
     logging.captureWarnings(True)
     stack.callback(logging.captureWarnings, False)
     transformers.utils.logging.disable_default_handler()
@@ -363,22 +367,19 @@ def load_dataset_from_path(path: str, config_name: str | None = None, split: str
     import datasets
 
     local = Path(path).expanduser()
-    try:
+    with refusing(f"data {path} cannot be read"):
         if local.is_file():
             if local.suffix not in READERS:
                 raise ConfigError(f"data {path}: expected a file of type {', '.join(READERS)}")
             dataset = datasets.load_dataset(READERS[local.suffix], data_files=str(local), split="train")
         elif (local / "state.json").exists():
             dataset = datasets.load_from_disk(str(local))
+        elif local.is_dir():
+            dataset = datasets.load_dataset(str(local), split=split)
+        elif hub_answers("data", path):
+            dataset = datasets.load_dataset(path, config_name, split=split)
         else:
-            if not local.is_dir() and not hub_answers("data", path):
-                raise ConfigError(f"data {path}: no such file or folder here, and the hub cannot be reached")
-            dataset = datasets.load_dataset(str(local) if local.is_dir() else path, config_name, split=split)
-    except ConfigError:
-        raise
-    except Exception as error:  # datasets passes on whatever its readers raise: pyarrow's, pandas', the hub's
-        reason = " ".join(str(error.__cause__ or error).split())[:300]
-        raise ConfigError(f"data {path} cannot be read: {reason}") from error
+            raise ConfigError(f"data {path}: no such file or folder here, and the hub cannot be reached")
     if not len(dataset):
         raise ConfigError(f"data {path} has no rows")
     return dataset
@@ -391,10 +392,9 @@ def hub_answers(kind: str, name: str) -> bool:
         raise ConfigError(f"{kind} {name}: no such file or folder")
     try:
         urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=5).close()
-    except urllib.error.HTTPError:
-        return True
-    except OSError:
-        return False
+    except OSError as error:
+        if not hasattr(error, "code"):  # an HTTPError has one: it is an answer
+            return False
     return os.environ.get("HF_HUB_OFFLINE", "0") in ("0", "")
 
 
@@ -447,8 +447,7 @@ def split_dataset(rows: Sequence, validation_split: float, seed: int) -> tuple[l
 
 
 def prepare_tokenizer(tokenizer, config: TrainingConfig, needs_chat_template: bool = True) -> None:
-    """Give the tokenizer a pad token, and the chat template that `instruction_template` describes, so that training,
-    generation, the next stage and whoever loads the folder format a prompt alike."""
+    """Set the pad token, and the chat template that `instruction_template` describes, for all that comes after."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # harmless: our batches mask by length, never by token
     if config.instruction_template:
@@ -470,7 +469,7 @@ def as_chat_template(text: str, tokenizer) -> str:
     if "{instruction}" not in prompt:
         raise ConfigError("instruction_template: {instruction} is missing, or stands after {response}")
     value = {"{instruction}": "{{ message['content'] }}", "{input}": "{{ message['input'] }}"}
-    quoted = lambda text: "{{ " + json.dumps(text, ensure_ascii=False) + " }}"  # noqa: E731
+    quoted = lambda text: "{{ " + json.dumps(text, ensure_ascii=False) + " }}"
     parts = [part for part in re.split(r"(\{instruction\}|\{input\})", prompt) if part]
     bos = tokenizer.bos_token_id in tokenizer("a").input_ids  # the tokenizer puts it before every text
     return "".join([
@@ -478,13 +477,13 @@ def as_chat_template(text: str, tokenizer) -> str:
         quoted(space), value["{instruction}"], quoted(after), "{{ eos_token }}",
         "{% elif message['role'] == 'system' %}", value["{instruction}"], quoted("\n\n"),
         "{% else %}", *(value.get(part) or quoted(part) for part in parts), "{% endif %}{% endfor %}",
-    ])  # fmt: skip
+    ])
 
 
 @functools.cache
 def training_template(tokenizer) -> str | None:
-    """None where the tokenizer's own chat template serves for training: what it wrote for earlier turns stays as it is
-    when later ones follow. Else TRL's version of that template, which does so (Qwen3, for example)."""
+    """None where the tokenizer's own chat template leaves earlier turns as they are when later ones follow; else TRL's
+    version of it, which does."""
     turns = [{"role": role, "content": "a"} for role in ("user", "assistant", "user", "assistant")]
     two, four = (tokenizer.apply_chat_template(turns[:n], tokenize=False) for n in (2, 4))
     if four.startswith(two):
@@ -498,8 +497,8 @@ def training_template(tokenizer) -> str | None:
 
 
 def render_turns(tokenizer, messages: list[dict]) -> list[tuple[str, bool]]:
-    """The conversation as the model will see it, in pieces (text, is_target). Targets are what the assistant has to
-    write: its turns up to and including the stop token, which is appended where the template has none."""
+    """The conversation as the model sees it, in pieces (text, is_target). Targets are what the assistant has to write,
+    up to and including the stop token, which is appended where the template has none."""
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     stop = re.compile(f"(?:{'|'.join(map(re.escape, {*special, tokenizer.eos_token}))})(?=\\s*$)")
     render = functools.partial(
@@ -510,9 +509,10 @@ def render_turns(tokenizer, messages: list[dict]) -> list[tuple[str, bool]]:
         prompt, answered = render(messages[:index], add_generation_prompt=True), render(messages[: index + 1])
         if not answered.startswith(prompt):
             raise RowError("which the chat template renders without its generation prompt")
-        turn, ends = answered[len(prompt) :], stop.search(answered, len(prompt))
-        end = ends.end() - len(prompt) if ends else len(turn)
-        pieces += [(prompt[done:], False), (turn[:end] + ("" if ends else tokenizer.eos_token), True), (turn[end:], False)]
+        found = stop.search(answered, len(prompt))
+        end = found.end() if found else len(answered)
+        target = answered[len(prompt) : end] + ("" if found else tokenizer.eos_token)
+        pieces += [(prompt[done:], False), (target, True), (answered[end:], False)]
         done = len(answered)
     return pieces
 
@@ -535,8 +535,6 @@ def encode_turns(tokenizer, pieces: Sequence[tuple[str, bool]]) -> tuple[list[in
 
 
 # ---- Model: load, quantize, adapter, merge ---------------------------------------------------------------------------
-
-
 def default_device() -> torch.device:
     """This process's GPU, else MPS, else the CPU."""
     if torch.cuda.is_available():
@@ -586,8 +584,8 @@ def cached(kind: str, files: Sequence[Path], build: Callable[[Path], None]) -> P
 
 
 def find_model(name: str, config: TrainingConfig) -> Path:
-    """The local folder of a model: as named; of a hub name, downloaded; of a .gguf file, on disk or as
-    package/file.gguf inside an installed Python package, converted. Raises ConfigError when there is none."""
+    """The folder of a model: as named, or downloaded from the hub, or converted from a .gguf file, which may lie in an
+    installed Python package (package/file.gguf). Raises ConfigError when there is none."""
     from huggingface_hub import snapshot_download
 
     path = Path(name).expanduser()
@@ -605,13 +603,8 @@ def find_model(name: str, config: TrainingConfig) -> Path:
     files = ["*.json", "model*.safetensors", "adapter_model.safetensors", "*.jinja", "*.model", "*.txt"]
     files += ["*.py"] if config.trust_remote_code else []
     ask = {"revision": config.revision, "token": config.use_auth_token or None, "allow_patterns": files}
-    try:
+    with refusing(f"model {name}: not a folder here, and not to be had from the hub"):
         return Path(snapshot_download(name, local_files_only=not hub_answers("model", name), **ask))
-    except ConfigError:
-        raise
-    except Exception as error:  # the hub's client and its transport raise many kinds
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"model {name}: not a folder here, and not to be had from the hub: {reason}") from error
 
 
 def convert_gguf(file: Path, folder: Path) -> None:
@@ -630,17 +623,15 @@ def convert_gguf(file: Path, folder: Path) -> None:
 
 
 def load_model_and_tokenizer(config: TrainingConfig, needs_chat_template: bool = True):
-    """(causal language model, tokenizer) of `model_name_or_path`, quantized if asked for; an adapter folder is merged
-    into its base. The tokenizer comes first, so that a missing chat template is said before weights are read."""
+    """(model, tokenizer) of `model_name_or_path`, quantized if asked for; an adapter is merged into its base. The
+    tokenizer comes first, so that a missing chat template is said before weights are read."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
     code = {"trust_remote_code": config.trust_remote_code}
 
     def load(base: Path, adapter: Path | None = None, **quantized):
-        model = AutoModelForCausalLM.from_pretrained(
-            base, dtype=weight_dtype(config), use_safetensors=True, attn_implementation=config.attn_implementation,
-            **code, **quantized,
-        )  # fmt: skip
+        rest = {"dtype": weight_dtype(config), "attn_implementation": config.attn_implementation, **code, **quantized}
+        model = AutoModelForCausalLM.from_pretrained(base, use_safetensors=True, **rest)
         if adapter is None:
             return model
         from peft import PeftModel
@@ -648,12 +639,13 @@ def load_model_and_tokenizer(config: TrainingConfig, needs_chat_template: bool =
         return PeftModel.from_pretrained(model, adapter).merge_and_unload()
 
     base, adapter = find_model(config.model_name_or_path, config), None
-    try:
+    with refusing(f"model {config.model_name_or_path} cannot be loaded"):
+        words = base
         if (base / "adapter_config.json").exists():
             name = json.loads((base / "adapter_config.json").read_text())["base_model_name_or_path"]
             base, adapter = find_model(name, replace(config, revision=None)), base
-        of_adapter = adapter and (adapter / "tokenizer_config.json").exists()
-        tokenizer = AutoTokenizer.from_pretrained(adapter if of_adapter else base, **code)
+            words = adapter if (adapter / "tokenizer_config.json").exists() else base
+        tokenizer = AutoTokenizer.from_pretrained(words, **code)
         prepare_tokenizer(tokenizer, config, needs_chat_template)
         if not config.quantized:
             return load(base, adapter), tokenizer
@@ -661,23 +653,16 @@ def load_model_and_tokenizer(config: TrainingConfig, needs_chat_template: bool =
             parts = [*sorted(base.glob("*.safetensors")), *sorted(adapter.glob("adapter_*"))]
             base = cached("merging", parts, lambda folder: load(base, adapter).save_pretrained(folder))
         precision = config.torch_dtype if config.bnb_4bit_compute_dtype == "auto" else config.bnb_4bit_compute_dtype
-        settings = BitsAndBytesConfig(
+        model = load(base, device_map={"": default_device()}, quantization_config=BitsAndBytesConfig(
             load_in_4bit=config.use_4bit, load_in_8bit=config.use_8bit, bnb_4bit_quant_type=config.bnb_4bit_quant_type,
             bnb_4bit_compute_dtype=compute_dtype(precision),
             bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,
-        )  # fmt: skip
-        model = load(base, quantization_config=settings, device_map={"": default_device()})
-        for module in model.modules():
-            # On some CPUs an evaluation would repack 4-bit weights for good: after it no gradient passes them, and
-            # dequantizing them gives noise.
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
-        return model, tokenizer
-    except ConfigError:
-        raise
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:400]
-        raise ConfigError(f"model {config.model_name_or_path} cannot be loaded: {reason}") from error
+        ))
+    for module in model.modules():
+        # On some CPUs an evaluation repacks 4-bit weights: then no gradient passes, and dequantizing gives noise.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model, tokenizer
 
 
 def add_adapter(model, config: TrainingConfig):
@@ -696,12 +681,12 @@ def add_adapter(model, config: TrainingConfig):
         task_type="CAUSAL_LM", r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
         target_modules="all-linear" if everywhere else targets, bias=config.lora_bias,
         use_dora=config.use_dora, use_rslora=config.use_rslora,
-    ))  # fmt: skip
+    ))
 
 
 def merge_adapter(model):
-    """The plain model with its adapter merged at full precision, all weights trainable again. A quantized base is
-    dequantized first: rounding after the merge would undo much of what the adapter learnt."""
+    """The plain model with its adapter merged, all weights trainable again. A quantized base is dequantized first:
+    rounding after the merge would undo much of what the adapter learnt."""
     if not hasattr(model, "peft_config"):
         return model
     if hasattr(model.get_base_model(), "hf_quantizer"):
@@ -716,8 +701,7 @@ def merge_adapter(model):
 
 
 def set_stop_tokens(model, tokenizer) -> None:
-    """Make generation stop at the token that ends an assistant's turn. Some chat templates end it with another token
-    than the tokenizer's eos, and such a model would talk on for ever."""
+    """Let generation stop at the token that ends a turn of the chat template, which need not be the tokenizer's eos."""
     stops = [tokenizer.eos_token_id]
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -730,7 +714,8 @@ def set_stop_tokens(model, tokenizer) -> None:
 @torch.no_grad()
 def generate(model, tokenizer, prompts: Sequence[list[dict]], max_new_tokens: int, batch_size: int = 16):
     """Greedy answers to conversations: a list of (text, whether the model stopped by itself)."""
-    training, answers, stops = model.training, [], set(model.generation_config.eos_token_id)
+    training, answers, stops = model.training, [], model.generation_config.eos_token_id
+    stops = {stops} if isinstance(stops, int) else set(stops)
     model.eval()
     for start in range(0, len(prompts), batch_size):
         chunk = prompts[start : start + batch_size]
@@ -746,12 +731,9 @@ def generate(model, tokenizer, prompts: Sequence[list[dict]], max_new_tokens: in
 
 
 # ---- Fit: transformers' Trainer behind one function ------------------------------------------------------------------
-
-
 def logits_at(model, mask: torch.Tensor, **inputs) -> torch.Tensor:
-    """The logits (N, V) of the N positions where `mask` (B, T) is true, from one forward pass through `model`, DDP and
-    FSDP wrappers included. The vocabulary projection sees no other position: most of the time and memory it would
-    take goes to prompts and padding."""
+    """The logits (N, V) of the N positions where `mask` (B, T) is true, by a forward pass of `model` (DDP and FSDP
+    included) whose vocabulary projection sees no other position."""
     from accelerate.utils import extract_model_from_parallel
 
     head = extract_model_from_parallel(model).get_output_embeddings()
@@ -762,32 +744,8 @@ def logits_at(model, mask: torch.Tensor, **inputs) -> torch.Tensor:
         hook.remove()
 
 
-class LengthSampler(torch.utils.data.Sampler):
-    """Rows in random order, but those of similar length in one batch, so that little is padded. A pure function of
-    (seed, epoch): a resumed run sees the batches that the interrupted one would have seen."""
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self):
-        generator, size = torch.Generator().manual_seed(self.seed + self.epoch), self.batch_size
-        order = torch.randperm(len(self), generator=generator).tolist()
-        blocks = [order[i : i + 50 * size] for i in range(0, len(order), 50 * size)]  # batches differ between epochs
-        order = [row for block in blocks for row in sorted(block, key=lambda row: -self.lengths[row])]
-        batches = [order[i : i + size] for i in range(0, len(order), size)]
-        whole = len(order) // size  # a short batch stays last; anywhere else it would shift the others
-        for batch in [*torch.randperm(whole, generator=generator).tolist(), *range(whole, len(batches))]:
-            yield from batches[batch]
-
-
 def fit(config: TrainingConfig, model, tokenizer, train_rows: Sequence[dict], eval_rows: Sequence[dict],
-        collate: Callable[[list], dict], loss: Callable[[Any, dict], tuple[torch.Tensor, dict]]) -> dict[str, float]:  # fmt: skip
+        collate: Callable[[list], dict], loss: Callable[[Any, dict], tuple[torch.Tensor, dict]]) -> dict[str, float]:
     """Train `model` in place by transformers' Trainer; returns the figures after training, and as x_before those from
     before it.
 
@@ -797,6 +755,7 @@ def fit(config: TrainingConfig, model, tokenizer, train_rows: Sequence[dict], ev
     gradient that is not finite stops the run before it reaches the weights.
     """
     from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+    from transformers.trainer_pt_utils import LengthGroupedSampler
     from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
     folder, device, dtype = Path(config.output_dir), default_device(), compute_dtype(config.torch_dtype)
@@ -804,8 +763,8 @@ def fit(config: TrainingConfig, model, tokenizer, train_rows: Sequence[dict], ev
 
     def require_finite(what: str, value, state) -> None:
         if not math.isfinite(value):
-            raise FloatingPointError(f"the {what} is {float(value)} at step {state.global_step + 1}. The weights are as "
-                                     "before that step; lower learning_rate, or look for a broken row")  # fmt: skip
+            raise FloatingPointError(f"the {what} is {float(value)} at step {state.global_step + 1}; the weights are "
+                                     "as before it. Lower learning_rate, or look for a broken row")
 
     class FitTrainer(Trainer):
         loss_is_scaled_for_ga = True
@@ -832,10 +791,14 @@ def fit(config: TrainingConfig, model, tokenizer, train_rows: Sequence[dict], ev
 
         def _get_train_sampler(self, train_dataset=None):
             size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-            return LengthSampler([len(row["input_ids"]) for row in self.train_dataset], size, config.seed)
+            lengths, order = [len(row["input_ids"]) for row in self.train_dataset], torch.Generator()
+            sampler = LengthGroupedSampler(size, lengths=lengths, generator=order)
+            # A function of seed and epoch alone: a resumed run sees the batches the interrupted one would have seen.
+            sampler.set_epoch = lambda epoch: order.manual_seed(config.seed + epoch)
+            return sampler
 
         def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None,
-                            metric_key_prefix="eval"):  # fmt: skip
+                            metric_key_prefix="eval"):
             self.model_wrapped.eval()
             totals: Counter[str] = Counter()
             for batch in map(self._prepare_inputs, dataloader):
@@ -901,7 +864,7 @@ def fit(config: TrainingConfig, model, tokenizer, train_rows: Sequence[dict], ev
         "save_steps": config.save_steps or 500, "logging_nan_inf_filter": False, "disable_tqdm": True,
         "bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16, "use_cpu": device.type == "cpu",
         "dataloader_pin_memory": device.type == "cuda", "remove_unused_columns": False,
-    })  # fmt: skip
+    })
     args._n_gpu = min(args.n_gpu, 1)  # several GPUs are for `accelerate launch`, never for DataParallel
     counts = [model.num_parameters(only_trainable=only) for only in (True, False)]
     if not counts[0]:
@@ -910,12 +873,12 @@ def fit(config: TrainingConfig, model, tokenizer, train_rows: Sequence[dict], ev
     if checkpoint is True:
         checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
         logger.info("resuming from %s", checkpoint or "the start: there is no checkpoint yet")
-    trainer = FitTrainer(model, args, collate, list(train_rows), list(eval_rows) or None, tokenizer, callbacks=[Progress()])
+    callbacks = [EarlyStoppingCallback(config.early_stopping_patience)] if config.early_stopping_patience else []
+    callbacks, evaluated = [Progress(), *callbacks], list(eval_rows) or None
+    trainer = FitTrainer(model, args, collate, list(train_rows), evaluated, tokenizer, callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)
-    if config.early_stopping_patience:
-        trainer.add_callback(EarlyStoppingCallback(config.early_stopping_patience))
     logger.info("training %s of %s parameters on %s rows, on %s in %s", *(f"{n:,}" for n in (*counts, len(train_rows))),
-                device.type, str(dtype).removeprefix("torch."))  # fmt: skip
+                device.type, str(dtype).removeprefix("torch."))
     trained = trainer.train(resume_from_checkpoint=checkpoint or None)
     model.config.use_cache = True  # the Trainer's False would be saved with the model
     with contextlib.suppress(OSError):
@@ -926,14 +889,12 @@ def fit(config: TrainingConfig, model, tokenizer, train_rows: Sequence[dict], ev
     figures = {k: v for k, v in after.items() if k in before and k.startswith("eval_")}
     speeds = [logs["tokens_per_s"] for logs in history if "tokens_per_s" in logs]
     return {**figures, **{f"{name}_before": before[name] for name in figures}, "train_loss": trained.training_loss,
-            "steps": trainer.state.global_step, "tokens_per_s": statistics.median(speeds)}  # fmt: skip
+            "steps": trainer.state.global_step, "tokens_per_s": statistics.median(speeds)}
 
 
 # ---- Saving ----------------------------------------------------------------------------------------------------------
-
-
 def write_json(path: Path, value: Any) -> None:
-    """Write aside, flush to the disk, rename: a reader, or a crash, meets the old file or the new one whole."""
+    """Write aside, flush, rename: a reader, or a crash, meets the old file or the new one whole."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     with open(aside, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=2, ensure_ascii=False)
@@ -968,12 +929,10 @@ def write_stage_json(config: StageConfig, result: StageResult, lineage: dict) ->
             "stage": result.stage_name, "success": result.success, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             **lineage, "metrics": result.metrics, "artifacts": result.artifacts, "device": str(default_device()),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        })  # fmt: skip
+        })
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
-
-
 def read_command_line(arguments: Sequence[str]) -> tuple[list[str], dict[str, str | None]]:
     """(words, options) of a command line, all as text: the config's annotations say what a value is, not its looks."""
     import fire

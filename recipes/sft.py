@@ -30,7 +30,7 @@ from common import (
     IGNORE, BaseStage, ConfigError, Count, Natural, RowError, Share, TrainingConfig, detect_format, encode_turns,
     fit, generate, is_main_process, load_dataset_from_path, logger, logits_at, main, render_turns,
     split_dataset, usable_rows,
-)  # fmt: skip  # isort: skip
+)
 
 
 @dataclass
@@ -44,7 +44,7 @@ class SFTConfig(TrainingConfig):
     auto_detect_format: bool = True  # false: dataset_format says what the columns mean
     dataset_format: str = "auto"  # one of FORMATS below; auto: by the columns
     validation_split: Share = 0.05  # share of the rows held out for evaluation
-    max_seq_length: Count = 2048  # in tokens; what of a longer conversation does not fit is left out, and counted
+    max_seq_length: Count = 2048  # in tokens; answers beyond it are left out, and the rows counted; text is split
     packing: bool = False  # several rows in one sequence, isolated from each other
     num_eval_samples: Natural = 0  # held-out prompts answered before and after training, into samples.jsonl
     max_new_tokens: Count = 128  # length of those answers
@@ -112,7 +112,8 @@ def load_rows(config: SFTConfig) -> tuple[list, list, dict]:
     note = f" (not used: {', '.join(ignored)})" if ignored else ""
     logger.info("data %s: %s, %d rows: %s%s", config.dataset_name_or_path, form, len(dataset), ", ".join(used), note)
     separate = "{input}" in (config.instruction_template or "")
-    rows = usable_rows(dataset, (lambda row: to_text(row) if form == "text" else to_messages(row, form, separate)), "data")
+    convert = to_text if form == "text" else lambda row: to_messages(row, form, separate)
+    rows = usable_rows(dataset, convert, "data")
     if form == "text" and config.num_eval_samples:
         raise ConfigError("num_eval_samples answers prompts, and plain text has none; set it to 0")
     digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
@@ -120,9 +121,11 @@ def load_rows(config: SFTConfig) -> tuple[list, list, dict]:
     return *split_dataset(rows, config.validation_split, config.seed), found
 
 
-def encode(row: list[dict] | str, tokenizer, max_length: int) -> list[dict]:
-    """The token sequences of a row: {"input_ids": (T,), "labels": (T,)}, T <= max_length. A conversation gives one,
-    which ends with the last answer that fits whole; a text gives as many as it takes."""
+def encode(row: list[dict] | str, tokenizer, max_length: int) -> tuple[list[dict], bool]:
+    """(sequences, whether turns were cut off) of a row. A sequence is {"input_ids": (T,), "labels": (T,)} with
+    T <= max_length. A conversation gives one, which ends with the last answer that fits whole; a text gives as many
+    as it takes."""
+    shortened = False
     if isinstance(row, str):
         ids, labels = encode_turns(tokenizer, [(row + tokenizer.eos_token, True)])
         starts = range(0, len(ids), max_length)
@@ -132,11 +135,13 @@ def encode(row: list[dict] | str, tokenizer, max_length: int) -> list[dict]:
         ends = [t for t in range(1, len(fits) + 1) if fits[t - 1] != IGNORE and labels[t : t + 1] in ([], [IGNORE])]
         if not ends:
             raise RowError(f"with no answer that ends within {max_length} tokens")
+        shortened = ends[-1] < len(ids)
         ids, labels, starts = ids[: ends[-1]], labels[: ends[-1]], [0]
     labels = [IGNORE if t in starts else label for t, label in enumerate(labels)]  # nothing precedes a first token
     pieces = ((ids[t : t + max_length], labels[t : t + max_length]) for t in starts)
-    as_tensor = lambda values: torch.tensor(values, dtype=torch.int32)  # noqa: E731
-    return [{"input_ids": as_tensor(i), "labels": as_tensor(y)} for i, y in pieces if any(t != IGNORE for t in y)]
+    as_tensor = lambda values: torch.tensor(values, dtype=torch.int32)
+    learnt = [(i, y) for i, y in pieces if any(label != IGNORE for label in y)]
+    return [{"input_ids": as_tensor(i), "labels": as_tensor(y)} for i, y in learnt], shortened
 
 
 def pack(rows: list[dict], max_length: int) -> list[dict]:
@@ -192,7 +197,10 @@ def train(config: SFTConfig, model, tokenizer, train_rows: list, eval_rows: list
     length = min(config.max_seq_length, model.config.max_position_embeddings)
 
     def encoded(rows: list, what: str) -> list[dict]:
-        return sum(usable_rows(rows, lambda row: encode(row, tokenizer, length), what), []) if rows else []
+        results = usable_rows(rows, lambda row: encode(row, tokenizer, length), what) if rows else []
+        if cut := sum(shortened for _, shortened in results):
+            logger.warning("%s: %d of %d rows lose the turns beyond %d tokens", what, cut, len(results), length)
+        return [sequence for sequences, _ in results for sequence in sequences]
 
     training, evaluation = encoded(train_rows, "training data"), encoded(eval_rows, "evaluation data")
     training = pack(training, length) if config.packing else training
@@ -207,20 +215,19 @@ def train(config: SFTConfig, model, tokenizer, train_rows: list, eval_rows: list
 def compare(config: SFTConfig, rows: list[list[dict]], before: list, after: list) -> dict[str, float]:
     """Write samples.jsonl, show the first of it, and return the shares of answers that are exactly the expected ones,
     and of those that ended in a stop token."""
-    samples = [
-        {"prompt": row[-2]["content"], "expected": row[-1]["content"], "before": old[0].strip(), "after": new[0].strip()}
-        for row, old, new in zip(rows, before, after, strict=True)
-    ]
+    texts = [(row[-2]["content"], row[-1]["content"], old, new)
+             for row, (old, _), (new, _) in zip(rows, before, after, strict=True)]
+    samples = [dict(zip(("prompt", "expected", "before", "after"), map(str.strip, text))) for text in texts]
     if not samples or not is_main_process():
         return {}
     lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
     Path(config.output_dir, "samples.jsonl").write_text("".join(lines), encoding="utf-8")
     for sample in samples[:3]:
         logger.info("\n%s", "\n".join(f"  {name:9} {' '.join(text.split())[:160]}" for name, text in sample.items()))
-    share = lambda values: sum(values) / len(samples)  # noqa: E731
+    share = lambda values: sum(values) / len(samples)
     return {
-        "exact_match_before": share(s["before"] == s["expected"].strip() for s in samples),
-        "exact_match": share(s["after"] == s["expected"].strip() for s in samples),
+        "exact_match_before": share(s["before"] == s["expected"] for s in samples),
+        "exact_match": share(s["after"] == s["expected"] for s in samples),
         "stopped_before": share(stopped for _, stopped in before),
         "stopped": share(stopped for _, stopped in after),
     }

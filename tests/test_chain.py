@@ -69,7 +69,7 @@ def test_stages_run_in_order_each_on_the_model_of_the_one_before(pipeline, tmp_p
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {
         "01_sft", "02_note", "03_sft", "final", "pipeline.json", "pipeline_training.log",
-    }  # fmt: skip
+    }
     assert results[1].metrics["length"] == 5
     state = json.loads((out / "pipeline.json").read_text())
     assert state["state"] == {"finished": True} and len(state["results"]) == 3 and state["plan"]["03_sft"]["max_steps"] == 2
@@ -136,11 +136,11 @@ def test_a_dry_run_opens_the_data_and_writes_nothing(pipeline, tmp_path, capsys)
 
 @pytest.mark.parametrize("top, words", [
     ({"stage": ["sft"]}, "unknown option 'stage'; did you mean 'stages'"), ({"stages": ["sfd"]}, "did you mean 'sft'"),
-    ({"stages": []}, "stages is missing"), ({"push_to_hub": True}, "not built yet"), ({"stages": ["no/such.py"]}, "unknown stage"),
+    ({"stages": []}, "stages is missing"), ({"push_to_hub": True, "hub_repo_id": "me/it"}, "not built yet.*hf upload me/it .*/final --private"), ({"stages": ["no/such.py"]}, "unknown stage"),
     ({"stage_configs": {"stf": {}}}, "stage_configs: unknown stage 'stf'; did you mean 'sft'"),
     ({"stage_configs": {"sft": {"learnig_rate": 1}}}, "stage 01_sft: unknown option 'learnig_rate'; did you mean 'learning_rate'"),
     ({"stage_configs": {"sft": {"data": "d", "seed": -1}}}, "stage 01_sft: seed=-1"), ({"log_level": "loud"}, "log_level='loud'"),
-])  # fmt: skip
+])
 def test_mistakes_in_the_yaml_are_refused(pipeline, top, words):
     with pytest.raises(ConfigError, match=words):
         Pipeline.from_yaml(pipeline(**{"stages": ["sft"]} | top))
@@ -151,7 +151,7 @@ def test_yaml_is_read_without_surprises(tmp_path):
     path.write_text("a: 2e-4\nb: 1E5\nc: [1.5e-3, 2e4x]\n")
     assert load_yaml(path) == {"a": 2e-4, "b": 1e5, "c": [1.5e-3, "2e4x"]}
     for text, words in (("a: 1\nb:\n  c: 1\n  c: 2\n", "line 4: 'c' stands twice"), ("a: [", "is not YAML"), ("- a", "key: value"),
-                        ("a: !!python/object/apply:os.system ['true']", "is not YAML")):  # fmt: skip
+                        ("a: !!python/object/apply:os.system ['true']", "is not YAML")):
         path.write_text(text)
         with pytest.raises(ConfigError, match=words):
             load_yaml(path)
@@ -190,7 +190,7 @@ def test_the_command_line(pipeline, tmp_path):
 @pytest.mark.parametrize("arguments, words", [
     (["--sft.learnig_rate=1"], "did you mean 'learning_rate'"), (["--dryrun"], "did you mean 'dry_run'"),
     (["--stages", "sft", "dpoo"], "unknown stage 'dpoo'"), (["other.yaml"], "give one YAML file"),
-])  # fmt: skip
+])
 def test_mistakes_on_the_command_line_exit_with_status_2_within_three_seconds(pipeline, arguments, words):
     path = pipeline(["sft"])
     command("--help")  # the files are in the disk cache after this

@@ -25,7 +25,7 @@ from common import BaseStage, ConfigError, StageConfig, StageResult, TrainingCon
     ("lora_target_modules", "q_proj, v_proj", ["q_proj", "v_proj"]), ("model_name_or_path", 12, "12"),
     ("resume_from_checkpoint", "true", True), ("resume_from_checkpoint", "out/checkpoint-5", "out/checkpoint-5"),
     ("num_train_epochs", 2, 2.0), ("revision", None, None),
-])  # fmt: skip
+])
 def test_values_are_coerced_by_annotation(name, value, meant):
     result = getattr(TrainingConfig(**{name: value}), name)
     assert result == meant and type(result) is type(meant)
@@ -36,7 +36,7 @@ def test_values_are_coerced_by_annotation(name, value, meant):
     ("max_steps", -1), ("max_steps", 1.5), ("per_device_train_batch_size", 0), ("warmup_ratio", 1.0), ("lora_dropout", -0.1),
     ("lr_scheduler_type", "cosin"), ("optim", "adam"), ("use_4bit", "maybe"), ("report_to", "tensorbored"),
     ("model_name_or_path", ["a"]), ("torch_dtype", "int8"), ("seed", True + 0.5),
-])  # fmt: skip
+])
 def test_wrong_values_are_refused_by_name(name, value):
     with pytest.raises(ConfigError, match=f"^{name}"):
         TrainingConfig(**{name: value})
@@ -55,7 +55,7 @@ def test_unknown_names_get_the_nearest_valid_one():
         common.resolve_names(sft.SFTConfig, {"model": "a", "model_name_or_path": "b"})
     assert common.resolve_names(sft.SFTConfig, {"model": "a", "data": "b"}) == {
         "model_name_or_path": "a", "dataset_name_or_path": "b",
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("options, words", [
@@ -65,7 +65,7 @@ def test_unknown_names_get_the_nearest_valid_one():
     ({"eval_steps": 3, "save_steps": 4, "load_best_model_at_end": True}, "multiple of eval_steps=3"),
     ({"auto_detect_format": False}, "goes with dataset_format"), ({"dataset_format": "alpacca"}, "one of: messages"),
     ({"num_eval_samples": 4, "validation_split": 0}, "validation_split"), ({"report_to": "trackio"}, "pip install trackio"),
-])  # fmt: skip
+])
 def test_options_that_contradict_each_other_are_refused(options, words):
     given = {"model_name_or_path": "m", "dataset_name_or_path": "d"} if options else {}
     with pytest.raises(ConfigError, match=words):
@@ -94,7 +94,7 @@ def run(*arguments, **options):
 @pytest.mark.parametrize("arguments, words", [
     (["--learning_rat=1"], "did you mean 'learning_rate'"), (["--model=12", "--data=x.jsonl", "--seed=x"], "seed='x'"),
     (["train"], "unexpected word 'train'"), (["--model=./nowhere", "--data=./none.jsonl"], "./none.jsonl: no such file"),
-])  # fmt: skip
+])
 def test_a_mistake_exits_with_status_2_and_one_sentence(tmp_path, arguments, words):
     started = time.time()
     done = run("recipes/sft.py", f"--output_dir={tmp_path}", *arguments)
@@ -105,7 +105,7 @@ def test_a_mistake_exits_with_status_2_and_one_sentence(tmp_path, arguments, wor
 def test_help_has_every_option_with_its_comment():
     done = run("recipes/sft.py", "--help")
     assert done.returncode == 0 and "log pi_theta" in done.stdout
-    for name in (field.name for field in fields(sft.SFTConfig)):
+    for name in (option.name for option in fields(sft.SFTConfig)):
         (line,) = [line for line in done.stdout.splitlines() if line.startswith(f"  --{name}=")]
         assert len(line.split("  ")[-1]) > 5, f"{name} has no comment"
 
@@ -114,7 +114,7 @@ def test_the_recipe_from_the_command_line_leaves_a_whole_folder(model_dir, data,
     out = tmp_path / "out"
     done = run("recipes/sft.py", f"--model={model_dir}", f"--data={data}", f"--output_dir={out}", "--max_steps=3",
                "--validation_split=0.2", "--num_eval_samples=2", "--max_new_tokens=4", "--report_to=tensorboard",
-               "--learning_rate=1e-2", env={**__import__("os").environ, "HF_TOKEN": "hf_canary"})  # fmt: skip
+               "--learning_rate=1e-2", env={**__import__("os").environ, "HF_TOKEN": "hf_canary"})
     assert done.returncode == 0, done.stdout + done.stderr
     assert "question-answer, 24 rows: question, answer" in done.stdout and "tokens/s" in done.stdout
     assert "Warning" not in done.stdout + done.stderr
@@ -191,7 +191,7 @@ def test_a_4_bit_model_trains_and_merges_rightly_after_an_evaluation(model_dir):
     config = training_config(model_dir, use_4bit=True)
     model, tokenizer = common.load_model_and_tokenizer(config)
     model = shaken(common.add_adapter(model, config))
-    (row,) = sft.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b c d"}], tokenizer, 64)
+    ((row,), _) = sft.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b c d"}], tokenizer, 64)
     with torch.no_grad():
         model(IDS)  # in eval mode: this is where the weights were repacked
     gradients = []
@@ -269,7 +269,7 @@ def write_gguf(gguf, path, tokenizer):
     writer.add_eos_token_id(0), writer.add_bos_token_id(1)
     names = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
              "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-             "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}  # fmt: skip
+             "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
     for name, value in model.state_dict().items():
         value = value.numpy().astype(numpy.float32)
         if name == "lm_head.weight":
@@ -289,7 +289,7 @@ def write_gguf(gguf, path, tokenizer):
 @pytest.mark.parametrize("name, words", [
     ("./nowhere", "no such file or folder"), ("some/model", "not to be had from the hub"), ("tiny.gguf", "no such file"),
     ("{file}", "is a file; give its folder"), ("{empty}", "cannot be loaded"),
-])  # fmt: skip
+])
 def test_a_model_that_is_not_there_is_refused_at_once(tmp_path, name, words):
     (tmp_path / "empty").mkdir()
     name = name.format(file=__file__, empty=tmp_path / "empty")
@@ -326,7 +326,7 @@ def test_weights_that_are_not_safetensors_are_refused(model_dir, tmp_path):
     shutil.copytree(model_dir, tmp_path / "pickled")
     (tmp_path / "pickled/model.safetensors").unlink()
     torch.save(make_model(common.load_model_and_tokenizer(training_config(model_dir))[1]).state_dict(),
-               tmp_path / "pickled/pytorch_model.bin")  # fmt: skip
+               tmp_path / "pickled/pytorch_model.bin")
     with pytest.raises(ConfigError, match="safetensors"):
         common.load_model_and_tokenizer(training_config(tmp_path / "pickled"))
 
@@ -370,7 +370,7 @@ def test_without_save_intermediate_the_model_is_handed_on_in_memory(model_dir, t
     assert first.model_path is None and not list((tmp_path / "1").rglob("*.safetensors")) and first.model is not None
     second = Stage(stage_config(model_dir, tmp_path / "2")).execute(first.model, first.tokenizer, first)
     assert second.success
-    with pytest.raises(ConfigError, match="save_intermediate: true in the stage before"):
+    with pytest.raises(ConfigError, match="set save_intermediate in the stage before"):
         Stage(stage_config(model_dir, tmp_path / "3", use_4bit=True)).execute(first.model, first.tokenizer, first)
 
 

@@ -27,7 +27,7 @@ def config(tmp_path, **options):
 def rows_of(tokenizer, *texts):
     """Encoded question-answer rows with answers of the given lengths."""
     chats = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in texts]
-    return [row for chat in chats for row in sft.encode(chat, tokenizer, 256)]
+    return [row for chat in chats for row in sft.encode(chat, tokenizer, 256)[0]]
 
 
 LENGTHS = [("a", "b"), ("why " * 9, "because " * 7), ("x y z", "yes"), ("q", "long answer " * 12)] * 2
@@ -97,7 +97,7 @@ def test_a_template_that_rewrites_earlier_turns_is_replaced_by_trls(tokenizer):
     ids, labels = encode_turns(tok, render_turns(tok, CHAT))
     assert [text.split("</think>")[-1].strip() for text in targets(tok, ids, labels)] == [
         "Uno.<|im_end|>", "Dos, my friend.<|im_end|>",
-    ]  # fmt: skip
+    ]
 
 
 def test_an_answer_that_merges_with_its_prompt_is_refused(tokenizer):
@@ -106,8 +106,10 @@ def test_an_answer_that_merges_with_its_prompt_is_refused(tokenizer):
 
 
 def test_what_does_not_fit_is_cut_at_an_answers_end_or_left_out(tokenizer):
-    whole = sft.encode(CHAT, tokenizer, 256)[0]
-    (cut,) = sft.encode(CHAT, tokenizer, len(whole["input_ids"]) - 1)
+    (whole,), shortened = sft.encode(CHAT, tokenizer, 256)
+    assert not shortened
+    (cut,), shortened = sft.encode(CHAT, tokenizer, len(whole["input_ids"]) - 1)
+    assert shortened
     assert targets(tokenizer, cut["input_ids"], cut["labels"].tolist()) == ["Uno.<|im_end|>"]
     assert tokenizer.decode(cut["input_ids"]).endswith("Uno.<|im_end|>")
     with pytest.raises(RowError, match="no answer that ends within 8"):
@@ -116,7 +118,8 @@ def test_what_does_not_fit_is_cut_at_an_answers_end_or_left_out(tokenizer):
 
 def test_long_text_is_split_and_nothing_is_lost(tokenizer):
     text = "The quick brown fox. " * 20
-    pieces = sft.encode(text, tokenizer, 32)
+    pieces, shortened = sft.encode(text, tokenizer, 32)
+    assert not shortened
     assert all(len(piece["input_ids"]) <= 32 for piece in pieces) and all(p["labels"][0] == IGNORE for p in pieces)
     assert tokenizer.decode(torch.cat([piece["input_ids"] for piece in pieces])) == text + "<|endoftext|>"
 
@@ -214,7 +217,7 @@ def test_loss_and_gradient_are_those_of_stock_sft_trainer(tokenizer, model, tmp_
     lists = [{name: row[name].tolist() for name in ("input_ids", "labels")} for row in rows]
     stock = SFTTrainer(model, SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_length=None,
                        per_device_train_batch_size=8), train_dataset=Dataset.from_list(lists),
-                       processing_class=tokenizer)  # fmt: skip
+                       processing_class=tokenizer)
     batch = stock.data_collator(lists)
     expected = stock.compute_loss(model, dict(batch))
     theirs = gradient(model, expected)
@@ -260,7 +263,7 @@ def test_accumulation_is_exact_for_rows_of_any_length(tokenizer, tmp_path):
     for size, steps in ((8, 1), (4, 2), (1, 8)):
         (tmp_path / "out").mkdir(exist_ok=True)
         _, _, lines = fitted(tmp_path, tokenizer, rows, rows[:3], num_train_epochs=3, per_device_eval_batch_size=size,
-                             per_device_train_batch_size=size, gradient_accumulation_steps=steps)  # fmt: skip
+                             per_device_train_batch_size=size, gradient_accumulation_steps=steps)
         losses.append([line.get("loss", line.get("eval_loss")) for line in lines])
     assert len(losses[0]) == 8  # six steps, and an evaluation before and after them
     assert losses[1] == pytest.approx(losses[0], abs=1e-5) and losses[2] == pytest.approx(losses[0], abs=1e-5)
@@ -268,7 +271,7 @@ def test_accumulation_is_exact_for_rows_of_any_length(tokenizer, tmp_path):
 
 def test_eight_rows_learnt_by_heart_are_said_and_stopped_after(tokenizer, tmp_path):
     chats = [[{"role": "user", "content": f"Number {n}?"}, {"role": "assistant", "content": "so " * n + "."}] for n in range(8)]
-    rows = [row for chat in chats for row in sft.encode(chat, tokenizer, 256)]
+    rows = [row for chat in chats for row in sft.encode(chat, tokenizer, 256)[0]]
     (tmp_path / "out").mkdir()
     model, _, _ = fitted(tmp_path, tokenizer, rows, num_train_epochs=150, lr_scheduler_type="constant", logging_steps=50)
     common.set_stop_tokens(model, tokenizer)
@@ -312,7 +315,7 @@ def test_resuming_gives_bitwise_the_undisturbed_run(tokenizer, tmp_path):
     options |= dict(resume_from_checkpoint=str(checkpoints[0]))
     resumed, _, again = fitted(tmp_path, tokenizer, rows, model=make_model(tokenizer, seed=1), **options)
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
-    drop = lambda lines: [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in lines]  # noqa: E731
+    drop = lambda lines: [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in lines]
     assert drop(again) == drop(lines)
 
 
@@ -321,8 +324,19 @@ def test_best_model_early_stopping_and_the_learning_rate(tokenizer, tmp_path):
     (tmp_path / "out").mkdir()
     _, metrics, lines = fitted(tmp_path, tokenizer, rows[:4], rows[4:], num_train_epochs=60, eval_steps=2, save_steps=2,
                                warmup_ratio=0.5, early_stopping_patience=2, load_best_model_at_end=True,
-                               metric_for_best_model="eval_token_accuracy", greater_is_better=True)  # fmt: skip
+                               metric_for_best_model="eval_token_accuracy", greater_is_better=True)
     evaluations = [line["eval_token_accuracy"] for line in lines if "eval_loss" in line]
     assert metrics["steps"] < 60 and metrics["eval_token_accuracy"] == max(evaluations)
     rates = [line["learning_rate"] for line in lines if "loss" in line]
     assert rates[:3] == pytest.approx([0, 1e-3 / 30, 2e-3 / 30])
+
+
+def test_rows_that_lose_turns_are_counted(tokenizer, model, tmp_path, caplog):
+    length = len(sft.encode(CHAT, tokenizer, 256)[0][0]["input_ids"])
+    (tmp_path / "out").mkdir()
+    settings = config(tmp_path, max_seq_length=length - 1, lora_r=0, max_steps=1)
+    long = [*CHAT[:3], {"role": "user", "content": "Three?"}, {"role": "assistant", "content": "Tres. " * 40}]
+    with caplog.at_level("WARNING"):
+        sft.train(settings, model, tokenizer, [CHAT, long, CHAT[1:3], [CHAT[1], long[-1]]], [])
+    assert f"2 of 3 rows lose the turns beyond {length - 1} tokens" in caplog.text
+    assert f"1 of 4 rows left out: 1 with no answer that ends within {length - 1} tokens" in caplog.text

@@ -1,0 +1,52 @@
+"""The house rules that a machine can check: budgets, directions of imports, options that are read."""
+
+import ast
+import re
+from dataclasses import fields
+
+import pytest
+import sft
+from conftest import ROOT
+
+import chain
+import common
+
+BUDGETS = {"chain.py": 300, "common.py": 1000, "recipes/sft.py": 260}
+SOURCES = [ROOT / "common.py", ROOT / "chain.py", *sorted((ROOT / "recipes").glob("*.py"))]
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_pages_stay_inside_their_budgets(name):
+    assert len((ROOT / name).read_text().splitlines()) <= BUDGETS[name]
+
+
+def test_every_option_is_read_and_has_a_comment():
+    source = "".join(path.read_text() for path in SOURCES)
+    for config_class in (sft.SFTConfig, chain.PipelineConfig):
+        assert all(re.search(rf"  --{field.name}=.*  \S", common.option_help(config_class)) for field in fields(config_class))
+    same_name = set(re.findall(r"\w+", " ".join(common_training_arguments())))
+    for name in {field.name for cls in (sft.SFTConfig, chain.PipelineConfig) for field in fields(cls)}:
+        assert re.search(rf"(config|self)\.{name}\b", source) or name in same_name or f'"{name}"' in source, name
+
+
+def common_training_arguments():
+    """Options that fit() hands to TrainingArguments under their own name."""
+    from transformers import TrainingArguments
+
+    return {field.name for field in fields(TrainingArguments)} & {field.name for field in fields(common.TrainingConfig)}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_imports_go_one_way_and_the_slow_ones_wait(path):
+    allowed = {"chain.py": {"common"}, "common.py": set()}.get(path.name, {"common"})
+    top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {name.split(".")[0] for node in top for name in [getattr(node, "module", None), *(n.name for n in node.names)] if name}
+    ours = {"chain", "common", *(recipe.stem for recipe in (ROOT / "recipes").glob("*.py"))}
+    assert names & ours <= allowed
+    assert not names & {"transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes"}
+
+
+def test_no_unsafe_calls():
+    for path in SOURCES:
+        source = path.read_text()
+        assert not re.search(r"(?<![.\w])(eval|exec)\(|import pickle|yaml\.load\((?!file, StrictLoader)|torch\.load|shell=True", source), path
