@@ -132,6 +132,8 @@ class StageConfig:
         """Check what no single field shows; raises ConfigError. Opens nothing."""
         coerce_fields(self)  # a notebook may have assigned fields since
         self.report_to = sorted({*self.report_to, *(["wandb"] if self.use_wandb else [])})
+        if self.wandb_project and "wandb" not in self.report_to:
+            raise ConfigError("wandb_project has no effect without use_wandb=true")
         for tracker in self.report_to:
             if not importlib.util.find_spec(tracker):
                 raise ConfigError(f"report_to={tracker}: not installed; run: pip install {tracker}")
@@ -838,8 +840,10 @@ def fit(config: TrainingConfig, model, tokenizer, train_rows: Sequence[dict], ev
 
         def on_step_end(self, args, state, control, **_):
             sums["seconds"] += time.perf_counter() - self.began
-            if state.global_step >= state.max_steps and state.global_step % (config.save_steps or 1):
-                control.should_save = False  # the stage saves the finished model itself
+            if state.global_step >= state.max_steps:
+                control.should_log = True  # the last step shows, also where logging_steps passes it over
+                if state.global_step % (config.save_steps or 1):
+                    control.should_save = False  # the stage saves the finished model itself
 
         def on_log(self, args, state, control, logs=None, **_):
             if not state.is_world_process_zero or "train_loss" in logs:
@@ -850,6 +854,7 @@ def fit(config: TrainingConfig, model, tokenizer, train_rows: Sequence[dict], ev
             shown = "  ".join(words.get(k, f"{k} {{:.4g}}").format(v) for k, v in logs.items() if words.get(k) != "")
             logger.info("step %*d/%d  %s", len(str(state.max_steps)), state.global_step, state.max_steps, shown)
 
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "runs")
     if config.wandb_project:
         os.environ["WANDB_PROJECT"] = config.wandb_project
     names = {f.name for f in fields(TrainingArguments)} & {f.name for f in fields(TrainingConfig)}
@@ -886,10 +891,11 @@ def fit(config: TrainingConfig, model, tokenizer, train_rows: Sequence[dict], ev
     history = trainer.state.log_history
     before = next((logs for logs in history if "eval_loss" in logs), {})
     after = trainer.evaluate() if eval_rows else {}
-    figures = {k: v for k, v in after.items() if k in before and k.startswith("eval_")}
+    figures = {name: value for name, value in after.items() if name.startswith("eval_")}
     speeds = [logs["tokens_per_s"] for logs in history if "tokens_per_s" in logs]
-    return {**figures, **{f"{name}_before": before[name] for name in figures}, "train_loss": trained.training_loss,
-            "steps": trainer.state.global_step, "tokens_per_s": statistics.median(speeds)}
+    figures |= {"train_loss": trained.training_loss, "steps": trainer.state.global_step}
+    figures |= {"tokens_per_s": statistics.median(speeds)} if speeds else {}
+    return figures | {f"{name}_before": before[name] for name in figures if name in before}
 
 
 # ---- Saving ----------------------------------------------------------------------------------------------------------

@@ -55,8 +55,8 @@ class SFTConfig(TrainingConfig):
             raise ConfigError("dataset_name_or_path is missing: --data=<file, folder or hub name>")
         if self.dataset_format not in ("auto", *FORMATS) or (self.dataset_format == "auto") != self.auto_detect_format:
             raise ConfigError(f"auto_detect_format=false goes with dataset_format, one of: {', '.join(FORMATS)}")
-        if self.num_eval_samples and not self.validation_split:
-            raise ConfigError("num_eval_samples answers held-out rows; set validation_split above 0")
+        if (self.num_eval_samples or self.eval_steps) and not self.validation_split:
+            raise ConfigError("eval_steps and num_eval_samples need held-out rows; set validation_split above 0")
 
 
 # -- data: rows to conversations, conversations to tokens --------------------------------------------------------------

@@ -64,7 +64,7 @@ def test_unknown_names_get_the_nearest_valid_one():
     ({"torch_dtype": "float16", "lora_r": 0}, "underflows"), ({"load_best_model_at_end": True}, "set eval_steps"),
     ({"eval_steps": 3, "save_steps": 4, "load_best_model_at_end": True}, "multiple of eval_steps=3"),
     ({"auto_detect_format": False}, "goes with dataset_format"), ({"dataset_format": "alpacca"}, "one of: messages"),
-    ({"num_eval_samples": 4, "validation_split": 0}, "validation_split"), ({"report_to": "trackio"}, "pip install trackio"),
+    ({"num_eval_samples": 4, "validation_split": 0}, "validation_split"), ({"wandb_project": "p"}, "without use_wandb"), ({"report_to": "trackio"}, "pip install trackio"),
 ])
 def test_options_that_contradict_each_other_are_refused(options, words):
     given = {"model_name_or_path": "m", "dataset_name_or_path": "d"} if options else {}
@@ -129,7 +129,7 @@ def test_the_recipe_from_the_command_line_leaves_a_whole_folder(model_dir, data,
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 3]
     assert {"loss", "learning_rate", "grad_norm", "tokens_per_s", "token_accuracy"} <= set(lines[1])
     assert len((out / "samples.jsonl").read_text().splitlines()) == 2
-    assert list(out.rglob("events.out.tfevents*")) and (out / "adapter/adapter_model.safetensors").exists()
+    assert list(out.glob("runs/events.out.tfevents*")) and (out / "adapter/adapter_model.safetensors").exists()
     written = b"".join(path.read_bytes() for path in out.rglob("*") if path.is_file())
     assert b"hf_canary" not in written and not list(out.rglob("*.bin"))
 
