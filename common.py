@@ -815,8 +815,10 @@ def fit(config: TrainingConfig, model, tokenizer, train_rows: Sequence[dict], ev
 
         def log(self, logs, start_time=None):
             if "loss" in logs:
-                seconds, tokens, items = (sums.pop(name) for name in ("seconds", "tokens", "items"))
-                logs |= {name: total / items for name, total in sums.items()}
+                of_all = self.accelerator.reduce(torch.tensor([*sums.values()], device=self.args.device), "sum")
+                totals = dict(zip(sums, of_all.tolist()))
+                seconds, tokens, items = (totals.pop(name) for name in ("seconds", "tokens", "items"))
+                logs |= {name: total / items for name, total in totals.items()}
                 logs["tokens_per_s"] = round(tokens * self.accelerator.num_processes / seconds, 1)
                 sums.clear()
             super().log({k: v for k, v in logs.items() if not k.endswith(("_runtime", "_per_second"))}, start_time)
@@ -974,7 +976,9 @@ def main(stage_class: type[BaseStage], doc: str) -> None:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
     if not result.success:
         sys.exit(1)
-    print("done:", result.model_path, *(f" {name} {shown}" for name, shown in before_and_after(result.metrics).items()))
+    if is_main_process():
+        changes = (f" {name} {change}" for name, change in before_and_after(result.metrics).items())
+        print("done:", result.model_path, *changes)
 
 
 def before_and_after(metrics: Mapping[str, float]) -> dict[str, str]:

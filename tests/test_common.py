@@ -210,6 +210,12 @@ def test_a_4_bit_model_trains_and_merges_rightly_after_an_evaluation(model_dir):
         assert torch.allclose(gradients[0][name], gradient, rtol=1e-3, atol=1e-6), name
 
 
+def test_full_training_thaws_what_a_stage_before_froze(model_dir):
+    model, _ = common.load_model_and_tokenizer(training_config(model_dir))
+    thawed = common.add_adapter(model.requires_grad_(False), training_config(model_dir, lora_r=0))
+    assert all(parameter.requires_grad for parameter in thawed.parameters())
+
+
 def test_the_default_learning_rate_goes_with_what_trains():
     assert [TrainingConfig(lora_r=r).learning_rate for r in (16, 0)] == [5e-4, 5e-5]
     assert TrainingConfig(learning_rate="1e-3", lora_r=0).learning_rate == 1e-3
