@@ -261,10 +261,10 @@ class Pipeline:
     def summary(self) -> str:
         rows, enabled = [], [f for f, stage in zip(self.folders, self.stages) if stage.config.enabled]
         for folder, result in zip(enabled, self.results):
-            minutes = f"{result.metrics.get('seconds', 0) / 60:.1f}"
+            minutes, where = f"{result.metrics.get('seconds', 0) / 60:.1f}", result.model_path or "in memory"
             for name, change in (before_and_after(result.metrics) or {"": ""}).items():
-                rows.append((folder, minutes, name, change, result.model_path or "in memory"))
-                folder = minutes = ""
+                rows.append((folder, minutes, name, change, where))
+                folder = minutes = where = ""
         return table(("stage", "minutes", "figure", "before -> after", "folder"), rows)
 
 

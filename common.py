@@ -921,7 +921,7 @@ def save_model(model, tokenizer, folder: str) -> str:
         for old in target.glob("*.safetensors*"):  # an older model may have had more files
             old.unlink()
         for file in aside.iterdir():
-            with open(file, "rb") as stream:
+            with open(file, "rb+") as stream:
                 os.fsync(stream.fileno())
             file.replace(target / file.name)
         aside.rmdir()

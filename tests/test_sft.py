@@ -346,3 +346,20 @@ def test_rows_that_lose_turns_are_counted(tokenizer, model, tmp_path, caplog):
         sft.train(settings, model, tokenizer, [CHAT, long, CHAT[1:3], [CHAT[1], long[-1]]], [])
     assert f"2 of 3 rows lose the turns beyond {length - 1} tokens" in caplog.text
     assert f"1 of 4 rows left out: 1 with no answer that ends within {length - 1} tokens" in caplog.text
+
+
+@pytest.mark.parametrize("options", [{}, {"packing": True}, {"use_8bit": True, "gradient_checkpointing": True}])
+def test_plain_text_trains_a_base_model_without_a_template(model_dir, tmp_path, options):
+    import shutil
+
+    base, data = tmp_path / "base", tmp_path / "text.csv"
+    shutil.copytree(model_dir, base)
+    (base / "chat_template.jinja").unlink()
+    data.write_text("text\n" + "\n".join(f"The fox {n} jumps {'over ' * (n % 9)}it" for n in range(40)))
+    settings = config(tmp_path, model_name_or_path=str(base), dataset_name_or_path=str(data), max_steps=4,
+                      max_seq_length=64, learning_rate=1e-2, validation_split=0.2, **options)
+    result = sft.SFTStage(settings).execute()
+    assert result.success, result.error_message
+    assert result.metrics["eval_loss"] < result.metrics["eval_loss_before"] and not result.tokenizer.chat_template
+    with pytest.raises(ConfigError, match="plain text has none"):
+        sft.SFTStage(config(tmp_path, dataset_name_or_path=str(data), num_eval_samples=2)).execute()
