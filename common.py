@@ -67,13 +67,13 @@ Natural = Annotated[int, Ge(0)]
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Lt(1)]
-comma_separated = BeforeValidator(lambda v: re.findall(r"[^,\s]+", v) if isinstance(v, str) else v)
+comma_separated = BeforeValidator(lambda v: re.findall(r"[^,\s]+", v) if isinstance(v, str) else v or [])
 Names = Annotated[list[str], comma_separated]
 Trackers = Annotated[list[Literal["tensorboard", "wandb", "trackio"]], comma_separated]
 Switch = Annotated[bool | str, BeforeValidator(lambda v: yaml.safe_load(v) if isinstance(v, str) else v)]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Optimizer = Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd"]
-Scheduler = Literal["linear", "cosine", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"]
+Scheduler = Literal["linear", "cosine", "polynomial", "constant", "constant_with_warmup", "cosine_with_restarts"]
 
 
 
@@ -163,7 +163,7 @@ class TrainingConfig(StageConfig):
     lora_r: Natural = 16  # rank; 0 trains all weights
     lora_alpha: Positive = 32  # the adapter's output is scaled by lora_alpha / lora_r
     lora_dropout: Share = 0.0  # dropout before the adapter
-    lora_target_modules: Names = field(default_factory=lambda: ["all-linear"])  # or names: q_proj,v_proj
+    lora_target_modules: Names = field(default_factory=lambda: ["all-linear"])  # or names, such as q_proj,v_proj
     lora_bias: Literal["none", "all", "lora_only"] = "none"  # which biases train
     use_dora: bool = False  # weight-decomposed LoRA (Liu et al. 2024)
     use_rslora: bool = False  # scale by lora_alpha / sqrt(lora_r) (Kalajdzievski 2023)
@@ -605,8 +605,9 @@ def find_model(name: str, config: TrainingConfig) -> Path:
     files = ["*.json", "model*.safetensors", "adapter_model.safetensors", "*.jinja", "*.model", "*.txt"]
     files += ["*.py"] if config.trust_remote_code else []
     ask = {"revision": config.revision, "token": config.use_auth_token or None, "allow_patterns": files}
-    with refusing(f"model {name}: not a folder here, and not to be had from the hub"):
-        return Path(snapshot_download(name, local_files_only=not hub_answers("model", name), **ask))
+    online = hub_answers("model", name)
+    with refusing(f"model {name}: no such folder, and {'the hub says' if online else 'the hub cannot be reached'}"):
+        return Path(snapshot_download(name, local_files_only=not online, **ask))
 
 
 def convert_gguf(file: Path, folder: Path) -> None:
@@ -673,7 +674,7 @@ def add_adapter(model, config: TrainingConfig):
         return model.requires_grad_(True)
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
-    targets, everywhere = config.lora_target_modules, config.lora_target_modules == ["all-linear"]
+    targets, everywhere = config.lora_target_modules, config.lora_target_modules in ([], ["all-linear"])
     linear = {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     if not everywhere and not set(targets) <= linear:
         raise ConfigError(f"lora_target_modules={','.join(targets)}: the model's are {', '.join(sorted(linear))}")
@@ -856,9 +857,8 @@ def fit(config: TrainingConfig, model, tokenizer, train_rows: Sequence[dict], ev
             shown = "  ".join(words.get(k, f"{k} {{:.4g}}").format(v) for k, v in logs.items() if words.get(k) != "")
             logger.info("step %*d/%d  %s", len(str(state.max_steps)), state.global_step, state.max_steps, shown)
 
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "runs")
-    if config.wandb_project:
-        os.environ["WANDB_PROJECT"] = config.wandb_project
+    os.environ |= {"TENSORBOARD_LOGGING_DIR": str(folder / "runs"), "WANDB_DIR": str(folder)}
+    os.environ |= {"WANDB_PROJECT": config.wandb_project} if config.wandb_project else {}
     names = {f.name for f in fields(TrainingArguments)} & {f.name for f in fields(TrainingConfig)}
     same = {name: getattr(config, name) for name in names - {"resume_from_checkpoint", "log_level", "report_to"}}
     args = TrainingArguments(**same | {
@@ -893,6 +893,8 @@ def fit(config: TrainingConfig, model, tokenizer, train_rows: Sequence[dict], ev
     history = trainer.state.log_history
     before = next((logs for logs in history if "eval_loss" in logs), {})
     after = trainer.evaluate() if eval_rows else {}
+    if "wandb" in config.report_to and is_main_process():
+        __import__("wandb").finish()  # else the next stage's steps would go into this stage's run
     figures = {name: value for name, value in after.items() if name.startswith("eval_")}
     speeds = [logs["tokens_per_s"] for logs in history if "tokens_per_s" in logs]
     figures |= {"train_loss": trained.training_loss, "steps": trainer.state.global_step}
