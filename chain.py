@@ -236,7 +236,7 @@ class Pipeline:
             except OSError:
                 shutil.copy2(source, target)
 
-        records = shutil.ignore_patterns("adapter", "checkpoints", "runs", "stage*", "*.jsonl", "*.log")
+        records = shutil.ignore_patterns("adapter", "checkpoints", "runs", "wandb", "stage*", "*.jsonl", "*.log")
         with written_aside(folder) as aside:
             shutil.copytree(result.model_path, aside, ignore=records, copy_function=link, dirs_exist_ok=True)
 

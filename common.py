@@ -894,7 +894,9 @@ def fit(config: TrainingConfig, model, tokenizer, train_rows: Sequence[dict], ev
     before = next((logs for logs in history if "eval_loss" in logs), {})
     after = trainer.evaluate() if eval_rows else {}
     if "wandb" in config.report_to and is_main_process():
-        __import__("wandb").finish()  # else the next stage's steps would go into this stage's run
+        import wandb
+
+        wandb.finish()  # else the next stage's steps would go into this stage's run
     figures = {name: value for name, value in after.items() if name.startswith("eval_")}
     speeds = [logs["tokens_per_s"] for logs in history if "tokens_per_s" in logs]
     figures |= {"train_loss": trained.training_loss, "steps": trainer.state.global_step}

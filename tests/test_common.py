@@ -63,12 +63,18 @@ def test_unknown_names_get_the_nearest_valid_one():
     ({"torch_dtype": "float16", "lora_r": 0}, "underflows"), ({"load_best_model_at_end": True}, "set eval_steps"),
     ({"eval_steps": 3, "save_steps": 4, "load_best_model_at_end": True}, "multiple of eval_steps=3"),
     ({"auto_detect_format": False}, "goes with dataset_format"), ({"dataset_format": "alpacca"}, "one of: messages"),
-    ({"num_eval_samples": 4, "validation_split": 0}, "validation_split"), ({"wandb_project": "p"}, "without use_wandb"), ({"report_to": "trackio"}, "pip install trackio"),
+    ({"num_eval_samples": 4, "validation_split": 0}, "validation_split"), ({"wandb_project": "p"}, "without use_wandb"),
 ])
 def test_options_that_contradict_each_other_are_refused(options, words):
     given = {"model_name_or_path": "m", "dataset_name_or_path": "d"} if options else {}
     with pytest.raises(ConfigError, match=words):
         sft.SFTConfig(**given | options).validate()
+
+
+def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
+    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="report_to=wandb: not installed; run: pip install wandb"):
+        StageConfig(use_wandb=True).validate()
 
 
 def test_a_config_of_ones_own_is_strict_too():
