@@ -24,8 +24,8 @@ import yaml
 
 from common import (
     BaseStage, ConfigError, Names, Precision, StageConfig, StageResult, before_and_after, coerce_fields,
-    is_main_process, logger, option_help, read_command_line, resolve_names, save_model, start_logging, unknown,
-    write_json, written_aside,
+    is_main_process, logger, option_help, read_command_line, refusing, resolve_names, save_model, start_logging,
+    unknown, write_json, written_aside,
 )
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
@@ -77,13 +77,8 @@ StrictLoader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+012
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file. Builds no objects. Raises ConfigError naming file and line."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            values = yaml.load(file, StrictLoader)
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    with refusing(f"{path} cannot be read as YAML"), open(path, encoding="utf-8") as file:
+        values = yaml.load(file, StrictLoader)
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected lines of the form key: value")
     return values
@@ -137,13 +132,17 @@ class Pipeline:
         if config_class is StageConfig:
             config_class = get_type_hints(stage_class.__init__).get("config", StageConfig)
         known = {f.name for f in fields(config_class)}
-        values = {key: getattr(self.config, key) for key in SHARED if key in known}
+        shared = {key: getattr(self.config, key) for key in SHARED if key in known}
+        own: dict[str, Any] = {"output_dir": str(Path(self.config.output_dir, folder))}
         try:
-            for source in (self.config.stage_configs, self.overrides):
-                for key in dict.fromkeys((short, folder)):
-                    values |= resolve_names(config_class, source.get(key) or {})
-            values["output_dir"] = str(Path(self.config.output_dir, folder))
-            config = config_class(**values)
+            sources = (self.config.stage_configs, self.overrides)
+            for options in (source.get(key) or {} for source in sources for key in (short, folder)):
+                own |= (resolved := resolve_names(config_class, options))
+                if "output_dir" in resolved:
+                    raise ConfigError("output_dir goes to the top of the YAML; a stage's folder is numbered inside it")
+                if "model_name_or_path" in resolved and folder != self.folders[0]:
+                    raise ConfigError("it starts from the model of the stage before; remove model_name_or_path")
+            config = config_class(**shared | own)
             config.validate()
         except ConfigError as error:
             raise ConfigError(f"stage {folder}: {error}") from None

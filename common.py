@@ -804,10 +804,14 @@ def fit(config: TrainingConfig, model, tokenizer, train_rows: Sequence[dict], ev
                             metric_key_prefix="eval"):
             self.model_wrapped.eval()
             totals: Counter[str] = Counter()
-            for batch in map(self._prepare_inputs, dataloader):
+            rows, size, world = self.eval_dataset, self.args.eval_batch_size, self.args.world_size
+            batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+            # As many rounds for every process, else they would wait for each other; what comes twice weighs nothing.
+            for number in range(self.args.process_index, math.ceil(len(batches) / world) * world, world):
+                batch = self._prepare_inputs(collate(batches[number % len(batches)]))
                 with torch.no_grad(), self.compute_loss_context_manager():
                     value, metrics = loss(self.model_wrapped, batch)
-                items = int(batch["num_items"])
+                items = int(batch["num_items"]) * (number < len(batches))
                 totals.update({k: float(v) * items for k, v in {"loss": value, **metrics}.items()}, items=items)
             reduced = self.accelerator.reduce(torch.tensor([*totals.values()], device=self.args.device), "sum").tolist()
             means = {f"{metric_key_prefix}_{name}": total / reduced[-1] for name, total in zip(totals, reduced)}
@@ -881,8 +885,9 @@ def fit(config: TrainingConfig, model, tokenizer, train_rows: Sequence[dict], ev
         checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
         logger.info("resuming from %s", checkpoint or "the start: there is no checkpoint yet")
     callbacks = [EarlyStoppingCallback(config.early_stopping_patience)] if config.early_stopping_patience else []
-    callbacks, evaluated = [Progress(), *callbacks], list(eval_rows) or None
-    trainer = FitTrainer(model, args, collate, list(train_rows), evaluated, tokenizer, callbacks=callbacks)
+    evaluated = sorted(eval_rows, key=lambda row: len(row["input_ids"])) or None  # by length: little padding
+    trainer = FitTrainer(model, args, collate, list(train_rows), evaluated, tokenizer,
+                         callbacks=[Progress(), *callbacks])
     trainer.remove_callback(PrinterCallback)
     logger.info("training %s of %s parameters on %s rows, on %s in %s", *(f"{n:,}" for n in (*counts, len(train_rows))),
                 device.type, str(dtype).removeprefix("torch."))

@@ -136,6 +136,8 @@ def test_a_dry_run_opens_the_data_and_writes_nothing(pipeline, tmp_path, capsys)
 @pytest.mark.parametrize("top, words", [
     ({"stage": ["sft"]}, "unknown option 'stage'; did you mean 'stages'"), ({"stages": ["sfd"]}, "did you mean 'sft'"),
     ({"stages": []}, "stages is missing"), ({"push_to_hub": True, "hub_repo_id": "me/it"}, "not built yet.*hf upload me/it .*/final --private"), ({"stages": ["no/such.py"]}, "unknown stage"),
+    ({"stage_configs": {"sft": {"data": "d", "output_dir": "x"}}}, "output_dir goes to the top"),
+    ({"stages": ["sft", "sft"], "stage_configs": {"01_sft": {"data": "d"}, "02_sft": {"data": "d", "model": "x"}}}, "02_sft: it starts from the model of"),
     ({"stage_configs": {"stf": {}}}, "stage_configs: unknown stage 'stf'; did you mean 'sft'"),
     ({"stage_configs": {"sft": {"learnig_rate": 1}}}, "stage 01_sft: unknown option 'learnig_rate'; did you mean 'learning_rate'"),
     ({"stage_configs": {"sft": {"data": "d", "seed": -1}}}, "stage 01_sft: seed=-1"), ({"log_level": "loud"}, "log_level='loud'"),
@@ -149,8 +151,8 @@ def test_yaml_is_read_without_surprises(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("a: 2e-4\nb: 1E5\nc: [1.5e-3, 2e4x]\n")
     assert load_yaml(path) == {"a": 2e-4, "b": 1e5, "c": [1.5e-3, "2e4x"]}
-    for text, words in (("a: 1\nb:\n  c: 1\n  c: 2\n", "line 4: 'c' stands twice"), ("a: [", "is not YAML"), ("- a", "key: value"),
-                        ("a: !!python/object/apply:os.system ['true']", "is not YAML")):
+    for text, words in (("a: 1\nb:\n  c: 1\n  c: 2\n", "line 4: 'c' stands twice"), ("a: [", "cannot be read as YAML"), ("- a", "key: value"),
+                        ("a: !!python/object/apply:os.system ['true']", "cannot be read as YAML")):
         path.write_text(text)
         with pytest.raises(ConfigError, match=words):
             load_yaml(path)
