@@ -204,7 +204,7 @@ def train(config: SFTConfig, model, tokenizer, train_rows: list, eval_rows: list
 
     training, evaluation = encoded(train_rows, "training data"), encoded(eval_rows, "evaluation data")
     training = pack(training, length) if config.packing else training
-    asked = [row for row in eval_rows if not isinstance(row, str) and row[-1]["role"] == "assistant"]
+    asked = [row for row in eval_rows if not isinstance(row, str) and len(row) > 1 and row[-1]["role"] == "assistant"]
     asked = asked[: config.num_eval_samples]
     prompts = [row[:-1] for row in asked]
     before = generate(model, tokenizer, prompts, config.max_new_tokens)
