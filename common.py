@@ -301,10 +301,12 @@ class BaseStage:
             transformers.set_seed(self.config.seed)
             model, tokenizer = self.prepare_model_and_tokenizer(model, tokenizer, previous_result)
             metrics = self.train(model, tokenizer)
-            if hasattr(model, "peft_config") and self.config.save_intermediate and is_main_process():
-                self.artifacts["adapter"] = str(folder / "adapter")
-                with written_aside(folder / "adapter") as aside:
-                    model.save_pretrained(aside)
+            if self.config.save_intermediate and is_main_process():
+                shutil.rmtree(folder / "adapter", ignore_errors=True)  # an older run in this folder may have left one
+                if hasattr(model, "peft_config"):
+                    self.artifacts["adapter"] = str(folder / "adapter")
+                    with written_aside(folder / "adapter") as aside:
+                        model.save_pretrained(aside)
             model = merge_adapter(model)
             path = self.save_model_and_tokenizer(model, tokenizer) if self.config.save_intermediate else None
             metrics = {**metrics, "seconds": round(time.time() - started, 1)}

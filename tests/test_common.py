@@ -382,6 +382,13 @@ def test_without_save_intermediate_the_model_is_handed_on_in_memory(model_dir, t
         Stage(stage_config(model_dir, tmp_path / "3", use_4bit=True)).execute(first.model, first.tokenizer, first)
 
 
+def test_a_folder_used_again_keeps_no_adapter_of_the_older_run(model_dir, tmp_path):
+    assert Stage(stage_config(model_dir, tmp_path)).execute().artifacts["adapter"] == str(tmp_path / "adapter")
+    assert (tmp_path / "adapter/adapter_model.safetensors").exists()
+    assert Stage(stage_config(model_dir, tmp_path, lora_r=0)).execute().artifacts == {}
+    assert not (tmp_path / "adapter").exists()
+
+
 def test_a_failed_stage_leaves_its_traceback_and_no_result(model_dir, tmp_path, capsys):
     class Failing(Stage):
         def train(self, model, tokenizer):
