@@ -302,11 +302,12 @@ class BaseStage:
             model, tokenizer = self.prepare_model_and_tokenizer(model, tokenizer, previous_result)
             metrics = self.train(model, tokenizer)
             if self.config.save_intermediate and is_main_process():
-                shutil.rmtree(folder / "adapter", ignore_errors=True)  # an older run in this folder may have left one
                 if hasattr(model, "peft_config"):
                     self.artifacts["adapter"] = str(folder / "adapter")
                     with written_aside(folder / "adapter") as aside:
                         model.save_pretrained(aside)
+                else:
+                    shutil.rmtree(folder / "adapter", ignore_errors=True)  # of an older run in this folder
             model = merge_adapter(model)
             path = self.save_model_and_tokenizer(model, tokenizer) if self.config.save_intermediate else None
             metrics = {**metrics, "seconds": round(time.time() - started, 1)}
@@ -390,16 +391,16 @@ def load_dataset_from_path(path: str, config_name: str | None = None, split: str
 
 
 def hub_answers(kind: str, name: str) -> bool:
-    """Whether the hub can be asked for `name`. Looked up first, since its client retries for half a minute. Raises
-    ConfigError for what can only be a path."""
+    """Whether the hub can be reached (its client would retry for half a minute). Refuses what can only be a path."""
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in (*READERS, ".gguf", ".txt"):
         raise ConfigError(f"{kind} {name}: no such file or folder")
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
+        return False
     try:
         urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=5).close()
     except OSError as error:
-        if not hasattr(error, "code"):  # an HTTPError has one: it is an answer
-            return False
-    return os.environ.get("HF_HUB_OFFLINE", "0") in ("0", "")
+        return hasattr(error, "code")  # an HTTPError has one: it is an answer
+    return True
 
 
 def detect_format(columns: Sequence[str], formats: Mapping[str, Sequence[str]], wanted: str = "auto") -> str:
@@ -409,8 +410,8 @@ def detect_format(columns: Sequence[str], formats: Mapping[str, Sequence[str]], 
         raise ConfigError(f"dataset_format={wanted} needs {', '.join(formats[wanted])}; found {', '.join(columns)}")
     fitting = [name for name, needs in formats.items() if set(needs) <= set(columns) and wanted in ("auto", name)]
     fitting = [a for a in fitting if not any(set(formats[a]) < set(formats[b]) for b in fitting)]
-    if len(fitting) > 1:  # a column `text` beside others is the same row once more, already rendered
-        fitting = [name for name in fitting if name != "text"]
+    # A column `text` beside others is the same row once more, already rendered.
+    fitting = [name for name in fitting if name != "text"] or fitting
     if len(fitting) > 1:
         raise ConfigError(f"the columns {', '.join(columns)} fit {' and '.join(fitting)}; choose by dataset_format")
     if not fitting:
@@ -457,11 +458,9 @@ def prepare_tokenizer(tokenizer, config: TrainingConfig, needs_chat_template: bo
     if config.instruction_template:
         tokenizer.chat_template = as_chat_template(config.instruction_template, tokenizer)
     if needs_chat_template and not tokenizer.chat_template:
-        raise ConfigError(
-            f"{config.model_name_or_path} has no chat template; say how a prompt is written, for example "
-            r"--instruction_template='### Instruction:\n{instruction}\n\n### Response:\n{response}', or start from an "
-            "instruction-tuned model"
-        )
+        example = r"--instruction_template='### Instruction:\n{instruction}\n\n### Response:\n{response}'"
+        raise ConfigError(f"{config.model_name_or_path} has no chat template; say how a prompt is written, for example "
+                          f"{example}, or start from an instruction-tuned model")
 
 
 def as_chat_template(text: str, tokenizer) -> str:
@@ -485,17 +484,17 @@ def as_chat_template(text: str, tokenizer) -> str:
 
 
 @functools.cache
-def training_template(tokenizer) -> str | None:
-    """None where the tokenizer's own chat template leaves earlier turns as they are when later ones follow; else TRL's
-    version of it, which does."""
+def training_template(tokenizer, template: str) -> str:
+    """The tokenizer's own chat template, `template`, where it leaves earlier turns as they are when later ones follow;
+    else TRL's version of it, which does."""
     turns = [{"role": role, "content": "a"} for role in ("user", "assistant", "user", "assistant")]
     two, four = (tokenizer.apply_chat_template(turns[:n], tokenize=False) for n in (2, 4))
     if four.startswith(two):
-        return None
+        return template
     from trl.chat_template_utils import get_training_chat_template
 
     try:
-        return get_training_chat_template(tokenizer)
+        return get_training_chat_template(tokenizer) or template
     except ValueError as error:
         raise ConfigError(f"the chat template changes earlier turns; give instruction_template ({error})") from None
 
@@ -505,9 +504,8 @@ def render_turns(tokenizer, messages: list[dict]) -> list[tuple[str, bool]]:
     up to and including the stop token, which is appended where the template has none."""
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     stop = re.compile(f"(?:{'|'.join(map(re.escape, {*special, tokenizer.eos_token}))})(?=\\s*$)")
-    render = functools.partial(
-        tokenizer.apply_chat_template, tokenize=False, chat_template=training_template(tokenizer)
-    )
+    template = training_template(tokenizer, tokenizer.chat_template)
+    render = functools.partial(tokenizer.apply_chat_template, tokenize=False, chat_template=template)
     pieces, done = [], 0
     for index in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
         prompt, answered = render(messages[:index], add_generation_prompt=True), render(messages[: index + 1])
@@ -710,8 +708,7 @@ def set_stop_tokens(model, tokenizer) -> None:
     stops = [tokenizer.eos_token_id]
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        ids, labels = encode_turns(tokenizer, render_turns(tokenizer, turn))
-        stops.append(labels[-1])
+        stops.append(encode_turns(tokenizer, render_turns(tokenizer, turn))[0][-1])
     model.generation_config.eos_token_id = sorted(set(stops))
     model.generation_config.pad_token_id = tokenizer.pad_token_id
 
@@ -982,7 +979,10 @@ def main(stage_class: type[BaseStage], doc: str) -> None:
         words, options = read_command_line(sys.argv[1:])
         if words:
             raise ConfigError(f"unexpected word {words[0]!r}; options are written --name=value")
-        result = stage_class(config_class(**resolve_names(config_class, options))).execute()
+        config = config_class(**resolve_names(config_class, options))
+        if not (config.enabled and config.save_intermediate):
+            raise ConfigError("enabled=false and save_intermediate=false are for the stages of a chain")
+        result = stage_class(config).execute()
     except ConfigError as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
     if not result.success:

@@ -98,7 +98,7 @@ def run(*arguments, **options):
 
 @pytest.mark.parametrize("arguments, words", [
     (["--learning_rat=1"], "did you mean 'learning_rate'"), (["--model=12", "--data=x.jsonl", "--seed=x"], "seed='x'"),
-    (["train"], "unexpected word 'train'"), (["--model=./nowhere", "--data=./none.jsonl"], "./none.jsonl: no such file"),
+    (["train"], "unexpected word 'train'"), (["--save_intermediate=false"], "are for the stages of a chain"), (["--model=./nowhere", "--data=./none.jsonl"], "./none.jsonl: no such file"),
 ])
 def test_a_mistake_exits_with_status_2_and_one_sentence(tmp_path, arguments, words):
     done = run("recipes/sft.py", f"--output_dir={tmp_path}", *arguments)

@@ -98,6 +98,8 @@ def test_a_template_that_rewrites_earlier_turns_is_replaced_by_trls(tokenizer):
     assert [text.split("</think>")[-1].strip() for text in targets(tok, ids, labels)] == [
         "Uno.<|im_end|>", "Dos, my friend.<|im_end|>",
     ]
+    tok.chat_template = tokenizer.chat_template  # a later stage gives the same tokenizer another template
+    assert encode_turns(tok, render_turns(tok, CHAT)) == encode_turns(tokenizer, render_turns(tokenizer, CHAT))
 
 
 def test_an_answer_that_merges_with_its_prompt_is_refused(tokenizer):
