@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import shutil
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Sequence, get_type_hints
 
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError
 
 from common import (
     BaseStage, ConfigError, Names, Precision, StageConfig, StageResult, before_and_after, coerce_fields,
@@ -59,26 +59,13 @@ class PipelineConfig:
         coerce_fields(self)
 
 
-class StrictLoader(yaml.SafeLoader):
-    """YAML without surprises: a key that stands twice is an error, and 2e-4 is a number, as in YAML 1.2."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            if (key := self.construct_object(key_node)) in seen:
-                raise ConfigError(f"{self.name}, line {key_node.start_mark.line + 1}: {key!r} stands twice; keep one")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-FLOAT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
-StrictLoader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789"))
-
-
 def load_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Builds no objects. Raises ConfigError naming file and line."""
-    with refusing(f"{path} cannot be read as YAML"), open(path, encoding="utf-8") as file:
-        values = yaml.load(file, StrictLoader)
+    """The mapping in a YAML 1.2 file, where 2e-4 is a number. Builds no objects. Raises ConfigError naming the line."""
+    with refusing(f"{path} cannot be read as YAML"):
+        try:
+            values = YAML(typ="safe", pure=True).load(Path(path))
+        except MarkedYAMLError as error:
+            raise ConfigError(f"{path}, line {error.problem_mark.line + 1}: {error.problem}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected lines of the form key: value")
     return values
@@ -110,20 +97,24 @@ class Pipeline:
         return cls(PipelineConfig(**written | overrides), per_stage, PipelineConfig(**written).stages)
 
     def __init__(self, config: PipelineConfig, overrides: dict[str, dict] | None = None, declared: Sequence[str] = ()):
-        self.config, self.overrides = config, overrides or {}
-        self.results: list[StageResult] = []
+        self.config, self.overrides, self.results = config, overrides or {}, []
         if config.push_to_hub:
             options = "--private " * config.hub_private + f"--commit-message={config.hub_commit_message or 'model'!r}"
-            command = f"hf upload {config.hub_repo_id or 'NAME/MODEL'} {config.output_dir}/final {options}"
-            raise ConfigError(f"push_to_hub is not built yet; set it to false and run, after the chain: {command}")
+            raise ConfigError("push_to_hub is not built yet; set it to false and run, after the chain: hf upload "
+                              f"{config.hub_repo_id or 'NAME/MODEL'} {config.output_dir}/final {options}")
         if not config.stages:
             raise ConfigError("stages is missing; name at least one, for example stages: [sft]")
         self.folders = [f"{i:02d}_{Path(name).stem}" for i, name in enumerate(config.stages, 1)]
         known = {Path(name).stem for name in (*config.stages, *declared, *self.registry, *RECIPES.glob("*.py"))}
         for name in (*config.stage_configs, *self.overrides):
-            if name not in self.folders and re.sub(r"^\d\d_", "", name) not in known:
+            if name not in self.folders and name.lstrip("0123456789_") not in known:
                 raise ConfigError("stage_configs: " + unknown("stage", name, known))
         self.stages = [self.stage(name, folder) for name, folder in zip(config.stages, self.folders)]
+        self.enabled = [folder for folder, stage in zip(self.folders, self.stages) if stage.config.enabled]
+        for folder, stage in zip(self.folders, self.stages):
+            for option, name in links(stage.config).items():
+                if not any(name in (before, before[3:]) for before in self.enabled if before < folder):
+                    raise ConfigError(f"stage {folder}: {option}=stage:{name}: no stage before it is named {name}")
 
     def stage(self, name: str, folder: str) -> BaseStage:
         """The stage of a name, with its config: command line over stage over pipeline over default."""
@@ -131,8 +122,7 @@ class Pipeline:
         config_class = stage_class.config_class
         if config_class is StageConfig:
             config_class = get_type_hints(stage_class.__init__).get("config", StageConfig)
-        known = {f.name for f in fields(config_class)}
-        shared = {key: getattr(self.config, key) for key in SHARED if key in known}
+        shared = {key: getattr(self.config, key) for key in {*SHARED} & {f.name for f in fields(config_class)}}
         own: dict[str, Any] = {"output_dir": str(Path(self.config.output_dir, folder))}
         try:
             sources = (self.config.stage_configs, self.overrides)
@@ -142,13 +132,11 @@ class Pipeline:
                     raise ConfigError("output_dir goes to the top of the YAML; a stage's folder is numbered inside it")
                 if "model_name_or_path" in resolved and folder != self.folders[0]:
                     raise ConfigError("it starts from the model of the stage before; remove model_name_or_path")
-            config = config_class(**shared | own)
+            config = config_class(**{"stage_name": short} | shared | own)
             config.validate()
         except ConfigError as error:
             raise ConfigError(f"stage {folder}: {error}") from None
-        stage = stage_class(config)
-        stage.stage_name = config.stage_name or short
-        return stage
+        return stage_class(config)
 
     def find_class(self, name: str) -> type[BaseStage]:
         """The class registered under `name`, or defined by the recipe of that name or path."""
@@ -171,9 +159,9 @@ class Pipeline:
     def plan(self) -> str:
         source, rows = self.config.model_name_or_path, []
         for folder, stage in zip(self.folders, self.stages):
-            enabled = stage.config.enabled
+            enabled, hands_on = stage.config.enabled, stage.config.enabled and stage.task == "CAUSAL_LM"
             rows.append((folder, source if enabled else "skipped: enabled is false", stage.config.output_dir))
-            source = f"the model of {folder}" if enabled else source
+            source = f"the model of {folder}" if hands_on else source
         return table(("stage", "starts from", "folder"), rows)
 
     def check(self) -> None:
@@ -201,13 +189,14 @@ class Pipeline:
                     continue
                 logger.info("\n%d/%d %s", number, len(self.stages), folder)
                 self.write_state(running=folder)
-                handed = (result.model, result.tokenizer) if result else (None, None)
                 try:
-                    current = stage.execute(*handed, previous_result=result)
+                    for option, name in links(stage.config).items():
+                        setattr(stage.config, option, self.artifact(name, option.removesuffix("_path")))
+                    current = stage.execute(result and result.model, result and result.tokenizer, result)
                 except ConfigError as error:  # seen only once the model was there
                     logger.error("%s: %s", folder, error)
                     current = StageResult(stage.stage_name, False, error_message=f"ConfigError: {error}")
-                if result is not None:
+                if result:
                     result.model = result.tokenizer = None  # one model in memory at a time
                 self.results.append(current)
                 if not current.success:
@@ -222,6 +211,13 @@ class Pipeline:
             self.write_state(finished=True)
             logger.info("\n%s", self.summary())
         return self.results
+
+    def artifact(self, stage: str, name: str) -> str:
+        """The path of an artifact that the last stage of that name or folder left."""
+        found = [result.artifacts for f, result in zip(self.enabled, self.results) if stage in (f, f[3:])][-1]
+        if name not in found:
+            raise ConfigError(f"stage {stage} leaves no {name}, but {', '.join(found) or 'nothing'}")
+        return found[name]
 
     def save_final(self, result: StageResult, folder: Path) -> None:
         """OUT/final: the last stage's model, by hard links where the file system has them."""
@@ -254,17 +250,22 @@ class Pipeline:
         if is_main_process():
             results = [{k: v for k, v in vars(r).items() if k not in ("model", "tokenizer")} for r in self.results]
             plan = {folder: asdict(stage.config) for folder, stage in zip(self.folders, self.stages)}
-            path = Path(self.config.output_dir, "pipeline.json")
-            write_json(path, {"state": state, "results": results, "config": asdict(self.config), "plan": plan})
+            state = {"state": state, "results": results, "config": asdict(self.config), "plan": plan}
+            write_json(Path(self.config.output_dir, "pipeline.json"), state)
 
     def summary(self) -> str:
-        rows, enabled = [], [f for f, stage in zip(self.folders, self.stages) if stage.config.enabled]
-        for folder, result in zip(enabled, self.results):
+        rows = []
+        for folder, result in zip(self.enabled, self.results):
             minutes, where = f"{result.metrics.get('seconds', 0) / 60:.1f}", result.model_path or "in memory"
             for name, change in (before_and_after(result.metrics) or {"": ""}).items():
                 rows.append((folder, minutes, name, change, where))
                 folder = minutes = where = ""
         return table(("stage", "minutes", "figure", "before -> after", "folder"), rows)
+
+
+def links(config: StageConfig) -> dict[str, str]:
+    """{option: stage} of the options written as stage:NAME, which stand for what that stage leaves."""
+    return {key: value[6:] for key, value in vars(config).items() if isinstance(value, str) and value[:6] == "stage:"}
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -285,8 +286,7 @@ def main(arguments: list[str] | None = None) -> None:
             files = [word for word in words if word.endswith((".yaml", ".yml"))]
             options["stages"] = ",".join([options["stages"], *(word for word in words if word not in files)])
             words = files
-        if "config" in options:
-            words.append(options.pop("config"))
+        words += [options.pop("config")] if "config" in options else []
         if len(words) != 1:
             raise ConfigError(f"give one YAML file, python chain.py FILE; got {', '.join(words) or 'none'}")
         results = Pipeline.from_yaml(words[0], **options).run()

@@ -76,7 +76,6 @@ Optimizer = Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_ada
 Scheduler = Literal["linear", "cosine", "polynomial", "constant", "constant_with_warmup", "cosine_with_restarts"]
 
 
-
 def coerce_fields(config) -> None:
     """Coerce every field of a dataclass to its annotation ("2e-4" to 0.0002); raises ConfigError naming the field."""
     hints = get_type_hints(type(config), include_extras=True)
@@ -144,6 +143,7 @@ class TrainingConfig(StageConfig):
     """Options of every stage that trains: model, quantization, LoRA, optimizer, schedule, checkpoints."""
 
     aliases: ClassVar[dict[str, str]] = {"model": "model_name_or_path", "dtype": "torch_dtype"}
+    default_rates: ClassVar[tuple[float, float]] = (5e-4, 5e-5)  # learning_rate for an adapter, for all weights
 
     # model
     model_name_or_path: str = ""  # hub name, folder, adapter folder, or .gguf file (also package/file.gguf)
@@ -194,7 +194,7 @@ class TrainingConfig(StageConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.learning_rate is None:
-            self.learning_rate = 5e-4 if self.lora_r else 5e-5
+            self.learning_rate = self.default_rates[not self.lora_r]
 
     def validate(self) -> None:
         super().validate()
@@ -212,6 +212,28 @@ class TrainingConfig(StageConfig):
             raise ConfigError(f"load_best_model_at_end: save_steps must be a multiple of eval_steps={self.eval_steps}")
 
     quantized = property(lambda self: self.use_4bit or self.use_8bit)
+
+
+@dataclass
+class DataConfig(TrainingConfig):
+    """Options of every stage that trains on one data set; `formats` are those its recipe knows."""
+
+    formats: ClassVar[Mapping[str, Sequence[str]]] = {}
+
+    dataset_config_name: str | None = None  # configuration of a hub data set
+    auto_detect_format: bool = True  # false: dataset_format says what the columns mean
+    dataset_format: str = "auto"  # one of FORMATS in the recipe; auto: by the columns
+    validation_split: Share = 0.05  # share of the rows held out for evaluation
+
+    def validate(self) -> None:
+        super().validate()
+        if not getattr(self, name := self.aliases["data"]):
+            raise ConfigError(f"{name} is missing: --data=<file, folder or hub name>")
+        known = ("auto", *self.formats)
+        if self.dataset_format not in known or (self.dataset_format == "auto") != self.auto_detect_format:
+            raise ConfigError(f"auto_detect_format=false goes with dataset_format, one of: {', '.join(self.formats)}")
+        if self.eval_steps and not self.validation_split:
+            raise ConfigError("eval_steps needs held-out rows; set validation_split above 0")
 
 
 # ---- Stage contract --------------------------------------------------------------------------------------------------
@@ -236,6 +258,7 @@ class BaseStage:
     stage_name: str = ""
     config_class: type[StageConfig] = StageConfig
     needs_chat_template: bool = True  # false: the data is plain text
+    task: str = "CAUSAL_LM"  # PEFT's name of what the model does; SEQ_CLS: it gives one score
 
     def __init__(self, config: StageConfig):
         self.config = config
@@ -271,12 +294,13 @@ class BaseStage:
             raise ConfigError("use_4bit and use_8bit load from a folder: set save_intermediate in the stage before")
         self.lineage["parent"] = {"model": config.model_name_or_path, "revision": config.revision}
         if model is None or config.quantized:
-            model, tokenizer = load_model_and_tokenizer(config, self.needs_chat_template)
+            model, tokenizer = load_model_and_tokenizer(config, self.needs_chat_template, self.task)
         else:
             prepare_tokenizer(tokenizer, config, self.needs_chat_template)
             model = merge_adapter(model).to(weight_dtype(config))
-        set_stop_tokens(model, tokenizer)
-        return add_adapter(model, config), tokenizer
+        if self.task == "CAUSAL_LM":
+            set_stop_tokens(model, tokenizer)
+        return add_adapter(model, config, self.task), tokenizer
 
     def save_model_and_tokenizer(self, model, tokenizer) -> str:
         return save_model(model, tokenizer, self.config.output_dir)
@@ -422,7 +446,7 @@ def detect_format(columns: Sequence[str], formats: Mapping[str, Sequence[str]], 
 
 def usable_rows(rows: Iterable, convert: Callable, what: str) -> list:
     """`[convert(row) for row in rows]` without the rows for which it raises RowError: those are counted, and the
-    counts said. Raises ConfigError when nothing is left."""
+    counts said. Raises ConfigError when they are the majority, or nothing is there."""
     kept, reasons = [], Counter()
     for row in rows:
         try:
@@ -430,8 +454,8 @@ def usable_rows(rows: Iterable, convert: Callable, what: str) -> list:
         except RowError as error:
             reasons[str(error)] += 1
     said = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-    if not kept:
-        raise ConfigError(f"{what}: no usable row ({said or 'it is empty'})")
+    if len(kept) < max(1, reasons.total()):
+        raise ConfigError(f"{what}: {len(kept) or 'no'} usable rows ({said or 'it is empty'})")
     if reasons:
         logger.warning("%s: %d of %d rows left out: %s", what, reasons.total(), reasons.total() + len(kept), said)
     return kept
@@ -449,6 +473,21 @@ def split_dataset(rows: Sequence, validation_split: float, seed: int) -> tuple[l
     for group in order:
         (evaluation if len(evaluation) < wanted else training).extend(rows[index] for index in members[group])
     return training, evaluation
+
+
+def load_rows(config: DataConfig, convert: Callable, optional: Mapping[str, Sequence[str]] = {}) -> tuple:
+    """(training rows, evaluation rows, what was found) of the configured data set, each as `convert(row, format)` makes
+    it. Columns are reported; besides the format's own, only its `optional` ones are used."""
+    dataset = load_dataset_from_path(path := getattr(config, config.aliases["data"]), config.dataset_config_name)
+    form = detect_format(dataset.column_names, config.formats, config.dataset_format)
+    known = [*config.formats[form], *optional.get(form, ())]
+    used, ignored = (", ".join(c for c in dataset.column_names if (c in known) is use) for use in (True, False))
+    note = f" (not used: {ignored})" if ignored else ""
+    logger.info("data %s: %s, %d rows: %s%s", path, form, len(dataset), used, note)
+    rows = usable_rows(dataset, lambda row: convert(row, form), "data")
+    digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+    found = {"path": path, "format": form, "rows": len(rows), "sha256": digest}
+    return *split_dataset(rows, config.validation_split, config.seed), found
 
 
 def prepare_tokenizer(tokenizer, config: TrainingConfig, needs_chat_template: bool = True) -> None:
@@ -625,16 +664,19 @@ def convert_gguf(file: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def load_model_and_tokenizer(config: TrainingConfig, needs_chat_template: bool = True):
+def load_model_and_tokenizer(config: TrainingConfig, needs_chat_template: bool = True, task: str = "CAUSAL_LM"):
     """(model, tokenizer) of `model_name_or_path`, quantized if asked for; an adapter is merged into its base. The
     tokenizer comes first, so that a missing chat template is said before weights are read."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    import transformers
+    from transformers import AutoTokenizer, BitsAndBytesConfig
 
-    code = {"trust_remote_code": config.trust_remote_code}
+    code, scores = {"trust_remote_code": config.trust_remote_code}, task == "SEQ_CLS"
+    auto = transformers.AutoModelForSequenceClassification if scores else transformers.AutoModelForCausalLM
+    label = {"num_labels": 1} if scores else {}
 
     def load(base: Path, adapter: Path | None = None, **quantized):
         rest = {"dtype": weight_dtype(config), "attn_implementation": config.attn_implementation, **code, **quantized}
-        model = AutoModelForCausalLM.from_pretrained(base, use_safetensors=True, **rest)
+        model = auto.from_pretrained(base, use_safetensors=True, **label, **rest)
         if adapter is None:
             return model
         from peft import PeftModel
@@ -651,7 +693,7 @@ def load_model_and_tokenizer(config: TrainingConfig, needs_chat_template: bool =
         tokenizer = AutoTokenizer.from_pretrained(words, **code)
         prepare_tokenizer(tokenizer, config, needs_chat_template)
         if not config.quantized:
-            return load(base, adapter), tokenizer
+            return load(base, adapter).to(default_device()), tokenizer
         if adapter:  # quantized weights cannot take a merge
             parts = [*sorted(base.glob("*.safetensors")), *sorted(adapter.glob("adapter_*"))]
             base = cached("merging", parts, lambda folder: load(base, adapter).save_pretrained(folder))
@@ -660,6 +702,7 @@ def load_model_and_tokenizer(config: TrainingConfig, needs_chat_template: bool =
             load_in_4bit=config.use_4bit, load_in_8bit=config.use_8bit, bnb_4bit_quant_type=config.bnb_4bit_quant_type,
             bnb_4bit_compute_dtype=compute_dtype(precision),
             bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,
+            llm_int8_skip_modules=["score"] if scores else None,  # the head trains whole, so it stays as it is
         ))
     for module in model.modules():
         # On some CPUs an evaluation repacks 4-bit weights: then no gradient passes, and dequantizing gives noise.
@@ -668,7 +711,7 @@ def load_model_and_tokenizer(config: TrainingConfig, needs_chat_template: bool =
     return model, tokenizer
 
 
-def add_adapter(model, config: TrainingConfig):
+def add_adapter(model, config: TrainingConfig, task: str = "CAUSAL_LM"):
     """`model` under a fresh adapter that alone trains, or `model` itself with all weights trainable if lora_r is 0."""
     if not config.lora_r:
         return model.requires_grad_(True)
@@ -681,7 +724,7 @@ def add_adapter(model, config: TrainingConfig):
     if config.quantized:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return get_peft_model(model, LoraConfig(
-        task_type="CAUSAL_LM", r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
+        task_type=task, r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
         target_modules="all-linear" if everywhere else targets, bias=config.lora_bias,
         use_dora=config.use_dora, use_rslora=config.use_rslora,
     ))
@@ -703,13 +746,18 @@ def merge_adapter(model):
     return model.merge_and_unload().requires_grad_(True)
 
 
-def set_stop_tokens(model, tokenizer) -> None:
-    """Let generation stop at the token that ends a turn of the chat template, which need not be the tokenizer's eos."""
-    stops = [tokenizer.eos_token_id]
+def stop_tokens(tokenizer) -> list[int]:
+    """The tokenizer's eos, and the token that ends a turn of the chat template, which need not be the same."""
+    stops = {tokenizer.eos_token_id}
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        stops.append(encode_turns(tokenizer, render_turns(tokenizer, turn))[0][-1])
-    model.generation_config.eos_token_id = sorted(set(stops))
+        stops.add(encode_turns(tokenizer, render_turns(tokenizer, turn))[0][-1])
+    return sorted(stops)
+
+
+def set_stop_tokens(model, tokenizer) -> None:
+    """Let generation stop at the token that ends a turn."""
+    model.generation_config.eos_token_id = stop_tokens(tokenizer)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 
@@ -746,6 +794,25 @@ def logits_at(model, mask: torch.Tensor, **inputs) -> torch.Tensor:
         hook.remove()
 
 
+class TokenLogps(torch.autograd.Function):
+    """log softmax(logits)[target] of logits (N, V) and targets (N,): (N,) in float32. It works in chunks, and the
+    gradient takes the place of the logits, which are spent by then: a second (N, V) tensor is never made."""
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        norms = torch.cat([chunk.float().logsumexp(-1) for chunk in logits.split(32)])
+        ctx.save_for_backward(logits, targets, norms)
+        return logits.gather(-1, targets[:, None])[:, 0].float() - norms
+
+    @staticmethod
+    def backward(ctx, grads):
+        logits, *rest = ctx.saved_tensors
+        for chunk, target, norm, grad in zip(*(tensor.split(32) for tensor in (logits, *rest, grads))):
+            chunk.copy_((chunk.float() - norm[:, None]).exp_().mul_(-grad[:, None]))
+            chunk.scatter_add_(-1, target[:, None], grad[:, None].to(chunk.dtype))
+        return logits, None
+
+
 def fit(config: TrainingConfig, model, tokenizer, train_rows: Sequence[dict], eval_rows: Sequence[dict],
         collate: Callable[[list], dict], loss: Callable[[Any, dict], tuple[torch.Tensor, dict]]) -> dict[str, float]:
     """Train `model` in place by transformers' Trainer; returns the figures after training, and as x_before those from
@@ -767,6 +834,17 @@ def fit(config: TrainingConfig, model, tokenizer, train_rows: Sequence[dict], ev
         if not math.isfinite(value):
             raise FloatingPointError(f"the {what} is {float(value)} at step {state.global_step + 1}; the weights are "
                                      "as before it. Lower learning_rate, or look for a broken row")
+
+    class ByLength(LengthGroupedSampler):
+        """Steps of rows of about the same length, so with little padding, also where the rows are few. The longest come
+        first: if memory is short, it shows at once."""
+
+        def __iter__(self):
+            chance = 0.9 + 0.2 * torch.rand(len(self), generator=self.generator)  # so that batches mix anew
+            longest, *others = (torch.tensor(self.lengths) * chance).argsort(descending=True).split(self.batch_size)
+            rest = [others.pop()] if others and len(others[-1]) < self.batch_size else []
+            order = torch.randperm(len(others), generator=self.generator).tolist()
+            return iter(torch.cat([longest, *(others[index] for index in order), *rest]).tolist())
 
     class FitTrainer(Trainer):
         loss_is_scaled_for_ga = True
@@ -794,7 +872,7 @@ def fit(config: TrainingConfig, model, tokenizer, train_rows: Sequence[dict], ev
         def _get_train_sampler(self, train_dataset=None):
             size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
             lengths, order = [len(row["input_ids"]) for row in self.train_dataset], torch.Generator()
-            sampler = LengthGroupedSampler(size, lengths=lengths, generator=order)
+            sampler = ByLength(size, lengths=lengths, generator=order)
             # A function of seed and epoch alone: a resumed run sees the batches the interrupted one would have seen.
             sampler.set_epoch = lambda epoch: order.manual_seed(config.seed + epoch)
             return sampler
@@ -856,8 +934,10 @@ def fit(config: TrainingConfig, model, tokenizer, train_rows: Sequence[dict], ev
                 return
             with open(folder / "metrics.jsonl", "a") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-            words = {"learning_rate": "lr {:.2g}", "tokens_per_s": "{:,.0f} tokens/s", "epoch": "", "grad_norm": ""}
-            shown = "  ".join(words.get(k, f"{k} {{:.4g}}").format(v) for k, v in logs.items() if words.get(k) != "")
+            words = {"learning_rate": "lr {:.2g}", "tokens_per_s": "{:,.0f} tokens/s"}
+            left_to_the_file = re.compile("epoch|grad_norm|.*_(logps|reward)")  # a line should fit the screen
+            shown = {k: v for k, v in logs.items() if not left_to_the_file.fullmatch(k)}
+            shown = "  ".join(words.get(k, f"{k} {{:.4g}}").format(v) for k, v in shown.items())
             logger.info("step %*d/%d  %s", len(str(state.max_steps)), state.global_step, state.max_steps, shown)
 
     os.environ |= {"TENSORBOARD_LOGGING_DIR": str(folder / "runs"), "WANDB_DIR": str(folder)}
@@ -989,7 +1069,7 @@ def main(stage_class: type[BaseStage], doc: str) -> None:
         sys.exit(1)
     if is_main_process():
         changes = (f" {name} {change}" for name, change in before_and_after(result.metrics).items())
-        print("done:", result.model_path, *changes)
+        print("done:", config.output_dir, *changes)
 
 
 def before_and_after(metrics: Mapping[str, float]) -> dict[str, str]:

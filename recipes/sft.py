@@ -13,7 +13,6 @@ Run it on a laptop, and as QLoRA on a GPU:
     python recipes/sft.py --model=Qwen/Qwen3-8B --data=my_chats.jsonl --use_4bit --output_dir=outputs/qwen
 """
 
-import hashlib
 import json
 import sys
 from dataclasses import dataclass
@@ -27,39 +26,11 @@ from torch.nn.utils.rnn import pad_sequence
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import (
-    IGNORE, BaseStage, ConfigError, Count, Natural, RowError, Share, TrainingConfig, detect_format, encode_turns,
-    fit, generate, is_main_process, load_dataset_from_path, logger, logits_at, main, render_turns,
-    split_dataset, usable_rows,
+    IGNORE, BaseStage, ConfigError, Count, DataConfig, Natural, RowError, TokenLogps, encode_turns, fit, generate,
+    is_main_process, load_rows, logger, logits_at, main, render_turns, usable_rows,
 )
 
-
-@dataclass
-class SFTConfig(TrainingConfig):
-    """Options of supervised fine-tuning."""
-
-    aliases: ClassVar = TrainingConfig.aliases | {"data": "dataset_name_or_path"}
-
-    dataset_name_or_path: str = ""  # .json, .jsonl, .csv or .parquet file, a folder of them, or a hub name
-    dataset_config_name: str | None = None  # configuration of a hub data set
-    auto_detect_format: bool = True  # false: dataset_format says what the columns mean
-    dataset_format: str = "auto"  # one of FORMATS below; auto: by the columns
-    validation_split: Share = 0.05  # share of the rows held out for evaluation
-    max_seq_length: Count = 2048  # in tokens; answers beyond it are left out, and the rows counted; text is split
-    packing: bool = False  # several rows in one sequence, isolated from each other
-    num_eval_samples: Natural = 0  # held-out prompts answered before and after training, into samples.jsonl
-    max_new_tokens: Count = 128  # length of those answers
-
-    def validate(self) -> None:
-        super().validate()
-        if not self.dataset_name_or_path:
-            raise ConfigError("dataset_name_or_path is missing: --data=<file, folder or hub name>")
-        if self.dataset_format not in ("auto", *FORMATS) or (self.dataset_format == "auto") != self.auto_detect_format:
-            raise ConfigError(f"auto_detect_format=false goes with dataset_format, one of: {', '.join(FORMATS)}")
-        if (self.num_eval_samples or self.eval_steps) and not self.validation_split:
-            raise ConfigError("eval_steps and num_eval_samples need held-out rows; set validation_split above 0")
-
-
-# -- data: rows to conversations, conversations to tokens --------------------------------------------------------------
+# -- configuration ----------------------------------------------------------------------------------------------------
 
 FORMATS = {  # name: the columns that make it; of those that fit, the one with more columns is meant
     "messages": ["messages"],
@@ -72,6 +43,29 @@ FORMATS = {  # name: the columns that make it; of those that fit, the one with m
     "context-question-answer": ["context", "question", "answer"],
     "text": ["text"],
 }
+
+
+@dataclass
+class SFTConfig(DataConfig):
+    """Options of supervised fine-tuning."""
+
+    aliases: ClassVar = DataConfig.aliases | {"data": "dataset_name_or_path"}
+    formats: ClassVar = FORMATS
+
+    dataset_name_or_path: str = ""  # .json, .jsonl, .csv or .parquet file, a folder of them, or a hub name
+    max_seq_length: Count = 2048  # in tokens; answers beyond it are left out, and the rows counted; text is split
+    packing: bool = False  # several rows in one sequence, isolated from each other
+    num_eval_samples: Natural = 0  # held-out prompts answered before and after training, into samples.jsonl
+    max_new_tokens: Count = 128  # length of those answers
+
+    def validate(self) -> None:
+        super().validate()
+        if self.num_eval_samples and not self.validation_split:
+            raise ConfigError("num_eval_samples needs held-out rows; set validation_split above 0")
+
+
+# -- data: rows to conversations, conversations to tokens --------------------------------------------------------------
+
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -100,25 +94,6 @@ def to_text(row: dict) -> str:
     if not isinstance(row["text"], str) or not row["text"].strip():
         raise RowError("with an empty or missing text")
     return row["text"]
-
-
-def load_rows(config: SFTConfig) -> tuple[list, list, dict]:
-    """(training rows, evaluation rows, what was found) of the configured data set. A row is a conversation, or a
-    string in the format `text`."""
-    dataset = load_dataset_from_path(config.dataset_name_or_path, config.dataset_config_name)
-    form = detect_format(dataset.column_names, FORMATS, config.dataset_format)
-    used = [c for c in dataset.column_names if c in (*FORMATS[form], *(["input"] if form == "alpaca" else []))]
-    ignored = [c for c in dataset.column_names if c not in used]
-    note = f" (not used: {', '.join(ignored)})" if ignored else ""
-    logger.info("data %s: %s, %d rows: %s%s", config.dataset_name_or_path, form, len(dataset), ", ".join(used), note)
-    separate = "{input}" in (config.instruction_template or "")
-    convert = to_text if form == "text" else lambda row: to_messages(row, form, separate)
-    rows = usable_rows(dataset, convert, "data")
-    if form == "text" and config.num_eval_samples:
-        raise ConfigError("num_eval_samples answers prompts, and plain text has none; set it to 0")
-    digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
-    found = {"path": config.dataset_name_or_path, "format": form, "rows": len(rows), "sha256": digest}
-    return *split_dataset(rows, config.validation_split, config.seed), found
 
 
 def encode(row: list[dict] | str, tokenizer, max_length: int) -> tuple[list[dict], bool]:
@@ -175,9 +150,9 @@ def collate(rows: list[dict], padding_side: str = "right") -> dict[str, torch.Te
 # -- mathematics ------------------------------------------------------------------------------------------------------
 
 
-def sft_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean negative log-likelihood of targets (N,) under logits (N, V), taken in float32."""
-    return F.cross_entropy(logits.float(), targets)
+def sft_loss(logps: torch.Tensor) -> torch.Tensor:
+    """Mean negative log-likelihood of targets with log-probabilities (N,)."""
+    return -logps.mean()
 
 
 def loss(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -186,7 +161,8 @@ def loss(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str,
     targets = batch["labels"][:, 1:][predicts[:, :-1]]  # (N,)
     inputs = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask") if name in batch}
     logits = logits_at(model, predicts, **inputs)  # (N, V)
-    return sft_loss(logits, targets), {"token_accuracy": (logits.argmax(-1) == targets).float().mean()}
+    metrics = {"token_accuracy": (logits.argmax(-1) == targets).float().mean()}
+    return sft_loss(TokenLogps.apply(logits, targets)), metrics
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -238,8 +214,12 @@ class SFTStage(BaseStage):
     stage_name, config_class = "sft", SFTConfig
 
     def load_data(self):
-        *rows, self.lineage["data"] = load_rows(self.config)
+        separate = "{input}" in (self.config.instruction_template or "")
+        convert = lambda row, form: to_text(row) if form == "text" else to_messages(row, form, separate)
+        *rows, self.lineage["data"] = load_rows(self.config, convert, {"alpaca": ["input"]})
         self.needs_chat_template = self.lineage["data"]["format"] != "text"
+        if self.config.num_eval_samples and not self.needs_chat_template:
+            raise ConfigError("num_eval_samples answers prompts, and plain text has none; set it to 0")
         return rows
 
     def train(self, model, tokenizer):

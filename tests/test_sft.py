@@ -179,7 +179,8 @@ def test_files_and_folders(tmp_path, caplog, suffix):
         dataset.to_json(path / "test.jsonl")
     else:
         getattr(dataset, "to_json" if suffix == "jsonl" else f"to_{suffix}")(path, **{"lines": False} if suffix == "json" else {})
-    train, held_out, found = sft.load_rows(config(tmp_path, dataset_name_or_path=str(path), validation_split=0.4))
+    stage = sft.SFTStage(config(tmp_path, dataset_name_or_path=str(path), validation_split=0.4))
+    (train, held_out), found = stage.load_data(), stage.lineage["data"]
     assert found["format"] == "alpaca" and found["rows"] == 2  # the empty output is left out
     assert sorted(row[0]["content"] for row in train + held_out) == ["Add.\n\n1 2", "Add.\n\n5 6"]
 
@@ -188,7 +189,7 @@ def test_what_is_left_out_is_counted(tmp_path, caplog):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(ALPACA | {"output": answer}) + "\n" for answer in ("3", "", None, "4")))
     with caplog.at_level("INFO"):
-        sft.load_rows(config(tmp_path, dataset_name_or_path=str(path)))
+        sft.SFTStage(config(tmp_path, dataset_name_or_path=str(path))).load_data()
     assert "alpaca, 4 rows: instruction, input, output" in caplog.text
     assert "2 of 4 rows left out: 2 with an empty or missing text" in caplog.text
 

