@@ -236,14 +236,13 @@ class Pipeline:
             shutil.copytree(result.model_path, aside, ignore=records, copy_function=link, dirs_exist_ok=True)
 
     def clean_up(self, last: StageResult | None) -> None:
-        """Delete weights and checkpoints of the stages; the last one's only when OUT/final has them. Records stay."""
-        for result in self.results:
-            if result.model_path and (result is not last or self.config.save_final_model):
-                folder = Path(result.model_path)
-                for file in [*folder.glob("*.safetensors"), *folder.glob("adapter/*.safetensors")]:
-                    file.unlink()
-                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-                logger.info("deleted the weights in %s", folder)
+        """Delete weights and checkpoints of the stages; the last model's only when OUT/final has it. Records stay."""
+        kept = {None} if self.config.save_final_model else {None, last and last.model_path}
+        for folder in map(Path, sorted({result.model_path for result in self.results} - kept)):
+            for file in [*folder.glob("*.safetensors"), *folder.glob("adapter/*.safetensors")]:
+                file.unlink()
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            logger.info("deleted the weights in %s", folder)
 
     def write_state(self, **state: Any) -> None:
         """OUT/pipeline.json: the plan, where the chain stands, and the results so far."""
@@ -256,7 +255,7 @@ class Pipeline:
     def summary(self) -> str:
         rows = []
         for folder, result in zip(self.enabled, self.results):
-            minutes, where = f"{result.metrics.get('seconds', 0) / 60:.1f}", result.model_path or "in memory"
+            minutes, where = f"{result.metrics.get('seconds', 0) / 60:.1f}", str(Path(self.config.output_dir, folder))
             for name, change in (before_and_after(result.metrics) or {"": ""}).items():
                 rows.append((folder, minutes, name, change, where))
                 folder = minutes = where = ""

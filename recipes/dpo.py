@@ -299,17 +299,23 @@ def pair_loss(name: str, logps, ratios, lengths, config: DPOConfig) -> torch.Ten
     }[name]()
 
 
-def attend(branch: torch.Tensor) -> torch.Tensor:
-    """(B, 1, T, T): a position sees what stands before it in its prompt and in its own branch."""
+def attend(branch: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(B, 1, T, T), to be added to the attention's scores: 0 where a position may look, before it in its prompt and in
+    its own branch, else -inf. Of a dtype that attention need not convert once more in every layer."""
     query, key = branch[:, :, None], branch[:, None, :]
-    return ((query == key) | (key == 0)).tril()[:, None]
+    seen = ((query == key) | (key == 0)).tril()[:, None]
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
 
 def sequence_logps(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """(log pi(y|x) of the batch's answers (B, 2), log-probabilities (M, V) at every KL_STRIDE-th of their tokens)."""
     answered = batch["targets"] != IGNORE
     inputs = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask") if name in batch}
-    logits = logits_at(model, answered, **{"attention_mask": attend(batch["branch"])} | inputs)  # (N, V)
+    if "attention_mask" not in inputs:
+        kind, dtype = answered.device.type, next(model.parameters()).dtype
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
+        inputs["attention_mask"] = attend(batch["branch"], dtype)
+    logits = logits_at(model, answered, **inputs)  # (N, V)
     logps = TokenLogps.apply(logits, batch["targets"][answered])  # (N,)
     sums = logps.new_zeros(2 * batch["num_items"]).index_add(0, batch["sequence"][answered], logps)
     return sums.view(-1, 2), logits[::KL_STRIDE].detach().float().log_softmax(-1)
@@ -396,7 +402,7 @@ def share_prompts(config: DPOConfig, model, reference, rows: list[dict]) -> bool
             raise RuntimeError("the policy does not start at the reference, though that is the stage's own input")
     if not config.share_prompt:
         return False
-    own = model.config._attn_implementation == "sdpa"  # others do not take a mask of our own
+    own = model.config._attn_implementation in ("sdpa", "eager")  # others do not take a mask of our own
     exact = own and torch.allclose(sequence_logps(model, together)[0], logps, rtol=close)
     if not exact:
         logger.info("prompts are encoded once an answer: once a pair is not exact with this model's attention")
@@ -424,7 +430,6 @@ def precompute(config: DPOConfig, model, reference, rows: list[dict], share: boo
 def train(config: DPOConfig, model, tokenizer, train_rows: list, eval_rows: list) -> dict[str, float]:
     """Optimize `model` in place on pairs {"prompt", "chosen", "rejected"}, or for KTO on {"prompt", "completion",
     "label"}, lists of messages; returns the metrics."""
-
     limits = replace(config, max_seq_length=min(config.max_seq_length, model.config.max_position_embeddings))
 
     def encoded(rows: list, what: str) -> list[dict]:

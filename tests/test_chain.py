@@ -217,6 +217,14 @@ def test_the_shipped_pipelines_are_valid(path, monkeypatch):
     assert Pipeline.from_yaml(path, dry_run=True).run() == []
 
 
+def test_a_miniature_of_sft_and_dpo_runs(model_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    few = {f"{stage}.{option}": value for stage in ("sft", "dpo") for option, value in (("max_steps", 2), ("num_train_epochs", 1))}
+    first, second = Pipeline.from_yaml("yaml/sft_dpo.yaml", model_name_or_path=model_dir, output_dir=str(tmp_path / "out"), **few).run()
+    assert first.success and second.success and second.metrics["eval_accuracy_before"] == 0.5
+    assert "eval_accuracy" in capsys.readouterr().out.split("before -> after")[1]
+
+
 def test_every_option_of_the_pipeline_reaches_the_stages_that_have_it(pipeline):
     path = pipeline(["sft"], torch_dtype="float32", use_auth_token=True, trust_remote_code=True)
     config = Pipeline.from_yaml(path).stages[0].config

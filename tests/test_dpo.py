@@ -194,6 +194,8 @@ def test_a_model_where_sharing_is_not_exact_is_found_out(tokenizer, tmp_path, ca
     torch.manual_seed(0)
     whole, sliding = (MistralForCausalLM(MistralConfig(sliding_window=size, **sizes)) for size in (None, 8))
     assert dpo.share_prompts(settings, whole, None, rows)
+    whole.set_attn_implementation("eager")
+    assert dpo.share_prompts(settings, whole, None, rows)
     with caplog.at_level("INFO"):
         assert not dpo.share_prompts(settings, sliding, None, rows)  # a mask of our own would widen the window
     assert "not exact with this model's attention" in caplog.text

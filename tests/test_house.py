@@ -13,7 +13,7 @@ from conftest import ROOT
 import chain
 import common
 
-BUDGETS = {"chain.py": 300, "common.py": 1080, "recipes/sft.py": 230, "recipes/dpo.py": 480, "recipes/reward.py": 250}
+BUDGETS = {"chain.py": 300, "common.py": 1080, "recipes/sft.py": 230, "recipes/dpo.py": 485, "recipes/reward.py": 250}
 CONFIGS = (sft.SFTConfig, dpo.DPOConfig, reward.RewardConfig, chain.PipelineConfig)
 # What every recipe has, each its own; any other function that two recipes hold under one name is the same in both.
 SECTIONS = {"encode", "collate", "loss", "train", "validate", "load_data", "convert", "prepare_model_and_tokenizer", "execute"}

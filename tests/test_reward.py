@@ -150,6 +150,10 @@ def test_in_a_chain_the_policy_goes_on_and_the_reward_model_is_found_by_name(mod
     assert third.artifacts["judged_with"] == second.artifacts["reward_model"] == str(tmp_path / "run/02_reward")
     assert json.loads((tmp_path / "run/final/config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
     assert third.model is not None and third.model.config.architectures == ["LlamaForCausalLM"]
+    kept = values | {"stages": ["sft", "reward"], "output_dir": str(tmp_path / "kept"), "cleanup_intermediate": True, "save_final_model": False}
+    *_, last = chain.Pipeline.from_dict(kept).run()
+    assert (tmp_path / "kept/01_sft/model.safetensors").exists() and last.model_path == str(tmp_path / "kept/01_sft")
+    assert (tmp_path / "kept/02_reward/model.safetensors").exists()
     for stages, named in ((["judge", "reward"], "stage:reward"), (["sft", "judge"], "stage:reward"), (["reward", "judge"], "stage:rewrad")):
         wrong = values | {"stages": stages, "stage_configs": {**values["stage_configs"], "judge": {"reward_model_path": named}}}
         with pytest.raises(ConfigError, match=f"reward_model_path={named}: no stage before it"):

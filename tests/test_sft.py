@@ -278,6 +278,23 @@ def test_accumulation_is_exact_for_rows_of_any_length(tokenizer, tmp_path):
     assert all(again == pytest.approx(losses[0], abs=1e-5) for again in losses[1:])
 
 
+def test_steps_hold_rows_of_like_length_the_longest_first_and_each_row_once_an_epoch(tokenizer, tmp_path):
+    rows = rows_of(tokenizer, *((f"{n}?", "so " * (n * 7 % 20 + 1)) for n in range(20)))
+    settings, seen = config(tmp_path, lora_r=0, num_train_epochs=2, per_device_train_batch_size=3), []
+
+    def collate(rows):
+        seen.append([len(row["input_ids"]) for row in rows])
+        return sft.collate(rows)
+
+    (tmp_path / "out").mkdir()
+    common.fit(settings, make_model(tokenizer), tokenizer, rows, [], collate, sft.loss)
+    lengths = sorted(len(row["input_ids"]) for row in rows)
+    for epoch in (seen[:7], seen[7:]):
+        assert sorted(sum(epoch, [])) == lengths and [len(batch) for batch in epoch] == [3] * 6 + [2]
+        assert lengths[-1] in epoch[0] and sum(max(batch) * len(batch) for batch in epoch) < 1.15 * sum(lengths)
+    assert seen[:7] != seen[7:]
+
+
 def test_eight_rows_learnt_by_heart_are_said_and_stopped_after(tokenizer, tmp_path):
     chats = [[{"role": "user", "content": f"Number {n}?"}, {"role": "assistant", "content": "so " * n + "."}] for n in range(8)]
     rows = [row for chat in chats for row in sft.encode(chat, tokenizer, 256)[0]]
