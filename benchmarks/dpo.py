@@ -3,8 +3,8 @@
     python benchmarks/dpo.py --data=pairs.jsonl --pairs=48 --checkpointing=1 --long_prompts=0
 
 Both start from the same weights in float32. Timed is the call that trains: for the recipe with its tokenization, for
-TRL without. `checkpointing` recomputes activations in both; TRL's own default is 1. `long_prompts` puts other solved
-rows before each prompt until it is three times as long as an answer.
+TRL without. `checkpointing` recomputes activations in both; -1 leaves each its own default, yes for TRL and no for the
+recipe. `long_prompts` puts other solved rows before each prompt until it is three times as long as an answer.
 """
 
 import os
@@ -22,7 +22,7 @@ RATE = 5e-4
 def prepare(data: str, pairs: int, batch: int, checkpointing: int, long_prompts: int):
     config = dpo.DPOConfig(
         model_name_or_path=compare.MODEL, preference_dataset_path=data, output_dir="outputs/benchmark", save_steps=0,
-        per_device_train_batch_size=batch, gradient_checkpointing=bool(checkpointing), validation_split=0.0,
+        per_device_train_batch_size=batch, gradient_checkpointing=checkpointing == 1, validation_split=0.0,
         learning_rate=RATE, lr_scheduler_type="linear", warmup_ratio=0.0,
     )
     os.makedirs(config.output_dir, exist_ok=True)
@@ -54,7 +54,7 @@ def trl(**options) -> tuple[int, float]:
     arguments = DPOConfig(
         config.output_dir, use_cpu=not torch.cuda.is_available(), bf16=False, report_to="none", max_length=None,
         per_device_train_batch_size=config.per_device_train_batch_size, learning_rate=RATE, num_train_epochs=1,
-        gradient_checkpointing=config.gradient_checkpointing, save_strategy="no", logging_steps=1, disable_tqdm=True,
+        gradient_checkpointing=options["checkpointing"] != 0, save_strategy="no", logging_steps=1, disable_tqdm=True,
     )
     lora = LoraConfig(task_type="CAUSAL_LM", r=config.lora_r, lora_alpha=config.lora_alpha, target_modules="all-linear")
     trainer = DPOTrainer(model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,

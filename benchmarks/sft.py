@@ -4,7 +4,7 @@
 
 Both start from the same weights in float32 and learn the answers alone. Timed is the call that trains: for the recipe
 with its tokenization, for TRL without. Counted are the rows' own tokens, not the padding. `checkpointing` recomputes
-activations in both; TRL's own default is 1.
+activations in both; -1 leaves each its own default, yes for TRL and no for the recipe.
 """
 
 import os
@@ -22,7 +22,7 @@ RATE = 5e-4
 def prepare(data: str, rows: int, batch: int, checkpointing: int):
     config = sft.SFTConfig(
         model_name_or_path=compare.MODEL, dataset_name_or_path=data, output_dir="outputs/benchmark", save_steps=0,
-        per_device_train_batch_size=batch, gradient_checkpointing=bool(checkpointing), validation_split=0.0,
+        per_device_train_batch_size=batch, gradient_checkpointing=checkpointing == 1, validation_split=0.0,
         learning_rate=RATE, lr_scheduler_type="linear", warmup_ratio=0.0,
     )
     os.makedirs(config.output_dir, exist_ok=True)
@@ -49,7 +49,7 @@ def trl(**options) -> tuple[int, float]:
     arguments = SFTConfig(
         config.output_dir, use_cpu=not torch.cuda.is_available(), bf16=False, report_to="none", max_length=None,
         per_device_train_batch_size=config.per_device_train_batch_size, learning_rate=RATE, num_train_epochs=1,
-        gradient_checkpointing=config.gradient_checkpointing, save_strategy="no", logging_steps=1, disable_tqdm=True,
+        gradient_checkpointing=options["checkpointing"] != 0, save_strategy="no", logging_steps=1, disable_tqdm=True,
     )
     data = Dataset.from_list([{"prompt": row[:-1], "completion": row[-1:]} for row in rows])
     lora = LoraConfig(task_type="CAUSAL_LM", r=config.lora_r, lora_alpha=config.lora_alpha, target_modules="all-linear")
