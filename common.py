@@ -19,10 +19,12 @@ import platform
 import re
 import shutil
 import statistics
+import subprocess
 import sys
 import time
 import urllib.request
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, TimeoutError as FutureTimeout
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +34,7 @@ import torch
 import yaml
 from annotated_types import Ge, Gt, Lt
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
+from torch.nn.utils.rnn import pad_sequence
 
 # transformers.Trainer, trl and peft take 5 to 9 seconds to import. They are imported inside the functions that use
 # them, so that --help and a misspelt option answer at once.
@@ -71,6 +74,7 @@ comma_separated = BeforeValidator(lambda v: re.findall(r"[^,\s]+", v) if isinsta
 Names = Annotated[list[str], comma_separated]
 Trackers = Annotated[list[Literal["tensorboard", "wandb", "trackio"]], comma_separated]
 Switch = Annotated[bool | str, BeforeValidator(lambda v: yaml.safe_load(v) if isinstance(v, str) else v)]
+Options = Annotated[dict[str, Any], BeforeValidator(lambda v: yaml.safe_load(v) if isinstance(v, str) else v)]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Optimizer = Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd"]
 Scheduler = Literal["linear", "cosine", "polynomial", "constant", "constant_with_warmup", "cosine_with_restarts"]
@@ -140,7 +144,7 @@ class StageConfig:
 
 @dataclass
 class TrainingConfig(StageConfig):
-    """Options of every stage that trains: model, quantization, LoRA, optimizer, schedule, checkpoints."""
+    """Options of every stage that trains: model, quantization, LoRA, optimizer and schedule."""
 
     aliases: ClassVar[dict[str, str]] = {"model": "model_name_or_path", "dtype": "torch_dtype"}
     default_rates: ClassVar[tuple[float, float]] = (5e-4, 5e-5)  # learning_rate for an adapter, for all weights
@@ -168,10 +172,6 @@ class TrainingConfig(StageConfig):
     use_dora: bool = False  # weight-decomposed LoRA (Liu et al. 2024)
     use_rslora: bool = False  # scale by lora_alpha / sqrt(lora_r) (Kalajdzievski 2023)
     # optimizer and schedule
-    num_train_epochs: Positive = 1.0  # passes over the data
-    max_steps: Natural = 0  # stop after so many optimizer steps; 0: as num_train_epochs says
-    per_device_train_batch_size: Count = 8  # rows a device in a micro-batch
-    per_device_eval_batch_size: Count = 8  # the same in evaluation
     gradient_accumulation_steps: Count = 1  # micro-batches an optimizer step
     learning_rate: Positive | None = None  # its peak; none: 5e-4 for an adapter, 5e-5 for all weights
     weight_decay: NonNegative = 0.0  # of AdamW
@@ -180,15 +180,8 @@ class TrainingConfig(StageConfig):
     optim: Optimizer = "adamw_torch"  # the 8-bit and paged ones are those of bitsandbytes
     max_grad_norm: NonNegative = 1.0  # longer gradients are clipped to this norm; 0: none are
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
-    # logging, evaluation, checkpoints
-    logging_steps: Count = 1  # a line on the screen and in metrics.jsonl every so many steps
-    eval_steps: Natural = 0  # evaluate every so many steps; 0: before the first and after the last only
-    save_steps: Natural = 500  # a checkpoint every so many steps; 0: none
+    # checkpoints
     save_total_limit: Count = 2  # so many checkpoints are kept
-    load_best_model_at_end: bool = False  # keep the best evaluated checkpoint instead of the last state
-    metric_for_best_model: str = "eval_loss"  # the figure that decides
-    greater_is_better: bool = False  # whether more of it is better
-    early_stopping_patience: Natural = 0  # stop after so many evaluations without improvement; 0: never
     resume_from_checkpoint: Switch = False  # true: the newest checkpoint in output_dir; or the folder of one
 
     def __post_init__(self):
@@ -206,17 +199,14 @@ class TrainingConfig(StageConfig):
             raise ConfigError("lora_r=0 trains all weights, and quantized ones cannot train; set lora_r=16")
         if self.torch_dtype == "float16" and not self.lora_r:
             raise ConfigError("torch_dtype=float16 with lora_r=0 underflows; write auto, bfloat16 or float32")
-        if (self.load_best_model_at_end or self.early_stopping_patience) and not self.eval_steps:
-            raise ConfigError("load_best_model_at_end and early_stopping_patience compare evaluations; set eval_steps")
-        if self.load_best_model_at_end and (not self.save_steps or self.save_steps % self.eval_steps):
-            raise ConfigError(f"load_best_model_at_end: save_steps must be a multiple of eval_steps={self.eval_steps}")
 
     quantized = property(lambda self: self.use_4bit or self.use_8bit)
 
 
 @dataclass
 class DataConfig(TrainingConfig):
-    """Options of every stage that trains on one data set; `formats` are those its recipe knows."""
+    """Options of every stage that trains on one data set; `formats` are those its recipe knows, and the alias `data`
+    says which option names it."""
 
     formats: ClassVar[Mapping[str, Sequence[str]]] = {}
 
@@ -232,6 +222,30 @@ class DataConfig(TrainingConfig):
         known = ("auto", *self.formats)
         if self.dataset_format not in known or (self.dataset_format == "auto") != self.auto_detect_format:
             raise ConfigError(f"auto_detect_format=false goes with dataset_format, one of: {', '.join(self.formats)}")
+
+
+@dataclass
+class FitConfig(DataConfig):
+    """Options of every stage that trains by `fit`."""
+
+    num_train_epochs: Positive = 1.0  # passes over the data
+    max_steps: Natural = 0  # stop after so many optimizer steps; 0: as num_train_epochs says
+    per_device_train_batch_size: Count = 8  # rows a device in a micro-batch
+    per_device_eval_batch_size: Count = 8  # the same in evaluation
+    logging_steps: Count = 1  # a line on the screen and in metrics.jsonl every so many steps
+    eval_steps: Natural = 0  # evaluate every so many steps; 0: before the first and after the last only
+    save_steps: Natural = 500  # a checkpoint every so many steps; 0: none
+    load_best_model_at_end: bool = False  # keep the best evaluated checkpoint instead of the last state
+    metric_for_best_model: str = "eval_loss"  # the figure that decides
+    greater_is_better: bool = False  # whether more of it is better
+    early_stopping_patience: Natural = 0  # stop after so many evaluations without improvement; 0: never
+
+    def validate(self) -> None:
+        super().validate()
+        if (self.load_best_model_at_end or self.early_stopping_patience) and not self.eval_steps:
+            raise ConfigError("load_best_model_at_end and early_stopping_patience compare evaluations; set eval_steps")
+        if self.load_best_model_at_end and (not self.save_steps or self.save_steps % self.eval_steps):
+            raise ConfigError(f"load_best_model_at_end: save_steps must be a multiple of eval_steps={self.eval_steps}")
         if self.eval_steps and not self.validation_split:
             raise ConfigError("eval_steps needs held-out rows; set validation_split above 0")
 
@@ -444,6 +458,21 @@ def detect_format(columns: Sequence[str], formats: Mapping[str, Sequence[str]], 
     return fitting[0]
 
 
+SPEAKERS = {"human": "user", "gpt": "assistant", **{role: role for role in ("user", "assistant", "system", "tool")}}
+
+
+def as_messages(value, role: str) -> list[dict]:
+    """A text, one message, or a list of them ({"role", "content"} or {"from", "value"}), as a list of messages."""
+    value = {"role": role, "content": value} if isinstance(value, str) else value
+    turns = [value] if isinstance(value, dict) else value
+    turns = [(turn.get("role") or turn.get("from"), turn.get("content") or turn.get("value")) for turn in turns or [{}]]
+    if not all(isinstance(text, str) and text.strip() for _, text in turns):
+        raise RowError("with an empty or missing text")
+    if strangers := {str(speaker) for speaker, _ in turns} - {*SPEAKERS}:
+        raise RowError(f"with an unknown speaker ({', '.join(sorted(strangers))})")
+    return [{"role": SPEAKERS[speaker], "content": text} for speaker, text in turns]
+
+
 def usable_rows(rows: Iterable, convert: Callable, what: str) -> list:
     """`[convert(row) for row in rows]` without the rows for which it raises RowError: those are counted, and the
     counts said. Raises ConfigError when they are the majority, or nothing is there."""
@@ -475,12 +504,12 @@ def split_dataset(rows: Sequence, validation_split: float, seed: int) -> tuple[l
     return training, evaluation
 
 
-def load_rows(config: DataConfig, convert: Callable, optional: Mapping[str, Sequence[str]] = {}) -> tuple:
+def load_rows(config: DataConfig, convert: Callable, optional: Mapping[str, Sequence[str]] | None = {}) -> tuple:
     """(training rows, evaluation rows, what was found) of the configured data set, each as `convert(row, format)` makes
-    it. Columns are reported; besides the format's own, only its `optional` ones are used."""
+    it. Columns are reported; besides the format's own, only its `optional` ones are used, or all if that is None."""
     dataset = load_dataset_from_path(path := getattr(config, config.aliases["data"]), config.dataset_config_name)
     form = detect_format(dataset.column_names, config.formats, config.dataset_format)
-    known = [*config.formats[form], *optional.get(form, ())]
+    known = dataset.column_names if optional is None else [*config.formats[form], *optional.get(form, ())]
     used, ignored = (", ".join(c for c in dataset.column_names if (c in known) is use) for use in (True, False))
     note = f" (not used: {ignored})" if ignored else ""
     logger.info("data %s: %s, %d rows: %s%s", path, form, len(dataset), used, note)
@@ -781,17 +810,77 @@ def generate(model, tokenizer, prompts: Sequence[list[dict]], max_new_tokens: in
 
 
 # ---- Fit: transformers' Trainer behind one function ------------------------------------------------------------------
-def logits_at(model, mask: torch.Tensor, **inputs) -> torch.Tensor:
-    """The logits (N, V) of the N positions where `mask` (B, T) is true, by a forward pass of `model` (DDP and FSDP
-    included) whose vocabulary projection sees no other position."""
+def logits_at(model, mask: torch.Tensor, **inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logits (N, V) and last hidden states (N, H) of the N positions where `mask` (B, T) is true, by a forward pass
+    of `model` (DDP and FSDP included) whose vocabulary projection sees no other position."""
     from accelerate.utils import extract_model_from_parallel
 
-    head = extract_model_from_parallel(model).get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda _, args: (args[0][mask],))
+    head, hidden = extract_model_from_parallel(model).get_output_embeddings(), []
+    hook = head.register_forward_pre_hook(lambda _, args: hidden.append(args[0][mask]) or tuple(hidden))
     try:
-        return model(**inputs, use_cache=False).logits
+        return model(**inputs, use_cache=False).logits, hidden[0]
     finally:
         hook.remove()
+
+
+def collate_answers(rows: Sequence[dict], share_prompt: bool = True) -> dict[str, torch.Tensor]:
+    """A batch of B rows, each a "prompt" with G "answers" (token ids, with their "labels"), (B, T): the prompt, then
+    the answers side by side, all continuing the prompt's positions; or (G B, T) if `share_prompt` is false: the prompt
+    before each of them.
+
+    "branch" is 0 in a prompt, 1 ... G in the answers, -1 in padding. "targets" has at each position the token to
+    predict there, "sequence" which of the G B answers it belongs to. A branch begins with the prompt's last token,
+    since that predicts the answer's first."""
+    sequences, number = [], 0
+    for row in rows:
+        *prompt, last = row["prompt"]
+        start = len(prompt)
+        trunk = torch.tensor([prompt, range(start), [0] * start, [0] * start, [IGNORE] * start], dtype=torch.long)
+        branches = [
+            torch.tensor([[last, *ids[:-1]], range(start, start + len(ids)), [branch] * len(ids),
+                          [number + branch - 1] * len(ids), labels])
+            for branch, (ids, labels) in enumerate(zip(row["answers"], row["labels"]), 1)
+        ]
+        number += len(branches)
+        groups = [[trunk, *branches]] if share_prompt else [[trunk, branch] for branch in branches]
+        sequences += [torch.cat(group, 1) for group in groups]
+    names, padding = ("input_ids", "position_ids", "branch", "sequence", "targets"), (0, 0, -1, 0, IGNORE)
+    columns = zip(*sequences)
+    batch = {name: pad_sequence(tensors, True, pad) for name, tensors, pad in zip(names, columns, padding)}
+    batch |= {"num_tokens": (batch["branch"] >= 0).sum(), "num_items": torch.tensor(len(rows))}
+    return batch if share_prompt else batch | {"attention_mask": (batch["branch"] >= 0).long()}
+
+
+def attend(branch: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(B, 1, T, T), to be added to the attention's scores: 0 where a position may look, before it in its prompt and in
+    its own branch, else -inf. Of a dtype that attention need not convert once more in every layer."""
+    query, key = branch[:, :, None], branch[:, None, :]
+    seen = ((query == key) | (key == 0)).tril()[:, None]
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+
+
+def answer_logits(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """`logits_at` the N positions of a batch of `collate_answers` that have a target."""
+    answered = batch["targets"] != IGNORE
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask") if name in batch}
+    if "attention_mask" not in inputs:
+        kind, dtype = answered.device.type, next(model.parameters()).dtype
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
+        inputs["attention_mask"] = attend(batch["branch"], dtype)
+    return logits_at(model, answered, **inputs)
+
+
+@torch.no_grad()
+def sharing_is_exact(model, row: dict) -> bool:
+    """Whether one pass over the prompt of `row` gives the answers the logits that a pass for each of them gives."""
+    if model.config._attn_implementation in ("sdpa", "eager"):  # others do not take a mask of our own
+        batches = [collate_answers([row], share) for share in (True, False)]
+        batches = [{name: value.to(model.device) for name, value in batch.items()} for batch in batches]
+        together, apart = (answer_logits(model, batch)[0].float().log_softmax(-1) for batch in batches)
+        if torch.allclose(together, apart, atol=1e-3 if model.dtype == torch.float32 else 0.1):
+            return True
+    logger.info("prompts are encoded once an answer: once for all its answers is not exact with this model's attention")
+    return False
 
 
 class TokenLogps(torch.autograd.Function):
@@ -813,7 +902,23 @@ class TokenLogps(torch.autograd.Function):
         return logits, None
 
 
-def fit(config: TrainingConfig, model, tokenizer, train_rows: Sequence[dict], eval_rows: Sequence[dict],
+def keep_steps(path: Path, step: int) -> None:
+    """Keep of a .jsonl what came up to `step`: what an interrupted run wrote after its checkpoint comes once more."""
+    old = path.read_text(encoding="utf-8").splitlines(True) if step and path.exists() else []
+    path.write_text("".join(line for line in old if json.loads(line)["step"] <= step), encoding="utf-8")
+
+
+def say_step(folder: Path, step: int, steps: int, logs: Mapping[str, float], left_to_the_file: re.Pattern) -> None:
+    """A line in metrics.jsonl, and on the screen one without the figures that `left_to_the_file` names."""
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": step, **logs}) + "\n")
+    words = {"learning_rate": "lr {:.2g}", "tokens_per_s": "{:,.0f} tokens/s"}
+    shown = {name: value for name, value in logs.items() if not left_to_the_file.fullmatch(name)}
+    shown = "  ".join(words.get(name, f"{name} {{:.4g}}").format(value) for name, value in shown.items())
+    logger.info("step %*d/%d  %s", len(str(steps)), step, steps, shown)
+
+
+def fit(config: FitConfig, model, tokenizer, train_rows: Sequence[dict], eval_rows: Sequence[dict],
         collate: Callable[[list], dict], loss: Callable[[Any, dict], tuple[torch.Tensor, dict]]) -> dict[str, float]:
     """Train `model` in place by transformers' Trainer; returns the figures after training, and as x_before those from
     before it.
@@ -914,10 +1019,8 @@ def fit(config: TrainingConfig, model, tokenizer, train_rows: Sequence[dict], ev
         """metrics.jsonl, the lines on the screen, and the clock."""
 
         def on_train_begin(self, args, state, control, **_):
-            path = folder / "metrics.jsonl"
-            if state.is_world_process_zero:  # what an interrupted run logged after its checkpoint comes once more
-                old = path.read_text().splitlines(True) if state.global_step and path.exists() else []
-                path.write_text("".join(line for line in old if json.loads(line)["step"] <= state.global_step))
+            if state.is_world_process_zero:
+                keep_steps(folder / "metrics.jsonl", state.global_step)
 
         def on_step_begin(self, args, state, control, **_):
             self.began = time.perf_counter()
@@ -932,17 +1035,12 @@ def fit(config: TrainingConfig, model, tokenizer, train_rows: Sequence[dict], ev
         def on_log(self, args, state, control, logs=None, **_):
             if not state.is_world_process_zero or "train_loss" in logs:
                 return
-            with open(folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-            words = {"learning_rate": "lr {:.2g}", "tokens_per_s": "{:,.0f} tokens/s"}
             left_to_the_file = re.compile("epoch|grad_norm|.*_(logps|reward)")  # a line should fit the screen
-            shown = {k: v for k, v in logs.items() if not left_to_the_file.fullmatch(k)}
-            shown = "  ".join(words.get(k, f"{k} {{:.4g}}").format(v) for k, v in shown.items())
-            logger.info("step %*d/%d  %s", len(str(state.max_steps)), state.global_step, state.max_steps, shown)
+            say_step(folder, state.global_step, state.max_steps, logs, left_to_the_file)
 
     os.environ |= {"TENSORBOARD_LOGGING_DIR": str(folder / "runs"), "WANDB_DIR": str(folder)}
     os.environ |= {"WANDB_PROJECT": config.wandb_project} if config.wandb_project else {}
-    names = {f.name for f in fields(TrainingArguments)} & {f.name for f in fields(TrainingConfig)}
+    names = {f.name for f in fields(TrainingArguments)} & {f.name for f in fields(FitConfig)}
     same = {name: getattr(config, name) for name in names - {"resume_from_checkpoint", "log_level", "report_to"}}
     args = TrainingArguments(**same | {
         "output_dir": str(folder / "checkpoints"), "run_name": config.wandb_run_name or config.output_dir,
@@ -986,6 +1084,90 @@ def fit(config: TrainingConfig, model, tokenizer, train_rows: Sequence[dict], ev
     figures |= {"train_loss": trained.training_loss, "steps": trainer.state.global_step}
     figures |= {"tokens_per_s": statistics.median(speeds)} if speeds else {}
     return figures | {f"{name}_before": before[name] for name in figures if name in before}
+
+
+# ---- Verifying answers -----------------------------------------------------------------------------------------------
+class Subprocess:
+    """`path/to/file.py:function`, called in a process of its own, which is killed when a call takes more than `timeout`
+    seconds: verifiers hang on answers that nobody thought of. Arguments and results travel as JSON. A call raises
+    TimeoutError, or RuntimeError with the function's own words; the next call starts anew."""
+
+    def __init__(self, spec: str, timeout: float):
+        self.spec, self.timeout, self.process = spec, timeout, None
+        self.reader = ThreadPoolExecutor(1)
+
+    def __call__(self, *args, **kwargs) -> Any:
+        self.start()
+        self.process.stdin.write(json.dumps([args, kwargs], default=str) + "\n")
+        self.process.stdin.flush()
+        answer = self.read(self.timeout)
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer["result"]
+
+    def start(self) -> None:
+        """Start the process, unless it runs; raises ConfigError if the file or the function is not there."""
+        if self.process is None:
+            path, _, name = self.spec.rpartition(":")
+            code = "import sys; sys.path.insert(0, sys.argv[1]); import common; common.serve(*sys.argv[2:])"
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", code, str(Path(__file__).parent), path, name],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8", start_new_session=True)
+            with refusing(f"{self.spec} cannot be called"):
+                if "error" in (answer := self.read(300)):
+                    raise ConfigError(f"{self.spec} cannot be called: {answer['error']}")
+
+    def read(self, timeout: float) -> dict:
+        try:
+            line = self.reader.submit(self.process.stdout.readline).result(timeout)
+        except FutureTimeout:
+            line = None
+        if line:
+            return json.loads(line)
+        self.process.kill()
+        self.process.communicate()
+        self.process = None
+        raise TimeoutError(f"no answer within {timeout:g} s") if line is None else RuntimeError("the process died")
+
+
+def serve(path: str, name: str) -> None:
+    """The other side of `Subprocess`: answer each line on stdin by a line on stdout."""
+    out, sys.stdout = sys.stdout, sys.stderr  # what the function prints is not an answer
+    say = lambda **answer: print(json.dumps(answer, default=float), file=out, flush=True)
+    try:
+        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        function = getattr(module, name)
+    except Exception as error:
+        return say(error=f"{type(error).__name__}: {error}")
+    say(result="ready")
+    for line in sys.stdin:
+        args, kwargs = json.loads(line)
+        try:
+            say(result=function(*args, **kwargs))
+        except Exception as error:
+            say(error=f"{type(error).__name__}: {error}")
+
+
+def numeric(prompts: list, completions: list[str], answer: list, **_) -> list[float]:
+    """1.0 where the final answer of a completion equals the number or formula `answer` (of "... #### 72" what follows
+    the hashes), else 0.0. To be called by `Subprocess`: some formulas take for ever."""
+    from math_verify import parse, verify
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own timeouts are off: ours are better
+    def equal(text: str, gold: str) -> float:
+        if not (wanted := parse(str(gold).split("####")[-1].strip(), parsing_timeout=None)):
+            raise ValueError(f"the answer {gold!r} is not a number or formula")
+        return float(verify(wanted, parse(text, parsing_timeout=None), timeout_seconds=None))
+
+    return [equal(text, gold) for text, gold in zip(completions, answer)]
+
+
+def exact(prompts: list, completions: list[str], answer: list, **_) -> list[float]:
+    """1.0 where a completion is `answer`, but for white space around it, else 0.0."""
+    return [float(text.strip() == str(gold).strip()) for text, gold in zip(completions, answer)]
 
 
 # ---- Saving ----------------------------------------------------------------------------------------------------------

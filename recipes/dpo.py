@@ -24,14 +24,13 @@ from typing import Annotated, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from annotated_types import Ge, Lt
-from torch.nn.utils.rnn import pad_sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import (
-    IGNORE, BaseStage, ConfigError, Count, DataConfig, Names, Natural, NonNegative, Positive, RowError, TokenLogps,
-    comma_separated, compute_dtype, encode_turns, fit, load_model_and_tokenizer, load_rows, logger,
-    logits_at, main, render_turns, unknown, usable_rows,
+    IGNORE, BaseStage, ConfigError, Count, FitConfig, Names, Natural, NonNegative, Positive, RowError, TokenLogps,
+    answer_logits, as_messages, collate_answers, comma_separated, compute_dtype, encode_turns, fit,
+    load_model_and_tokenizer, load_rows, logger, main, render_turns, sharing_is_exact, unknown, usable_rows,
 )
 
 # -- configuration ----------------------------------------------------------------------------------------------------
@@ -64,10 +63,10 @@ LOSSES = {  # name: the options that it reads beside beta; those without REFEREN
 
 
 @dataclass
-class DPOConfig(DataConfig):
+class DPOConfig(FitConfig):
     """Options of preference optimization."""
 
-    aliases: ClassVar = DataConfig.aliases | {"data": "preference_dataset_path"}
+    aliases: ClassVar = FitConfig.aliases | {"data": "preference_dataset_path"}
     formats: ClassVar = FORMATS
     default_rates: ClassVar = (5e-5, 1e-6)
 
@@ -116,20 +115,6 @@ OPTIONAL = {
     "instruction-preferred-rejected": ["input"],
     "input-outputs-preference": ["instruction"],
 }
-SPEAKERS = {"human": "user", "gpt": "assistant", **{role: role for role in ("user", "assistant", "system", "tool")}}
-
-
-def as_messages(value, role: str) -> list[dict]:
-    """A text, one message, or a list of them ({"role", "content"} or {"from", "value"}), as a list of messages."""
-    value = {"role": role, "content": value} if isinstance(value, str) else value
-    turns = [value] if isinstance(value, dict) else value
-    turns = [(turn.get("role") or turn.get("from"), turn.get("content") or turn.get("value")) for turn in turns or [{}]]
-    if not all(isinstance(text, str) and text.strip() for _, text in turns):
-        raise RowError("with an empty or missing text")
-    if strangers := {str(speaker) for speaker, _ in turns} - {*SPEAKERS}:
-        raise RowError(f"with an unknown speaker ({', '.join(sorted(strangers))})")
-    return [{"role": SPEAKERS[speaker], "content": text} for speaker, text in turns]
-
 
 def to_pair(row: dict, form: str) -> dict:
     """{"prompt", "chosen", "rejected"} of a row, each a list of messages. Raises RowError if it shows no preference."""
@@ -191,31 +176,9 @@ def encode(row: dict, tokenizer, config: DPOConfig) -> dict:
 
 
 def collate(rows: list[dict], share_prompt: bool = True) -> dict[str, torch.Tensor]:
-    """A batch of B rows with two answers each, (B, T): prompt, first answer, second answer side by side, both
-    continuing the prompt's positions; or (2B, T) if `share_prompt` is false: the prompt before each of them.
-
-    "branch" is 0 in a prompt, 1 and 2 in the answers, -1 in padding. "targets" has at each position the token to
-    predict there, "sequence" which of the 2B answers it belongs to. A branch begins with the prompt's last token,
-    since that predicts the answer's first."""
-    sequences = []
-    for number, row in enumerate(rows):
-        *prompt, last = row["prompt"]
-        start = len(prompt)
-        trunk = torch.tensor([prompt, range(start), [0] * start, [0] * start, [IGNORE] * start], dtype=torch.long)
-        branches = [
-            torch.tensor([[last, *ids[:-1]], range(start, start + len(ids)), [branch + 1] * len(ids),
-                          [2 * number + branch] * len(ids), labels])
-            for branch, (ids, labels) in enumerate(zip(row["answers"], row["labels"]))
-        ]
-        groups = [[trunk, *branches]] if share_prompt else [[trunk, branch] for branch in branches]
-        sequences += [torch.cat(group, 1) for group in groups]
-    names, padding = ("input_ids", "position_ids", "branch", "sequence", "targets"), (0, 0, -1, 0, IGNORE)
-    columns = zip(*sequences)
-    batch = {name: pad_sequence(tensors, True, pad) for name, tensors, pad in zip(names, columns, padding)}
-    batch |= {"num_tokens": (batch["branch"] >= 0).sum(), "num_items": torch.tensor(len(rows))}
-    for name in {"ref_logps", "label"} & rows[0].keys():
-        batch[name] = torch.stack([row[name] for row in rows])
-    return batch if share_prompt else batch | {"attention_mask": (batch["branch"] >= 0).long()}
+    """A batch of `collate_answers`: first answer and second answer to each prompt, and what else the rows have."""
+    more = {name: torch.stack([row[name] for row in rows]) for name in {"ref_logps", "label"} & rows[0].keys()}
+    return collate_answers(rows, share_prompt) | more
 
 
 # -- mathematics -------------------------------------------------------------------------------------------------------
@@ -299,23 +262,9 @@ def pair_loss(name: str, logps, ratios, lengths, config: DPOConfig) -> torch.Ten
     }[name]()
 
 
-def attend(branch: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """(B, 1, T, T), to be added to the attention's scores: 0 where a position may look, before it in its prompt and in
-    its own branch, else -inf. Of a dtype that attention need not convert once more in every layer."""
-    query, key = branch[:, :, None], branch[:, None, :]
-    seen = ((query == key) | (key == 0)).tril()[:, None]
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
-
-
 def sequence_logps(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """(log pi(y|x) of the batch's answers (B, 2), log-probabilities (M, V) at every KL_STRIDE-th of their tokens)."""
-    answered = batch["targets"] != IGNORE
-    inputs = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask") if name in batch}
-    if "attention_mask" not in inputs:
-        kind, dtype = answered.device.type, next(model.parameters()).dtype
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
-        inputs["attention_mask"] = attend(batch["branch"], dtype)
-    logits = logits_at(model, answered, **inputs)  # (N, V)
+    answered, (logits, _) = batch["targets"] != IGNORE, answer_logits(model, batch)  # (N, V)
     logps = TokenLogps.apply(logits, batch["targets"][answered])  # (N,)
     sums = logps.new_zeros(2 * batch["num_items"]).index_add(0, batch["sequence"][answered], logps)
     return sums.view(-1, 2), logits[::KL_STRIDE].detach().float().log_softmax(-1)
@@ -389,24 +338,13 @@ def frozen_reference(config: DPOConfig, model, tokenizer):
 
 
 @torch.no_grad()
-def share_prompts(config: DPOConfig, model, reference, rows: list[dict]) -> bool:
-    """Whether one pass over the prompt gives the two answers the log-probabilities that two passes give, tried on the
-    longest row. Raises RuntimeError if the policy does not start at its reference: the first loss would be wrong."""
-    model.eval()
-    longest = max(rows, key=lambda row: len(row["input_ids"]))
-    batches = ({k: v.to(model.device) for k, v in collate([longest], share).items()} for share in (False, True))
-    apart, together = next(batches), next(batches)
-    logps, close = sequence_logps(model, apart)[0], 1e-3 if model.dtype == torch.float32 else 2e-2
+def check_start(config: DPOConfig, model, reference, row: dict) -> None:
+    """Raise RuntimeError if the policy does not start at its reference: the first loss would be wrong."""
     if needs_reference(config) and not config.reference_model_path:
-        if not torch.allclose(reference_logps(model, apart, reference)[0], logps, rtol=close):
+        batch = {name: value.to(model.device) for name, value in collate([row], share_prompt=False).items()}
+        policy, start = sequence_logps(model, batch)[0], reference_logps(model, batch, reference)[0]
+        if not torch.allclose(policy, start, rtol=1e-3 if model.dtype == torch.float32 else 2e-2):
             raise RuntimeError("the policy does not start at the reference, though that is the stage's own input")
-    if not config.share_prompt:
-        return False
-    own = model.config._attn_implementation in ("sdpa", "eager")  # others do not take a mask of our own
-    exact = own and torch.allclose(sequence_logps(model, together)[0], logps, rtol=close)
-    if not exact:
-        logger.info("prompts are encoded once an answer: once a pair is not exact with this model's attention")
-    return exact
 
 
 @torch.no_grad()
@@ -446,7 +384,9 @@ def train(config: DPOConfig, model, tokenizer, train_rows: list, eval_rows: list
         if isinstance(module, torch.nn.Dropout) and "lora_dropout" not in name:
             module.p = 0.0  # noise in the policy alone would look like a difference from the reference
     reference = frozen_reference(config, model, tokenizer)
-    share = share_prompts(config, model, reference, training)
+    longest = max(training, key=lambda row: len(row["input_ids"]))
+    check_start(config, model.eval(), reference, longest)
+    share = config.share_prompt and sharing_is_exact(model, longest)
     if config.precompute_ref_log_probs:
         precompute(config, model, reference, training, share)
     batches, objective = partial(collate, share_prompt=share), partial(loss, config=config, reference=reference)

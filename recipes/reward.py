@@ -25,8 +25,8 @@ from torch.nn.utils.rnn import pad_sequence
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import (
-    BaseStage, ConfigError, Count, DataConfig, NonNegative, Positive, RowError, encode_turns, fit, load_rows, main,
-    render_turns, stop_tokens, usable_rows,
+    BaseStage, ConfigError, Count, FitConfig, NonNegative, Positive, RowError, as_messages, encode_turns, fit,
+    load_rows, main, render_turns, stop_tokens, usable_rows,
 )
 
 # -- configuration ----------------------------------------------------------------------------------------------------
@@ -44,10 +44,10 @@ FORMATS = {  # name: the columns that make it; of those that fit, the one with m
 
 
 @dataclass
-class RewardConfig(DataConfig):
+class RewardConfig(FitConfig):
     """Options of reward modelling."""
 
-    aliases: ClassVar = DataConfig.aliases | {"data": "preference_dataset_path"}
+    aliases: ClassVar = FitConfig.aliases | {"data": "preference_dataset_path"}
     formats: ClassVar = FORMATS
     default_rates: ClassVar = (2e-4, 1e-5)
 
@@ -69,20 +69,6 @@ OPTIONAL = {
     "instruction-preferred-rejected": ["input"],
     "input-outputs-preference": ["instruction"],
 }
-SPEAKERS = {"human": "user", "gpt": "assistant", **{role: role for role in ("user", "assistant", "system", "tool")}}
-
-
-def as_messages(value, role: str) -> list[dict]:
-    """A text, one message, or a list of them ({"role", "content"} or {"from", "value"}), as a list of messages."""
-    value = {"role": role, "content": value} if isinstance(value, str) else value
-    turns = [value] if isinstance(value, dict) else value
-    turns = [(turn.get("role") or turn.get("from"), turn.get("content") or turn.get("value")) for turn in turns or [{}]]
-    if not all(isinstance(text, str) and text.strip() for _, text in turns):
-        raise RowError("with an empty or missing text")
-    if strangers := {str(speaker) for speaker, _ in turns} - {*SPEAKERS}:
-        raise RowError(f"with an unknown speaker ({', '.join(sorted(strangers))})")
-    return [{"role": SPEAKERS[speaker], "content": text} for speaker, text in turns]
-
 
 def to_pair(row: dict, form: str) -> dict:
     """{"prompt", "chosen", "rejected"} of a row, each a list of messages. Raises RowError if it shows no preference."""

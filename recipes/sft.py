@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import (
-    IGNORE, BaseStage, ConfigError, Count, DataConfig, Natural, RowError, TokenLogps, encode_turns, fit, generate,
+    IGNORE, BaseStage, ConfigError, Count, FitConfig, Natural, RowError, TokenLogps, encode_turns, fit, generate,
     is_main_process, load_rows, logger, logits_at, main, render_turns, usable_rows,
 )
 
@@ -46,10 +46,10 @@ FORMATS = {  # name: the columns that make it; of those that fit, the one with m
 
 
 @dataclass
-class SFTConfig(DataConfig):
+class SFTConfig(FitConfig):
     """Options of supervised fine-tuning."""
 
-    aliases: ClassVar = DataConfig.aliases | {"data": "dataset_name_or_path"}
+    aliases: ClassVar = FitConfig.aliases | {"data": "dataset_name_or_path"}
     formats: ClassVar = FORMATS
 
     dataset_name_or_path: str = ""  # .json, .jsonl, .csv or .parquet file, a folder of them, or a hub name
@@ -160,7 +160,7 @@ def loss(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str,
     predicts = F.pad(batch["labels"][:, 1:] != IGNORE, (0, 1))  # (B, T): position t predicts token t + 1
     targets = batch["labels"][:, 1:][predicts[:, :-1]]  # (N,)
     inputs = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask") if name in batch}
-    logits = logits_at(model, predicts, **inputs)  # (N, V)
+    logits, _ = logits_at(model, predicts, **inputs)  # (N, V)
     metrics = {"token_accuracy": (logits.argmax(-1) == targets).float().mean()}
     return sft_loss(TokenLogps.apply(logits, targets)), metrics
 

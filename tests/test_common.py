@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, make_model
 
 import common
-from common import BaseStage, ConfigError, StageConfig, StageResult, TrainingConfig
+from common import BaseStage, ConfigError, FitConfig, StageConfig, StageResult, TrainingConfig
 
 # -- configuration ----------------------------------------------------------------------------------------------------
 
@@ -26,7 +26,7 @@ from common import BaseStage, ConfigError, StageConfig, StageResult, TrainingCon
     ("lora_target_modules", None, []), ("num_train_epochs", 2, 2.0), ("revision", None, None),
 ])
 def test_values_are_coerced_by_annotation(name, value, meant):
-    result = getattr(TrainingConfig(**{name: value}), name)
+    result = getattr(FitConfig(**{name: value}), name)
     assert result == meant and type(result) is type(meant)
 
 
@@ -38,7 +38,7 @@ def test_values_are_coerced_by_annotation(name, value, meant):
 ])
 def test_wrong_values_are_refused_by_name(name, value):
     with pytest.raises(ConfigError, match=f"^{name}"):
-        TrainingConfig(**{name: value})
+        FitConfig(**{name: value})
 
 
 def test_a_token_is_refused_without_being_shown():
@@ -415,7 +415,7 @@ def test_a_save_that_fails_leaves_no_stage_json_and_the_old_model(model_dir, tmp
 
 def test_a_frozen_model_is_an_error_not_a_success(tokenizer, model, tmp_path):
     with pytest.raises(RuntimeError, match="everything is frozen"):
-        common.fit(stage_config("m", tmp_path), model.requires_grad_(False), tokenizer, [{"input_ids": [1]}], [], None, None)
+        common.fit(FitConfig(model_name_or_path="m", output_dir=str(tmp_path)), model.requires_grad_(False), tokenizer, [{"input_ids": [1]}], [], None, None)
 
 
 def test_a_custom_stage_that_overrides_execute(tmp_path):

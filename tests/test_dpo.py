@@ -190,16 +190,15 @@ def test_a_model_where_sharing_is_not_exact_is_found_out(tokenizer, tmp_path, ca
 
     sizes = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
                  num_key_value_heads=1, max_position_embeddings=512)
-    rows, settings = encoded(tokenizer, tmp_path), config(tmp_path, loss_type=["simpo"])
+    row = encoded(tokenizer, tmp_path)[0]
     torch.manual_seed(0)
     whole, sliding = (MistralForCausalLM(MistralConfig(sliding_window=size, **sizes)) for size in (None, 8))
-    assert dpo.share_prompts(settings, whole, None, rows)
+    assert common.sharing_is_exact(whole, row)
     whole.set_attn_implementation("eager")
-    assert dpo.share_prompts(settings, whole, None, rows)
+    assert common.sharing_is_exact(whole, row)
     with caplog.at_level("INFO"):
-        assert not dpo.share_prompts(settings, sliding, None, rows)  # a mask of our own would widen the window
+        assert not common.sharing_is_exact(sliding, row)  # a mask of our own would widen the window
     assert "not exact with this model's attention" in caplog.text
-    assert not dpo.share_prompts(config(tmp_path, loss_type=["simpo"], share_prompt=False), whole, None, rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -354,7 +353,7 @@ def test_dropout_of_the_model_is_off(tokenizer, tmp_path):
 def test_a_policy_that_does_not_start_at_its_reference_is_stopped(tokenizer, model, tmp_path):
     rows = encoded(tokenizer, tmp_path)
     with pytest.raises(RuntimeError, match="does not start at the reference"):
-        dpo.share_prompts(config(tmp_path, lora_r=0), model, make_model(tokenizer, 1), rows)
+        dpo.check_start(config(tmp_path, lora_r=0), model, make_model(tokenizer, 1), rows[0])
 
 
 def test_training_reaches_the_closed_form(tokenizer, model, tmp_path):

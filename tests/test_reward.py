@@ -81,7 +81,7 @@ def test_rows_that_are_too_long_are_left_out(tokenizer):
 
 def test_what_the_siblings_share_is_the_same():
     assert {name: columns for name, columns in dpo.FORMATS.items() if name != "unpaired"} == reward.FORMATS
-    assert dpo.OPTIONAL == reward.OPTIONAL and dpo.SPEAKERS == reward.SPEAKERS
+    assert dpo.OPTIONAL == reward.OPTIONAL
 
 
 @pytest.mark.parametrize("options", [{}, {"lora_r": 0}, {"use_4bit": True}, {"use_dora": True}], ids=["lora", "full", "4bit", "dora"])

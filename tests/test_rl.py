@@ -1,0 +1,733 @@
+"""rl.py: the mathematics against enumeration and TRL, one rollout for all algorithms, rewards that may fail."""
+
+import copy
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import rl
+import torch
+from conftest import ROOT, make_model
+
+import common
+from common import ConfigError
+
+ALGORITHMS = ("ppo", "a2c", "trpo", "grpo", "rloo")
+
+
+def config(tmp_path, **options):
+    values = dict(model_name_or_path="tiny", prompt_dataset_path="data", output_dir=str(tmp_path / "out"), reward=["length"],
+                  reward_length=3, batch_size=8, generation_kwargs={"max_new_tokens": 6}, num_training_steps=2, save_freq=0)
+    return rl.RLConfig(**values | options)
+
+
+def prompts(tokenizer, *texts, **columns):
+    rows = [{"prompt": [{"role": "user", "content": text}], "columns": columns} for text in texts]
+    return [rl.encode(row, tokenizer, 256) for row in rows]
+
+
+def make_run(tokenizer, tmp_path, rows=None, functions=None, **options):
+    """A `Run` on the tiny model, and prompts of different lengths."""
+    settings, model = config(tmp_path, **options), make_model(tokenizer)
+    settings.validate()
+    model = common.add_adapter(model, settings)
+    common.set_stop_tokens(model, tokenizer)
+    rows = rows or prompts(tokenizer, "One?", "Two, a longer one?", "Three?", "And the longest of all the four?")
+    functions = functions or {"words": lambda prompts, completions, **_: [len(text) / 10 for text in completions]}
+    return rl.start(settings, model, tokenizer, functions, rows[0]), rows
+
+
+def rolled(run, rows, seed=0):
+    count = run.config.batch_size // run.config.num_generations
+    chances = 1 - torch.rand(run.config.batch_size, run.config.sampling["max_new_tokens"], generator=torch.Generator().manual_seed(seed))
+    data = rl.rollout(run, (rows * 8)[:count], chances)
+    rl.judge(run, data)
+    return data
+
+
+# -- configuration and data --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(reward=[], reward_length=0), "reward is missing"),
+    (dict(reward=["numerik"]), "did you mean 'numeric'"),
+    (dict(reward=["regex"], reward_length=0), "reward=regex needs reward_pattern"),
+    (dict(reward=["regex"], reward_length=0, reward_pattern="("), r"reward_pattern=\("),
+    (dict(reward_pattern="a"), "reward_pattern has no effect"),
+    (dict(reward_weights=[1, 2]), "give one for each of length"),
+    (dict(algorithm="a2c", clip_range=0.1), "clip_range has no effect with algorithm=a2c"),
+    (dict(algorithm="grpo", gae_lambda=0.5), "gae_lambda has no effect with algorithm=grpo"),
+    (dict(algorithm="trpo", learning_rate=3e-4), "learning_rate has no effect"),
+    (dict(algorithm="grpo", num_generations=1), "compares completions of one prompt"),
+    (dict(batch_size=6, algorithm="grpo"), "mini_batch_size=6 must be a multiple of num_generations=4"),
+    (dict(mini_batch_size=3), "batch_size=8 must be a multiple of mini_batch_size=3"),
+    (dict(generation_kwargs={"temprature": 1}), "did you mean 'temperature'"),
+    (dict(generation_kwargs={"temperature": 0}), "no learning without chance"),
+    (dict(kl_in="loss", algorithm="trpo"), "takes the KL in the reward"),
+    (dict(kl_penalty="full"), "set kl_in=loss"),
+    (dict(target_kl=1, init_kl_coef=0), "target_kl scales init_kl_coef"),
+    (dict(lora_dropout=0.1), "lora_dropout=0"),
+    (dict(eval_freq=2, validation_split=0), "eval_freq needs held-out rows"),
+])
+def test_bad_options_are_refused_with_the_remedy(tmp_path, options, words):
+    with pytest.raises(ConfigError, match=words):
+        config(tmp_path, **options).validate()
+
+
+def test_every_algorithm_takes_its_own_options(tmp_path):
+    for name, readers in rl.READERS.items():
+        for algorithm in readers:
+            value = {"learning_rate": 3e-4, "ppo_epochs": 2, "max_kl": 0.5, "whiten_advantages": False, "whiten_rewards": True,
+                     "scale_rewards": False, "cg_iterations": 3, "gradient_accumulation_steps": 1}.get(name, 0.3)
+            config(tmp_path, algorithm=algorithm, **{name: value}).validate()
+
+
+@pytest.mark.parametrize("row, form, asked", [
+    ({"prompt": "a", "answer": "1"}, "prompt", "a"),
+    ({"question": "a", "answer": "1"}, "question", "a"),
+    ({"prompt": [{"role": "user", "content": "a"}], "answer": "1"}, "prompt", "a"),
+    ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "answer": "1"}, "messages", "a"),
+    ({"instruction": "a", "answer": "1"}, "instruction", "a"),
+    ({"instruction": "a", "input": "b", "answer": "1"}, "instruction-input", "a\n\nb"),
+])
+def test_formats(row, form, asked):
+    assert common.detect_format(list(row), rl.FORMATS) == form
+    assert rl.convert(row, form) == {"prompt": [{"role": "user", "content": asked}], "columns": {"answer": "1"}}
+
+
+def test_prompts_come_over_and_over_in_a_new_order():
+    settings, rows = SimpleNamespace(seed=1), list(range(5))
+    seen = sum((rl.prompts_of(settings, rows, step, 3) for step in range(10)), [])
+    epochs = [seen[start : start + 5] for start in range(0, 30, 5)]
+    assert all(sorted(epoch) == rows for epoch in epochs) and len({*map(tuple, epochs)}) > 3
+    assert sum((rl.prompts_of(settings, rows, step, 6) for step in range(5)), []) == seen
+
+
+# -- mathematics -------------------------------------------------------------------------------------------------------
+
+
+def test_gae_is_the_double_sum():
+    torch.manual_seed(0)
+    rewards, values, gamma, lam = torch.randn(3, 7, dtype=torch.float64), torch.randn(3, 7, dtype=torch.float64), 0.9, 0.8
+    ends = torch.tensor([7, 4, 1])
+    mask = torch.arange(7) < ends[:, None]
+    rewards, values = rewards * mask, values * mask
+    ours = rl.gae(rewards, values, gamma, lam)
+    for row, end in enumerate(ends.tolist()):
+        for t in range(7):
+            wanted = 0.0
+            for k in range(t, end):
+                after = values[row, k + 1] if k + 1 < end else 0.0
+                wanted += (gamma * lam) ** (k - t) * (rewards[row, k] + gamma * after - values[row, k])
+            assert ours[row, t] == pytest.approx(float(wanted), abs=1e-12)
+    assert rl.gae(rewards, values, 1.0, 1.0)[0, 0] == pytest.approx(float(rewards[0].sum() - values[0, 0]))
+
+
+def test_kl_estimators_by_enumeration():
+    torch.manual_seed(0)
+    theta = torch.randn(9, dtype=torch.float64, requires_grad=True)
+    ref = torch.randn(9, dtype=torch.float64).log_softmax(0)
+    logps = theta.log_softmax(0)
+    chance, kl = logps.exp().detach(), (logps.exp() * (logps - ref)).sum()
+    mean = lambda estimate: (chance * estimate(logps, ref)).sum()
+    gradient = lambda value: torch.autograd.grad(value, theta, retain_graph=True)[0]
+    assert abs(mean(rl.k1) - kl) < 1e-12 and abs(mean(rl.k3) - kl) < 1e-12 and (rl.k3(logps, ref) >= 0).all()
+    assert abs(rl.exact_kl(logps[None], ref[None])[0] - kl) < 1e-12
+    assert (gradient(mean(rl.k2)) - gradient(kl)).abs().max() < 1e-12
+    for name in ("kl", "k3", "mse"):  # in the loss, each has the true gradient
+        for old in (None, logps.detach()):
+            assert (gradient((chance * rl.kl_loss(name, logps, old, ref)).sum()) - gradient(kl)).abs().max() < 1e-12
+    other = torch.randn(9, dtype=torch.float64).log_softmax(0)  # sampled by another policy
+    for name in ("kl", "k3"):
+        value = (other.exp() * rl.kl_loss(name, logps, other, ref)).sum()
+        assert abs(value - kl) < 1e-12 and (gradient(value) - gradient(kl)).abs().max() < 1e-12
+    assert gradient(mean(rl.k1)).abs().max() < 1e-12  # without the ratio it teaches nothing
+    forward = (ref.exp() * (ref - logps)).sum()
+    assert (gradient(mean(rl.k3)) - gradient(forward)).abs().max() < 1e-12
+    # as a reward, k1 has the true gradient
+    assert (gradient((chance * logps * rl.k1(logps, ref).detach()).sum()) - gradient(kl)).abs().max() < 1e-12
+    assert torch.equal(rl.ESTIMATORS["abs"](logps, ref), (logps - ref).abs()) and rl.ESTIMATORS["mse"] is rl.k2
+
+
+def test_the_surrogate_is_clipped_on_the_side_that_gains():
+    old, one = torch.zeros(1), torch.ones(1)
+    for ratio, advantage, wanted, slope in ((1.5, 1.0, -1.2, 0.0), (1.5, -1.0, 1.5, 1.5), (0.5, 1.0, -0.5, -0.5),
+                                            (0.5, -1.0, 0.8, 0.0), (1.1, 1.0, -1.1, -1.1), (0.9, -1.0, 0.9, 0.9)):
+        logps = torch.full((1,), math.log(ratio), requires_grad=True)
+        value = rl.clipped_surrogate(logps, old, advantage * one, 0.2)
+        value.sum().backward()
+        assert value.item() == pytest.approx(wanted) and logps.grad.item() == pytest.approx(slope)
+
+
+def test_value_loss_by_hand():
+    loss = lambda value, old, wanted: float(rl.clipped_value_loss(*map(torch.tensor, (value, old, wanted)), 0.2))
+    assert loss(1.0, 0.0, 1.0) == pytest.approx(0.8**2 / 2)  # it left the old value by more than 0.2
+    assert loss(0.1, 0.0, 1.0) == pytest.approx(0.9**2 / 2)
+    assert loss(-1.0, 0.0, 1.0) == pytest.approx(4 / 2)
+
+
+def test_whitening_is_over_the_mask():
+    torch.manual_seed(0)
+    values, mask = torch.randn(4, 6) * 3 + 2, torch.arange(6) < torch.tensor([6, 2, 3, 1])[:, None]
+    white = rl.whiten(values, mask.float())
+    assert white[mask].mean().abs() < 1e-6 and white[mask].var(correction=0) == pytest.approx(1, abs=1e-5) and not white[~mask].any()
+    kept = rl.whiten(values, mask.float(), shift_mean=False)
+    assert kept[mask].mean() == pytest.approx(float(values[mask].mean()), abs=1e-5)
+
+
+def test_group_advantages():
+    nan, scores = float("nan"), torch.tensor([[1.0, 2.0, 3.0, 6.0]])
+    assert torch.allclose(rl.group_advantages(scores, scale=False), scores - 3)
+    assert torch.allclose(rl.group_advantages(scores, scale=True), (scores - 3) / (scores.std() + 1e-4))
+    assert torch.allclose(rl.leave_one_out(scores), torch.tensor([[1 - 11 / 3, 2 - 10 / 3, 3 - 3, 6 - 2]]))
+    part = torch.tensor([[1.0, nan, 3.0, nan], [nan] * 4, [nan, 2.0, nan, nan], [5.0] * 4])  # None is no verdict, not 0
+    assert rl.group_advantages(part, scale=False).tolist() == [[-1, 0, 1, 0], [0] * 4, [0] * 4, [0] * 4]
+    assert rl.group_advantages(part, scale=True)[1:].tolist() == [[0] * 4] * 3
+    assert rl.leave_one_out(part).tolist() == [[-2, 0, 2, 0], [0] * 4, [0] * 4, [0] * 4]
+
+
+def test_the_controller_by_hand():
+    assert rl.next_kl_coef(0.1, 6.6, 6.0, 0.5) == pytest.approx(0.1 * 1.05)
+    assert rl.next_kl_coef(0.1, 60.0, 6.0, 0.5) == pytest.approx(0.1 * 1.1)
+    assert rl.next_kl_coef(0.1, 0.0, 6.0, 0.5) == pytest.approx(0.1 * 0.9)
+
+
+def test_fisher_products_and_conjugate_gradients():
+    torch.manual_seed(0)
+    states = torch.randn(5, 3, dtype=torch.float64)
+    weights = [torch.randn(3, 4, dtype=torch.float64, requires_grad=True), torch.randn(4, dtype=torch.float64, requires_grad=True)]
+    dist = (states @ weights[0] + weights[1]).log_softmax(-1)
+    slope = rl.flat(torch.autograd.grad(rl.exact_kl(dist.detach(), dist).mean(), weights, create_graph=True))
+    fisher = torch.zeros(16, 16, dtype=torch.float64)  # E[grad log pi grad log pi'], the definition
+    for state, action in itertools.product(range(5), range(4)):
+        score = rl.flat(torch.autograd.grad(dist[state, action], weights, retain_graph=True))
+        fisher += dist[state, action].exp().detach() / 5 * torch.outer(score, score)
+    vectors = torch.eye(16, dtype=torch.float64)
+    products = torch.stack([rl.fisher_product(slope, weights, vector) for vector in vectors])
+    assert (products - fisher).abs().max() < 1e-12
+    damped, b = fisher + 0.1 * vectors, torch.randn(16, dtype=torch.float64)
+    found = rl.conjugate_gradient(lambda vector: damped @ vector, b, 16)
+    assert (found - torch.linalg.solve(damped, b)).abs().max() < 1e-4 and not rl.conjugate_gradient(lambda v: v, 0 * b, 3).any()
+
+
+def test_tokens_are_drawn_as_the_probabilities_say():
+    logits = torch.tensor([[0.0, 1.0, -1.0, 2.0]]).repeat(20000, 1)
+    chance = 1 - torch.rand(20000, generator=torch.Generator().manual_seed(0))
+    plain = dict(rl.SAMPLING)
+    for sampling, scaled in ((plain, logits[0]), (plain | {"temperature": 2.0}, logits[0] / 2)):
+        tokens, logps = rl.draw(logits, chance, sampling)
+        assert (torch.bincount(tokens, minlength=4) / 20000 - scaled.softmax(0)).abs().max() < 0.01
+        assert torch.allclose(logps, scaled.log_softmax(0)[tokens])
+    assert {*rl.draw(logits, chance, plain | {"top_k": 2})[0].tolist()} == {1, 3}
+    assert {*rl.draw(logits, chance, plain | {"top_p": 0.7})[0].tolist()} == {1, 3}
+    assert rl.draw(logits, None, plain)[0].tolist() == [3] * 20000
+    impossible = torch.tensor([[-torch.inf, 0.0, -torch.inf]])
+    assert all(rl.draw(impossible, torch.tensor([chance]), plain)[0] == 1 for chance in (1e-30, 0.5, 1.0))
+
+
+# -- rollout -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_r": 0}, {"algorithm": "grpo"}, {"generation_kwargs": {"max_new_tokens": 6, "temperature": 0.7}}])
+def test_what_was_sampled_is_what_is_trained_on(tokenizer, tmp_path, options):
+    """Left padding, the cache, merged weights, temperature and shared prompts: all give the log-probabilities of
+    each completion alone, in float64 and with nothing clever."""
+    run, rows = make_run(tokenizer, tmp_path, **options)
+    for parameter in run.policy:
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+    before = copy.deepcopy(run.model.state_dict())
+    data = rolled(run, rows)
+    assert all(torch.equal(value, before[name]) for name, value in run.model.state_dict().items())
+    model, first = copy.deepcopy(run.model).double(), 0
+    asked = [(group["prompt"], answer) for group in data["rows"] for answer in group["answers"]]
+    assert len({len(prompt) for prompt, _ in asked}) > 1  # so there was padding
+    for number, (prompt, answer) in enumerate(asked):
+        logits = model(input_ids=torch.tensor([prompt + answer])).logits[0] / run.config.sampling["temperature"]
+        alone = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, torch.tensor(answer)[:, None])[:, 0]
+        kept = data["mask"][number]
+        assert kept.sum() == len(answer) and torch.allclose(data["old_logps"][number][kept].double(), alone, atol=1e-5)
+        first = max(first, float((data["old_logps"][number][kept].double() - alone).abs().max()))
+    assert run.share == (run.config.num_generations > 1) and first > 0
+
+
+def test_completions_end_with_their_stop_token(tokenizer, tmp_path):
+    run, rows = make_run(tokenizer, tmp_path, generation_kwargs={"max_new_tokens": 40}, missing_stop_penalty=3.0, init_kl_coef=0.0,
+                         gae_lambda=1.0, whiten_advantages=False)
+    bias = torch.nn.Parameter(torch.zeros(len(tokenizer)))
+    bias.data[2] = 4.0  # <|im_end|> comes soon
+    head = run.model.get_output_embeddings()
+    head.bias = bias.requires_grad_(False)
+    data = rolled(run, rows)
+    stops, answers = common.stop_tokens(tokenizer), [answer for group in data["rows"] for answer in group["answers"]]
+    assert stops == [0, 2] and 0 < data["stopped"].float().mean() < 1.1
+    for answer, stopped, mask, reward in zip(answers, data["stopped"], data["mask"], data["advantages"] + data["values"]):
+        assert not {*answer[:-1]} & {*stops} and (answer[-1] in stops) == stopped and mask.sum() == len(answer)
+    returns = data["returns"][:, 0]
+    assert torch.allclose(returns, data["scores"] - 3.0 * ~data["stopped"], atol=1e-5)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_first_step_starts_at_the_old_policy(tokenizer, tmp_path, algorithm):
+    run, rows = make_run(tokenizer, tmp_path, algorithm=algorithm, mini_batch_size=8)
+    data = rolled(run, rows)
+    assert torch.equal(data["old_logps"], data["ref_logps"]) and rl.figures(run, data)["kl"] == 0
+    if algorithm != "trpo":
+        output = rl.forward(run, data["rows"], data["mask"])
+        tensors = {name: value for name, value in data.items() if torch.is_tensor(value)}
+        _, weights, metrics = rl.objective(run, output, tensors)
+        assert (metrics["ratio"] * weights).sum() / weights.sum() == 1 and not metrics["clip_fraction"].any()
+
+
+def test_a2c_is_one_unclipped_epoch_of_ppo(tokenizer, tmp_path):
+    gradients = []
+    for algorithm, options in (("a2c", {}), ("ppo", dict(clip_range=1e9, clip_range_value=1e9, ppo_epochs=1))):
+        for mini in (8, 2):
+            run, rows = make_run(tokenizer, tmp_path, algorithm=algorithm, mini_batch_size=mini, learning_rate=1e-9, max_grad_norm=0,
+                                 value_learning_rate=1e-9, **options, **({"gradient_accumulation_steps": 8 // mini} if options else {}))
+            torch.nn.init.normal_(run.head.weight, std=0.1)
+            data, kept = rolled(run, rows), []
+            run.optimizer.zero_grad = lambda: kept.append(rl.flat(p.grad for g in run.optimizer.param_groups for p in g["params"]))
+            rl.update(run, data)
+            assert len(kept) == 1
+            gradients.append(kept[0])
+    assert gradients[0].abs().max() > 1e-4
+    for other in gradients[1:]:
+        assert (other - gradients[0]).abs().max() < 1e-5 * gradients[0].abs().max()
+
+
+@pytest.mark.parametrize("algorithm", ("grpo", "rloo"))
+def test_sharing_the_prompt_and_mini_batches_change_no_gradient(tokenizer, tmp_path, algorithm):
+    found = []
+    for share, mini in ((True, 8), (False, 8), (True, 4)):
+        run, rows = make_run(tokenizer, tmp_path, algorithm=algorithm, mini_batch_size=mini, gradient_accumulation_steps=8 // mini,
+                             max_grad_norm=0, kl_in="loss", kl_penalty="mse", entropy_coef=0.1)
+        for parameter in run.policy:
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+        run.share, kept = share, []
+        data = rolled(run, rows)
+        run.optimizer.zero_grad = lambda: kept.append(rl.flat(p.grad for p in run.policy))
+        rl.update(run, data)
+        found.append(kept[0])
+    for other in found[1:]:
+        assert (other - found[0]).abs().max() < 1e-4 * found[0].abs().max()
+
+
+def stock(kind, tokenizer, tmp_path, **options):
+    import trl
+    from datasets import Dataset
+
+    arguments = getattr(trl, f"{kind}Config")(
+        str(tmp_path / "trl"), use_cpu=True, bf16=False, report_to="none", per_device_train_batch_size=8, num_generations=4,
+        max_completion_length=6, disable_dropout=True, gradient_checkpointing=False, **options)
+    data = Dataset.from_list([{"prompt": "a"}] * 8)
+    trainer = getattr(trl, f"{kind}Trainer")(make_model(tokenizer), lambda completions, **_: [0.0] * len(completions), args=arguments,
+                                             train_dataset=data, processing_class=tokenizer)
+    trainer.current_gradient_accumulation_steps = 1
+    return trainer
+
+
+@pytest.mark.parametrize("algorithm", ("grpo", "rloo"))
+def test_loss_and_gradient_are_those_of_stock_trl(tokenizer, tmp_path, algorithm):
+    trainer = stock(algorithm.upper(), tokenizer, tmp_path, beta=0.0)
+    trainer.beta = 0.3 if algorithm == "grpo" else 0.0  # set at construction, it would load a reference from a hub
+    ours = dict(kl_in="loss", kl_penalty="k3", init_kl_coef=0.3) if algorithm == "grpo" else dict(init_kl_coef=0.0)
+    run, rows = make_run(tokenizer, tmp_path, algorithm=algorithm, lora_r=0, ppo_epochs=2, **ours)
+    data = rolled(run, rows)
+    torch.manual_seed(3)
+    for parameter in run.policy:  # policy != old policy, and ratios on both sides of the clip
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    trainer.model.load_state_dict(run.model.state_dict())
+    asked = [group["prompt"] for group in data["rows"] for _ in range(4)]
+    answers = [answer for group in data["rows"] for answer in group["answers"]]
+    width, room = max(map(len, asked)), data["mask"].shape[1]
+    inputs = {
+        "prompt_ids": torch.tensor([[0] * (width - len(ids)) + ids for ids in asked]),
+        "prompt_mask": torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in asked]),
+        "completion_ids": torch.tensor([ids + [0] * (room - len(ids)) for ids in answers]),
+        "completion_mask": data["mask"].long(), "advantages": data["advantages"][:, 0],
+        "num_items_in_batch": data["mask"].sum(), "old_per_token_logps": data["old_logps"], "old_logps": data["old_logps"].sum(1),
+    } | ({"ref_per_token_logps": data["ref_logps"]} if algorithm == "grpo" else {})
+    trainer.model.train()
+    wanted = trainer._compute_loss(trainer.model, inputs)
+    tensors = {name: value for name, value in data.items() if torch.is_tensor(value)}
+    losses, weights, metrics = rl.objective(run, rl.forward(run, data["rows"], data["mask"]), tensors)
+    value = (losses * weights).sum() / weights.sum()
+    assert metrics["clip_fraction"].any() and float(value) == pytest.approx(float(wanted), abs=1e-6)
+    wanted.backward(), value.backward()
+    theirs, mine = (rl.flat(p.grad for p in model.parameters()) for model in (trainer.model, run.model))
+    assert (theirs - mine).abs().max() < 1e-4 * theirs.abs().max()
+
+
+def test_advantages_are_those_of_stock_trl(tokenizer, tmp_path):
+    scores = torch.tensor([1.0, 0.0, 0.5, 2.0, 1.0, 1.0, 1.0, 1.0])
+    for algorithm, kind in (("grpo", "GRPO"), ("rloo", "RLOO")):
+        trainer = stock(kind, tokenizer, tmp_path, beta=0.0)
+        trainer.reward_funcs, values = [lambda completions, **_: scores.tolist()], []
+        trainer.reward_func_names = ["scores"]
+        batch = [{"prompt": "a"}] * 4 + [{"prompt": "b"}] * 4
+        values = trainer._generate_and_score_completions(batch)["advantages"]
+        groups = scores.view(2, 4)
+        ours = rl.group_advantages(groups, scale=True) if algorithm == "grpo" else rl.leave_one_out(groups)
+        assert torch.allclose(ours.flatten(), values, atol=1e-5)
+
+
+def test_a_completion_without_a_verdict_teaches_nothing(tokenizer, tmp_path):
+    """The gradient is that of the others alone, for every algorithm; with no verdict at all nothing moves."""
+    for algorithm in ("ppo", "a2c", "grpo", "rloo", "trpo"):
+        silent = lambda prompts, completions, **_: [None] * len(completions)
+        run, rows = make_run(tokenizer, tmp_path, functions={"silent": silent}, algorithm=algorithm)
+        before = rl.flat(run.policy).clone()
+        data = rolled(run, rows)
+        learnt = (rl.trpo if algorithm == "trpo" else rl.update)(run, data)
+        assert learnt == {} and torch.equal(rl.flat(run.policy), before) and not data["advantages"].isnan().any()
+    some = lambda prompts, completions, **_: [None if n % 4 == 0 else n / 10 for n in range(len(completions))]
+    run, rows = make_run(tokenizer, tmp_path, functions={"some": some}, algorithm="rloo", init_kl_coef=0.0)
+    data = rolled(run, rows)
+    assert (data["used"].sum(1) == 0).tolist() == [True, False, False, False] * 2
+    assert torch.allclose(data["advantages"][1:4, 0], torch.tensor([0.1 - 0.25, 0.2 - 0.2, 0.3 - 0.15]))
+
+
+def test_equal_rewards_teach_nothing(tokenizer, tmp_path):
+    for algorithm in ("grpo", "rloo"):
+        same = lambda prompts, completions, **_: [0.7] * len(completions)
+        run, rows = make_run(tokenizer, tmp_path, functions={"same": same}, algorithm=algorithm, weight_decay=0.0)
+        data, before = rolled(run, rows), rl.flat(run.policy).clone()
+        assert data["advantages"].abs().max() < 1e-6 and rl.figures(run, data | {"entropy": data["mask"]})["zero_variance"] == 1
+        if algorithm == "rloo":
+            rl.update(run, data)
+            assert (rl.flat(run.policy) - before).abs().max() < 1e-3
+
+
+# -- TRPO --------------------------------------------------------------------------------------------------------------
+
+
+def mean_kl(run, data, old):
+    dist = rl.forward(run, data["rows"], data["mask"], "dist")["dist"].detach()
+    return float(rl.exact_kl(old, dist).mean())
+
+
+def test_no_accepted_step_leaves_the_region(tokenizer, tmp_path):
+    """200 updates on random advantages, from random policies: the KL is measured here, not taken from the recipe."""
+    run, rows = make_run(tokenizer, tmp_path, algorithm="trpo", lora_r=0, cg_iterations=5, max_kl=0.02, cg_damping=1e-3, lr_scheduler_type="constant",
+                         generation_kwargs={"max_new_tokens": 3}, batch_size=4, ppo_epochs=1)
+    accepted = []
+    for step in range(200):
+        run.step, generator = step, torch.Generator().manual_seed(step)
+        if step % 20 == 0:
+            for parameter in run.policy:
+                parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+        if step % 10 == 0:
+            data = rolled(run, rows, seed=step)
+        data["advantages"] = torch.randn(data["mask"].shape, generator=generator) * data["mask"]
+        with torch.no_grad():
+            output = rl.forward(run, data["rows"], data["mask"], "dist")
+        data["old_logps"] = output["logps"]
+        before = [parameter.detach().clone() for parameter in run.policy]
+        learnt = rl.trpo(run, data)
+        moved = mean_kl(run, data, output["dist"])
+        assert moved <= 0.02 and moved == pytest.approx(learnt["policy_kl"], abs=1e-5)
+        if learnt["line_search"] < 0:
+            assert all(torch.equal(old, new) for old, new in zip(before, run.policy))
+        else:
+            accepted.append(moved)
+            assert learnt["improvement"] > 0
+    assert len(accepted) > 150 and sum(accepted) / len(accepted) > 0.002
+
+
+def test_a_rejected_step_restores_the_weights_bitwise(tokenizer, tmp_path, monkeypatch):
+    run, rows = make_run(tokenizer, tmp_path, algorithm="trpo", max_kl=0.02)
+    data, before = rolled(run, rows), [parameter.detach().clone() for parameter in run.policy]
+    solve = rl.conjugate_gradient
+    monkeypatch.setattr(rl, "conjugate_gradient", lambda *args: -solve(*args))  # downhill: nothing improves
+    learnt = rl.trpo(run, data)
+    assert learnt["line_search"] == -1 and learnt["policy_kl"] == 0
+    assert all(torch.equal(old, new) for old, new in zip(before, run.policy))
+    monkeypatch.setattr(rl, "conjugate_gradient", lambda *args: solve(*args) * float("nan"))
+    rl.trpo(run, data)
+    assert all(torch.equal(old, new) for old, new in zip(before, run.policy))
+
+
+# -- the closed form ---------------------------------------------------------------------------------------------------
+
+WORDS = ["<eos>", "a", "b", "c", "d"]
+
+
+@pytest.fixture(scope="module")
+def words():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = Tokenizer(models.WordLevel({word: n for n, word in enumerate(WORDS)}, unk_token="<eos>"))
+    tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    template = "{% for m in messages %}{{ m['content'] }} {% if m['role'] == 'assistant' %}<eos> {% endif %}{% endfor %}"
+    return PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<eos>", pad_token="<eos>", chat_template=template)
+
+
+ANSWERS = {  # all there are within so many tokens
+    1: [[token] for token in range(5)],
+    2: [[0]] + [[first, second] for first in range(1, 5) for second in range(5)],
+}
+BETA = 0.4
+
+
+@torch.no_grad()
+def distribution(model, prompt, answers):
+    """Log-probabilities of the answers to a prompt."""
+    rows = [prompt + answer + [0] * (2 - len(answer)) for answer in answers]
+    logps = model(input_ids=torch.tensor(rows)).logits.double().log_softmax(-1)
+    return torch.stack([sum(logps[n, len(prompt) - 1 + t, token] for t, token in enumerate(answer)) for n, answer in enumerate(answers)])
+
+
+def distance_to_the_optimum(words, tmp_path, steps=150, tokens=2, **options):
+    """Mean KL(pi || pi*) over the prompts after training by the recipe, pi* = pi_ref exp(r / beta) / Z."""
+    model = make_model(words, hidden_size=32, intermediate_size=64)
+    asked = ["a b", "c d", "d a d"]  # a repeated single token would look the same at each place
+    generator = torch.Generator().manual_seed(5)
+    rewards = {(text, words.decode(answer, skip_special_tokens=True)): float(torch.rand((), generator=generator)) for text in asked for answer in ANSWERS[tokens]}
+    table = lambda prompts, completions, **_: [rewards[p[0]["content"], text.strip()] for p, text in zip(prompts, completions)]
+    rows = [{"prompt": [{"role": "user", "content": text}], "columns": {}} for text in asked]
+    settings = config(tmp_path, lora_r=0, init_kl_coef=BETA, num_training_steps=steps, generation_kwargs={"max_new_tokens": tokens},
+                      **dict(batch_size=384, learning_rate=3e-3) | options)
+    optima = []
+    for text in asked:
+        reference = distribution(model, words(text).input_ids, ANSWERS[tokens])
+        assert reference.exp().sum() == pytest.approx(1, abs=1e-6)
+        scores = torch.tensor([rewards[text, words.decode(answer, skip_special_tokens=True)] for answer in ANSWERS[tokens]], dtype=torch.float64)
+        optima.append((reference + scores / BETA).log_softmax(0))
+    (tmp_path / "out").mkdir(exist_ok=True)
+    policies = lambda: (distribution(model.eval(), words(text).input_ids, ANSWERS[tokens]) for text in asked)
+    apart = lambda: sum(float(rl.exact_kl(policy[None], best[None])) for policy, best in zip(policies(), optima)) / 3
+    before = apart()
+    rl.train(settings, model, words, rows, [], {"table": table})
+    return before, apart()
+
+
+CLOSED = {
+    "ppo": dict(gae_lambda=1.0, ppo_epochs=2),
+    "a2c": dict(gae_lambda=1.0),
+    "trpo": dict(gae_lambda=1.0, learning_rate=None, max_kl=0.04, steps=100, mini_batch_size=192),
+    "grpo": dict(num_generations=32, scale_rewards=False),
+    "rloo": dict(num_generations=32),
+}
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_algorithm_reaches_the_closed_form(words, tmp_path, algorithm):
+    before, after = distance_to_the_optimum(words, tmp_path, algorithm=algorithm, **CLOSED[algorithm])
+    print(f"{algorithm}: KL to pi_ref exp(r/beta)/Z {before:.4f} -> {after:.5f}")
+    assert before > 0.1 and after < 1e-2
+
+
+def test_dividing_by_the_standard_deviation_moves_the_optimum(words, tmp_path):
+    """With the KL in the loss, as in GRPO's paper; with it in the reward, the advantages vanish at the optimum anyway."""
+    options = dict(tokens=1, algorithm="grpo", num_generations=32, kl_in="loss", kl_penalty="k3")
+    before, plain = distance_to_the_optimum(words, tmp_path, scale_rewards=False, **options)
+    _, divided = distance_to_the_optimum(words, tmp_path, **options)
+    print(f"grpo, KL in the loss: {before:.4f} -> {plain:.5f}; divided by the group's standard deviation -> {divided:.4f}")
+    assert plain < 1e-2 and divided > 5e-2
+
+
+# -- rewards -----------------------------------------------------------------------------------------------------------
+
+
+def rewarded(config, completions, columns=(), functions=None):
+    columns = columns or [{}] * len(completions)
+    rows = [{"prompt": [{"role": "user", "content": f"ask {n}"}], "columns": row} for n, row in enumerate(columns)]
+    return rl.score(config, functions or rl.reward_functions(config), rows, completions)
+
+
+def test_built_in_verifiers(tmp_path):
+    settings = config(tmp_path, reward=["numeric", "exact", "regex", "format", "length"], reward_pattern=r"is \d+", reward_length=4,
+                      reward_weights=[1, 0, 2, 0, 0.5])
+    answers = [{"answer": "She thinks. #### 72"}, {"answer": "0.5"}, {"answer": "7"}, {"answer": 7}]
+    found = rewarded(settings, ["So the answer is 72", r"$\frac{1}{2}$", "7", "is 8"], answers)
+    assert found.tolist() == [[1, 0, 1, 0, 0.75], [1, 0, 0, 0, 1], [1, 1, 0, 0, 1], [0, 0, 1, 1, 1]]
+    assert rl.total(settings, found).tolist() == [1 + 2 + 0.375, 1.5, 1.5, 2.5]
+
+
+def test_a_verifier_that_hangs_is_killed_and_its_row_is_shown(tmp_path):
+    settings = config(tmp_path, reward=["numeric"], reward_length=0, reward_timeout=3)
+    completions, answers = ["7", "$9^{9^{9^{9}}}$", "8"], [{"answer": "7"}] * 3
+    with pytest.raises(RuntimeError, match="no answer within 3 s") as stopped:
+        rewarded(settings, completions, answers)
+    assert "9^{9^{9^{9}}}" in str(stopped.value) and "ask 1" in str(stopped.value)
+    settings.on_reward_error = "skip"
+    found = rewarded(settings, completions, answers)[:, 0]
+    assert found[0] == 1 and found[1].isnan() and found[2] == 0  # left out, never 0
+
+
+def test_functions_of_a_file(tmp_path, caplog):
+    file = tmp_path / "mine.py"
+    file.write_text("calls = []\ndef judge(prompts, completions, level, **columns):\n    print('noise')\n    calls.append(1)\n"
+                    "    if 'bad' in completions:\n        raise ValueError('I cannot read bad')\n"
+                    "    return [None if text == 'none' else len(text) + n + len(calls) * 0 + ('ask' in p[0]['content'])\n"
+                    "            for p, text, n in zip(prompts, completions, level)]\n"
+                    "def short(prompts, completions, **columns):\n    return [1.0]\n")
+    settings = config(tmp_path, reward=[f"{file}:judge"], reward_length=0)
+    settings.validate()
+    levels = [{"level": 10, "other": "x"}] * 3
+    found = rewarded(settings, ["ab", "none", "c"], levels)[:, 0]
+    assert found[0] == 13 and found[1].isnan() and found[2] == 12
+    with pytest.raises(RuntimeError, match=r"I cannot read bad.*ask 1.*on_reward_error=skip"):
+        rewarded(settings, ["ab", "bad", "c"], levels)
+    settings.on_reward_error = "skip"
+    with caplog.at_level("WARNING"):
+        found = rewarded(settings, ["ab", "bad", "c"], levels)[:, 0]
+    assert found[0] == 13 and found[1].isnan() and found[2] == 12 and "bad" in caplog.text
+    with pytest.raises(RuntimeError, match="1 rewards for 3 completions|short"):
+        rewarded(config(tmp_path, reward=[f"{file}:short"], reward_length=0), ["a", "b", "c"], levels, {
+            "short": lambda prompts, completions, **_: []})
+    for spec, words in ((f"{file}:jugde", "jugde"), (f"{tmp_path}/none.py:judge", "No such file")):
+        with pytest.raises(ConfigError, match=words):
+            common.Subprocess(spec, 5).start()
+
+
+@pytest.mark.parametrize("kind, labels", [("regression", 1), ("classification", 2)])
+def test_a_reward_model_scores_what_it_would_alone(tokenizer, tmp_path, kind, labels):
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    judge = LlamaForSequenceClassification(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=64, num_labels=labels, pad_token_id=1, **sizes))
+    judge.save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    settings = config(tmp_path, reward=[], reward_length=0, reward_model_path=str(tmp_path / "judge"), reward_model_type=kind)
+    settings.validate()
+    rl.check_reward_model(settings.reward_model_path)
+    found = rewarded(settings, ["Yes.", "No, and a longer one."], functions={"reward_model": rl.reward_model(settings)})[:, 0]
+    for n, text in enumerate(("Yes.", "No, and a longer one.")):
+        chat = f"<|im_start|>user\nask {n}<|im_end|>\n<|im_start|>assistant\n{text}<|im_end|>"
+        logits = judge(input_ids=torch.tensor([tokenizer(chat).input_ids])).logits[0]
+        assert float(found[n]) == pytest.approx(float(logits[0] if labels == 1 else logits.softmax(0)[1]), abs=1e-5)
+    with pytest.raises(RuntimeError, match="longer than the reward model's 64 tokens"):
+        rewarded(settings, ["so " * 60], functions={"reward_model": rl.reward_model(settings)})
+    other = config(tmp_path, reward=[], reward_length=0, reward_model_path=str(tmp_path / "judge"),
+                   reward_model_type="classification" if labels == 1 else "regression")
+    with pytest.raises(ConfigError, match=f"it has {labels} labels"):
+        rl.reward_model(other)
+
+
+def test_a_reward_model_without_a_trained_head_is_refused(model_dir):
+    with pytest.raises(ConfigError, match="LlamaForCausalLM; train one with recipes/reward.py"):
+        rl.check_reward_model(model_dir)
+    with pytest.raises(ConfigError, match="not the folder of a model"):
+        rl.check_reward_model("nowhere")
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+def steps_of(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if not name.startswith(("seconds", "completions_per"))} for line in lines]
+
+
+def write_prompts(tmp_path, count=12):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"question": f"Say {'x' * (n % 5)} {n}?", "answer": str(n)}) + "\n" for n in range(count)))
+    return str(path)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_run_that_was_cut_off_goes_on_exactly(model_dir, tmp_path, algorithm):
+    values = dict(model_name_or_path=model_dir, prompt_dataset_path=write_prompts(tmp_path), reward=["length"], reward_length=3, batch_size=8,
+                  generation_kwargs={"max_new_tokens": 6}, num_training_steps=4, save_freq=2, algorithm=algorithm, target_kl=0.01,
+                  validation_split=0.2, kl_horizon=50, cg_damping=0.1, seed=3)
+    whole = rl.RLStage(rl.RLConfig(**values, output_dir=str(tmp_path / "whole"))).execute()
+    cut = rl.RLStage(rl.RLConfig(**values, output_dir=str(tmp_path / "cut")))
+    keep, rl.save_checkpoint = rl.save_checkpoint, lambda run: (keep(run), 1 / 0)
+    try:
+        assert not cut.execute().success
+    finally:
+        rl.save_checkpoint = keep
+    assert (tmp_path / "cut/checkpoints/step-000002").is_dir()
+    again = rl.RLStage(rl.RLConfig(**values, output_dir=str(tmp_path / "cut"), resume_from_checkpoint=True)).execute()
+    assert whole.success and again.success, (whole.error_message, again.error_message)
+    assert steps_of(tmp_path / "whole") == steps_of(tmp_path / "cut")
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name]), name
+    assert len({step["kl_coef"] for step in steps_of(tmp_path / "whole") if "kl_coef" in step}) > 1
+    samples = [json.loads(line) for line in (tmp_path / "whole/samples.jsonl").read_text().splitlines()]
+    assert {sample["step"] for sample in samples} == {0, 4} and samples[0].keys() >= {"prompt", "completion", "reward", "answer"}
+    assert whole.metrics["eval_reward_before"] is not None and "eval_reward" in whole.metrics
+
+
+def test_the_figures_of_a_step(model_dir, tmp_path):
+    values = dict(model_name_or_path=model_dir, prompt_dataset_path=write_prompts(tmp_path), reward=["length", "regex"], reward_length=3, reward_pattern="a",
+                  batch_size=8, generation_kwargs={"max_new_tokens": 6}, num_training_steps=1, save_freq=0, num_generations=2)
+    result = rl.RLStage(rl.RLConfig(**values, output_dir=str(tmp_path / "out"))).execute()
+    assert result.success, result.error_message
+    step = next(line for line in steps_of(tmp_path / "out") if "reward" in line)
+    assert {*step} >= {"reward", "reward_std", "reward_length", "reward_regex", "kl", "entropy", "ratio", "clip_fraction", "explained_variance",
+                       "length", "stopped", "zero_variance", "policy_kl", "kl_coef", "value_loss", "policy_loss", "epochs"}
+    assert step["kl"] == 0 and 0 < step["entropy"] <= math.log(400) and step["length"] <= 6
+
+
+def test_a_small_task_is_learnt(model_dir, tmp_path):
+    """To stop at once: the shortest completions are the best."""
+    brevity = tmp_path / "brevity.py"
+    brevity.write_text("def brevity(prompts, completions, **_):\n    return [-float(len(text)) for text in completions]\n")
+    values = dict(model_name_or_path=model_dir, prompt_dataset_path=write_prompts(tmp_path), reward=[f"{brevity}:brevity"], batch_size=32,
+                  generation_kwargs={"max_new_tokens": 8}, num_training_steps=40, save_freq=0, init_kl_coef=0.0, learning_rate=3e-3, lora_r=0,
+                  algorithm="grpo", validation_split=0.25)
+    result = rl.RLStage(rl.RLConfig(**values, output_dir=str(tmp_path / "out"))).execute()
+    assert result.success, result.error_message
+    assert result.metrics["reward"] > result.metrics["reward_before"] + 3 and result.metrics["eval_reward"] > result.metrics["eval_reward_before"] + 3
+
+
+def test_alarms_are_said_once_with_a_remedy(caplog):
+    run = SimpleNamespace(config=SimpleNamespace(target_kl=None), before={"entropy": 2.0})
+    history = []
+    with caplog.at_level("WARNING"):
+        for entropy, kl, equal in ((2.0, 0.1, 1.0), (1.0, 0.1, 1.0), (0.1, 30.0, 1.0), (0.1, 30.0, 1.0)):
+            history.append({"entropy": entropy, "kl": kl, "zero_variance": equal, "said": []})
+            rl.alarms(run, history)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 3 and "KL 30.0" in messages[0] and "entropy 0.100" in messages[1] and "three steps running" in messages[2]
+
+
+def test_two_processes_are_two_halves_of_one(model_dir, tmp_path):
+    """Same rows, same random numbers, same curves and weights, whether one process takes the rollout or two."""
+    for algorithm in ("ppo", "grpo", "trpo"):
+        values = dict(model=model_dir, data=write_prompts(tmp_path), reward="length", reward_length=3, num_training_steps=3, save_freq=0,
+                      algorithm=algorithm, generation_kwargs="{max_new_tokens: 6}", validation_split=0.2, num_generations=2,
+                      **({"cg_damping": 0.1} if algorithm == "trpo" else {}))
+        folders = []
+        for processes in (1, 2):
+            folders.append(tmp_path / f"{algorithm}{processes}")
+            options = [f"--{name}={value}" for name, value in (values | {"batch_size": 8 // processes, "output_dir": folders[-1]}).items()]
+            start = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+            done = subprocess.run([*start, str(ROOT / "recipes/rl.py"), *options], capture_output=True, text=True, timeout=300,
+                                  env=os.environ | {"OMP_NUM_THREADS": "1"})
+            assert done.returncode == 0, done.stdout + done.stderr
+        one, two = map(steps_of, folders)
+        for first, second in zip(one, two, strict=True):
+            assert first == pytest.approx(second, abs=1e-4, rel=1e-3)
+
+
+def test_in_a_chain_the_reward_model_of_an_earlier_stage_is_found(model_dir, tmp_path, monkeypatch):
+    from chain import Pipeline
+
+    monkeypatch.chdir(ROOT)
+    stages = {
+        "reward": dict(preference_dataset_path="examples/preferences.jsonl", max_steps=1, lora_r=4),
+        "rl": dict(prompt_dataset_path="examples/questions.jsonl", reward_model_path="stage:reward", batch_size=4, num_training_steps=1,
+                   generation_kwargs={"max_new_tokens": 4}, num_eval_prompts=4),
+    }
+    values = dict(model_name_or_path=model_dir, output_dir=str(tmp_path / "run"), stages=["reward", "rl"], stage_configs=stages)
+    assert Pipeline.from_dict(values, dry_run=True).run() == []
+    first, second = Pipeline.from_dict(values).run()
+    assert first.success and second.success and second.metrics["eval_reward"] != 0
+    assert json.loads((tmp_path / "run/final/config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_bad_data_is_refused_before_the_model_is_loaded(tmp_path):
+    path = tmp_path / "no_answers.jsonl"
+    path.write_text('{"question": "a", "solution": "b"}\n')
+    with pytest.raises(ConfigError, match="reward=numeric needs a column answer; found solution"):
+        rl.RLStage(config(tmp_path, reward=["numeric"], reward_length=0, prompt_dataset_path=str(path), validation_split=0)).check()
