@@ -267,17 +267,20 @@ def test_kto_is_the_printed_formula():
 
 
 def test_kto_takes_its_reference_point_from_mismatched_answers(tokenizer, tmp_path):
-    policy, reference = make_model(tokenizer, 0), make_model(tokenizer, 1).eval()
-    answers = ["yes yes", "no", "why not"]
+    answers, points = ["yes yes", "no", "why not"], []
     rows = [{"prompt": PAIRS[n]["prompt"], "completion": [{"role": "assistant", "content": answers[n]}],
              "mismatched": [{"role": "assistant", "content": answers[n - 1]}], "label": n != 1} for n in range(3)]
     rows = encoded(tokenizer, tmp_path, rows)
     settings = config(tmp_path, loss_type=["kto"], beta=0.3, desirable_weight=1.2)
-    value, metrics = dpo.loss(policy, dpo.collate(rows), settings, reference)
-    ratios = torch.stack([expected_logps(policy, row) - expected_logps(reference, row) for row in rows]).tolist()
-    z0 = max(0.0, sum(other for _, other in ratios) / 3)
-    terms = [1.2 * (1 - sigma(0.3 * (r - z0))) if n != 1 else 1 - sigma(0.3 * (z0 - r)) for n, (r, _) in enumerate(ratios)]
-    assert value.item() == pytest.approx(sum(terms) / 3, abs=1e-5) and metrics["z0"].item() == pytest.approx(z0, abs=1e-4)
+    for seeds in ((0, 1), (1, 0)):  # the one has a KL estimate above 0, the other below
+        policy, reference = (make_model(tokenizer, seed).eval() for seed in seeds)
+        value, metrics = dpo.loss(policy, dpo.collate(rows), settings, reference)
+        ratios = torch.stack([expected_logps(policy, row) - expected_logps(reference, row) for row in rows]).tolist()
+        points.append(sum(other for _, other in ratios) / 3)
+        z0 = max(0.0, points[-1])
+        terms = [1.2 * (1 - sigma(0.3 * (r - z0))) if n != 1 else 1 - sigma(0.3 * (z0 - r)) for n, (r, _) in enumerate(ratios)]
+        assert value.item() == pytest.approx(sum(terms) / 3, abs=1e-5) and metrics["z0"].item() == pytest.approx(z0, abs=1e-4)
+    assert min(points) < -0.01 < 0.01 < max(points)
 
 
 @pytest.mark.parametrize("name", ["simpo", "orpo", "cpo", "nll"])
