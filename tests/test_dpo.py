@@ -283,6 +283,16 @@ def test_kto_takes_its_reference_point_from_mismatched_answers(tokenizer, tmp_pa
     assert min(points) < -0.01 < 0.01 < max(points)
 
 
+def test_kto_mismatches_answers_of_other_prompts(tokenizer, model, tmp_path, monkeypatch):
+    single = lambda n, good: {"prompt": PAIRS[n]["prompt"], "completion": PAIRS[n]["chosen" if good else "rejected"], "label": good}
+    rows, seen, encode = [single(n, good) for n in range(4) for good in (True, False)], [], dpo.encode
+    monkeypatch.setattr(dpo, "encode", lambda row, *rest: seen.append(row) or encode(row, *rest))
+    (tmp_path / "out").mkdir()
+    dpo.train(config(tmp_path, loss_type=["kto"], max_steps=1), common.add_adapter(model, config(tmp_path)), tokenizer, rows, [])
+    answers = {str(row["prompt"]): [other["completion"] for other in rows if other["prompt"] == row["prompt"]] for row in rows}
+    assert len(seen) == 8 and all(row["mismatched"] not in answers[str(row["prompt"])] for row in seen)
+
+
 @pytest.mark.parametrize("name", ["simpo", "orpo", "cpo", "nll"])
 def test_losses_without_a_reference_run_none(tokenizer, model, tmp_path, monkeypatch, name):
     monkeypatch.setattr(dpo, "reference_logps", None)
@@ -351,6 +361,22 @@ def test_dropout_of_the_model_is_off(tokenizer, tmp_path):
     (tmp_path / "out").mkdir()
     dpo.train(config(tmp_path, lora_r=0, max_steps=1), noisy, tokenizer, PAIRS, [])
     assert lines(tmp_path)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_with_trained_biases_the_reference_is_a_copy(tokenizer, tmp_path):
+    """Biases change outside the adapter, so the policy without its adapter is not the reference."""
+    settings, rows = config(tmp_path, lora_bias="all"), encoded(tokenizer, tmp_path)
+    policy = common.add_adapter(make_model(tokenizer, attention_bias=True), settings)
+    reference, batch = dpo.frozen_reference(settings, policy, tokenizer), dpo.collate(rows)
+    before = dpo.reference_logps(policy, batch, reference)[0]
+    for name, parameter in policy.named_parameters():
+        parameter.data += parameter.requires_grad * name.endswith("bias")
+    assert torch.equal(dpo.reference_logps(policy, batch, reference)[0], before)
+    assert not torch.allclose(dpo.sequence_logps(policy, batch)[0], before)
+
+
+def test_a_tie_counts_half():
+    assert dpo.wins(torch.tensor([2.0, 0.0, -1.0, 0.0])) == 0.5 and dpo.wins(torch.tensor([0.0])) == 0.5
 
 
 def test_a_policy_that_does_not_start_at_its_reference_is_stopped(tokenizer, model, tmp_path):

@@ -67,6 +67,12 @@ def test_loss_and_gradient_are_those_of_stock_reward_trainer(tokenizer, tmp_path
     assert torch.norm(our_gradient - their_gradient) <= 1e-5 * torch.norm(their_gradient)
 
 
+def test_the_loss_does_not_mind_the_side_of_padding(tokenizer):
+    model, rows = sequence_classifier(tokenizer).eval(), encoded(tokenizer)
+    right, left = (reward.rewards(model, reward.collate(rows, model.config.pad_token_id, side)) for side in ("right", "left"))
+    assert len({len(row["chosen"]) for row in rows}) > 1 and torch.allclose(right, left, atol=1e-5)
+
+
 def test_calibration_error_is_the_mean_gap_over_bins():
     logit = lambda p: math.log(p / (1 - p))
     margins = torch.tensor([logit(0.72)] * 7 + [-logit(0.72)] * 3 + [logit(0.96)] * 10)
