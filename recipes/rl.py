@@ -154,6 +154,13 @@ class RLConfig(DataConfig):
             raise ConfigError(f"reward_weights: give one for each of {', '.join(self.rewarding)}")
         if strange := {*self.generation_kwargs} - {*SAMPLING}:
             raise ConfigError("generation_kwargs: " + unknown("option", min(strange), SAMPLING))
+        for name in ("max_new_tokens", "top_k"):
+            if not isinstance(self.sampling[name], int) or self.sampling[name] < (name == "max_new_tokens"):
+                raise ConfigError(f"generation_kwargs: {name}={self.sampling[name]!r} is not a count")
+        if self.sampling["max_new_tokens"] >= self.max_seq_length:
+            raise ConfigError(f"max_seq_length={self.max_seq_length} leaves no room for a prompt before max_new_tokens")
+        if not all(isinstance(self.sampling[name], (int, float)) for name in ("temperature", "top_p")):
+            raise ConfigError("generation_kwargs: temperature and top_p are numbers")
         if self.sampling["temperature"] <= 0 or not 0 < self.sampling["top_p"] <= 1:
             raise ConfigError("generation_kwargs: temperature must be above 0, top_p in (0, 1]: there is no learning "
                               "without chance")
@@ -170,6 +177,9 @@ class RLConfig(DataConfig):
             raise ConfigError("kl_penalty=full does not depend on the token sampled: set kl_in=loss")
         if self.target_kl and not self.init_kl_coef:
             raise ConfigError("target_kl scales init_kl_coef, which is 0")
+        for option, needs in (("kl_horizon", "target_kl"), ("reward_model_type", "reward_model_path")):
+            if getattr(self, option) != getattr(standard, option) and not getattr(self, needs):
+                raise ConfigError(f"{option} has no effect without {needs}")
         if self.lora_dropout:
             raise ConfigError("lora_dropout=0: with dropout the same weights give other ratios every time")
         if self.eval_freq and not self.validation_split:

@@ -15,7 +15,7 @@ import chain
 import common
 
 BUDGETS = {"chain.py": 300, "common.py": 1265, "recipes/sft.py": 230, "recipes/dpo.py": 425, "recipes/reward.py": 225,
-           "recipes/rl.py": 1100}
+           "recipes/rl.py": 1110}
 CONFIGS = (sft.SFTConfig, dpo.DPOConfig, reward.RewardConfig, rl.RLConfig, chain.PipelineConfig)
 # What every recipe has, each its own; any other function that two recipes hold under one name is the same in both.
 SECTIONS = {"encode", "collate", "loss", "train", "validate", "load_data", "convert", "prepare_model_and_tokenizer", "execute"}
