@@ -258,6 +258,21 @@ def test_what_was_sampled_is_what_is_trained_on(tokenizer, tmp_path, options):
     assert run.share == (run.config.num_generations > 1) and first > 0
 
 
+def test_padding_on_the_left_moves_no_position(tokenizer, tmp_path):
+    """On a model with absolute positions: rotary ones would not mind."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    sizes = dict(n_positions=256, n_embd=32, n_layer=2, n_head=2, eos_token_id=0, bos_token_id=0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), initializer_range=0.3, **sizes))
+    rows = prompts(tokenizer, "One?", "Two, a longer one?", "Three?", "And the longest of all the four?")
+    run = rl.start(config(tmp_path, lora_r=0), model, tokenizer, {}, rows[0])
+    completions, sampled = rl.sample(run, [row["ids"] for row in rows], 1 - torch.rand(4, 6, generator=torch.Generator().manual_seed(0)))
+    for row, ids, logps in zip(rows, completions, sampled):
+        alone = model(input_ids=torch.tensor([row["ids"] + ids])).logits[0].log_softmax(-1)[len(row["ids"]) - 1 : -1]
+        assert alone.gather(1, torch.tensor(ids)[:, None])[:, 0].tolist() == pytest.approx(logps, abs=1e-4)
+
+
 def test_completions_end_with_their_stop_token(tokenizer, tmp_path):
     run, rows = make_run(tokenizer, tmp_path, generation_kwargs={"max_new_tokens": 40}, missing_stop_penalty=3.0, init_kl_coef=0.0,
                          gae_lambda=1.0, whiten_advantages=False)
