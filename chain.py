@@ -213,11 +213,14 @@ class Pipeline:
         return self.results
 
     def artifact(self, stage: str, name: str) -> str:
-        """The path of an artifact that the last stage of that name or folder left."""
-        found = [result.artifacts for f, result in zip(self.enabled, self.results) if stage in (f, f[3:])][-1]
-        if name not in found:
-            raise ConfigError(f"stage {stage} leaves no {name}, but {', '.join(found) or 'nothing'}")
-        return found[name]
+        """The path of an artifact that the last stage of that name or folder left: the one of that name, or its only
+        one beside the adapter."""
+        left = [result.artifacts for f, result in zip(self.enabled, self.results) if stage in (f, f[3:])][-1]
+        found = [path for kind, path in left.items() if kind == name] or [
+            path for kind, path in left.items() if kind != "adapter"]
+        if len(found) != 1:
+            raise ConfigError(f"stage {stage} leaves no {name}, but {', '.join(left) or 'nothing'}")
+        return found[0]
 
     def save_final(self, result: StageResult, folder: Path) -> None:
         """OUT/final: the last stage's model, by hard links where the file system has them."""

@@ -35,10 +35,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import common
 from common import (
-    IGNORE, BaseStage, ConfigError, Count, DataConfig, Names, Natural, NonNegative, Options, Positive, RowError,
-    Scheduler, Share, Subprocess, TokenLogps, answer_logits, as_messages, collate_answers, comma_separated,
-    compute_dtype, default_device, encode_turns, is_main_process, keep_steps, load_rows, logger, main, refusing,
-    render_turns, say_step, sharing_is_exact, stop_tokens, unknown, usable_rows, write_json, written_aside,
+    IGNORE, SAMPLING, BaseStage, ConfigError, Count, DataConfig, Names, Natural, NonNegative, Options, Positive,
+    RowError, Scheduler, Share, Subprocess, TokenLogps, answer_logits, as_messages, check_sampling, collate_answers,
+    comma_separated, compute_dtype, default_device, encode_turns, is_main_process, keep_steps, load_rows, logger, main,
+    prompt_ids, random_numbers, read, refusing, render_turns, sample, say_step, sharing_is_exact, unknown, usable_rows,
+    write_json, written_aside,
 )
 
 # -- configuration -----------------------------------------------------------------------------------------------------
@@ -63,7 +64,6 @@ REWARDS = {  # built-in verifiers: the function, and the column or option it rea
     "regex": (f"{__file__}:regex", "reward_pattern"), "format": (f"{__file__}:format", "reward_pattern"),
     "length": (f"{__file__}:length", "reward_length"),
 }
-SAMPLING = {"max_new_tokens": 64, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 
 @dataclass
@@ -137,7 +137,7 @@ class RLConfig(DataConfig):
             if self.algorithm not in readers and getattr(self, name) != getattr(standard, name):
                 raise ConfigError(f"{name} has no effect with algorithm={self.algorithm}; it belongs to "
                                   f"{', '.join(readers)}")
-        if not (self.reward or self.reward_model_path):
+        if not self.rewarding:
             raise ConfigError(f"reward is missing: --reward=<{', '.join(REWARDS)} or path/to/file.py:function>, or "
                               "--reward_model_path=<folder>")
         for name in self.reward:
@@ -152,18 +152,9 @@ class RLConfig(DataConfig):
             re.compile(self.reward_pattern)
         if len(self.reward_weights or self.rewarding) != len(self.rewarding):
             raise ConfigError(f"reward_weights: give one for each of {', '.join(self.rewarding)}")
-        if strange := {*self.generation_kwargs} - {*SAMPLING}:
-            raise ConfigError("generation_kwargs: " + unknown("option", min(strange), SAMPLING))
-        for name in ("max_new_tokens", "top_k"):
-            if not isinstance(self.sampling[name], int) or self.sampling[name] < (name == "max_new_tokens"):
-                raise ConfigError(f"generation_kwargs: {name}={self.sampling[name]!r} is not a count")
+        check_sampling("generation_kwargs", self.generation_kwargs)
         if self.sampling["max_new_tokens"] >= self.max_seq_length:
             raise ConfigError(f"max_seq_length={self.max_seq_length} leaves no room for a prompt before max_new_tokens")
-        if not all(isinstance(self.sampling[name], (int, float)) for name in ("temperature", "top_p")):
-            raise ConfigError("generation_kwargs: temperature and top_p are numbers")
-        if self.sampling["temperature"] <= 0 or not 0 < self.sampling["top_p"] <= 1:
-            raise ConfigError("generation_kwargs: temperature must be above 0, top_p in (0, 1]: there is no learning "
-                              "without chance")
         if self.algorithm in ("grpo", "rloo") and self.num_generations < 2:
             raise ConfigError(f"algorithm={self.algorithm} compares completions of one prompt; set num_generations=4")
         for whole, part in (("batch_size", "mini_batch_size"), ("mini_batch_size", "num_generations")):
@@ -208,8 +199,7 @@ def convert(row: dict, form: str) -> dict:
 
 def encode(row: dict, tokenizer, limit: int) -> dict:
     """The row with the token ids of its prompt, up to where the assistant begins to write."""
-    *before, _, _ = render_turns(tokenizer, [*row["prompt"], {"role": "assistant", "content": "a"}])
-    ids = tokenizer("".join(text for text, _ in before), add_special_tokens=False).input_ids
+    ids = prompt_ids(tokenizer, row["prompt"])
     if len(ids) > limit:
         raise RowError(f"whose prompt is longer than {limit} tokens, the room that the completion leaves")
     return row | {"ids": ids}
@@ -475,122 +465,6 @@ class Run:
             parameter.grad = self.sum(parameter.grad)
 
 
-@contextlib.contextmanager
-def fast_decoding(model):
-    """On a CPU, lie the weights column by column while tokens are sampled, with the adapter merged in: few rows times
-    such weights is three times as fast. The weights come back bitwise."""
-    from peft.tuners.lora import LoraLayer
-
-    if model.device.type != "cpu" or model.dtype != torch.float32:
-        yield
-        return
-    lora = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    plain = bool(lora) and not any(module.use_dora.get("default") for module in lora)
-    kept = []
-    with model.disable_adapter() if plain else contextlib.nullcontext():
-        for module in lora if plain else []:
-            kept.append((module.get_base_layer().weight, module.get_base_layer().weight.data))
-            kept[-1][0].data = kept[-1][1] + module.get_delta_weight("default")
-        for module in model.modules():
-            if isinstance(module, torch.nn.Linear):
-                kept.append((module.weight, module.weight.data))
-                module.weight.data = module.weight.data.t().contiguous().t()
-        try:
-            yield
-        finally:
-            for weight, data in reversed(kept):
-                weight.data = data
-
-
-def with_room(cache, repeats: int, room: int):
-    """The key-value cache with each row `repeats` times, and room for so many tokens: a growing one is copied whole at
-    every token."""
-    from transformers.cache_utils import DynamicLayer
-
-    class Roomy(DynamicLayer):
-        def __init__(self, keys, values):
-            super().__init__()
-            self.length, self.is_initialized = keys.shape[-2], True
-            self.dtype, self.device = keys.dtype, keys.device
-            self.buffers = [F.pad(t, (0, 0, 0, room)).repeat_interleave(repeats, 0) for t in (keys, values)]
-            self.keys, self.values = (buffer[:, :, : self.length] for buffer in self.buffers)
-
-        def update(self, key_states, value_states, *args, **kwargs):
-            start, self.length = self.length, self.length + key_states.shape[-2]
-            for buffer, new in zip(self.buffers, (key_states, value_states)):
-                buffer[:, :, start : self.length] = new
-            self.keys, self.values = (buffer[:, :, : self.length] for buffer in self.buffers)
-            return self.keys, self.values
-
-    if all(type(layer) is DynamicLayer for layer in cache.layers):
-        cache.layers = [Roomy(layer.keys, layer.values) for layer in cache.layers]
-    else:
-        cache.batch_repeat_interleave(repeats)
-    return cache
-
-
-def draw(logits: torch.Tensor, chance: torch.Tensor | None, sampling: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """(tokens (B,), their log-probabilities (B,)) from logits (B, V): where the cumulative distribution passes `chance`
-    (B,) in (0, 1], or the likeliest if that is None. The log-probabilities know the temperature, as those of training
-    do, but not top_k and top_p."""
-    from transformers import TopKLogitsWarper, TopPLogitsWarper
-
-    logits = logits.float() / sampling["temperature"]
-    chances = logits.softmax(-1)
-    if chance is None:
-        tokens = logits.argmax(-1)
-    else:
-        kept = chances
-        if sampling["top_k"] or sampling["top_p"] < 1:
-            logits = TopKLogitsWarper(sampling["top_k"])(None, logits) if sampling["top_k"] else logits
-            kept = TopPLogitsWarper(sampling["top_p"])(None, logits).softmax(-1)
-        cumulative = kept.cumsum(-1, dtype=torch.float64)
-        tokens = torch.searchsorted(cumulative, chance[:, None].double() * cumulative[:, -1:])[:, 0]
-    return tokens, chances.gather(1, tokens[:, None])[:, 0].log()
-
-
-@torch.no_grad()
-def sample(run: Run, prompts: list[list[int]], chances: torch.Tensor | None) -> tuple[list, list]:
-    """Completions of each prompt (token ids, up to and including a stop token), and their tokens' log-probabilities.
-    chances: (P G, T) uniform numbers for G completions a prompt, or None for one greedy completion."""
-    from transformers import DynamicCache
-
-    model, sampling, device = run.model, run.config.sampling, run.model.device
-    repeats, steps = run.config.num_generations if chances is not None else 1, sampling["max_new_tokens"]
-    width = max(map(len, prompts))
-    pad = lambda ids, value: [value] * (width - len(ids)) + ids
-    ids = torch.tensor([pad(prompt, run.tokenizer.pad_token_id) for prompt in prompts], device=device)
-    mask = torch.tensor([pad([1] * len(prompt), 0) for prompt in prompts], device=device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)  # padding on the left does not count (Huang et al. 2024)
-    stops = torch.tensor(stop_tokens(run.tokenizer), device=device)
-    with run.autocast(), fast_decoding(model):
-        output = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1,
-                       past_key_values=DynamicCache(config=model.config))
-        cache, mask = with_room(output.past_key_values, repeats, steps), F.pad(mask, (0, steps), value=1)
-        state = (output.logits[:, -1], positions[:, -1:], mask)
-        logits, position, mask = (tensor.repeat_interleave(repeats, 0) for tensor in state)
-        tokens, logps, running = [], [], torch.ones(len(logits), dtype=torch.bool, device=device)
-        for t in range(steps):
-            token, logp = draw(logits, None if chances is None else chances[:, t], sampling)
-            tokens.append(token)
-            logps.append(logp)
-            running &= ~torch.isin(token, stops)
-            if t + 1 == steps or not running.any():
-                break
-            logits = model(input_ids=token[:, None], attention_mask=mask[:, : width + t + 1], use_cache=True,
-                           position_ids=position + t + 1, past_key_values=cache).logits[:, -1]
-    stops, completions, sampled = {*stops.tolist()}, torch.stack(tokens, 1).tolist(), torch.stack(logps, 1).tolist()
-    ends = [next((n for n, token in enumerate(row, 1) if token in stops), len(row)) for row in completions]
-    return [row[:end] for row, end in zip(completions, ends)], [row[:end] for row, end in zip(sampled, ends)]
-
-
-def read(tokenizer, completions: list[list[int]]) -> tuple[list[str], list[bool]]:
-    """(texts without the stop token, whether there was one)."""
-    stopped = [ids[-1] in stop_tokens(tokenizer) for ids in completions]
-    return [tokenizer.decode(ids[: len(ids) - stop], skip_special_tokens=True)
-            for ids, stop in zip(completions, stopped)], stopped
-
-
 def forward(run: Run, rows: list[dict], mask: torch.Tensor, *wanted: str, reference: bool = False) -> dict:
     """One pass over rows of a prompt with its completions: "logps" (B, T), and if wanted "entropy" (B, T), the last
     "hidden" states (B, T, H), and "dist", the log-probabilities (N, V) of all tokens at the N places of the mask."""
@@ -626,7 +500,9 @@ def mini_batches(config: RLConfig, order: torch.Tensor) -> list[tuple[list[int],
 def rollout(run: Run, rows: list[dict], chances: torch.Tensor) -> dict[str, Any]:
     """Completions of the rows' prompts and what is to be learnt from them: tensors (B, T) unless it says otherwise."""
     config, repeats = run.config, run.config.num_generations
-    completions, sampled = sample(run, [row["ids"] for row in rows], chances)
+    with run.autocast():
+        prompts = [row["ids"] for row in rows]
+        completions, sampled = sample(run.model, run.tokenizer, prompts, config.sampling, chances, repeats)
     texts, stopped = read(run.tokenizer, completions)
     asked = [row for row in rows for _ in range(repeats)]
     each = score(config, run.functions, asked, texts)  # (B, R)
@@ -901,7 +777,8 @@ def evaluate(run: Run, rows: list[dict]) -> dict[str, float]:
     own = rows[run.accelerator.process_index :: run.accelerator.num_processes]
     for start in range(0, len(own), config.batch_size):
         part = own[start : start + config.batch_size]
-        completions, _ = sample(run, [row["ids"] for row in part], None)
+        with run.autocast():
+            completions, _ = sample(run.model, run.tokenizer, [row["ids"] for row in part], config.sampling)
         texts, stopped = read(run.tokenizer, completions)
         rewards = total(config, score(config, run.functions, part, texts)).tolist()
         for row, text, stop, ids, reward in zip(part, texts, stopped, completions, rewards):
@@ -1047,8 +924,7 @@ def train(config: RLConfig, model, tokenizer, train_rows: list, eval_rows: list,
         began = time.perf_counter()
         rows = prompts_of(config, training, run.step, count * world)[rank * count : (rank + 1) * count]
         # Every completion has its own random numbers, whatever the number of processes.
-        chances = 1 - torch.rand(config.batch_size * world, config.sampling["max_new_tokens"],
-                                 generator=torch.Generator().manual_seed(config.seed * 1_000_003 + run.step))
+        chances = random_numbers(config.batch_size * world, config.sampling, config.seed * 1_000_003 + run.step)
         chances = chances[rank * config.batch_size : (rank + 1) * config.batch_size].to(model.device)
         data = rollout(run, rows, chances)
         sampled = time.perf_counter() - began

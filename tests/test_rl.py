@@ -44,7 +44,7 @@ def make_run(tokenizer, tmp_path, rows=None, functions=None, **options):
 
 def rolled(run, rows, seed=0):
     count = run.config.batch_size // run.config.num_generations
-    chances = 1 - torch.rand(run.config.batch_size, run.config.sampling["max_new_tokens"], generator=torch.Generator().manual_seed(seed))
+    chances = common.random_numbers(run.config.batch_size, run.config.sampling, seed)
     data = rl.rollout(run, (rows * 8)[:count], chances)
     rl.judge(run, data)
     return data
@@ -67,7 +67,7 @@ def rolled(run, rows, seed=0):
     (dict(batch_size=6, algorithm="grpo"), "mini_batch_size=6 must be a multiple of num_generations=4"),
     (dict(mini_batch_size=3), "batch_size=8 must be a multiple of mini_batch_size=3"),
     (dict(generation_kwargs={"temprature": 1}), "did you mean 'temperature'"),
-    (dict(generation_kwargs={"temperature": 0}), "no learning without chance"),
+    (dict(generation_kwargs={"temperature": 0}), "no choice without chance"),
     (dict(generation_kwargs={"max_new_tokens": "many"}), "'many' is not a count"),
     (dict(generation_kwargs={"max_new_tokens": 64}, max_seq_length=64), "leaves no room for a prompt"),
     (dict(kl_horizon=5), "kl_horizon has no effect without target_kl"),
@@ -221,16 +221,16 @@ def test_fisher_products_and_conjugate_gradients():
 def test_tokens_are_drawn_as_the_probabilities_say():
     logits = torch.tensor([[0.0, 1.0, -1.0, 2.0]]).repeat(20000, 1)
     chance = 1 - torch.rand(20000, generator=torch.Generator().manual_seed(0))
-    plain = dict(rl.SAMPLING)
+    plain = dict(common.SAMPLING)
     for sampling, scaled in ((plain, logits[0]), (plain | {"temperature": 2.0}, logits[0] / 2)):
-        tokens, logps = rl.draw(logits, chance, sampling)
+        tokens, logps = common.draw(logits, chance, sampling)
         assert (torch.bincount(tokens, minlength=4) / 20000 - scaled.softmax(0)).abs().max() < 0.01
         assert torch.allclose(logps, scaled.log_softmax(0)[tokens])
-    assert {*rl.draw(logits, chance, plain | {"top_k": 2})[0].tolist()} == {1, 3}
-    assert {*rl.draw(logits, chance, plain | {"top_p": 0.7})[0].tolist()} == {1, 3}
-    assert rl.draw(logits, None, plain)[0].tolist() == [3] * 20000
+    assert {*common.draw(logits, chance, plain | {"top_k": 2})[0].tolist()} == {1, 3}
+    assert {*common.draw(logits, chance, plain | {"top_p": 0.7})[0].tolist()} == {1, 3}
+    assert common.draw(logits, None, plain)[0].tolist() == [3] * 20000
     impossible = torch.tensor([[-torch.inf, 0.0, -torch.inf]])
-    assert all(rl.draw(impossible, torch.tensor([chance]), plain)[0] == 1 for chance in (1e-30, 0.5, 1.0))
+    assert all(common.draw(impossible, torch.tensor([chance]), plain)[0] == 1 for chance in (1e-30, 0.5, 1.0))
 
 
 # -- rollout -----------------------------------------------------------------------------------------------------------
@@ -267,7 +267,8 @@ def test_padding_on_the_left_moves_no_position(tokenizer, tmp_path):
     model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), initializer_range=0.3, **sizes))
     rows = prompts(tokenizer, "One?", "Two, a longer one?", "Three?", "And the longest of all the four?")
     run = rl.start(config(tmp_path, lora_r=0), model, tokenizer, {}, rows[0])
-    completions, sampled = rl.sample(run, [row["ids"] for row in rows], 1 - torch.rand(4, 6, generator=torch.Generator().manual_seed(0)))
+    completions, sampled = common.sample(model, tokenizer, [row["ids"] for row in rows], run.config.sampling,
+                                         common.random_numbers(4, run.config.sampling, 0))
     for row, ids, logps in zip(rows, completions, sampled):
         alone = model(input_ids=torch.tensor([row["ids"] + ids])).logits[0].log_softmax(-1)[len(row["ids"]) - 1 : -1]
         assert alone.gather(1, torch.tensor(ids)[:, None])[:, 0].tolist() == pytest.approx(logps, abs=1e-4)
