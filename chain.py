@@ -216,8 +216,7 @@ class Pipeline:
         """The path of an artifact that the last stage of that name or folder left: the one of that name, or its only
         one beside the adapter."""
         left = [result.artifacts for f, result in zip(self.enabled, self.results) if stage in (f, f[3:])][-1]
-        found = [path for kind, path in left.items() if kind == name] or [
-            path for kind, path in left.items() if kind != "adapter"]
+        found = [left[name]] if name in left else [path for kind, path in left.items() if kind != "adapter"]
         if len(found) != 1:
             raise ConfigError(f"stage {stage} leaves no {name}, but {', '.join(left) or 'nothing'}")
         return found[0]
