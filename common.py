@@ -519,7 +519,10 @@ def load_rows(config: DataConfig, convert: Callable, optional: Mapping[str, Sequ
     rows = usable_rows(dataset, lambda row: convert(row, form), "data")
     digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
     found = {"path": path, "format": form, "rows": len(rows), "sha256": digest}
-    return *split_dataset(rows, config.validation_split, config.seed), found
+    training, evaluation = split_dataset(rows, config.validation_split, config.seed)
+    if not training:
+        raise ConfigError(f"data {path}: validation_split={config.validation_split:g} leaves no row to train on")
+    return training, evaluation, found
 
 
 def prepare_tokenizer(tokenizer, config: TrainingConfig, needs_chat_template: bool = True) -> None:
@@ -1253,7 +1256,7 @@ class AskingConfig(StageConfig):
     """Options of every stage that asks another model."""
 
     max_calls: Natural = 0  # answers of a server that this output_dir may gather, over all its runs; 0: no limit
-    max_cost: NonNegative = 0.0  # dollars that they may cost; 0: no limit
+    max_cost: NonNegative = 0.0  # dollars that they may cost, but for calls under way; 0: no limit
     input_price: NonNegative = 0.0  # dollars for a million tokens sent
     output_price: NonNegative = 0.0  # dollars for a million tokens received
     max_missing: Share = 0.1  # the stage stops if a larger share of the answers is missing or cannot be read

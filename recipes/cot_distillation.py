@@ -19,6 +19,7 @@ Run it on a laptop with ready rationales, and with a teacher behind a server:
 
 import difflib
 import json
+import logging
 import math
 import random
 import re
@@ -158,12 +159,16 @@ def ending(text: str, mark: str = "####") -> str:
 
 def final(prompts: list, completions: list[str], **_) -> list[str | None]:
     """The number or formula that a completion ends with, in one notation; None without. For `Subprocess`."""
+    import sympy
     from math_verify import parse
 
-    found = [parse(ending(text), parsing_timeout=None) for text in completions]
-    return [str(values[0]) if values else None for values in found]
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own timeouts are off: ours are better
+    found = [parse(ending(text), parsing_timeout=None)[:1] for text in completions]
+    notation = lambda value: f"{float(value):.10g}" if isinstance(value, sympy.Expr) and value.is_real else str(value)
+    return [notation(*values) if values else None for values in found]
 
 
+CHECK_SECONDS = 10.0  # that a comparison of two answers may take
 CHECKS = {  # answer_check: how answers are compared, and how they are brought to one notation for a vote
     "numeric": (f"{common.__file__}:numeric", f"{__file__}:final"), "exact": (f"{common.__file__}:exact", None),
 }
@@ -183,7 +188,7 @@ def ask_question(examples: list[str]) -> list[dict]:
 
 def correct(config: CoTConfig, texts: list[str], answers: list[str]) -> list[float | None]:
     """1.0 or 0.0 for each final answer; None where it could not be compared in time."""
-    check, found = Subprocess(CHECKS[config.answer_check][0], 10.0), []
+    check, found = Subprocess(CHECKS[config.answer_check][0], CHECK_SECONDS), []
     for text, answer in zip(texts, answers, strict=True):
         try:
             found += check([None], [text], answer=[answer])
@@ -231,7 +236,7 @@ def collect(config: CoTConfig, teacher: Client, rows: list[dict]) -> list[dict]:
     sampling = ASKING | config.generation_kwargs
     texts = teacher.ask("rationales", requests, sampling, VERSION, lambda text: text.strip() or None)
     canonical, counts, normal = CHECKS[config.answer_check][1], Counter(), lambda text: " ".join(text.lower().split())
-    notation = Subprocess(canonical, 10.0) if canonical else lambda _, texts: [ending(text) for text in texts]
+    notation = Subprocess(canonical, CHECK_SECONDS) if canonical else lambda _, texts: [ending(text) for text in texts]
     for number, row in enumerate(open_rows):
         chains = [text for text in texts[number * config.num_rationales :][: config.num_rationales] if text]
         answer = row["answer"]
