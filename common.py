@@ -1321,7 +1321,7 @@ class Client:
         than max_missing are missing, when max_calls or max_cost is reached, or when the server refuses."""
         known = self.read_calls()
         keys = [self.key([messages, number, dict(sampling), version, [*choices]]) for messages, number in requests]
-        wanted = {key: messages for key, (messages, _) in zip(keys, requests) if key not in known}
+        wanted = {key: request for key, request in zip(keys, requests) if key not in known}
         spent = self.spent(known)
         room = self.config.max_calls - len(known) if self.remote and self.config.max_calls else len(wanted)
         todo = dict([*wanted.items()][: max(0, room)])
@@ -1385,7 +1385,7 @@ class Client:
         prices = {"tokens_in": self.config.input_price, "tokens_out": self.config.output_price}
         return sum(answer[name] * price for answer in answers.values() for name, price in prices.items()) / 1e6
 
-    def ask_server(self, todo: Mapping[str, list], sampling: Mapping) -> Iterable[tuple[str, dict | None]]:
+    def ask_server(self, todo: Mapping[str, tuple], sampling: Mapping) -> Iterable[tuple[str, dict | None]]:
         """(key, answer or None) as they come. The library tries again after 408, 409, 429, 5xx and timeouts, when
         Retry-After says; what it gives up is missing. Whatever else the server refuses ends the asking."""
         import openai
@@ -1423,16 +1423,18 @@ class Client:
 
         pool = ThreadPoolExecutor(self.config.concurrency)
         try:
-            futures = {pool.submit(call, messages): key for key, messages in todo.items()}
+            futures = {pool.submit(call, messages): key for key, (messages, _) in todo.items()}
             for future in as_completed(futures):
                 yield futures[future], future.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def ask_here(self, todo: Mapping[str, list], sampling: Mapping, choices: Sequence[str]):
-        """(key, answer) from a model run here. An answer's random numbers come from its key."""
+    def ask_here(self, todo: Mapping[str, tuple], sampling: Mapping, choices: Sequence[str]):
+        """(key, answer) from a model run here. An answer's random numbers come from its request, so they are the same
+        in whatever batch."""
         model, tokenizer = self.load()
-        ids = {key: prompt_ids(tokenizer, messages) for key, messages in todo.items()}
+        ids = {key: prompt_ids(tokenizer, messages) for key, (messages, _) in todo.items()}
+        seed = lambda key: int(hashlib.sha256(json.dumps([self.config.seed, *todo[key]]).encode()).hexdigest()[:12], 16)
         keys, size = sorted(ids, key=lambda key: len(ids[key])), self.config.concurrency
         longest = model.config.max_position_embeddings - (0 if choices else sampling["max_new_tokens"])
         for some in (keys[start : start + size] for start in range(0, len(keys), size)):
@@ -1446,7 +1448,7 @@ class Client:
             if choices:
                 texts, counts = map(json.dumps, self.choose(prompts, choices)), [1] * len(fit)
             else:
-                numbers = torch.cat([random_numbers(1, sampling, int(key[:12], 16)) for key in fit])
+                numbers = torch.cat([random_numbers(1, sampling, seed(key)) for key in fit])
                 greedy = sampling["temperature"] == 0
                 rest = dict(sampling) | ({"temperature": 1.0} if greedy else {})
                 completions, _ = sample(model, tokenizer, prompts, rest, None if greedy else numbers.to(model.device))
@@ -1566,10 +1568,10 @@ def numeric(prompts: list, completions: list[str], answer: list, **_) -> list[fl
 
 
 def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
-    """Ends of the confidence interval of the mean of values: Wilson's where all are 0 or 1 (Wilson 1927), else the
-    mean +- z standard errors."""
+    """Ends of the confidence interval of the mean of values: Wilson's where all lie between 0 and 1 (Wilson 1927; with
+    values in between it is too wide, never too narrow), else the mean +- z standard errors."""
     n, mean, z = len(values), statistics.fmean(values), statistics.NormalDist().inv_cdf((1 + confidence) / 2)
-    if {*values} <= {0.0, 1.0}:
+    if 0 <= min(values) and max(values) <= 1:
         centre, spread = mean + z * z / (2 * n), z * math.sqrt(mean * (1 - mean) / n + (z / (2 * n)) ** 2)
         return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
     error = z * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.inf

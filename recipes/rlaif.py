@@ -33,8 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import (
     SAMPLING, AskingConfig, BaseStage, Client, ConfigError, Count, DataConfig, Options, Sentences, StageResult,
-    TrainingConfig, is_main_process, load_model_and_tokenizer, load_rows, logger, made_by_main, main, resolve_names,
-    usable_rows, with_interval, write_rows,
+    TrainingConfig, generate, is_main_process, load_model_and_tokenizer, load_rows, logger, made_by_main, main,
+    resolve_names, usable_rows, with_interval, write_rows,
 )
 from recipes import dpo, reward, rl
 
@@ -241,22 +241,20 @@ class Judge:
 # -- feedback ----------------------------------------------------------------------------------------------------------
 
 
-def answers(config: RLAIFConfig, model, tokenizer, name: str, rows: list[dict], count: int) -> list[list[str]]:
-    """`count` answers of the policy to each prompt, or a greedy one for 0. They are kept like a judge's: by `name`, in
-    OUT/calls.jsonl."""
-    policy = Client(config, "policy", name, "local")
+def candidates(config: RLAIFConfig, model, tokenizer, name: str, rows: list[dict]) -> list[list[str]]:
+    """`num_candidates` answers of the policy to each prompt. They are kept in OUT/calls.jsonl like a judge's, by the
+    `name` of the model."""
+    policy, count = Client(config, "policy", name, "local"), config.num_candidates
     policy.local = model.eval(), tokenizer
-    sampling = config.sampling if count else config.sampling | {"temperature": 0.0}
-    requests = [(row["prompt"], number) for row in rows for number in range(count or 1)]
-    texts = policy.ask(f"answers of {name}", requests, sampling, VERSION, lambda text: text)
-    return [[text for text in texts[start : start + (count or 1)] if text is not None]
-            for start in range(0, len(texts), count or 1)]
+    requests = [(row["prompt"], number) for row in rows for number in range(count)]
+    texts = policy.ask(f"answers of {name}", requests, config.sampling, VERSION, lambda text: text)
+    return [[text for text in texts[start : start + count] if text is not None]
+            for start in range(0, len(texts), count)]
 
 
 def label(config: RLAIFConfig, model, tokenizer, name: str, rows: list[dict], judge: Judge, said: dict) -> list[dict]:
     """Preferences {"prompt", "chosen", "rejected"} between the policy's own answers. `said` takes the figures."""
-    sampled, counts = answers(config, model, tokenizer, name, rows, config.num_candidates), Counter()
-    pairs = []
+    sampled, counts, pairs = candidates(config, model, tokenizer, name, rows), Counter(), []
     for row, texts in zip(rows, sampled):
         for first, second in zip(texts[::2], texts[1::2]):
             counts["equal"] += first == second
@@ -303,8 +301,10 @@ def train(config: RLAIFConfig, model, tokenizer, train_rows: list, eval_rows: li
           start: str) -> tuple[dict[str, float], object]:
     """(metrics, model): the policy, taught on prompts {"prompt": messages, "columns": {...}}, `start` being the folder
     or name it comes from. `functions` are further rewards for RL."""
-    folder, said, asked = Path(config.output_dir), {}, eval_rows[: config.num_eval_prompts]
-    before = answers(config, model, tokenizer, start, asked, 0) if asked and is_main_process() else []
+    folder, said = Path(config.output_dir), {}
+    asked = [row["prompt"] for row in eval_rows[: config.num_eval_prompts]] if is_main_process() else []
+    answer = lambda policy: [text for text, _ in generate(policy, tokenizer, asked, config.sampling["max_new_tokens"])]
+    before = answer(model)
 
     def labels(number: int, source: str) -> Path:
         path = folder / f"preferences_{number}.jsonl"
@@ -335,13 +335,11 @@ def train(config: RLAIFConfig, model, tokenizer, train_rows: list, eval_rows: li
             scores = judge.score
         metrics |= rl.train(config, model, tokenizer, train_rows, eval_rows, functions | {"feedback": scores})
 
-    if before and is_main_process():
-        after = answers(config, model, tokenizer, f"{folder} after", asked, 0)
-        both = [(row, new, old) for row, new, old in zip(asked, after, before) if new and old]
-        verdicts, figures = judge.compare([(row["prompt"], new[0], old[0]) for row, new, old in both], "win rate")
-        write_rows(folder / "win_rate.jsonl", [
-            {"prompt": row["prompt"], "new": new[0], "old": old[0], "win": verdict}
-            for (row, new, old), verdict in zip(both, verdicts)])
+    if asked:
+        both = [*zip(asked, answer(model), before, strict=True)]
+        verdicts, figures = judge.compare(both, "win rate")
+        write_rows(folder / "win_rate.jsonl", [{"prompt": prompt, "new": new, "old": old, "win": verdict}
+                                               for (prompt, new, old), verdict in zip(both, verdicts)])
         wins = with_interval("win_rate", [verdict for verdict in verdicts if verdict is not None])
         if wins:
             logger.info("win rate over the start: %.3f, 95%% interval %.3f to %.3f, %d prompts", *wins.values())

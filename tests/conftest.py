@@ -46,8 +46,8 @@ def make_model(tokenizer, seed=0, **changes):
 
     torch.manual_seed(seed)
     sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                 tie_word_embeddings=False)
-    config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=512, eos_token_id=0, pad_token_id=0,
+                 tie_word_embeddings=False, max_position_embeddings=512)
+    config = LlamaConfig(vocab_size=len(tokenizer), eos_token_id=0, pad_token_id=0,
                          bos_token_id=None, **sizes | changes)
     return LlamaForCausalLM(config)
 

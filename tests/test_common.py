@@ -441,3 +441,11 @@ def test_dtypes(monkeypatch):
         assert common.weight_dtype(TrainingConfig()) == dtype == common.compute_dtype("auto")
         assert common.weight_dtype(TrainingConfig(lora_r=0)) == torch.float32
     assert common.weight_dtype(TrainingConfig(lora_r=0, torch_dtype="bfloat16")) == torch.bfloat16
+
+
+def test_intervals():
+    """Wilson's by hand, also where all are right; the normal one beyond 0 and 1."""
+    assert common.interval([1.0] * 5 + [0.0] * 5) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert common.interval([1.0] * 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+    assert common.interval([2.0, 4.0]) == pytest.approx((3 - 1.96, 3 + 1.96), abs=1e-3)
+    assert common.with_interval("x", []) == {} and common.with_interval("x", [0.5])["x_n"] == 1
