@@ -145,13 +145,11 @@ class StageConfig:
 
 
 @dataclass
-class TrainingConfig(StageConfig):
-    """Options of every stage that trains: model, quantization, LoRA, optimizer and schedule."""
+class ModelConfig(StageConfig):
+    """Options of every stage that loads a model: where it is, its precision, its quantization by bitsandbytes."""
 
     aliases: ClassVar[dict[str, str]] = {"model": "model_name_or_path", "dtype": "torch_dtype"}
-    default_rates: ClassVar[tuple[float, float]] = (5e-4, 5e-5)  # learning_rate for an adapter, for all weights
 
-    # model
     model_name_or_path: str = ""  # hub name, folder, adapter folder, or .gguf file (also package/file.gguf)
     revision: str | None = None  # branch, tag or commit of a hub name
     torch_dtype: Precision = "auto"  # auto: bfloat16 on GPUs that have it, else float16; float32 on CPU and MPS
@@ -159,12 +157,29 @@ class TrainingConfig(StageConfig):
     use_auth_token: bool = False  # true: gated models, with your login (`hf auth login`, or the variable HF_TOKEN)
     attn_implementation: str | None = None  # sdpa, eager, flash_attention_2, ...; none: the model's own choice
     instruction_template: str | None = None  # such as "Q: {instruction}\nA: {response}"; none: the chat template
-    # quantization by bitsandbytes, under an adapter
+    # quantization
     use_4bit: bool = False  # QLoRA (Dettmers et al. 2023)
     use_8bit: bool = False  # LLM.int8 (Dettmers et al. 2022)
     bnb_4bit_compute_dtype: Precision = "auto"  # precision of the multiplications; auto: as torch_dtype
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"  # data type of the 4-bit weights
     bnb_4bit_use_double_quant: bool = True  # quantize the quantization constants too
+
+    def validate(self) -> None:
+        super().validate()
+        if not self.model_name_or_path:
+            raise ConfigError("model_name_or_path is missing: --model=<hub name, folder or .gguf file>")
+        if self.use_4bit and self.use_8bit:
+            raise ConfigError("use_4bit and use_8bit exclude each other; keep one")
+
+    quantized = property(lambda self: self.use_4bit or self.use_8bit)
+
+
+@dataclass
+class TrainingConfig(ModelConfig):
+    """Options of every stage that trains: LoRA, optimizer and schedule."""
+
+    default_rates: ClassVar[tuple[float, float]] = (5e-4, 5e-5)  # learning_rate for an adapter, for all weights
+
     # adapter by PEFT
     lora_r: Natural = 16  # rank; 0 trains all weights
     lora_alpha: Positive = 32  # the adapter's output is scaled by lora_alpha / lora_r
@@ -193,21 +208,15 @@ class TrainingConfig(StageConfig):
 
     def validate(self) -> None:
         super().validate()
-        if not self.model_name_or_path:
-            raise ConfigError("model_name_or_path is missing: --model=<hub name, folder or .gguf file>")
-        if self.use_4bit and self.use_8bit:
-            raise ConfigError("use_4bit and use_8bit exclude each other; keep one")
         if (self.use_4bit or self.use_8bit) and not self.lora_r:
             raise ConfigError("lora_r=0 trains all weights, and quantized ones cannot train; set lora_r=16")
         if self.torch_dtype == "float16" and not self.lora_r:
             raise ConfigError("torch_dtype=float16 with lora_r=0 underflows; write auto, bfloat16 or float32")
 
-    quantized = property(lambda self: self.use_4bit or self.use_8bit)
-
 
 @dataclass
-class DataConfig(TrainingConfig):
-    """Options of every stage that trains on one data set; `formats` are those its recipe knows, and the alias `data`
+class DataConfig(StageConfig):
+    """Options of every stage that reads one data set; `formats` are those its recipe knows, and the alias `data`
     says which option names it."""
 
     formats: ClassVar[Mapping[str, Sequence[str]]] = {}
@@ -215,7 +224,6 @@ class DataConfig(TrainingConfig):
     dataset_config_name: str | None = None  # configuration of a hub data set
     auto_detect_format: bool = True  # false: dataset_format says what the columns mean
     dataset_format: str = "auto"  # one of FORMATS in the recipe; auto: by the columns
-    validation_split: Share = 0.05  # share of the rows held out for evaluation
 
     def validate(self) -> None:
         super().validate()
@@ -227,9 +235,10 @@ class DataConfig(TrainingConfig):
 
 
 @dataclass
-class FitConfig(DataConfig):
+class FitConfig(DataConfig, TrainingConfig):
     """Options of every stage that trains by `fit`."""
 
+    validation_split: Share = 0.05  # share of the rows held out for evaluation
     num_train_epochs: Positive = 1.0  # passes over the data
     max_steps: Natural = 0  # stop after so many optimizer steps; 0: as num_train_epochs says
     per_device_train_batch_size: Count = 8  # rows a device in a micro-batch
@@ -507,9 +516,9 @@ def split_dataset(rows: Sequence, validation_split: float, seed: int) -> tuple[l
     return training, evaluation
 
 
-def load_rows(config: DataConfig, convert: Callable, optional: Mapping[str, Sequence[str]] | None = {}) -> tuple:
-    """(training rows, evaluation rows, what was found) of the configured data set, each as `convert(row, format)` makes
-    it. Columns are reported; besides the format's own, only its `optional` ones are used, or all if that is None."""
+def read_rows(config: DataConfig, convert: Callable, optional: Mapping[str, Sequence[str]] | None = {}) -> tuple:
+    """(rows, what was found) of the configured data set, each as `convert(row, format)` makes it. Columns are reported;
+    besides the format's own, only its `optional` ones are used, or all if that is None."""
     dataset = load_dataset_from_path(path := getattr(config, config.aliases["data"]), config.dataset_config_name)
     form = detect_format(dataset.column_names, config.formats, config.dataset_format)
     known = dataset.column_names if optional is None else [*config.formats[form], *optional.get(form, ())]
@@ -518,14 +527,20 @@ def load_rows(config: DataConfig, convert: Callable, optional: Mapping[str, Sequ
     logger.info("data %s: %s, %d rows: %s%s", path, form, len(dataset), used, note)
     rows = usable_rows(dataset, lambda row: convert(row, form), "data")
     digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
-    found = {"path": path, "format": form, "rows": len(rows), "sha256": digest}
+    return rows, {"path": path, "format": form, "rows": len(rows), "sha256": digest}
+
+
+def load_rows(config, convert: Callable, optional: Mapping[str, Sequence[str]] | None = {}) -> tuple:
+    """(training rows, evaluation rows, what was found): `read_rows`, split as `validation_split` says."""
+    rows, found = read_rows(config, convert, optional)
     training, evaluation = split_dataset(rows, config.validation_split, config.seed)
     if not training:
-        raise ConfigError(f"data {path}: validation_split={config.validation_split:g} leaves no row to train on")
+        raise ConfigError(f"data {found['path']}: validation_split={config.validation_split:g} leaves no row to train "
+                          "on")
     return training, evaluation, found
 
 
-def prepare_tokenizer(tokenizer, config: TrainingConfig, needs_chat_template: bool = True) -> None:
+def prepare_tokenizer(tokenizer, config: ModelConfig, needs_chat_template: bool = True) -> None:
     """Set the pad token, and the chat template that `instruction_template` describes, for all that comes after."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # harmless: our batches mask by length, never by token
@@ -625,10 +640,11 @@ def compute_dtype(precision: str) -> torch.dtype:
     return torch.float32 if precision == "auto" else getattr(torch, precision)
 
 
-def weight_dtype(config: TrainingConfig) -> torch.dtype:
+def weight_dtype(config: ModelConfig) -> torch.dtype:
     """Frozen weights lie in the compute dtype; weights that train lie in float32 under autocast, since small updates
     vanish in 16 bits, unless a torch_dtype is asked for by name."""
-    return compute_dtype("float32" if config.torch_dtype == "auto" and not config.lora_r else config.torch_dtype)
+    all_train = isinstance(config, TrainingConfig) and not config.lora_r
+    return compute_dtype("float32" if config.torch_dtype == "auto" and all_train else config.torch_dtype)
 
 
 @contextlib.contextmanager
@@ -659,7 +675,7 @@ def cached(kind: str, files: Sequence[Path], build: Callable[[Path], None]) -> P
     return folder
 
 
-def find_model(name: str, config: TrainingConfig) -> Path:
+def find_model(name: str, config: ModelConfig) -> Path:
     """The folder of a model: as named, or downloaded from the hub, or converted from a .gguf file, which may lie in an
     installed Python package (package/file.gguf). Raises ConfigError when there is none."""
     from huggingface_hub import snapshot_download
@@ -699,7 +715,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def load_model_and_tokenizer(config: TrainingConfig, needs_chat_template: bool = True, task: str = "CAUSAL_LM"):
+def load_model_and_tokenizer(config: ModelConfig, needs_chat_template: bool = True, task: str = "CAUSAL_LM"):
     """(model, tokenizer) of `model_name_or_path`, quantized if asked for; an adapter is merged into its base. The
     tokenizer comes first, so that a missing chat template is said before weights are read."""
     import transformers
@@ -1459,7 +1475,7 @@ class Client:
     def load(self) -> tuple:
         """(model, tokenizer), to be run here."""
         if self.local is None:
-            model, tokenizer = load_model_and_tokenizer(TrainingConfig(model_name_or_path=self.path))
+            model, tokenizer = load_model_and_tokenizer(ModelConfig(model_name_or_path=self.path))
             self.local = model.requires_grad_(False).eval(), tokenizer
         return self.local
 

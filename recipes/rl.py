@@ -36,10 +36,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 from common import (
     IGNORE, SAMPLING, BaseStage, ConfigError, Count, DataConfig, Names, Natural, NonNegative, Options, Positive,
-    RowError, Scheduler, Share, Subprocess, TokenLogps, answer_logits, as_messages, check_sampling, collate_answers,
-    comma_separated, compute_dtype, default_device, encode_turns, is_main_process, keep_steps, load_rows, logger, main,
-    prompt_ids, random_numbers, read, refusing, render_turns, sample, say_step, sharing_is_exact, unknown, usable_rows,
-    write_json, written_aside,
+    RowError, Scheduler, Share, StageConfig, Subprocess, TokenLogps, TrainingConfig, answer_logits, as_messages,
+    check_sampling, collate_answers, comma_separated, compute_dtype, default_device, encode_turns, is_main_process,
+    keep_steps, load_rows, logger, main, prompt_ids, random_numbers, read, refusing, render_turns, sample, say_step,
+    sharing_is_exact, unknown, usable_rows, write_json, written_aside,
 )
 
 # -- configuration -----------------------------------------------------------------------------------------------------
@@ -67,17 +67,9 @@ REWARDS = {  # built-in verifiers: the function, and the column or option it rea
 
 
 @dataclass
-class RLConfig(DataConfig):
-    """Options of reinforcement learning."""
+class ScoringConfig(StageConfig):
+    """Options of rewards."""
 
-    aliases: ClassVar = DataConfig.aliases | {"data": "prompt_dataset_path"}
-    formats: ClassVar = FORMATS
-    default_rates: ClassVar = (1e-4, 1e-6)
-
-    prompt_dataset_path: str = ""  # .json, .jsonl, .csv or .parquet file, a folder of them, or a hub name
-    max_seq_length: Count = 1024  # of prompt and completion; prompts that leave no room are left out and counted
-    algorithm: Literal["ppo", "a2c", "trpo", "grpo", "rloo"] = "ppo"  # how to climb
-    # reward
     reward: Names = field(default_factory=list)  # numeric, exact, regex, format, length, or path/to/file.py:function
     reward_weights: Annotated[list[float], comma_separated] = field(default_factory=list)  # of their sum; none: 1
     reward_model_path: str | None = None  # folder of a sequence classifier, or stage:NAME; added to the sum
@@ -86,6 +78,40 @@ class RLConfig(DataConfig):
     reward_length: Natural = 0  # words, for `length`: 1 up to so many, falling to 0 at twice as many
     reward_timeout: Positive = 60.0  # seconds that a function may take for a batch
     on_reward_error: Literal["stop", "skip"] = "stop"  # a reward raises or times out: stop, or leave the row out
+
+    rewarding = property(lambda self: [*self.reward, *(["reward_model"] if self.reward_model_path else [])])
+
+    def validate(self) -> None:
+        super().validate()
+        for name in self.reward:
+            if name not in REWARDS and not re.fullmatch(r".+\.py:\w+", name):
+                raise ConfigError(unknown("reward", name, [*REWARDS, "path/to/file.py:function"]))
+            if name in REWARDS and (needs := REWARDS[name][1]) != "answer" and not getattr(self, needs):
+                raise ConfigError(f"reward={name} needs {needs}")
+        for option in ("reward_pattern", "reward_length"):
+            if getattr(self, option) and not any(REWARDS[name][1] == option for name in {*self.reward} & {*REWARDS}):
+                raise ConfigError(f"{option} has no effect with reward={','.join(self.reward)}")
+        with refusing(f"reward_pattern={self.reward_pattern}"):
+            re.compile(self.reward_pattern)
+        if len(self.reward_weights or self.rewarding) != len(self.rewarding):
+            raise ConfigError(f"reward_weights: give one for each of {', '.join(self.rewarding)}")
+        if self.reward_model_type != "regression" and not self.reward_model_path:
+            raise ConfigError("reward_model_type has no effect without reward_model_path")
+
+
+@dataclass
+class RLConfig(DataConfig, ScoringConfig, TrainingConfig):
+    """Options of reinforcement learning."""
+
+    aliases: ClassVar = TrainingConfig.aliases | {"data": "prompt_dataset_path"}
+    formats: ClassVar = FORMATS
+    default_rates: ClassVar = (1e-4, 1e-6)
+
+    prompt_dataset_path: str = ""  # .json, .jsonl, .csv or .parquet file, a folder of them, or a hub name
+    validation_split: Share = 0.05  # share of the rows held out for evaluation
+    max_seq_length: Count = 1024  # of prompt and completion; prompts that leave no room are left out and counted
+    algorithm: Literal["ppo", "a2c", "trpo", "grpo", "rloo"] = "ppo"  # how to climb
+    # reward
     missing_stop_penalty: NonNegative = 0.0  # taken from the reward of a completion that never stops
     whiten_rewards: bool = False  # divide the rewards of a batch by their standard deviation
     # rollout
@@ -140,18 +166,6 @@ class RLConfig(DataConfig):
         if not self.rewarding:
             raise ConfigError(f"reward is missing: --reward=<{', '.join(REWARDS)} or path/to/file.py:function>, or "
                               "--reward_model_path=<folder>")
-        for name in self.reward:
-            if name not in REWARDS and not re.fullmatch(r".+\.py:\w+", name):
-                raise ConfigError(unknown("reward", name, [*REWARDS, "path/to/file.py:function"]))
-            if name in REWARDS and (needs := REWARDS[name][1]) != "answer" and not getattr(self, needs):
-                raise ConfigError(f"reward={name} needs {needs}")
-        for option in ("reward_pattern", "reward_length"):
-            if getattr(self, option) and not any(REWARDS[name][1] == option for name in {*self.reward} & {*REWARDS}):
-                raise ConfigError(f"{option} has no effect with reward={','.join(self.reward)}")
-        with refusing(f"reward_pattern={self.reward_pattern}"):
-            re.compile(self.reward_pattern)
-        if len(self.reward_weights or self.rewarding) != len(self.rewarding):
-            raise ConfigError(f"reward_weights: give one for each of {', '.join(self.rewarding)}")
         check_sampling("generation_kwargs", self.generation_kwargs)
         if self.sampling["max_new_tokens"] >= self.max_seq_length:
             raise ConfigError(f"max_seq_length={self.max_seq_length} leaves no room for a prompt before max_new_tokens")
@@ -168,16 +182,14 @@ class RLConfig(DataConfig):
             raise ConfigError("kl_penalty=full does not depend on the token sampled: set kl_in=loss")
         if self.target_kl and not self.init_kl_coef:
             raise ConfigError("target_kl scales init_kl_coef, which is 0")
-        for option, needs in (("kl_horizon", "target_kl"), ("reward_model_type", "reward_model_path")):
-            if getattr(self, option) != getattr(standard, option) and not getattr(self, needs):
-                raise ConfigError(f"{option} has no effect without {needs}")
+        if self.kl_horizon != standard.kl_horizon and not self.target_kl:
+            raise ConfigError("kl_horizon has no effect without target_kl")
         if self.lora_dropout:
             raise ConfigError("lora_dropout=0: with dropout the same weights give other ratios every time")
         if self.eval_freq and not self.validation_split:
             raise ConfigError("eval_freq needs held-out rows; set validation_split above 0")
 
     sampling = property(lambda self: SAMPLING | self.generation_kwargs)
-    rewarding = property(lambda self: [*self.reward, *(["reward_model"] if self.reward_model_path else [])])
     critic = property(lambda self: self.algorithm in CRITICS)
 
 
@@ -357,7 +369,7 @@ def check_reward_model(path: str) -> None:
         raise ConfigError(f"reward_model_path={path} is a {', '.join(kind)}; train one with recipes/reward.py")
 
 
-def reward_model(config: RLConfig) -> Callable:
+def reward_model(config: ScoringConfig) -> Callable:
     """function(prompts, completions) -> rewards by the classifier at `reward_model_path`, with its own tokenizer."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -390,12 +402,12 @@ def reward_model(config: RLConfig) -> Callable:
     return score
 
 
-def reward_functions(config: RLConfig) -> dict[str, Callable]:
+def reward_functions(config: ScoringConfig) -> dict[str, Callable]:
     """{name: function(prompts, completions, **columns) -> list of numbers or None}; raises ConfigError."""
     return {name: Subprocess(REWARDS.get(name, (name,))[0], config.reward_timeout) for name in config.reward}
 
 
-def score(config: RLConfig, functions: dict[str, Callable], rows: list[dict], completions: list[str]) -> torch.Tensor:
+def score(config: ScoringConfig, functions: dict[str, Callable], rows: list[dict], completions: list) -> torch.Tensor:
     """(B, R): what each function says of each completion; NaN is no verdict. A function that fails is asked row by row
     for the one it fails at; `on_reward_error` decides whether that stops the run."""
 
@@ -421,7 +433,7 @@ def score(config: RLConfig, functions: dict[str, Callable], rows: list[dict], co
     return torch.tensor([ask(name, range(len(rows))) for name in functions]).T
 
 
-def total(config: RLConfig, each: torch.Tensor) -> torch.Tensor:
+def total(config: ScoringConfig, each: torch.Tensor) -> torch.Tensor:
     """(B,): the weighted sum of the rewards (B, R); NaN where one of them has no verdict."""
     return each @ torch.tensor(config.reward_weights or [1.0] * each.shape[1])
 

@@ -32,9 +32,9 @@ from typing import Callable, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import (
-    SAMPLING, AskingConfig, BaseStage, Client, ConfigError, Count, DataConfig, Options, Sentences, StageResult,
-    TrainingConfig, generate, is_main_process, load_model_and_tokenizer, load_rows, logger, made_by_main, main,
-    resolve_names, usable_rows, with_interval, write_rows,
+    SAMPLING, AskingConfig, BaseStage, Client, ConfigError, Count, DataConfig, FitConfig, Options, Sentences,
+    StageResult, TrainingConfig, generate, is_main_process, load_model_and_tokenizer, load_rows, logger, made_by_main,
+    main, resolve_names, usable_rows, with_interval, write_rows,
 )
 from recipes import dpo, reward, rl
 
@@ -54,16 +54,22 @@ Feedback = Literal["reward_model", "preference_model", "local", "api", "openai",
 
 
 @dataclass
-class RLAIFConfig(rl.RLConfig, AskingConfig):
-    """Options of reinforcement learning from AI feedback; those of rl.py are for its modes reward_model and direct."""
+class JudgingConfig(AskingConfig):
+    """Options of a judge."""
 
-    feedback_mode: Literal["reward_model", "direct", "preference"] = "reward_model"  # what is made of the feedback
     feedback_model_type: Feedback = "local"  # what the judge is: see the README; api: a server that speaks OpenAI's
     feedback_model_path: str = ""  # folder, hub name, .gguf file or stage:NAME; of a server, the model's name there
     feedback_base_url: str | None = None  # such as http://localhost:8000/v1
     feedback_api_key: str | None = None  # the environment variable that holds the key: its name, never the key
     constitution: Sentences = field(default_factory=lambda: [*CONSTITUTION])  # what makes one answer better, in words
     max_verdict_tokens: Count = 512  # of what the judge writes; its verdict is the last line
+
+
+@dataclass
+class RLAIFConfig(rl.RLConfig, JudgingConfig):
+    """Options of reinforcement learning from AI feedback; those of rl.py are for its modes reward_model and direct."""
+
+    feedback_mode: Literal["reward_model", "direct", "preference"] = "reward_model"  # what is made of the feedback
     num_candidates: Count = 2  # answers a prompt, two of them a pair
     num_rounds: Count = 1  # `preference`: of sampling, judging and learning
     reward_kwargs: Options = field(default_factory=dict)  # `reward_model`: options of recipes/reward.py
@@ -86,7 +92,8 @@ class RLAIFConfig(rl.RLConfig, AskingConfig):
                  "max_verdict_tokens": self.feedback_model_type not in ("reward_model", "preference_model")}
         if self.feedback_mode == "preference":  # then those of rl.py have no effect, but for these
             used = {"prompt_dataset_path", "max_seq_length", "generation_kwargs", "num_eval_prompts"}
-            own = {f.name for f in fields(rl.RLConfig)} - {f.name for f in fields(DataConfig)} - used
+            used |= {f.name for f in (*fields(DataConfig), *fields(FitConfig))}
+            own = {f.name for f in fields(rl.RLConfig)} - used
             needs |= dict.fromkeys(own, False)
         for name in (name for name, needed in needs.items() if not needed):
             if getattr(self, name) != getattr(standard, name):
@@ -184,7 +191,7 @@ def read_score(text: str, mark: str) -> float | None:
 class Judge:
     """A model that compares answers; `model` is what is asked, or a function that scores."""
 
-    config: RLAIFConfig
+    config: JudgingConfig
     client: Client | None = None  # None: a reward model
     scores: Callable | None = None
 

@@ -102,13 +102,13 @@ def test_rows_that_show_no_preference_say_why(row, form, reason):
 
 
 def test_bad_rows_are_counted_and_a_majority_of_them_is_refused(tmp_path, caplog):
-    good, same = ({"prompt": "a", "chosen": "b", "rejected": other} for other in ("c", "b"))
-    path = written(tmp_path, [good] * 3 + [same] * 2)
+    good, same = ([{"prompt": f"a{n}", "chosen": "b", "rejected": other} for n in range(3)] for other in ("c", "b"))
+    path = written(tmp_path, good + same[:2])
     with caplog.at_level("WARNING"):
         dpo.DPOStage(config(tmp_path, preference_dataset_path=path)).load_data()
     assert "2 of 5 rows left out: 2 with identical answers" in caplog.text
     with pytest.raises(ConfigError, match="2 usable rows .3 with identical answers"):
-        dpo.DPOStage(config(tmp_path, preference_dataset_path=written(tmp_path, [good] * 2 + [same] * 3))).load_data()
+        dpo.DPOStage(config(tmp_path, preference_dataset_path=written(tmp_path, good[:2] + same))).load_data()
 
 
 def test_only_the_answers_are_scored_with_their_stop_tokens(tokenizer, tmp_path):
@@ -451,8 +451,9 @@ def test_kto_learns_from_single_answers_and_from_pairs(model_dir, tmp_path, unpa
     result = dpo.DPOStage(settings).execute()
     assert result.success, result.error_message
     assert result.metrics["eval_accuracy"] > 0.7 and result.metrics["eval_loss"] < 0.45 < result.metrics["eval_loss_before"]
+    single = written(tmp_path, [{"prompt": prompt, "completion": "b", "label": True} for prompt in "ac"])
     with pytest.raises(ConfigError, match="set loss_type=kto"):
-        dpo.DPOStage(config(tmp_path, preference_dataset_path=written(tmp_path, [{"prompt": "a", "completion": "b", "label": True}]))).load_data()
+        dpo.DPOStage(config(tmp_path, preference_dataset_path=single)).load_data()
 
 
 @pytest.mark.parametrize("options, said", [
