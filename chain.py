@@ -213,13 +213,13 @@ class Pipeline:
         return self.results
 
     def artifact(self, stage: str, name: str) -> str:
-        """The path of an artifact that the last stage of that name or folder left: the one of that name, or its only
-        one beside the adapter."""
-        left = [result.artifacts for f, result in zip(self.enabled, self.results) if stage in (f, f[3:])][-1]
-        found = [left[name]] if name in left else [path for kind, path in left.items() if kind != "adapter"]
-        if len(found) != 1:
-            raise ConfigError(f"stage {stage} leaves no {name}, but {', '.join(left) or 'nothing'}")
-        return found[0]
+        """What the last stage of that name left: its artifact `name`, its only one but the adapter, or its model."""
+        result = [made for folder, made in zip(self.enabled, self.results) if stage in (folder, folder[3:])][-1]
+        left = [path for kind, path in result.artifacts.items() if kind != "adapter"] or [result.model_path]
+        left = [result.artifacts[name]] if name in result.artifacts else left
+        if len(left) != 1 or left[0] is None:
+            raise ConfigError(f"stage {stage} leaves no {name}, but {', '.join(result.artifacts) or 'nothing'}")
+        return left[0]
 
     def save_final(self, result: StageResult, folder: Path) -> None:
         """OUT/final: the last stage's model, by hard links where the file system has them."""

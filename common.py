@@ -311,7 +311,8 @@ class BaseStage:
 
     def prepare_model_and_tokenizer(self, model, tokenizer, previous_result: StageResult | None = None):
         """The model, ready to train, and its tokenizer: those handed over, else from the folder of the stage before,
-        else from `model_name_or_path`. A fresh adapter alone trains, or all weights if `lora_r` is 0."""
+        else from `model_name_or_path`. If the stage trains, a fresh adapter alone does, or all weights if `lora_r` is
+        0."""
         config, folder = self.config, previous_result.model_path if previous_result else None
         if folder:
             config = replace(config, model_name_or_path=folder, revision=None)
@@ -325,7 +326,7 @@ class BaseStage:
             model = merge_adapter(model).to(weight_dtype(config))
         if self.task == "CAUSAL_LM":
             set_stop_tokens(model, tokenizer)
-        return add_adapter(model, config, self.task), tokenizer
+        return (add_adapter(model, config, self.task) if isinstance(config, TrainingConfig) else model), tokenizer
 
     def save_model_and_tokenizer(self, model, tokenizer) -> str:
         return save_model(model, tokenizer, self.config.output_dir)

@@ -70,7 +70,7 @@ class CoTConfig(FitConfig, AskingConfig):
     max_seq_length: Count = 1024  # of question and rationale, in tokens; longer rows are left out and counted
     reasoning_types: Names = field(default_factory=list)  # rows of these; without a column reasoning_type: how to think
     # teacher
-    teacher_model_path: str = ""  # folder, hub name or .gguf file; of a server, the model's name there
+    teacher_model_path: str = ""  # folder, hub name, .gguf file or stage:NAME; of a server, the model's name there
     teacher_model_type: Literal["local", "api", "openai", "anthropic"] = "local"  # api: any server that speaks OpenAI's
     teacher_base_url: str | None = None  # such as http://localhost:8000/v1
     teacher_api_key: str | None = None  # the environment variable that holds the key: its name, never the key
@@ -425,6 +425,7 @@ class CoTDistillationStage(BaseStage):
         return training, evaluation
 
     def train(self, model, tokenizer):
+        self.teacher.path = self.config.teacher_model_path  # what stage:NAME stood for
         return train(self.config, model, tokenizer, *self.data, self.teacher)
 
 

@@ -145,10 +145,9 @@ def to_single(row: dict) -> dict:
     return {"prompt": prompt, "completion": completion, "label": bool(row["label"])}
 
 
-def encode(row: dict, tokenizer, config: DPOConfig) -> dict:
-    """The token ids of a row's prompt (P,) and of two answers to it, with their labels: IGNORE where the assistant does
-    not speak. "input_ids" has all of them; "cut" says which of prompt, first and second answer were cut short."""
-    prompt, *answers = (row[key] for key in ("prompt", "chosen", "rejected", "completion", "mismatched") if key in row)
+def encode_answers(prompt: list[dict], answers: list[list[dict]], tokenizer) -> tuple[list[int], list[tuple]]:
+    """The token ids of a prompt (P,), and (token ids, labels) of each answer to it: IGNORE where the assistant does not
+    speak. Raises RowError where an answer changes the prompt's tokens."""
     earlier = 3 * sum(message["role"] == "assistant" for message in prompt)  # pieces up to the prompt's own answers
     sides, prompts = [], []
     for answer in answers:
@@ -157,9 +156,16 @@ def encode(row: dict, tokenizer, config: DPOConfig) -> dict:
         start = next(t for t, label in enumerate(labels) if label != IGNORE)
         sides.append((ids[start:], labels[start:]))
         prompts.append(ids[:start])
-    whole = prompts[0]
-    if prompts[1] != whole:
+    if any(ids != prompts[0] for ids in prompts):
         raise RowError("whose prompt is tokenized differently before the two answers")
+    return prompts[0], sides
+
+
+def encode(row: dict, tokenizer, config: DPOConfig) -> dict:
+    """The token ids of a row's prompt (P,) and of two answers to it, with their labels. "input_ids" has all of them;
+    "cut" says which of prompt, first and second answer were cut short."""
+    prompt, *answers = (row[key] for key in ("prompt", "chosen", "rejected", "completion", "mismatched") if key in row)
+    whole, sides = encode_answers(prompt, answers, tokenizer)
     bos = whole[: int(whole[0] == tokenizer.bos_token_id)]  # stays: models lean on their first token
     limit = min(config.max_prompt_length or len(whole), len(whole))
     left = config.truncation_side == "left"

@@ -403,8 +403,14 @@ def reward_model(config: ScoringConfig) -> Callable:
 
 
 def reward_functions(config: ScoringConfig) -> dict[str, Callable]:
-    """{name: function(prompts, completions, **columns) -> list of numbers or None}; raises ConfigError."""
-    return {name: Subprocess(REWARDS.get(name, (name,))[0], config.reward_timeout) for name in config.reward}
+    """{name: function(prompts, completions, **columns) -> list of numbers or None} of `reward`, and a first look at the
+    reward model, which is loaded later; raises ConfigError."""
+    if config.reward_model_path and not config.reward_model_path.startswith("stage:"):
+        check_reward_model(config.reward_model_path)
+    functions = {name: Subprocess(REWARDS.get(name, (name,))[0], config.reward_timeout) for name in config.reward}
+    for function in functions.values():
+        function.start()
+    return functions
 
 
 def score(config: ScoringConfig, functions: dict[str, Callable], rows: list[dict], completions: list) -> torch.Tensor:
@@ -971,11 +977,7 @@ class RLStage(BaseStage):
 
     def load_data(self):
         config = self.config
-        if config.reward_model_path and not config.reward_model_path.startswith("stage:"):
-            check_reward_model(config.reward_model_path)
         self.functions = reward_functions(config)
-        for function in self.functions.values():
-            function.start()
         *rows, self.lineage["data"] = load_rows(config, convert, None)
         missing = [name for name in config.reward if name in REWARDS and REWARDS[name][1] == "answer"]
         if missing and "answer" not in rows[0][0]["columns"]:

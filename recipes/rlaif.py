@@ -189,11 +189,28 @@ def read_score(text: str, mark: str) -> float | None:
 
 @dataclass
 class Judge:
-    """A model that compares answers; `model` is what is asked, or a function that scores."""
+    """A model that compares answers: a client, or a reward model's function that scores."""
 
     config: JudgingConfig
     client: Client | None = None  # None: a reward model
     scores: Callable | None = None
+
+    def check(self) -> None:
+        """Refuse what cannot judge, before any model is loaded; raises ConfigError."""
+        config = self.config
+        if config.feedback_model_type != "reward_model":
+            self.client = Client(config, "feedback", config.feedback_model_path, config.feedback_model_type,
+                                 config.feedback_base_url, config.feedback_api_key)
+            self.client.check()
+        elif not config.feedback_model_path.startswith("stage:"):
+            rl.check_reward_model(config.feedback_model_path)
+
+    def load(self) -> None:
+        """Once stage:NAME is known, and just before it is needed."""
+        if self.client:
+            self.client.path = self.config.feedback_model_path
+        else:
+            self.scores = rl.reward_model(replace(self.config, reward_model_path=self.config.feedback_model_path))
 
     def compare(self, pairs: list[tuple[list[dict], str, str]], what: str) -> tuple[list[float | None], dict]:
         """(1.0 where the first answer is better, 0.0 where the second, 0.5 at a tie, None where a verdict is missing;
@@ -218,6 +235,14 @@ class Judge:
         outcome = {("A", "B"): 1.0, ("B", "A"): 0.0, ("A", "A"): 0.5, ("B", "B"): 0.5}
         found = [outcome.get((first, second)) for first, second in zip(texts[::2], texts[1::2])]
         return found, self.figures(found, [text for text in texts if text])
+
+    def win_rate(self, pairs: list[tuple[list[dict], str, str]]) -> tuple[list[float | None], dict[str, float]]:
+        """(verdicts, {"win_rate", its interval, "win_rate_ties", ...}) of pairs (prompt, new answer, old answer)."""
+        verdicts, figures = self.compare(pairs, "win rate")
+        wins = with_interval("win_rate", [verdict for verdict in verdicts if verdict is not None])
+        if wins:
+            logger.info("win rate over the old model: %.3f, 95%% interval %.3f to %.3f, %d prompts", *wins.values())
+        return verdicts, wins | {f"win_rate_{name}": value for name, value in figures.items()}
 
     def figures(self, found: list[float | None], verdicts: list[str]) -> dict[str, float]:
         """{"ties", "agreement", "position_bias"}: shares of the pairs, and by how much the answer that is shown first
@@ -344,13 +369,10 @@ def train(config: RLAIFConfig, model, tokenizer, train_rows: list, eval_rows: li
 
     if asked:
         both = [*zip(asked, answer(model), before, strict=True)]
-        verdicts, figures = judge.compare(both, "win rate")
+        verdicts, wins = judge.win_rate(both)
         write_rows(folder / "win_rate.jsonl", [{"prompt": prompt, "new": new, "old": old, "win": verdict}
                                                for (prompt, new, old), verdict in zip(both, verdicts)])
-        wins = with_interval("win_rate", [verdict for verdict in verdicts if verdict is not None])
-        if wins:
-            logger.info("win rate over the start: %.3f, 95%% interval %.3f to %.3f, %d prompts", *wins.values())
-        metrics |= wins | {f"win_rate_{name}": value for name, value in figures.items()}
+        metrics |= wins
     return metrics | said | (judge.client.report() if judge.client else {}), model
 
 
@@ -360,15 +382,8 @@ class RLAIFStage(BaseStage):
     def load_data(self):
         config = self.config
         self.judge = Judge(config)
-        if config.feedback_model_type != "reward_model":
-            self.judge.client = Client(config, "feedback", config.feedback_model_path, config.feedback_model_type,
-                                       config.feedback_base_url, config.feedback_api_key)
-            self.judge.client.check()
-        elif not config.feedback_model_path.startswith("stage:"):
-            rl.check_reward_model(config.feedback_model_path)
+        self.judge.check()
         self.functions = rl.reward_functions(config)
-        for function in self.functions.values():
-            function.start()
         training, evaluation, self.lineage["data"] = load_rows(config, rl.convert, None)
         self.lineage |= {"reference": "the model the stage starts from", "judge": {
             "model": config.feedback_model_path, "type": config.feedback_model_type}}
@@ -379,8 +394,7 @@ class RLAIFStage(BaseStage):
         limit = min(config.max_seq_length, model.config.max_position_embeddings) - config.sampling["max_new_tokens"]
         encode = lambda row: rl.encode(row, tokenizer, limit)
         usable = lambda rows, what: usable_rows(rows, encode, what) if rows else []
-        if config.feedback_model_type == "reward_model":
-            self.judge.scores = rl.reward_model(replace(config, reward_model_path=config.feedback_model_path))
+        self.judge.load()
         rows = (usable(rows, what) for rows, what in zip(self.data, ("training data", "evaluation data")))
         return train(config, model, tokenizer, *rows, self.judge, self.functions, start)
 

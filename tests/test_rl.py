@@ -614,13 +614,15 @@ def test_a_reward_model_scores_what_it_would_alone(tokenizer, tmp_path, kind, la
     sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
     judge = LlamaForSequenceClassification(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=64, num_labels=labels, pad_token_id=1, **sizes))
     judge.save_pretrained(tmp_path / "judge")
-    tokenizer.save_pretrained(tmp_path / "judge")
+    padded = copy.deepcopy(tokenizer)  # its texts end in what is its padding token too
+    padded.chat_template = tokenizer.chat_template.replace("<|im_end|>\n", "<|endoftext|>")
+    padded.save_pretrained(tmp_path / "judge")
     settings = config(tmp_path, reward=[], reward_length=0, reward_model_path=str(tmp_path / "judge"), reward_model_type=kind)
     settings.validate()
     rl.check_reward_model(settings.reward_model_path)
     found = rewarded(settings, ["Yes.", "No, and a longer one."], functions={"reward_model": rl.reward_model(settings)})[:, 0]
     for n, text in enumerate(("Yes.", "No, and a longer one.")):
-        chat = f"<|im_start|>user\nask {n}<|im_end|>\n<|im_start|>assistant\n{text}<|im_end|>"
+        chat = f"<|im_start|>user\nask {n}<|endoftext|><|im_start|>assistant\n{text}<|endoftext|>"
         logits = judge(input_ids=torch.tensor([tokenizer(chat).input_ids])).logits[0]
         assert float(found[n]) == pytest.approx(float(logits[0] if labels == 1 else logits.softmax(0)[1]), abs=1e-5)
     with pytest.raises(RuntimeError, match="longer than the reward model's 64 tokens"):

