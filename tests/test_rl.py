@@ -425,6 +425,29 @@ def test_equal_rewards_teach_nothing(tokenizer, tmp_path):
 # -- TRPO --------------------------------------------------------------------------------------------------------------
 
 
+def test_all_weights_train_against_a_frozen_copy(tokenizer, tmp_path):
+    run, rows = make_run(tokenizer, tmp_path, lora_r=0, algorithm="grpo", learning_rate=1e-2)
+    data = rolled(run, rows)
+    seen = lambda **options: rl.forward(run, data["rows"], data["mask"], **options)["logps"].detach()
+    policy, reference = seen(), seen(reference=True)
+    assert torch.equal(policy, reference)
+    rl.update(run, data)
+    assert torch.equal(seen(reference=True), reference) and not torch.allclose(seen(), policy, atol=1e-3)
+
+
+def test_its_coefficient_raises_the_entropy(tokenizer, tmp_path):
+    """With nothing else to learn: equal rewards, no KL."""
+    run, rows = make_run(tokenizer, tmp_path, algorithm="grpo", entropy_coef=1.0, init_kl_coef=0, learning_rate=1e-2,
+                         functions={"one": lambda prompts, completions, **_: [1.0] * len(completions)})
+    with torch.no_grad():  # a model that is less sure of itself would have nothing left to gain
+        run.model.get_output_embeddings().weight.mul_(20)
+    data = rolled(run, rows)
+    entropy = lambda: rl.forward(run, data["rows"], data["mask"], "entropy")["entropy"].sum().item()
+    before = entropy()
+    rl.update(run, data)
+    assert entropy() > before * 1.01
+
+
 def mean_kl(run, data, old):
     dist = rl.forward(run, data["rows"], data["mask"], "dist")["dist"].detach()
     return float(rl.exact_kl(old, dist).mean())
