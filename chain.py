@@ -11,7 +11,9 @@ From Python: `Pipeline.from_yaml("pipeline.yaml", output_dir="outputs/a").run()`
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import os
 import shutil
 import sys
@@ -24,8 +26,8 @@ from ruamel.yaml.error import MarkedYAMLError
 
 from common import (
     BaseStage, ConfigError, Names, Precision, StageConfig, StageResult, before_and_after, coerce_fields,
-    is_main_process, logger, option_help, read_command_line, refusing, resolve_names, save_model, start_logging,
-    unknown, write_json, written_aside,
+    exit_on_signals, is_main_process, logger, option_help, read_command_line, refusing, resolve_names, save_model,
+    start_logging, unknown, write_json, written_aside,
 )
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
@@ -50,6 +52,16 @@ class PipelineConfig:
     save_final_model: bool = True  # OUT/final has the last model
     cleanup_intermediate: bool = False  # delete the weights in the stages' folders once the whole chain succeeded
     dry_run: bool = False  # check every stage's config and data, print the plan, write nothing
+    from_stage: str | None = None  # run this stage and those after it again; those before it must be finished
+    until: str | None = None  # stop after this stage
+    force_restart: bool = False  # run all again, from the start, whatever is finished
+    auto_resume: bool = True  # false: the same as force_restart
+    enable_state_persistence: bool = True  # false: the same as force_restart; the records are written all the same
+    hub_token: str | None = None  # refused: a token comes from `hf auth login` or the variable HF_TOKEN
+    push_adapter_only: bool = False  # not built; refused
+    convert_to_gguf: bool = False  # not built; refused
+    gguf_quantization: str | None = None  # read with convert_to_gguf only
+    gguf_output_path: str | None = None  # the same
     push_to_hub: bool = False  # not built yet; refused
     hub_repo_id: str | None = None  # where to push
     hub_private: bool = True  # whether that repository is private
@@ -98,10 +110,7 @@ class Pipeline:
 
     def __init__(self, config: PipelineConfig, overrides: dict[str, dict] | None = None, declared: Sequence[str] = ()):
         self.config, self.overrides, self.results = config, overrides or {}, []
-        if config.push_to_hub:
-            options = "--private " * config.hub_private + f"--commit-message={config.hub_commit_message or 'model'!r}"
-            raise ConfigError("push_to_hub is not built yet; set it to false and run, after the chain: hf upload "
-                              f"{config.hub_repo_id or 'NAME/MODEL'} {config.output_dir}/final {options}")
+        refuse_unbuilt(config)
         if not config.stages:
             raise ConfigError("stages is missing; name at least one, for example stages: [sft]")
         self.folders = [f"{i:02d}_{Path(name).stem}" for i, name in enumerate(config.stages, 1)]
@@ -111,6 +120,10 @@ class Pipeline:
                 raise ConfigError("stage_configs: " + unknown("stage", name, known))
         self.stages = [self.stage(name, folder) for name, folder in zip(config.stages, self.folders)]
         self.enabled = [folder for folder, stage in zip(self.folders, self.stages) if stage.config.enabled]
+        for option in ("from_stage", "until"):
+            known = {*self.enabled, *(folder[3:] for folder in self.enabled)}
+            if (name := getattr(config, option)) and name not in known:
+                raise ConfigError(f"{option}: " + unknown("stage", name, known))
         for folder, stage in zip(self.folders, self.stages):
             for option, name in links(stage.config).items():
                 if not any(name in (before, before[3:]) for before in self.enabled if before < folder):
@@ -159,7 +172,7 @@ class Pipeline:
     def plan(self) -> str:
         source, rows = self.config.model_name_or_path, []
         for folder, stage in zip(self.folders, self.stages):
-            enabled, hands_on = stage.config.enabled, stage.config.enabled and stage.task == "CAUSAL_LM"
+            enabled, hands_on = stage.config.enabled, stage.config.enabled and stage.hands_on
             rows.append((folder, source if enabled else "skipped: enabled is false", stage.config.output_dir))
             source = f"the model of {folder}" if hands_on else source
         return table(("stage", "starts from", "folder"), rows)
@@ -182,10 +195,16 @@ class Pipeline:
             logger.info("%s", self.plan())
             if config.dry_run:
                 return []
+            finished = [*(known := self.finished())]
             result: StageResult | None = None
             for number, (folder, stage) in enumerate(zip(self.folders, self.stages), 1):
                 if not stage.config.enabled:
                     logger.info("\n%s skipped: enabled is false", folder)
+                    continue
+                if finished:
+                    result = finished.pop(0)
+                    self.results.append(result)
+                    logger.info("%s is finished already", folder)
                     continue
                 logger.info("\n%d/%d %s", number, len(self.stages), folder)
                 self.write_state(running=folder)
@@ -196,6 +215,9 @@ class Pipeline:
                 except ConfigError as error:  # seen only once the model was there
                     logger.error("%s: %s", folder, error)
                     current = StageResult(stage.stage_name, False, error_message=f"ConfigError: {error}")
+                except SystemExit:  # by a signal
+                    self.write_state(interrupted=folder)
+                    raise
                 if result:
                     result.model = result.tokenizer = None  # one model in memory at a time
                 self.results.append(current)
@@ -204,13 +226,46 @@ class Pipeline:
                     logger.error("stage %s failed; the log is %s/training.log", folder, stage.config.output_dir)
                     return self.results
                 result = current
-            if config.save_final_model and result and result.model is not None:
-                self.save_final(result, out / "final")
-            if config.cleanup_intermediate:
-                self.clean_up(result)
-            self.write_state(finished=True)
+                if config.until in (folder, folder[3:]):
+                    break
+            if len(self.results) == len(self.enabled):
+                kept = len(known) == len(self.results) and any((out / "final").glob("*.safetensors"))
+                if config.save_final_model and result and not kept and (result.model or result.model_path):
+                    self.save_final(result, out / "final")
+                if config.cleanup_intermediate:
+                    self.clean_up(result)
+            self.write_state(finished=len(self.results) == len(self.enabled))
             logger.info("\n%s", self.summary())
         return self.results
+
+    def finished(self) -> list[StageResult]:
+        """The results of the stages, from the first on, that need not run: they are done with the same options, data,
+        code and start, and their model is there for what follows. Says why the next one has to run."""
+        config, running = self.config, [(f, s) for f, s in zip(self.folders, self.stages) if s.config.enabled]
+        start, reasons = "", []
+        for _, stage in running:
+            stage.start = hashlib.sha256(start.encode()).hexdigest() if start else None
+            start += json.dumps(stage.fingerprint(), sort_keys=True)
+            reasons.append(stage.stale())
+        anew = config.force_restart or not (config.auto_resume and config.enable_state_persistence)
+        first = next((n for n, reason in enumerate(reasons) if reason or anew), len(running))
+        if config.from_stage:
+            wanted = next(n for n, (folder, _) in enumerate(running) if config.from_stage in (folder, folder[3:]))
+            if first < wanted and not anew:
+                raise ConfigError(f"from_stage={config.from_stage}: {running[first][0]} has to run first: "
+                                  f"{reasons[first]}")
+            first, anew = wanted, True
+        results = [stage.recorded() for _, stage in running[:first]]
+        kept = lambda path: path and any(Path(path).glob("*.safetensors"))
+        if first < len(running) or not kept(str(Path(config.output_dir, "final"))):
+            while first and not kept(results[first - 1].model_path) and any(s.hands_on for _, s in running[:first]):
+                first -= 1  # its weights were not kept
+        if 0 < first < len(running) or (first < len(running) and Path(running[0][1].config.output_dir).exists()):
+            logger.info("from %s on: %s", running[first][0], reasons[first] or "as asked")
+        for _, stage in running[first:]:
+            if anew and "resume_from_checkpoint" in vars(stage.config):
+                stage.config.resume_from_checkpoint = False
+        return results[:first]
 
     def artifact(self, stage: str, name: str) -> str:
         """What the last stage of that name left: its artifact `name`, its only one but the adapter, or its model."""
@@ -223,7 +278,7 @@ class Pipeline:
 
     def save_final(self, result: StageResult, folder: Path) -> None:
         """OUT/final: the last stage's model, by hard links where the file system has them."""
-        if result.model_path is None or not is_main_process():
+        if result.model_path is None:
             save_model(result.model, result.tokenizer, str(folder))
             return
 
@@ -233,7 +288,10 @@ class Pipeline:
             except OSError:
                 shutil.copy2(source, target)
 
-        records = shutil.ignore_patterns("adapter", "checkpoints", "runs", "wandb", "stage*", "*.jsonl", "*.log")
+        names = ("adapter", "checkpoints*", "runs", "wandb", "stage*", "fingerprint.json", "*.jsonl", "*.log", ".*")
+        records = shutil.ignore_patterns(*names)
+        if not is_main_process():
+            return
         with written_aside(folder) as aside:
             shutil.copytree(result.model_path, aside, ignore=records, copy_function=link, dirs_exist_ok=True)
 
@@ -264,6 +322,23 @@ class Pipeline:
         return table(("stage", "minutes", "figure", "before -> after", "folder"), rows)
 
 
+def refuse_unbuilt(config: PipelineConfig) -> None:
+    """Refuse, with what to do instead, the options of older configuration files that are not built."""
+    final, name = f"{config.output_dir}/final", config.hub_repo_id or "NAME/MODEL"
+    options = "--private " * config.hub_private + f"--commit-message={config.hub_commit_message or 'model'!r}"
+    folder = f"{config.output_dir}/NN_STAGE/adapter" if config.push_adapter_only else final
+    if config.hub_token:
+        raise ConfigError("hub_token is refused: a secret in a file is read by others. Log in by `hf auth login`, or "
+                          "set the variable HF_TOKEN, and write use_auth_token: true")
+    if config.push_to_hub or config.push_adapter_only:
+        raise ConfigError(f"{'push_to_hub' if config.push_to_hub else 'push_adapter_only'} is not built yet; set it to "
+                          f"false and run, after the chain: hf upload {name} {folder} {options}")
+    if config.convert_to_gguf:
+        raise ConfigError("convert_to_gguf is not built yet; set it to false and run, after the chain, llama.cpp's "
+                          f"convert_hf_to_gguf.py {final} --outfile {config.gguf_output_path or 'model.gguf'} "
+                          f"--outtype {config.gguf_quantization or 'q8_0'}")
+
+
 def links(config: StageConfig) -> dict[str, str]:
     """{option: stage} of the options written as stage:NAME, which stand for what that stage leaves."""
     return {key: value[6:] for key, value in vars(config).items() if isinstance(value, str) and value[:6] == "stage:"}
@@ -279,6 +354,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """The command line. Exit status 0: done; 1: a stage failed; 2: the input has to be mended."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    exit_on_signals()
     if not arguments or {"-h", "--help"} & set(arguments):
         return print(f"{__doc__.strip()}\n\nOptions:\n{option_help(PipelineConfig)}")
     try:
@@ -293,6 +369,8 @@ def main(arguments: list[str] | None = None) -> None:
         results = Pipeline.from_yaml(words[0], **options).run()
     except ConfigError as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    except OSError as error:  # such as a full disk, while a record is written
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 1)
     sys.exit(not all(result.success for result in results))
 
 

@@ -18,9 +18,11 @@ import os
 import platform
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections import Counter
@@ -199,7 +201,7 @@ class TrainingConfig(ModelConfig):
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     # checkpoints
     save_total_limit: Count = 2  # so many checkpoints are kept
-    resume_from_checkpoint: Switch = False  # true: the newest checkpoint in output_dir; or the folder of one
+    resume_from_checkpoint: Switch = True  # the newest whole checkpoint of the same run; false: none; or one's folder
 
     def __post_init__(self):
         super().__post_init__()
@@ -212,6 +214,8 @@ class TrainingConfig(ModelConfig):
             raise ConfigError("lora_r=0 trains all weights, and quantized ones cannot train; set lora_r=16")
         if self.torch_dtype == "float16" and not self.lora_r:
             raise ConfigError("torch_dtype=float16 with lora_r=0 underflows; write auto, bfloat16 or float32")
+        if isinstance(named := self.resume_from_checkpoint, str) and (wrong := damage(Path(named))):
+            raise ConfigError(f"resume_from_checkpoint={named}: {wrong}")
 
 
 @dataclass
@@ -262,6 +266,12 @@ class FitConfig(DataConfig, TrainingConfig):
 
 
 # ---- Stage contract --------------------------------------------------------------------------------------------------
+# Options that do not change what comes out of a stage: with others, a run goes on from the same checkpoints.
+OUTSIDE = frozenset("""stage_name output_dir enabled save_intermediate log_level report_to use_wandb wandb_project
+    wandb_run_name resume_from_checkpoint save_steps save_freq save_total_limit use_auth_token max_calls max_cost
+    input_price output_price call_timeout""".split())
+
+
 @dataclass
 class StageResult:
     """What a stage hands on. `metrics` has x and x_before for a figure taken after and before training."""
@@ -284,6 +294,7 @@ class BaseStage:
     config_class: type[StageConfig] = StageConfig
     needs_chat_template: bool = True  # false: the data is plain text
     task: str = "CAUSAL_LM"  # PEFT's name of what the model does; SEQ_CLS: it gives one score
+    hands_on: bool = True  # false: what it makes is not for the next stage, which gets what this one was handed
 
     def __init__(self, config: StageConfig):
         self.config = config
@@ -292,6 +303,8 @@ class BaseStage:
         self.data: Any = None  # what load_data returned
         self.lineage: dict[str, Any] = {}  # what stage.json says beside the figures: parent, data
         self.artifacts: dict[str, str] = {}
+        self.start: str | None = None  # in a chain: the fingerprints of the stages before
+        self.marks: dict[str, Any] = {}
 
     def validate_config(self) -> None:
         self.config.validate()
@@ -305,6 +318,52 @@ class BaseStage:
         if self.data is None:
             self.data = self.load_data()
 
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides what comes out of the stage, once checked: options, data, files and models that options name,
+        code, and what it starts from."""
+        if not self.marks:
+            options = {name: value for name, value in asdict(self.config).items() if name not in OUTSIDE}
+            texts = [text for value in options.values() for text in (value if isinstance(value, list) else [value])]
+            named = {text: re.sub(r"(\.py):\w+$", r"\1", text) for text in texts
+                     if isinstance(text, str) and 0 < len(text) < 256}
+            marks = {"options": options, "data": self.lineage.get("data", {}).get("sha256"), "start": self.start,
+                     "files": {text: known for text, path in named.items() if (known := identity(Path(path)))},
+                     "code": {file.name: digest(file) for file in code_of(type(self))}}
+            self.marks = json.loads(json.dumps(marks, default=str))
+        return self.marks
+
+    def stale(self) -> str:
+        """Why the stage has to run; empty if it is done, with the same fingerprint."""
+        record = Path(self.config.output_dir, "stage.json")
+        if not record.exists():
+            return "it is not finished"
+        with refusing(f"{record} cannot be read; delete it to run the stage again"):
+            return differences(json.loads(record.read_text(encoding="utf-8"))["fingerprint"], self.fingerprint())
+
+    def recorded(self) -> StageResult:
+        """The result of a finished stage, by its stage.json."""
+        record = json.loads(Path(self.config.output_dir, "stage.json").read_text(encoding="utf-8"))
+        path = record["model_path"]
+        return StageResult(record["stage"], True, path, path, record["metrics"], record["artifacts"])
+
+    def begin(self) -> None:
+        """Mark the folder as that of this run. Checkpoints of another one, with other options, are laid aside."""
+        folder = Path(self.config.output_dir)
+        if is_main_process():
+            (folder / "stage.json").unlink(missing_ok=True)  # a stage is done when its stage.json says so
+            mark, old = folder / "fingerprint.json", folder / "checkpoints"
+            for left in (*folder.glob(".*.[0-9]*"), *folder.glob(".saving"), *old.glob(".*")):  # of a crash
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            resume = vars(self.config).get("resume_from_checkpoint")
+            if resume is True and old.exists() and mark.exists():
+                with refusing(f"{mark} cannot be read; move {old} away"):
+                    if changed := differences(json.loads(mark.read_text(encoding="utf-8")), self.fingerprint()):
+                        number = next(n for n in range(1, 10**6) if not Path(f"{old}.{n}").exists())
+                        old.rename(f"{old}.{number}")
+                        logger.warning("the checkpoints of an earlier run are now in %s.%d: %s", old, number, changed)
+            write_json(mark, self.fingerprint())
+        wait_for_everyone()
+
     def train(self, model, tokenizer) -> dict[str, float] | tuple[dict[str, float], Any]:
         """Train `model` in place; returns the metrics, or (metrics, model) if what came out is another model."""
         raise NotImplementedError(f"{type(self).__name__} defines no train()")
@@ -313,6 +372,8 @@ class BaseStage:
         """The model, ready to train, and its tokenizer: those handed over, else from the folder of the stage before,
         else from `model_name_or_path`. If the stage trains, a fresh adapter alone does, or all weights if `lora_r` is
         0."""
+        import transformers
+
         config, folder = self.config, previous_result.model_path if previous_result else None
         if folder:
             config = replace(config, model_name_or_path=folder, revision=None)
@@ -326,6 +387,7 @@ class BaseStage:
             model = merge_adapter(model).to(weight_dtype(config))
         if self.task == "CAUSAL_LM":
             set_stop_tokens(model, tokenizer)
+        transformers.set_seed(config.seed)  # the adapter is the same, wherever the model came from
         return (add_adapter(model, config, self.task) if isinstance(config, TrainingConfig) else model), tokenizer
 
     def save_model_and_tokenizer(self, model, tokenizer) -> str:
@@ -345,9 +407,9 @@ class BaseStage:
         self.setup_logging()
         started, folder = time.time(), Path(self.config.output_dir)
         try:
-            if is_main_process():
-                (folder / "stage.json").unlink(missing_ok=True)  # a stage is done when its stage.json says so
             self.check()
+            self.begin()
+            handed = model, tokenizer, previous_result.model_path if previous_result else None
             transformers.set_seed(self.config.seed)
             model, tokenizer = self.prepare_model_and_tokenizer(model, tokenizer, previous_result)
             metrics = self.train(model, tokenizer)
@@ -361,9 +423,11 @@ class BaseStage:
                     shutil.rmtree(folder / "adapter", ignore_errors=True)  # of an older run in this folder
             model = merge_adapter(model)
             path = self.save_model_and_tokenizer(model, tokenizer) if self.config.save_intermediate else None
+            if not self.hands_on:
+                model, tokenizer, path = handed
             metrics = {**metrics, "seconds": round(time.time() - started, 1)}
             result = StageResult(self.stage_name, True, path, path, metrics, self.artifacts, None, model, tokenizer)
-            write_stage_json(self.config, result, self.lineage)
+            write_stage_json(self.config, result, {**self.lineage, "fingerprint": self.fingerprint()})
             return result
         except ConfigError:
             raise
@@ -375,6 +439,82 @@ class BaseStage:
             return result
         finally:
             self.cleanup_logging()
+
+
+def identity(path: Path) -> Any:
+    """What tells whether a file or the folder of a model is still the same one; None for what is not there."""
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
+    if path.is_file() and path.stat().st_size < 2**24:
+        return digest(path)
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files] or None
+
+
+def code_of(stage_class: type) -> list[Path]:
+    """The files of a stage's recipe, of the recipes that it imports, and of this module."""
+    home = sys.modules[stage_class.__module__]
+    loaded = (vars(module).get("__file__") for module in (home, *filter(inspect.ismodule, vars(home).values())))
+    ours = (Path(__file__).parent, Path(vars(home).get("__file__", __file__)).parent)
+    return sorted({Path(__file__)} | {Path(file) for file in loaded if file and Path(file).parent in ours})
+
+
+def digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def differences(old: Mapping, new: Mapping) -> str:
+    """What is not the same in two fingerprints, in words; empty if all is."""
+    said = []
+    for part in new:
+        if isinstance(new[part], dict):
+            both = {key: (old[part].get(key), new[part].get(key)) for key in sorted({**old[part], **new[part]})}
+            said += [f"{key} {before!r} -> {now!r}" if part == "options" else f"{key} changed"
+                     for key, (before, now) in both.items() if before != now]
+        elif old[part] != new[part]:
+            said.append({"data": "its data changed", "start": "a stage before it changed"}[part])
+    return "; ".join(said)
+
+
+def wait_for_everyone() -> None:
+    """Until all processes are here."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        from accelerate import PartialState
+
+        PartialState(cpu=default_device().type == "cpu").wait_for_everyone()
+
+
+def exit_on_signals() -> None:
+    """SIGINT and SIGTERM end the program with status 130 and 143; see also `deferred_signals`."""
+    def leave(number, _):
+        print(f"stopped by {signal.Signals(number).name}; the same command goes on", file=sys.stderr)
+        sys.exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, leave)
+
+
+@contextlib.contextmanager
+def deferred_signals():
+    """Within it SIGINT and SIGTERM only come into the list that it yields, so that a loop can save first; after it the
+    program ends with status 130 or 143. A second signal does not wait."""
+    came: list[int] = []
+
+    def wait(number, _):
+        if came:
+            sys.exit(128 + number)
+        came.append(number)
+        logger.warning("%s: a checkpoint is saved after this step, then the run ends; the same command goes on",
+                       signal.Signals(number).name)
+
+    mine = threading.current_thread() is threading.main_thread()  # signals come to no other
+    old = {number: signal.signal(number, wait) for number in (signal.SIGINT, signal.SIGTERM) if mine}
+    try:
+        yield came
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+    if came:
+        sys.exit(128 + came[0])
 
 
 def is_main_process() -> bool:
@@ -1077,6 +1217,40 @@ class TokenLogps(torch.autograd.Function):
         return logits, None
 
 
+def seal(folder: Path) -> None:
+    """Write down, last of all, the hashes of a checkpoint's files, once they lie on the disk."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    for file in files:
+        with open(file, "rb+") as stream:
+            os.fsync(stream.fileno())
+    write_json(folder / "manifest.json", {file.relative_to(folder).as_posix(): digest(file) for file in files})
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with a checkpoint; empty if it is whole."""
+    try:
+        files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        broken = [name for name, known in files.items() if digest(folder / name) != known]
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except ValueError:
+        return "manifest.json is damaged"
+    return f"{', '.join(broken)} is damaged" if broken else "" if files else "manifest.json is empty"
+
+
+def newest_checkpoint(config: TrainingConfig) -> Path | None:
+    """The checkpoint to go on from, as resume_from_checkpoint says. A broken one is named and passed over."""
+    if isinstance(config.resume_from_checkpoint, str):
+        return Path(config.resume_from_checkpoint)
+    found = Path(config.output_dir, "checkpoints").glob("[a-z]*-*") if config.resume_from_checkpoint else ()
+    for folder in sorted(found, key=lambda folder: -int(folder.name.rpartition("-")[2])):
+        if not (wrong := damage(folder)):
+            logger.info("going on from %s", folder)
+            return folder
+        logger.warning("%s is passed over: %s", folder, wrong)
+    return None
+
+
 def keep_steps(path: Path, step: int) -> None:
     """Keep of a .jsonl what came up to `step`: what an interrupted run wrote after its checkpoint comes once more."""
     old = path.read_text(encoding="utf-8").splitlines(True) if step and path.exists() else []
@@ -1105,7 +1279,7 @@ def fit(config: FitConfig, model, tokenizer, train_rows: Sequence[dict], eval_ro
     """
     from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
     from transformers.trainer_pt_utils import LengthGroupedSampler
-    from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
+    from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
     folder, device, dtype = Path(config.output_dir), default_device(), compute_dtype(config.torch_dtype)
     sums: Counter[str] = Counter()  # since the last logged step: metrics times items, items, tokens, seconds
@@ -1185,6 +1359,29 @@ def fit(config: FitConfig, model, tokenizer, train_rows: Sequence[dict], eval_ro
                 sums.clear()
             super().log({k: v for k, v in logs.items() if not k.endswith(("_runtime", "_per_second"))}, start_time)
 
+        def _save_checkpoint(self, model, trial):
+            """Aside, then sealed, then renamed: a crash leaves the older ones as they are."""
+            home, aside = Path(self.args.output_dir), Path(self.args.output_dir, ".saving")
+            name, best = f"checkpoint-{self.state.global_step}", self.state.best_global_step
+            if self.args.should_save:
+                shutil.rmtree(aside, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            self.args.output_dir = str(aside)
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.output_dir = str(home)
+            self.accelerator.wait_for_everyone()
+            self.state.best_model_checkpoint = str(home / f"checkpoint-{best}") if best else None
+            if self.args.should_save:
+                self.state.save_to_json(str(aside / name / "trainer_state.json"))
+                seal(aside / name)
+                shutil.rmtree(home / name, ignore_errors=True)
+                (aside / name).rename(home / name)
+                aside.rmdir()
+                rotate_checkpoints(str(home), self.args.save_total_limit, self.state.best_model_checkpoint)
+            self.accelerator.wait_for_everyone()
+
         def _save(self, output_dir=None, state_dict=None):
             super()._save(output_dir, state_dict)
             if self.args.should_save:
@@ -1202,6 +1399,10 @@ def fit(config: FitConfig, model, tokenizer, train_rows: Sequence[dict], eval_ro
 
         def on_step_end(self, args, state, control, **_):
             sums["seconds"] += time.perf_counter() - self.began
+            asked = torch.tensor(len(signals), device=device)
+            if trainer.accelerator.reduce(asked, "sum"):  # of one process or of all: they save together
+                control.should_save = control.should_training_stop = True
+                return
             if state.global_step >= state.max_steps:
                 control.should_log = True  # the last step shows, also where logging_steps passes it over
                 if state.global_step % (config.save_steps or 1):
@@ -1232,10 +1433,7 @@ def fit(config: FitConfig, model, tokenizer, train_rows: Sequence[dict], eval_ro
     counts = [model.num_parameters(only_trainable=only) for only in (True, False)]
     if not counts[0]:
         raise RuntimeError("no parameter of the model trains: everything is frozen")
-    checkpoint = config.resume_from_checkpoint
-    if checkpoint is True:
-        checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-        logger.info("resuming from %s", checkpoint or "the start: there is no checkpoint yet")
+    checkpoint = newest_checkpoint(config)
     callbacks = [EarlyStoppingCallback(config.early_stopping_patience)] if config.early_stopping_patience else []
     evaluated = sorted(eval_rows, key=lambda row: len(row["input_ids"])) or None  # by length: little padding
     trainer = FitTrainer(model, args, collate, list(train_rows), evaluated, tokenizer,
@@ -1243,7 +1441,8 @@ def fit(config: FitConfig, model, tokenizer, train_rows: Sequence[dict], eval_ro
     trainer.remove_callback(PrinterCallback)
     logger.info("training %s of %s parameters on %s rows, on %s in %s", *(f"{n:,}" for n in (*counts, len(train_rows))),
                 device.type, str(dtype).removeprefix("torch."))
-    trained = trainer.train(resume_from_checkpoint=checkpoint or None)
+    with deferred_signals() as signals:
+        trained = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     model.config.use_cache = True  # the Trainer's False would be saved with the model
     with contextlib.suppress(OSError):
         Path(args.output_dir).rmdir()  # stays unless no checkpoint was saved
@@ -1624,10 +1823,7 @@ def made_by_main(path: Path, make: Callable[[], list[dict]]) -> list[dict]:
     file: a barrier would time out."""
     if is_main_process():
         path.unlink(missing_ok=True)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        from accelerate import PartialState
-
-        PartialState(cpu=default_device().type == "cpu").wait_for_everyone()  # till an older run's file is gone
+    wait_for_everyone()  # till an older run's file is gone
     if is_main_process():
         write_rows(path, make())
     while not path.exists():
@@ -1669,7 +1865,8 @@ def write_stage_json(config: StageConfig, result: StageResult, lineage: dict) ->
         (folder / "stage_config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
         write_json(folder / "stage.json", {
             "stage": result.stage_name, "success": result.success, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            **lineage, "metrics": result.metrics, "artifacts": result.artifacts, "device": str(default_device()),
+            **lineage, "model_path": result.model_path, "metrics": result.metrics, "artifacts": result.artifacts,
+            "device": str(default_device()),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         })
 
@@ -1702,6 +1899,7 @@ def main(stage_class: type[BaseStage], doc: str) -> None:
     config_class = stage_class.config_class
     if {"-h", "--help"} & set(sys.argv):
         return print(f"{doc.strip()}\n\nOptions:\n{option_help(config_class)}")
+    exit_on_signals()
     try:
         words, options = read_command_line(sys.argv[1:])
         if words:

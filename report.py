@@ -1,4 +1,4 @@
-"""A run's folder as one page: alarms, lineage, figures before and after, curves, answers, time, versions, options.
+"""A run's folder as one page: alarms, figures before and after, curves, answers side by side, lineage, options.
 
     python report.py outputs/quickstart               # writes outputs/quickstart/report.html
     python report.py outputs/lr1e-4 outputs/lr5e-4    # writes outputs/lr5e-4/compare.html: the second against the first
@@ -7,165 +7,106 @@ The folder is that of a chain or of one stage, finished, failed or still running
 page shows what the files say. It loads nothing and runs no script, so it can be read offline and sent as it is.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
 import re
 import sys
-from collections import Counter
+from contextlib import suppress
 from datetime import datetime, timedelta
 from html import escape
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Callable, Iterable, Sequence
+from types import SimpleNamespace as Stage
 
 import yaml
 
 MAIN = ("loss", "reward", "kl", "accuracy", "token_accuracy", "ranking_accuracy", "margin", "entropy", "learning_rate")
-TOOK = re.compile("steps|seconds|.*_(runtime|per_s|per_second|calls|cached|missing|tokens_in|tokens_out|cost)|.*memory.*")
-RECORD = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d{3} ([A-Z]+) ([\w.]+): ", re.M)  # one in a log
-VERDICTS = {"right": ("wrong", "right"), "exact_match": ("not exact", "exact"), "win": ("loses", "tie", "wins"),
-            "numeric_match": ("wrong number", "right number")}  # of an answer, from 0 to 1
-STYLE = """:root { color-scheme: light dark; --page: #fbfbfa; --card: #fff; --ink: #20242a; --soft: #626b77; --line: #e2e4e8;
---warm: #fff5e0; --c0: #2c6cb5; --c1: #b9581a; --c2: #27795a; --c3: #8659ad; --bad: #b3261e }
-@media (prefers-color-scheme: dark) { :root { --page: #131519; --card: #1a1d22; --ink: #e3e6ea; --soft: #9aa3af;
---line: #2e333b; --warm: #2d2617; --c0: #72abea; --c1: #f0a15f; --c2: #6fc799; --c3: #c5a3e8; --bad: #f28b82 } }
-* { box-sizing: border-box } body { margin: 0 auto; max-width: 1120px; padding: 28px 20px 80px; background: var(--page);
-color: var(--ink); font: 15px/1.55 system-ui, sans-serif; font-variant-numeric: tabular-nums; overflow-wrap: anywhere }
-h1, p { margin: 2px 0 } h1 { font-size: 1.6rem; line-height: 1.3 } h2 { margin: 44px 0 14px; font-size: 1.2rem }
-h3 { margin: 26px 0 10px; font-size: 1rem } small, .soft { color: var(--soft); font-size: .87rem } nav { display: flex;
-flex-wrap: wrap; gap: 2px 20px; margin-top: 14px; padding: 8px 0; border: solid var(--line); border-width: 1px 0 }
-a, summary { color: var(--c0); text-decoration: none; font-size: .9rem } summary { cursor: pointer; margin: 14px 0 8px }
-.done, .good { color: var(--c2) } .running { color: var(--c0) } .failed { color: var(--bad) }
-.alarm { margin: 8px 0; padding: 9px 14px; border-left: 3px solid var(--c1); background: var(--warm); white-space: pre-line }
-ol { list-style: none; margin: 0 0 0 6px; padding: 0 } li { position: relative; padding: 0 0 18px 24px; border-left: 2px solid
-var(--line) } li:last-child { border-color: transparent } li::before { content: ""; position: absolute; left: -7px; top: 6px;
-width: 12px; height: 12px; border-radius: 50%; background: currentColor } li > * { color: var(--ink) }
-.box, figure, article { border: 1px solid var(--line); border-radius: 8px; background: var(--card) } .box { overflow-x: auto }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; overflow-wrap: normal } td, th { padding: 6px 14px;
-text-align: right; vertical-align: top; font-weight: 400; border-top: 1px solid var(--line); white-space: nowrap }
-thead th { border: 0; color: var(--soft) } th:first-child { text-align: left; position: sticky; left: 0;
-background: var(--card) } th[colspan] { font-weight: 600; padding-top: 16px } td small { display: block }
-.words td { text-align: left; white-space: normal; min-width: 9rem; overflow-wrap: anywhere } figure { margin: 0; padding: 12px 14px 6px }
-.charts, .answers { display: grid; gap: 14px 20px; grid-template-columns: repeat(auto-fill, minmax(min(300px, 100%), 1fr)) }
-figcaption b { display: block } figcaption span { margin-right: 12px; white-space: nowrap } i { display: inline-block;
-width: 16px; margin-right: 5px; border-top: 2.5px solid; vertical-align: 4px } i.dashed { border-top-style: dashed }
-svg { display: block; width: 100%; margin-top: 6px; font-size: 10.5px; overflow: visible } polyline { fill: none;
-stroke: currentColor; stroke-width: 1.8 } polyline.dashed { stroke-dasharray: 5 4 } circle { fill: currentColor }
-text { fill: var(--soft) } line { stroke: var(--line) } .c0 { color: var(--c0) } .c1 { color: var(--c1) } .c2 {
-color: var(--c2) } .c3 { color: var(--c3) } article { margin: 12px 0; padding: 14px 16px } .answers { margin-top: 12px }
-.answers > div { border-left: 2px solid var(--line); padding-left: 12px } .text { white-space: pre-wrap; overflow-y: auto;
-unicode-bidi: isolate; max-height: 17em } pre { margin: 0; padding: 12px 16px; font-size: .82rem; white-space: pre-wrap }"""
+ANSWERS = ("before", "old", "baseline", "completion", "answer", "after", "new")  # what recipes call them in their rows
+STYLE = """:root { color-scheme: light dark; --page: #fbfbfa; --card: #fff; --warm: #fff5e0; --ink: #20242a; --soft:
+#626b77; --line: #e2e4e8; --c0: #2c6cb5; --c1: #b9581a; --c2: #27795a; --c3: #8659ad } @media (prefers-color-scheme:
+dark) { :root { --page: #131519; --card: #1a1d22; --warm: #2d2617; --ink: #e3e6ea; --soft: #9aa3af; --line: #2e333b;
+--c0: #72abea; --c1: #f0a15f; --c2: #6fc799; --c3: #c5a3e8 } } body { margin: auto; max-width: 1120px; padding: 24px
+16px 80px; background: var(--page); color: var(--ink); font: 15px/1.55 system-ui, sans-serif; font-variant-numeric:
+tabular-nums; overflow-wrap: anywhere } h1, p { margin: 4px 0 } h2 { margin: 44px 0 14px } h3 { margin: 24px 0 10px }
+small, .soft, thead { color: var(--soft); font-size: .87rem } a, summary { color: var(--c0); margin-right: 18px;
+text-decoration: none; cursor: pointer } .state::before { content: "\\25CF\\A0" } .done::before, .c2 { color: var(--c2)
+} .running::before, .c0 { color: var(--c0) } .failed::before, .c1 { color: var(--c1) } .c3 { color: var(--c3) } .alarm {
+padding: 9px 14px; border-left: 3px solid var(--c1); background: var(--warm) } .box { border: 1px solid var(--line);
+border-radius: 8px; background: var(--card); overflow-x: auto; margin: 0 0 12px } table { border-collapse: collapse;
+width: 100%; overflow-wrap: normal } td, th { padding: 6px 10px; text-align: right; vertical-align: top; font-weight:
+400; font-size: .9rem } tr + tr, tbody tr { border-top: 1px solid var(--line) } th:first-child { text-align: left;
+position: sticky; left: 0; background: var(--card) } th[colspan] { font-weight: 600; padding-top: 16px } td small {
+display: block; white-space: nowrap } .grid { display: grid; gap: 2px 20px; grid-template-columns: repeat(auto-fill,
+minmax(min(300px, 100%), 1fr)) } figure, article { padding: 12px 14px } figcaption span { display: inline-block;
+margin-right: 12px } svg { width: 100%; font-size: 10.5px; overflow: visible } circle { fill: currentColor } text {
+fill: var(--soft) } polyline { fill: none; stroke: currentColor; stroke-width: 1.8 } .dashed { stroke-dasharray: 5 4 }
+line { stroke: var(--line) } .grid > div { border-left: 2px solid var(--line); padding-left: 12px } .text { max-height:
+17em; overflow-y: auto } .text, pre, .alarm { margin: 0 0 8px; white-space: pre-wrap; unicode-bidi: isolate } pre {
+font-size: 13px }"""
 
 
 # ---- Reading: what a folder says, however far the run has come -------------------------------------------------------
-def read_text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+def read(path: Path) -> list:
+    """The mappings in a .jsonl, the one in a .json or .yaml, or our own entries (time, level, logger, message) in a
+    .log; without what is not whole, such as a line that is begun."""
+    text, found = path.read_text("utf-8", "replace") if path.is_file() else "", []
+    if path.suffix == ".log":
+        parts = re.split(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d{3} ([A-Z]+) ([\w.]+): ", text, flags=re.M)[1:]
+        return [entry for entry in zip(*(parts[n::4] for n in range(4))) if entry[2].split(".")[0] == "recipes"]
+    for piece in text.split("\n") if path.suffix == ".jsonl" else [text]:
+        with suppress(ValueError, RecursionError, yaml.YAMLError):
+            found.append(yaml.safe_load(piece) if path.suffix == ".yaml" else json.loads(piece))
+    return [value for value in found if isinstance(value, dict)] or [{}] * (path.suffix != ".jsonl")
 
 
-def read_mapping(text: str, parse: Callable = json.loads) -> dict:
-    """The mapping that a text holds; empty where there is none, as in a line that is not yet whole."""
-    try:
-        value = parse(text)
-    except (ValueError, RecursionError, yaml.YAMLError):
-        return {}
-    return value if isinstance(value, dict) else {}
+def read_stage(folder: Path, name: str, state="", config=None, metrics=None, since="") -> Stage:
+    """What a stage's folder says. What it has from before `since`, when the stage began, is of an older run."""
+    record = read(folder / "stage.json")[0] if state in ("", "done") else {}
+    metrics = {**(record.get("metrics") or metrics or {})}
+    if "finished" in record and not since:
+        since = str(datetime.fromisoformat(record["finished"][:19]) - timedelta(seconds=2 + metrics.get("seconds", 0)))
+    rows = [read(path) if record or path.exists() and str(datetime.fromtimestamp(path.stat().st_mtime)) >= since else []
+            for path in map(folder.joinpath, ("metrics.jsonl", "samples.jsonl", "win_rate.jsonl"))]
+    for key, value in [] if metrics else [item for row in rows[0] for item in row.items() if item[0][:5] == "eval_"]:
+        metrics[key if f"{key}_before" in metrics else f"{key}_before"] = value  # so far: the first and the last
+    return Stage(name=name, state=state or ("done" if record else "running"), since=since, metrics=metrics,
+                 config=config or read(folder / "stage_config.yaml")[0], curves=rows[0], samples=rows[1] + rows[2],
+                 lineage={key: value for key, value in record.items() if key not in ("stage", "success", "metrics")})
 
 
-def read_answers(rows: list[dict]) -> Iterable[tuple]:
-    """(prompt, expected, when, text, verdict) of the rows of samples.jsonl and win_rate.jsonl, whichever recipe's."""
-    steps = [row["step"] for row in rows if "step" in row]
-    for row in rows:
-        said = [words[round(row[key] * (len(words) - 1))] for key, words in VERDICTS.items() if row.get(key) is not None]
-        said = ", ".join(said + [f"reward {number(row['reward'])}"] * ("reward" in row))
-        expected, after = row.get("expected", row.get("answer")), row.get("after", row.get("new"))
-        if "completion" in row:  # rl: of its evaluations the first and the last
-            texts = [(f"step {row['step']}" if row["step"] else "before", row["completion"], said)]
-            texts = texts if row["step"] in (min(steps), max(steps)) else []
-        elif "when" in row:  # cot_distillation
-            texts = [(row["when"], row["answer"], said)]
-        elif after is None:  # evaluate
-            texts = [("baseline", row.get("baseline", {}).get("answer"), ""), ("answer", row.get("answer"), said)]
-        else:  # sft, rlaif
-            texts = [("before", row.get("before", row.get("old")), ""),
-                     ("after", after, said or "as expected" * (after == expected))]
-        prompt = row.get("prompt", row.get("question"))
-        yield from ((prompt, expected, when, text, verdict) for when, text, verdict in texts if text is not None)
-
-
-def read_stage(folder: Path, name: str, state: str = "", config: dict | None = None, result: dict | None = None,
-               since: str = "") -> SimpleNamespace:
-    """What a stage's folder says. Of a chain's, `state`, `config`, `result` and `since`, when it began, are the chain's
-    words; what the folder has from before is of an older run."""
-    record, result = read_mapping(read_text(folder / "stage.json")) if state in ("", "done") else {}, result or {}
-    metrics = {**(record.get("metrics") or result.get("metrics") or {})}
-    if record and not since:
-        began = datetime.fromisoformat(record["finished"][:19]) - timedelta(seconds=2 + metrics.get("seconds", 0))
-        since = f"{began:%Y-%m-%d %H:%M:%S}"
-    new = lambda path: record or f"{datetime.fromtimestamp(path.stat().st_mtime):%Y-%m-%d %H:%M:%S}" >= since
-    rows = {path.stem: [row for row in map(read_mapping, read_text(path).split("\n")) if row]
-            for path in folder.glob("*.jsonl") if path.stem in ("metrics", "samples", "win_rate") and new(path)}
-    curves = rows.pop("metrics", [])
-    for key, value in [item for row in curves for item in row.items()] if not metrics or state == "running" else ():
-        if key.startswith("eval_"):  # not yet at its end: the first and the last evaluation
-            metrics[key if f"{key}_before" in metrics else f"{key}_before"] = value
-    parts = RECORD.split(read_text(folder / "training.log"))[1:]
-    log = [(time, level, text.strip()) for time, level, logger, text in zip(*(parts[n::4] for n in range(4)))
-           if logger.split(".")[0] == "recipes" and time >= since]
-    alarms, error = [entry for entry in log if entry[1] in ("WARNING", "ERROR")], result.get("error_message")
-    alarms += [("", "ERROR", error)] if error and not any(error in text for *_, text in alarms) else []
-    state = state or ("done" if record else "failed" if log and log[-1][1] == "ERROR" else "running")
-    if state == "running" and since:
-        metrics["seconds"] = (datetime.now() - datetime.fromisoformat(since)).total_seconds()
-    config = config or read_mapping(read_text(folder / "stage_config.yaml"), yaml.safe_load)
-    return SimpleNamespace(name=name, state=state, config=config, record=record, metrics=metrics, curves=curves, since=since,
-                           alarms=alarms, answers=[*read_answers([row for some in rows.values() for row in some])])
-
-
-def read_run(folder: Path) -> SimpleNamespace:
-    """The run in a folder. Raises ValueError if there is none."""
-    chain, stages = read_mapping(read_text(folder / "pipeline.json")), []
+def read_run(folder: Path) -> tuple[list[Stage], list[tuple]]:
+    """(stages, alarms) of the run in a folder. Raises ValueError if there is none."""
+    (chain,), stages = read(folder / "pipeline.json"), []
     if not (chain or any((folder / file).exists() for file in ("stage.json", "metrics.jsonl", "training.log"))):
         raise ValueError(f"{folder}: no run here, neither pipeline.json nor stage.json, metrics.jsonl, training.log")
-    log, results = read_text(folder / "pipeline_training.log"), iter(chain.get("results", ()))
-    begun = {name: at for at, name in re.findall(r"^(\S+ \S+),\d+ INFO recipes: \n\d+/\d+ (\S+)$", log, re.M)}
+    log, results = read(folder / ("pipeline_" * bool(chain) + "training.log")), iter(chain.get("results", ()))
+    begun = {text.split()[1]: time for time, *_, text in log if re.fullmatch(r"\s*\d+/\d+ \S+\s*", text)}
     for name, config in chain.get("plan", {"": {}}).items():
         result = next(results, None) if config.get("enabled") else None
-        state = "done" if result and result["success"] else "failed" if result else "running"
+        state = "failed" * (log[-1:] and log[-1][1] == "ERROR") if not chain else "running" if not result else (
+            "done" if result["success"] else "failed")
         if chain and not result and chain["state"].get("running") != name:
-            state, begun[name] = "waiting" if config["enabled"] else "skipped", "9"  # its folder is of an older run
-        stages.append(stage := read_stage(folder / name, name or folder.resolve().name, state if chain else "", config,
-                                          result, begun.get(name, "")))
-        for file in sorted((folder / name).glob("*/metrics.jsonl")):  # rlaif contains other recipes
-            part = read_stage(file.parent, f"{stage.name}/{file.parent.name}")
-            part.alarms, ended = [], part.record.get("finished", "")[:19].replace("T", " ")  # the stage has the alarms
-            stages += [part] if (ended >= stage.since if ended else stage.state in ("running", "failed")) else []
-    state = next(iter(chain["state"]), "") if chain else stages[0].state
-    return SimpleNamespace(folder=folder, stages=stages, state=state.replace("finished", "done"), options=chain.get("config"))
+            state, begun[name] = "waiting" if config["enabled"] else "skipped", "9"  # what lies there is older
+        stages.append(stage := read_stage(folder / name, name or folder.resolve().name, state, config,
+                                          (result or {}).get("metrics"), begun.get(name, "")))
+        parts = [read_stage(file.parent, f"{stage.name}/{file.parent.name}")  # rlaif contains other recipes
+                 for file in sorted((folder / name).glob("*/metrics.jsonl"))]
+        stages += [part for part in parts if (part.since or "8" * (stage.state != "done")) >= stage.since]
+    began = min(stage.since for stage in stages)
+    return stages, [entry for entry in log if entry[1] in ("WARNING", "ERROR") and entry[0] >= began]
 
 
 # ---- Showing: whatever comes from a file passes `escape` -------------------------------------------------------------
-def number(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return "–" if value is None else escape(str(value))
-    size = abs(value)
-    places = ",.0f" if size == value // 1 and size >= 10 or 1e4 < size < 1e9 else ".3f" if 0.01 <= size < 1e9 or not size else ".2e"
-    return f"{value:{places}}".replace("-", "−")
+def shown(value: float | None) -> str:
+    return "–" if value is None else (f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}").replace("-", "−")
 
 
-def duration(seconds: float) -> str:
-    minutes = int(seconds // 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes > 59 else f"{minutes} min {seconds % 60:.0f} s"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], look: str = "") -> str:
+def table(head: list[str], rows: list[list[str]]) -> str:
     """A table of ready cells in a box that scrolls by itself. A row of one cell heads those after it."""
-    head = "".join(f"<th>{cell}</th>" for cell in head)
-    body = "".join(f"<tr><th{' colspan=9' * (not cells)}>{first}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
-                   for first, *cells in rows)
-    return f'<div class=box tabindex=0><table class="{look}"><thead><tr>{head}</tr></thead>{body}</table></div>' if body else ""
+    lines = [f"<tr><th{' colspan=9' * (not cells)}>{first}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+             for first, *cells in rows]
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    return f"<div class=box><table><thead><tr>{head}</tr></thead>{''.join(lines)}</table></div>" * bool(rows)
 
 
 def ticks(low: float, high: float) -> list[float]:
@@ -182,51 +123,140 @@ def chart(title: str, lines: list[tuple[str, str, list]]) -> str:
     left, right, up, legend = min(xs), max(xs), ticks(min(ys), max(ys)), ""
     x_at = lambda x: f"{44 + 284 * (x - left) / (right - left or 1):.1f}"
     y_at = lambda y: f"{146 - 136 * (y - up[0]) / (up[-1] - up[0]):.1f}"
-    svg = "".join(f"<line x1=44 x2=328 y1={y_at(y)} y2={y_at(y)} /><text x=38 y={y_at(y)} dy=3.5 text-anchor=end>"
-                  f"{f'{y:.6g}'.replace('-', '−')}</text>" for y in up)
-    across = [x for x in ticks(left, right) if left <= x <= right and x == int(x)]
-    svg += "".join(f"<text x={x_at(x)} y=164 text-anchor=middle>{'step ' * (x == left)}{x:g}</text>" for x in across)
+    label = lambda x, y, text, at: f"<text x={x} y={y} dy=3.5 text-anchor={at}>{text}</text>"
+    svg = "".join(f"<line x1=44 x2=328 y1={y_at(y)} y2={y_at(y)} />" + label(38, y_at(y), f"{y:.6g}", "end") for y in up)
+    svg += label(38, 161, "step", "end") + "".join(
+        label(x_at(x), 161, f"{x:g}", "middle") for x in ticks(left, right) if left <= x <= right and x == int(x))
     for name, look, points in lines:
         size = math.ceil(len(points) / 100)  # of a long run the lowest and the highest of every few points
         some = [sorted(points[n : n + size], key=lambda point: point[1]) for n in range(0, len(points), size)]
-        some = [point for group in some for point in sorted({group[0], group[-1]})]
-        svg += f'<polyline class="{look}" points="{" ".join(f"{x_at(x)},{y_at(y)}" for x, y in some)}" />'
-        svg += "".join(f'<circle class="{look}" r=2.6 cx={x_at(x)} cy={y_at(y)} />' for x, y in some if "dashed" in look)
-        legend += f'<span class=soft><i class="{look}"></i>{escape(name)} {number(points[-1][1])}</span>'
-    return (f"<figure><figcaption><b>{escape(title)}</b>{legend}</figcaption>"
+        some = [(x_at(x), y_at(y)) for group in some for x, y in sorted({group[0], group[-1]})]
+        svg += f'<polyline class="{look}" points="{" ".join(map(",".join, some))}" />'
+        svg += "".join(f'<circle class="{look}" r=2.6 cx={x} cy={y} />' for x, y in some if "dashed" in look)
+        legend += f"<span class='{look}'>{'┅' if 'dashed' in look else '━'} {escape(name)} {shown(points[-1][1])}</span>"
+    return (f"<figure class=box><figcaption><b>{escape(title)}</b><br><small>{legend}</small></figcaption>"
             f'<svg viewBox="0 0 340 170" role=img aria-label="{escape(title)} by step">{svg}</svg></figure>')
 
 
-def curves(group: list[tuple[str, SimpleNamespace]]) -> str:
+def curves(title: str, group: dict[str, Stage]) -> str:
     """Charts of a stage, or of the same stage in two runs: x and eval_x in one, and chosen_x with rejected_x."""
     charts: dict[str, list] = {}
-    for run, (label, stage) in enumerate(group):
-        for name in sorted({*().union(*stage.curves)} - {"step", "epoch"}, key=lambda name: (name[:5] == "eval_", name)):
+    for run, (label, stage) in enumerate(group.items()):
+        names = set().union(*stage.curves) - {"step", "epoch"}
+        for name in sorted(names, key=lambda name: (name[:5] == "eval_", name)):
             lines = charts.setdefault(re.sub("^(eval_)?(chosen_|rejected_)?", "", name), [])
-            points = [(row["step"], row[name]) for row in stage.curves if isinstance(row.get(name), int | float)
-                      and math.isfinite(row[name])]
-            colour = run + 2 * ("rejected_" in name) if len(group) > 1 else len(lines) % 4
-            lines += [(f"{label} {name}", f"c{colour}" + " dashed" * (name[:5] == "eval_"), points)] if points else []
-    charts = {title: chart(title, lines) for title, lines in charts.items() if any(len(line[2]) > 1 for line in lines)}
-    shown = "".join(charts.pop(title) for title in MAIN if title in charts)
-    more = f"<details><summary>{len(charts)} more</summary><div class=charts>{''.join(charts.values())}</div></details>"
-    return f"<h3>{escape(group[0][1].name)}</h3><div class=charts>{shown}</div>{more * bool(charts)}" if shown else ""
+            look = f"c{run + 2 * ('rejected_' in name) if len(group) > 1 else len(lines) % 4}"
+            points = [(row["step"], row[name]) for row in stage.curves
+                      if isinstance(row.get(name), int | float) and math.isfinite(row[name])]
+            lines += [(f"{label} {name}", look + " dashed" * (name[:5] == "eval_"), points)] * bool(points)
+    drawn = {title: chart(title, lines) for title, lines in charts.items() if any(len(line[2]) > 1 for line in lines)}
+    first = "".join(drawn.pop(title) for title in MAIN if title in drawn)
+    more = f"<details><summary>{len(drawn)} more</summary><div class=grid>{''.join(drawn.values())}</div></details>"
+    return f"<h3>{escape(title)}</h3><div class=grid>{first}</div>{more * bool(drawn)}" * bool(first or drawn)
 
 
-def figures(group: list[tuple[str, SimpleNamespace]]) -> list[list[str]]:
-    """Rows of what a stage measured before and after, or of the same in two runs, and the difference."""
-    known = [{k: v for k, v in stage.metrics.items() if isinstance(v, int | float)} for _, stage in group]
-    ends = {f"{name}_{end}" for one in known for name in one for end in ("low", "high", "n")}
-    rows = [[escape(group[-1][1].name)]]
+def figures(title: str, known: list[dict]) -> list[list[str]]:
+    """Rows of what a stage measured before and after, or of the same in two runs, and how the last two differ."""
+    known = [{key: value for key, value in one.items() if isinstance(value, int | float)} for one in known]
+    ends, rows = {f"{name}_{end}" for one in known for name in one for end in ("low", "high", "n")}, []
     for name in dict.fromkeys(key.removesuffix("_before") for one in known for key in one if key not in ends):
-        found = [[one.get(f"{key}{end}") for end in ("", "_low", "_high", "_n")]
-                 for one in known for key in (f"{name}_before", name) if not TOOK.fullmatch(name)]
-        cells = [number(value) + f"<small>{number(low)} to {number(high)}, n {number(n)}</small>" * (low is not None)
-                 for value, low, high, n in found]
-        (a, a_low, a_high, _), (b, b_low, b_high, _) = found[1 - len(found) % 4 // 2 :: 2][-2:] or [[None] * 4] * 2
-        change = "–" if None in (a, b) else f"{b - a:+.3f}"
-        if None not in (a, b, a_low, b_low):  # as of independent samples (Newcombe 1998, method 10)
-            low, high = b - a - math.hypot(b - b_low, a_high - a), b - a + math.hypot(b_high - b, a - a_low)
-            change += f"<small>{number(low)} to {number(high)}</small>"
-        rows += [[escape(name), *cells, change.replace("-", "−")]] if found else []
-    return rows[:: len(rows) > 1 or 2] if len(rows) > 1 else []
+        cells, keys = [], [(one, key) for one in known for key in (f"{name}_before", name)]
+        for one, key in keys:
+            low, high, n = (shown(one.get(f"{key}_{end}")) for end in ("low", "high", "n"))
+            cells.append(shown(one.get(key)) + f"<small>{low} to {high}, n {n}</small>" * (f"{key}_low" in one))
+        a, b = (one.get(key) for one, key in (keys if len(keys) == 2 else keys[1::2]))
+        rows.append([escape(name), *cells, "–" if None in (a, b) else "+" * (b > a) + shown(b - a)])
+    return [[escape(title)], *rows] if rows else []
+
+
+def answers(stages: dict[str, Stage]) -> str:
+    """The same held-out prompts answered by each stage, side by side: 12 of those that a stage was first to answer."""
+    cards, page, cut = {}, "", lambda text: escape(str(text)[:4000]) + " …" * (len(str(text)) > 4000)
+    for name, stage in stages.items():
+        steps = [row["step"] for row in stage.samples if "step" in row] or [0]
+        for row in (row for row in stage.samples if row.get("step", steps[0]) in (min(steps), max(steps))):
+            asked = prompt = row.get("prompt", row.get("question", ""))
+            if isinstance(prompt, list):
+                asked = "\n\n".join(f"{m['role']}: " * (len(prompt) > 1) + m["content"] for m in prompt)
+                prompt = prompt[-1]["content"]
+            card = name, asked, row.get("expected", row.get("answer")), {}
+            *_, texts = cards.setdefault(prompt.strip(), card)
+            said = ", ".join(f"{k} {x:.3g}" for k, x in row.items() if isinstance(x, int | float) and k != "step")
+            for key in (key for key in ANSWERS if key in row and (key != "answer" or "expected" in row)):
+                when = row.get("when", f"step {row['step']}" if key == "completion" else key)
+                text = row[key]["answer"] if key == "baseline" else row[key]
+                if when not in ("before", "old", "step 0") or text not in [old for old, _ in texts.values()]:
+                    texts[f"{name} {when}"] = text, said
+    chosen = [card for name in stages for card in [card for card in cards.values() if card[0] == name][:12]]
+    for _, asked, expected, texts in chosen:
+        page += f"<article class=box><div class=text dir=auto><b>{cut(asked)}</b></div><p class=soft>expected: {cut(expected)}"
+        page += "</p><div class=grid>" + "".join(
+            f"<div><small>{escape(when)}</small><div class=text dir=auto>{cut(text)}</div><small>{escape(said)}</small></div>"
+            for when, (text, said) in texts.items()) + "</div></article>"
+    return f"<p class=soft>{len(chosen)} of {len(cards)} prompts</p>{page}" * bool(page)
+
+
+def options(labels: list[str], groups: dict[str, dict[str, Stage]]) -> str:
+    """What two runs do not have in common, then each stage's lineage and its options, resolved."""
+    rows, page, dump = [], "", lambda values: escape(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    for title, group in groups.items():
+        each = [{k: escape(json.dumps(v)) for k, v in (s.config | s.lineage).items()} for s in group.values()]
+        differ = [key for key in each[0] | each[-1] if each[0].get(key) != each[-1].get(key)]
+        rows += [[escape(title)]] * bool(differ) + [[escape(key), *(one.get(key, "–") for one in each)] for key in differ]
+        for label, stage in group.items():
+            page += (f"<article class=box><b>{escape(f'{label} {stage.name}')}</b><pre>{dump(stage.lineage)}</pre>"
+                     f"<details><summary>options</summary><pre>{dump(stage.config)}</pre></details></article>")
+    return table(["differs", *labels], rows) + f"<div class=grid>{page}</div>"
+
+
+def write(*folders: str | Path) -> Path:
+    """Write OUT/report.html, or of two runs OUT2/compare.html; returns its path. Raises ValueError if one is no run."""
+    paths, groups, stages, alarms, page, bar, top = [*map(Path, folders)], {}, {}, "", "", "", ""
+    names = [path.resolve().name for path in paths]
+    labels = [""] if len(paths) == 1 else names if len({*names}) == 2 else [*map(str, paths)]
+    for label, (run, said) in zip(labels, map(read_run, paths)):
+        start = run[0].lineage.get("parent", {}).get("model", run[0].config.get("model_name_or_path", ""))
+        top += f"<p><b>{escape(label)}</b> <span class=soft>{escape(str(start))}</span>"
+        for stage in run:  # stages of one name go together, and the only ones of two runs
+            groups.setdefault(stage.name if len(run) > 1 else "", {})[label] = stage
+            stages[" ".join(dict.fromkeys(f"{label} {stage.name}".split()))] = stage
+            top += f" → <span class='state {stage.state}'>{escape(stage.name)} {stage.state}</span>" * ("/" not in stage.name)
+        for *head, text in said:
+            alarms += f"<p class=alarm><small>{escape(' '.join((label, *head)))}</small>\n{escape(text.strip())}</p>"
+    title, columns = " / ".join(names), [f"{label} {when}" for label in labels for when in ("before", "after")]
+    parts = {
+        "Alarms": lambda: alarms, "Figures": lambda: table(["", *columns, "change"], [
+            row for name, group in groups.items() for row in figures(
+                name or title, [getattr(group.get(label), "metrics", {}) for label in labels])]),
+        "Curves": lambda: "".join(curves(name or title, group) for name, group in groups.items()),
+        "Answers": lambda: answers(stages), "Lineage and options": lambda: options(labels, groups)}
+    for name, make in parts.items():
+        try:
+            body = make()
+        except Exception as error:  # one odd file must not cost the page
+            body = f"<p class=alarm>not shown: {escape(f'{type(error).__name__}: {error}')}</p>"
+        page += f"<h2 id={name[:3]}>{name}</h2>{body}" * bool(body)
+        bar += f"<a href=#{name[:3]}>{name}</a>" * bool(body)
+    path = paths[-1] / ("report.html" if len(paths) == 1 else "compare.html")
+    aside, title = path.with_name(f".{path.name}.{os.getpid()}"), escape(title)
+    aside.write_bytes(f"""<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>
+<meta name=viewport content="width=device-width"><meta http-equiv=Content-Security-Policy content="default-src 'none';
+style-src 'unsafe-inline'"><h1>{title}</h1>{top}<p class=soft>written {datetime.now():%Y-%m-%d %H:%M}<p>{bar}{page}
+""".encode("utf-8", "replace"))
+    return aside.replace(path)
+
+
+def main() -> None:
+    """The command line. Exit status 2: the input has to be mended."""
+    if {"-h", "--help"} & {*sys.argv}:
+        return print(__doc__.strip())
+    try:
+        if len(sys.argv) not in (2, 3):
+            raise ValueError(f"give the folder of a run, or two to compare; got {len(sys.argv) - 1}")
+        print(write(*sys.argv[1:]))
+    except (ValueError, OSError) as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,13 +1,13 @@
 """A scorecard of a model: what it says of given answers, and what it answers itself, each figure with its interval.
 
-    perplexity         exp( - sum_i log pi(y_i|x_i) / sum_i |y_i| ) of the answers, or of the chosen ones of pairs
-    exact_match        share of prompts that it answers, greedily, exactly as expected; numeric_match: by the same number
+    perplexity         exp( - sum_i log pi(y_i|x_i) / sum_i |y_i| ) of the answers, or of pairs' chosen ones
+    exact_match        share of prompts that it answers, greedily, as expected; numeric_match: by the same number
     ranking_accuracy   share of pairs whose chosen answer is to it the more probable one
     reward             mean of the rewards of recipes/rl.py
     win_rate           of its answers over those of --baseline, by a judge asked in both orders (recipes/rlaif.py)
 
-What the data has decides which of them are taken. As a stage of a chain it hands the model on as it was. One row of data
-(also pairs, prompts alone, and the other formats of sft.py, dpo.py and rl.py):
+What the data has decides which of them are taken. As a stage of a chain it hands the model on as it was. One row of
+data (also pairs, prompts alone, and the other formats of sft.py, dpo.py and rl.py):
 
     {"question": "What is 3 + 4?", "answer": "7"}
 
@@ -192,7 +192,7 @@ def scorecard(config: EvaluateConfig, model, tokenizer, rows: list[dict], functi
 
 
 class EvaluateStage(BaseStage):
-    stage_name, config_class = "evaluate", EvaluateConfig
+    stage_name, config_class, hands_on = "evaluate", EvaluateConfig, False
 
     def load_data(self):
         config = self.config
@@ -219,7 +219,7 @@ class EvaluateStage(BaseStage):
             figures, samples = scorecard(config, model, tokenizer, self.data, self.functions)
             metrics.update(figures)
             for sample, before in zip(samples, old or []):
-                sample["baseline"] = {name: value for name, value in before.items() if name not in ("prompt", "expected")}
+                sample["baseline"] = {key: value for key, value in before.items() if key not in ("prompt", "expected")}
             if config.feedback_model_path:
                 self.judge.load()
                 both = [(sample["prompt"], sample["answer"], sample["baseline"]["answer"]) for sample in samples]
@@ -237,12 +237,6 @@ class EvaluateStage(BaseStage):
 
     def save_model_and_tokenizer(self, model, tokenizer):
         """Nothing new to save."""
-
-    def execute(self, model=None, tokenizer=None, previous_result=None):
-        """As every stage, but what it hands on is what it was handed."""
-        result = super().execute(model, tokenizer, previous_result)
-        path = previous_result.model_path if previous_result else None
-        return replace(result, model=model, tokenizer=tokenizer, model_path=path, tokenizer_path=path)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ Run it on a laptop, and as QLoRA on a GPU:
 """
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -178,7 +178,7 @@ def calibration(config: RewardConfig, model, rows: list[dict], batches) -> float
 
 
 class RewardStage(BaseStage):
-    stage_name, config_class, task = "reward", RewardConfig, "SEQ_CLS"
+    stage_name, config_class, task, hands_on = "reward", RewardConfig, "SEQ_CLS", False
 
     def load_data(self):
         def convert(row, form):
@@ -207,12 +207,6 @@ class RewardStage(BaseStage):
     def train(self, model, tokenizer):
         self.artifacts["reward_model"] = self.config.output_dir
         return train(self.config, model, tokenizer, *self.data)
-
-    def execute(self, model=None, tokenizer=None, previous_result=None):
-        """As every stage, but what it hands on is the policy it was handed; its own model is an artifact."""
-        result = super().execute(model, tokenizer, previous_result)
-        policy = previous_result.model_path if previous_result else None
-        return replace(result, model=model, tokenizer=tokenizer, model_path=policy, tokenizer_path=policy)
 
 
 if __name__ == "__main__":

@@ -37,9 +37,10 @@ import common
 from common import (
     IGNORE, SAMPLING, BaseStage, ConfigError, Count, DataConfig, Names, Natural, NonNegative, Options, Positive,
     RowError, Scheduler, Share, StageConfig, Subprocess, TokenLogps, TrainingConfig, answer_logits, as_messages,
-    check_sampling, collate_answers, comma_separated, compute_dtype, default_device, encode_turns, is_main_process,
-    keep_steps, load_rows, logger, main, prompt_ids, random_numbers, read, refusing, render_turns, sample, say_step,
-    sharing_is_exact, unknown, usable_rows, write_json, written_aside,
+    check_sampling, collate_answers, comma_separated, compute_dtype, default_device, deferred_signals, encode_turns,
+    is_main_process, keep_steps, load_rows, logger, main, newest_checkpoint, prompt_ids, random_numbers, read,
+    refusing, render_turns, sample, say_step, seal, sharing_is_exact, unknown, usable_rows, write_json,
+    written_aside,
 )
 
 # -- configuration -----------------------------------------------------------------------------------------------------
@@ -827,6 +828,7 @@ def save_checkpoint(run: Run) -> None:
             write_json(aside / "state.json", {
                 "step": run.step, "kl_coef": run.kl_coef, "before": run.before, "scaler": run.scaler.state_dict(),
                 "optimizer": {name: value for name, value in entries.items() if not torch.is_tensor(value)}})
+            seal(aside)
         for old in sorted(home.glob("step-*"))[: -run.config.save_total_limit]:
             shutil.rmtree(old)
 
@@ -915,12 +917,8 @@ def train(config: RLConfig, model, tokenizer, train_rows: list, eval_rows: list,
     run = start(config, model, tokenizer, functions, max(training, key=lambda row: len(row["ids"])))
     world, rank = run.accelerator.num_processes, run.accelerator.process_index
     folder, count = Path(config.output_dir), config.batch_size // config.num_generations
-    if config.resume_from_checkpoint:
-        found = sorted((folder / "checkpoints").glob("step-*")) if config.resume_from_checkpoint is True else [
-            Path(config.resume_from_checkpoint)]
-        logger.info("resuming from %s", found[-1] if found else "the start: there is no checkpoint yet")
-        if found:
-            load_checkpoint(run, found[-1])
+    if checkpoint := newest_checkpoint(config):
+        load_checkpoint(run, checkpoint)
     counts = (f"{count:,}" for count in (sum(parameter.numel() for parameter in run.policy), model.num_parameters()))
     logger.info("training %s of %s parameters by %s on %d prompts, on %s in %s", *counts, config.algorithm,
                 len(training), model.device.type, str(compute_dtype(config.torch_dtype)).removeprefix("torch."))
@@ -938,33 +936,37 @@ def train(config: RLConfig, model, tokenizer, train_rows: list, eval_rows: list,
 
     if evaluation and not run.step:
         run.before |= report(evaluate(run, evaluation))
-    while run.step < config.num_training_steps:
-        began = time.perf_counter()
-        rows = prompts_of(config, training, run.step, count * world)[rank * count : (rank + 1) * count]
-        # Every completion has its own random numbers, whatever the number of processes.
-        chances = random_numbers(config.batch_size * world, config.sampling, config.seed * 1_000_003 + run.step)
-        chances = chances[rank * config.batch_size : (rank + 1) * config.batch_size].to(model.device)
-        data = rollout(run, rows, chances)
-        sampled = time.perf_counter() - began
-        judge(run, data)
-        learnt = (trpo if config.algorithm == "trpo" else update)(run, data)
-        logs = figures(run, data) | learnt
-        if config.target_kl:
-            share = config.batch_size * world / config.kl_horizon
-            run.kl_coef = next_kl_coef(run.kl_coef, logs["kl"], config.target_kl, share)
-        run.before = {name: logs[name] for name in ("reward", "length", "stopped", "entropy")} | run.before
-        run.schedule.step()
-        run.step += 1
-        speed = config.batch_size * world / (time.perf_counter() - began)
-        report(logs | {"completions_per_s": round(speed, 3), "seconds_rollout": round(sampled, 2)})
-        history.append({**logs, "said": []})
-        alarms(run, history)
-        if run.step == config.num_training_steps:
-            break
-        if evaluation and config.eval_freq and run.step % config.eval_freq == 0:
-            report(evaluate(run, evaluation))
-        if config.save_freq and run.step % config.save_freq == 0:
-            save_checkpoint(run)
+    with deferred_signals() as signals:
+        while run.step < config.num_training_steps:
+            began = time.perf_counter()
+            rows = prompts_of(config, training, run.step, count * world)[rank * count : (rank + 1) * count]
+            # Every completion has its own random numbers, whatever the number of processes.
+            chances = random_numbers(config.batch_size * world, config.sampling, config.seed * 1_000_003 + run.step)
+            chances = chances[rank * config.batch_size : (rank + 1) * config.batch_size].to(model.device)
+            data = rollout(run, rows, chances)
+            sampled = time.perf_counter() - began
+            judge(run, data)
+            learnt = (trpo if config.algorithm == "trpo" else update)(run, data)
+            logs = figures(run, data) | learnt
+            if config.target_kl:
+                share = config.batch_size * world / config.kl_horizon
+                run.kl_coef = next_kl_coef(run.kl_coef, logs["kl"], config.target_kl, share)
+            run.before = {name: logs[name] for name in ("reward", "length", "stopped", "entropy")} | run.before
+            run.schedule.step()
+            run.step += 1
+            speed = config.batch_size * world / (time.perf_counter() - began)
+            report(logs | {"completions_per_s": round(speed, 3), "seconds_rollout": round(sampled, 2)})
+            history.append({**logs, "said": []})
+            alarms(run, history)
+            if run.sum(torch.tensor(len(signals), device=model.device)):  # of one process or of all
+                save_checkpoint(run)
+                break
+            if run.step == config.num_training_steps:
+                break
+            if evaluation and config.eval_freq and run.step % config.eval_freq == 0:
+                report(evaluate(run, evaluation))
+            if config.save_freq and run.step % config.save_freq == 0:
+                save_checkpoint(run)
     after = report(evaluate(run, evaluation)) if evaluation else {}
     if config.report_to:
         run.accelerator.end_training()

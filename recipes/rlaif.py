@@ -311,15 +311,11 @@ def label(config: RLAIFConfig, model, tokenizer, name: str, rows: list[dict], ju
 
 
 def run_part(config: RLAIFConfig, stage: BaseStage, model, tokenizer, start: str) -> StageResult:
-    """The result of a contained recipe; with resume_from_checkpoint a finished one on the same data is taken as it
-    is."""
+    """The result of a contained recipe; a finished one of the same fingerprint is taken as it is."""
     stage.check()
-    record = Path(stage.config.output_dir, "stage.json")
-    if config.resume_from_checkpoint and record.exists():
-        done = json.loads(record.read_text(encoding="utf-8"))
-        if done["data"]["sha256"] == stage.lineage["data"]["sha256"] and done["parent"]["model"] == start:
-            logger.info("%s is finished already", stage.config.output_dir)
-            return StageResult(stage.stage_name, True, stage.config.output_dir, metrics=done["metrics"])
+    if config.resume_from_checkpoint and not stage.stale():
+        logger.info("%s is finished already", stage.config.output_dir)
+        return stage.recorded()
     result = stage.execute(model, tokenizer, StageResult("start", True, start, start))
     if not result.success:
         raise RuntimeError(f"{stage.stage_name}: {result.error_message}")

@@ -1,0 +1,296 @@
+"""Stop and go on: killed at any moment, by a signal, by a full disk; what is broken is named and passed over.
+
+KILLS=20 python -m pytest tests/test_resume.py -k random    # more of them
+"""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import rl
+import sft
+import yaml
+from conftest import ROOT
+
+import common
+from chain import Pipeline
+from common import ConfigError
+
+PAIRS = [{"prompt": f"Say {n}", "chosen": "yes " * (1 + n % 3), "rejected": "no " * (1 + n % 2)} for n in range(20)]
+KILLS = int(os.environ.get("KILLS", 3))
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def pipeline(model_dir, data, tmp_path):
+    """The path of a YAML with four stages, a checkpoint after every other step, and what is to be changed in it."""
+
+    def write_yaml(name="out", **changes):
+        pairs = write(tmp_path / "pairs.jsonl", PAIRS)
+        fit = {"max_steps": 6, "save_steps": 2, "validation_split": 0.2, "learning_rate": 1e-2}
+        stages = {"sft": {"data": data, **fit}, "dpo": {"data": pairs, **fit}, "reward": {"data": pairs, **fit},
+                  "rl": {"data": pairs, "reward_model_path": "stage:reward", "algorithm": "ppo", "batch_size": 4, "save_freq": 2,
+                         "num_training_steps": 6, "generation_kwargs": {"max_new_tokens": 6}, "validation_split": 0.2}}
+        for stage, options in changes.items():
+            stages[stage] |= options
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({"model_name_or_path": model_dir, "output_dir": str(tmp_path / name),
+                                        "stages": [*stages], "stage_configs": stages}))
+        return str(path)
+
+    return write_yaml
+
+
+def weights(folder):
+    return hashlib.sha256((folder / "final/model.safetensors").read_bytes()).hexdigest()
+
+
+FORKS = """
+import json, os, random, signal, sys, time
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/recipes"]
+import torch, transformers, trl, peft, datasets, bitsandbytes, tensorboard
+from transformers import Trainer
+import chain, dpo, reward, rl, sft
+torch.set_num_threads(1)
+yaml, out, kills, draw = sys.argv[2], sys.argv[3], int(sys.argv[4]), random.Random(0)
+
+def run(number, patience=None):
+    child = os.fork()
+    if not child:
+        log = os.open(f"{out}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1), os.dup2(log, 2)
+        try:
+            chain.main([yaml, f"--output_dir={out}/{number}"])
+        except SystemExit as stop:
+            os._exit(int(stop.code or 0))
+        os._exit(99)
+    began = time.monotonic()
+    while True:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status), time.monotonic() - began
+        if patience is not None and time.monotonic() - began > patience:
+            os.kill(child, signal.SIGKILL)
+            patience = None
+        time.sleep(0.002)
+
+status, whole = run("undisturbed")
+print(json.dumps(["undisturbed", status, whole]), flush=True)
+for number in range(kills):
+    after = whole * (number + draw.random()) / kills  # one in every part of the run
+    killed, _ = run(number, after)
+    found = {f: os.path.exists(f"{out}/{number}/{f}/stage.json") for f in ("01_sft", "02_dpo", "03_reward", "04_rl")}
+    log = os.path.getsize(f"{out}.log")
+    status, _ = run(number)
+    again = open(f"{out}.log").read()[log:]
+    print(json.dumps([number, killed, after, found, status, again]), flush=True)
+"""
+
+
+def test_a_chain_killed_at_random_moments_ends_with_the_weights_of_the_undisturbed_one(pipeline, tmp_path):
+    command = [sys.executable, "-W", "ignore", "-c", FORKS, str(ROOT), pipeline(), str(tmp_path / "runs"), str(KILLS)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    (_, status, _), *trials = [json.loads(line) for line in done.stdout.splitlines()]
+    assert status == 0 and len(trials) == KILLS, done.stderr + (tmp_path / "runs.log").read_text()[-3000:]
+    wanted = weights(tmp_path / "runs/undisturbed")
+    for number, killed, after, finished, status, again in trials:
+        assert status == 0, again[-3000:]
+        assert weights(tmp_path / f"runs/{number}") == wanted, (number, after, again[-3000:])
+        for folder, was in finished.items():  # none that was finished runs again
+            assert not was or f"{folder} is finished already" in again
+    assert all(killed == -9 for _, killed, *_ in trials[:-1])
+
+
+@pytest.fixture
+def interrupted(model_dir, data, tmp_path):
+    """SFT with checkpoints after steps 2 and 4 of 5, whose saving of the model failed; and the weights it should have."""
+    options = dict(model_name_or_path=model_dir, dataset_name_or_path=data, max_steps=5, save_steps=2, learning_rate=1e-2,
+                   validation_split=0.2, save_total_limit=3)
+
+    def run(folder, fails=False, **more):
+        stage = sft.SFTStage(sft.SFTConfig(**options | {"output_dir": str(tmp_path / folder)} | more))
+        if fails:
+            def full(model, tokenizer):
+                raise OSError(28, "No space left on device")
+            stage.save_model_and_tokenizer = full
+        return stage.execute()
+
+    assert run("whole").success
+    result = run("cut", fails=True)
+    assert not result.success and "No space left on device" in result.error_message
+    return run, tmp_path / "cut", tmp_path / "whole"
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("name, harm, words", [
+    ("adapter_model.safetensors", cut, "adapter_model.safetensors is damaged"),
+    ("adapter_model.safetensors", flip, "adapter_model.safetensors is damaged"),
+    ("optimizer.pt", lambda file: file.unlink(), "optimizer.pt is missing"),
+    ("trainer_state.json", lambda file: file.write_text("{}"), "trainer_state.json is damaged"),
+    ("manifest.json", lambda file: file.write_text(""), "manifest.json is damaged"),
+    ("manifest.json", lambda file: file.write_text("{}"), "manifest.json is empty"),
+    ("manifest.json", lambda file: file.unlink(), "manifest.json is missing"),
+])
+def test_a_broken_checkpoint_is_named_and_the_one_before_is_taken(interrupted, caplog, name, harm, words):
+    run, folder, whole = interrupted
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    harm(folder / "checkpoints/checkpoint-4" / name)
+    assert run("cut").success
+    assert f"checkpoint-4 is passed over: {words}" in caplog.text and "going on from" in caplog.text
+    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()].count(3) == 1
+    assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_a_checkpoint_that_is_named_has_to_be_whole(interrupted):
+    run, folder, whole = interrupted
+    flip(folder / "checkpoints/checkpoint-2/optimizer.pt")
+    with pytest.raises(ConfigError, match="checkpoint-2: optimizer.pt is damaged"):
+        run("cut", resume_from_checkpoint=str(folder / "checkpoints/checkpoint-2"))
+    assert run("cut", resume_from_checkpoint=str(folder / "checkpoints/checkpoint-4")).success
+    assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_with_other_options_it_starts_anew_and_the_old_checkpoints_are_laid_aside(interrupted, caplog):
+    run, folder, whole = interrupted
+    assert run("cut", learning_rate=2e-2, save_steps=0).success
+    assert "going on" not in caplog.text and "are now in" in caplog.text and "learning_rate 0.01 -> 0.02" in caplog.text
+    assert (folder / "checkpoints.1/checkpoint-4").is_dir()
+
+
+def test_a_checkpoint_whose_saving_fails_leaves_the_older_one(model_dir, data, tmp_path, monkeypatch):
+    """A full disk while step 4 is saved."""
+    seal, out = common.seal, tmp_path / "out"
+
+    def full(folder):
+        if folder.name == "checkpoint-4":
+            raise OSError(28, "No space left on device")
+        seal(folder)
+
+    monkeypatch.setattr(common, "seal", full)
+    options = dict(model_name_or_path=model_dir, dataset_name_or_path=data, max_steps=6, save_steps=2, save_total_limit=1)
+    result = sft.SFTStage(sft.SFTConfig(**options, output_dir=str(out))).execute()
+    assert not result.success and "No space left" in result.error_message
+    assert [path.name for path in (out / "checkpoints").glob("[a-z]*")] == ["checkpoint-2"] and not common.damage(out / "checkpoints/checkpoint-2")
+    monkeypatch.setattr(common, "seal", seal)
+    assert sft.SFTStage(sft.SFTConfig(**options, output_dir=str(out))).execute().success
+
+
+@pytest.mark.parametrize("recipe, number", [("sft", signal.SIGTERM), ("rl", signal.SIGINT)])
+def test_a_signal_saves_and_the_same_command_goes_on(model_dir, data, tmp_path, recipe, number):
+    own = {"sft": ["--max_steps=40", "--save_steps=0", "--learning_rate=1e-2"],
+           "rl": ["--reward=length", "--reward_length=3", "--num_training_steps=12", "--save_freq=0", "--batch_size=4",
+                  "--generation_kwargs={max_new_tokens: 24}", "--validation_split=0"]}[recipe]
+    command = [sys.executable, "-W", "ignore", f"recipes/{recipe}.py", f"--model={model_dir}", f"--data={data}", *own]
+    out = {name: tmp_path / name for name in ("cut", "whole")}
+    subprocess.run([*command, f"--output_dir={out['whole']}"], cwd=ROOT, check=True, capture_output=True)
+    process = subprocess.Popen([*command, f"--output_dir={out['cut']}"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step  2/"):
+            process.send_signal(number)
+        last = line
+    assert process.wait() == 128 + number, last
+    assert len([*(out["cut"] / "checkpoints").glob("[a-z]*-*")]) == 1 and not (out["cut"] / "stage.json").exists()
+    again = subprocess.run([*command, f"--output_dir={out['cut']}"], cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0 and "going on from" in again.stdout, again.stderr
+    assert (out["cut"] / "model.safetensors").read_bytes() == (out["whole"] / "model.safetensors").read_bytes()
+
+
+def test_a_signal_between_the_steps_ends_at_once(model_dir, data, tmp_path):
+    process = subprocess.Popen([sys.executable, "recipes/sft.py", f"--model={model_dir}", f"--data={data}", f"--output_dir={tmp_path}/o"],
+                               cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    time.sleep(2.5)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 143 and said.strip() == "stopped by SIGTERM; the same command goes on"
+
+
+def test_a_loss_that_is_not_finite_at_step_3_stops_with_the_weights_of_step_2(model_dir, data, tmp_path, monkeypatch):
+    calls, loss = [], sft.loss
+
+    def broken(model, batch):
+        calls.append(model.training)
+        value, metrics = loss(model, batch)
+        return value * (float("nan") if sum(calls) == 3 else 1), metrics
+
+    monkeypatch.setattr(sft, "loss", broken)
+    settings = sft.SFTConfig(model_name_or_path=model_dir, dataset_name_or_path=data, max_steps=6, save_steps=1, validation_split=0,
+                             output_dir=str(tmp_path / "out"))
+    result = sft.SFTStage(settings).execute()
+    assert not result.success and "the loss is nan at step 3; the weights are as before it" in result.error_message
+    assert common.newest_checkpoint(settings).name == "checkpoint-2"
+
+
+def ran(capsys):
+    screen = capsys.readouterr().out
+    return [folder for folder in ("01_sft", "02_dpo", "03_reward", "04_rl") if f"/4 {folder}" in screen], screen
+
+
+def test_finished_stages_are_not_run_again_and_a_change_runs_what_follows(pipeline, tmp_path, capsys):
+    assert all(result.success for result in Pipeline.from_yaml(pipeline()).run())
+    assert ran(capsys)[0] == ["01_sft", "02_dpo", "03_reward", "04_rl"]
+    wanted = weights(tmp_path / "out")
+
+    results = Pipeline.from_yaml(pipeline()).run()
+    names, screen = ran(capsys)
+    assert names == [] and len(results) == 4 and screen.count("is finished already") == 4 and weights(tmp_path / "out") == wanted
+    assert "eval_loss" in screen.split("before -> after")[1]
+
+    Pipeline.from_yaml(pipeline(dpo={"beta": 0.2}, sft={"save_steps": 3})).run()  # a checkpoint more or less changes nothing
+    names, screen = ran(capsys)
+    assert names == ["02_dpo", "03_reward", "04_rl"] and "from 02_dpo on: beta 0.1 -> 0.2" in screen
+    assert "01_sft is finished already" in screen and weights(tmp_path / "out") != wanted
+
+    write(tmp_path / "pairs.jsonl", PAIRS)
+    path = pipeline(dpo={"beta": 0.2})
+    write(tmp_path / "pairs.jsonl", PAIRS[:-1])
+    Pipeline.from_yaml(path).run()
+    names, screen = ran(capsys)
+    assert names == ["02_dpo", "03_reward", "04_rl"] and "from 02_dpo on: its data changed" in screen
+
+    Pipeline.from_yaml(path, from_stage="reward").run()
+    assert ran(capsys)[0] == ["03_reward", "04_rl"]
+    with pytest.raises(ConfigError, match="02_dpo has to run first: beta 0.2 -> 0.3"):
+        Pipeline.from_yaml(path, from_stage="rl", **{"dpo.beta": 0.3}).run()
+    Pipeline.from_yaml(path, force_restart=True, until="dpo").run()
+    assert ran(capsys)[0] == ["01_sft", "02_dpo"]
+    assert json.loads((tmp_path / "out/pipeline.json").read_text())["state"] == {"finished": False}
+
+
+def test_changed_code_and_changed_reward_files_are_seen(model_dir, data, tmp_path):
+    judge = tmp_path / "judge.py"
+    judge.write_text("def f(prompts, completions, **_): return [0.0] * len(completions)\n")
+    settings = rl.RLConfig(model_name_or_path=model_dir, prompt_dataset_path=data, reward=[f"{judge}:f"], output_dir=str(tmp_path / "o"))
+    marks = rl.RLStage(settings).fingerprint()
+    assert {"common.py", "rl.py"} <= {*marks["code"]} and len(marks["code"]) == 2
+    judge.write_text("def f(prompts, completions, **_): return [1.0] * len(completions)\n")
+    assert common.differences(marks, rl.RLStage(settings).fingerprint()) == f"{judge}:f changed"
+
+
+def test_after_a_cleanup_nothing_is_run_again_until_something_changes(pipeline, tmp_path, capsys):
+    path = pipeline()
+    options = dict(cleanup_intermediate=True, stages="sft,dpo")
+    assert len(Pipeline.from_yaml(path, **options).run()) == 2
+    wanted, _ = weights(tmp_path / "out"), ran(capsys)
+    Pipeline.from_yaml(path, **options).run()
+    assert "step 1/" not in ran(capsys)[1] and weights(tmp_path / "out") == wanted
+    Pipeline.from_yaml(path, **options, **{"dpo.beta": 0.3}).run()
+    screen = ran(capsys)[1]
+    assert "1/2 01_sft" in screen and "2/2 02_dpo" in screen  # what dpo starts from was not kept
