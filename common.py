@@ -50,6 +50,10 @@ class ConfigError(ValueError):
     """Input that the user has to mend: one sentence that says what is wrong and what to write instead."""
 
 
+class AskingError(RuntimeError):
+    """Another model is not asked any further: it refuses, a limit is reached, or too many of its answers are missing."""
+
+
 class RowError(ValueError):
     """A row that cannot be used. The reason is counted and said, and the row left out."""
 
@@ -1533,7 +1537,7 @@ class Client:
         """`parse(answer)` for each (messages, number), there may be one `parse` for each; None where there is no answer
         or `parse` makes nothing of it.
         `number` tells several answers to the same messages apart; temperature 0 is greedy; `version` is that of the
-        prompts. With `choices` a model run here answers by their probabilities, as JSON. Raises RuntimeError when more
+        prompts. With `choices` a model run here answers by their probabilities, as JSON. Raises AskingError when more
         than max_missing are missing, when max_calls or max_cost is reached, or when the server refuses."""
         known = self.read_calls()
         keys = [self.key([messages, number, dict(sampling), version, [*choices]]) for messages, number in requests]
@@ -1562,11 +1566,11 @@ class Client:
                 self.halted |= 0 < self.config.max_cost < spent
         again = "What came is kept; run the same command to go on"
         if self.refusal:
-            raise RuntimeError(f"{self.url} refuses: {self.refusal}. {again}")
+            raise AskingError(f"{self.url} refuses: {self.refusal}. {again}")
         if 0 < self.config.max_cost < spent:
-            raise RuntimeError(f"max_cost={self.config.max_cost:g} is reached: {spent:.2f} dollars. {again}, with more")
+            raise AskingError(f"max_cost={self.config.max_cost:g} is reached: {spent:.2f} dollars. {again}, with more")
         if len(todo) < len(wanted):
-            raise RuntimeError(f"max_calls={self.config.max_calls} is reached. {again}, with more")
+            raise AskingError(f"max_calls={self.config.max_calls} is reached. {again}, with more")
         texts = [known[key]["text"] if key in known else None for key in keys]
         parsers = [parse] * len(texts) if callable(parse) else parse
         found = [None if text is None else parse(text) for text, parse in zip(texts, parsers, strict=True)]
@@ -1578,7 +1582,7 @@ class Client:
                 f" ({self.trouble})" if self.trouble else "") + (
                 f", {missing - absent} that cannot be read, such as {unread[-160:]!r}" if unread is not None else "")
             if missing > self.config.max_missing * len(found):
-                raise RuntimeError(f"{said}. That is more than max_missing={self.config.max_missing:g}. {again}")
+                raise AskingError(f"{said}. That is more than max_missing={self.config.max_missing:g}. {again}")
             logger.warning(said)
         return found
 
@@ -1629,7 +1633,8 @@ class Client:
                     self.trouble = f"not an answer: {error}"
                     time.sleep(min(8, 0.5 * 2**attempt))
                 except openai.APIStatusError as error:
-                    self.trouble = clean(f"{error.status_code}: {error.message[:300]}")
+                    words = " ".join(clean(error.response.text).split())[:300]  # error.message has OpenAI's form alone
+                    self.trouble = f"{error.status_code}: {words or error.message}"
                     if error.status_code not in (408, 409, 429) and error.status_code < 500:
                         self.refusal, self.halted = self.trouble, True
                     return None

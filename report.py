@@ -22,54 +22,50 @@ import yaml
 
 MAIN = ("loss", "reward", "kl", "accuracy", "token_accuracy", "ranking_accuracy", "margin", "entropy", "learning_rate")
 ANSWERS = ("before", "old", "baseline", "completion", "answer", "after", "new")  # what recipes call them in their rows
-STYLE = """:root { color-scheme: light dark; --page: #fbfbfa; --card: #fff; --warm: #fff5e0; --ink: #20242a; --soft:
-#626b77; --line: #e2e4e8; --c0: #2c6cb5; --c1: #b9581a; --c2: #27795a; --c3: #8659ad } @media (prefers-color-scheme:
-dark) { :root { --page: #131519; --card: #1a1d22; --warm: #2d2617; --ink: #e3e6ea; --soft: #9aa3af; --line: #2e333b;
---c0: #72abea; --c1: #f0a15f; --c2: #6fc799; --c3: #c5a3e8 } } body { margin: auto; max-width: 1120px; padding: 24px
-16px 80px; background: var(--page); color: var(--ink); font: 15px/1.55 system-ui, sans-serif; font-variant-numeric:
-tabular-nums; overflow-wrap: anywhere } h1, p { margin: 4px 0 } h2 { margin: 44px 0 14px } h3 { margin: 24px 0 10px }
-small, .soft, thead { color: var(--soft); font-size: .87rem } a, summary { color: var(--c0); margin-right: 18px;
-text-decoration: none; cursor: pointer } .state::before { content: "\\25CF\\A0" } .done::before, .c2 { color: var(--c2)
-} .running::before, .c0 { color: var(--c0) } .failed::before, .c1 { color: var(--c1) } .c3 { color: var(--c3) } .alarm {
-padding: 9px 14px; border-left: 3px solid var(--c1); background: var(--warm) } .box { border: 1px solid var(--line);
-border-radius: 8px; background: var(--card); overflow-x: auto; margin: 0 0 12px } table { border-collapse: collapse;
-width: 100%; overflow-wrap: normal } td, th { padding: 6px 10px; text-align: right; vertical-align: top; font-weight:
-400; font-size: .9rem } tr + tr, tbody tr { border-top: 1px solid var(--line) } th:first-child { text-align: left;
-position: sticky; left: 0; background: var(--card) } th[colspan] { font-weight: 600; padding-top: 16px } td small {
-display: block; white-space: nowrap } .grid { display: grid; gap: 2px 20px; grid-template-columns: repeat(auto-fill,
-minmax(min(300px, 100%), 1fr)) } figure, article { padding: 12px 14px } figcaption span { display: inline-block;
-margin-right: 12px } svg { width: 100%; font-size: 10.5px; overflow: visible } circle { fill: currentColor } text {
-fill: var(--soft) } polyline { fill: none; stroke: currentColor; stroke-width: 1.8 } .dashed { stroke-dasharray: 5 4 }
-line { stroke: var(--line) } .grid > div { border-left: 2px solid var(--line); padding-left: 12px } .text { max-height:
-17em; overflow-y: auto } .text, pre, .alarm { margin: 0 0 8px; white-space: pre-wrap; unicode-bidi: isolate } pre {
-font-size: 13px }"""
+STYLE = """:root { color-scheme: light dark; --page: #fbfbfa; --card: #fff; --ink: #222; --soft: #667; --line: #e2e4e8;
+--c0: #2c6cb5; --c1: #b9581a; --c2: #27795a; --c3: #8659ad } @media (prefers-color-scheme: dark) { :root { --page:
+#131519; --card: #1a1d22; --ink: #ddd; --soft: #99a; --line: #2e333b; --c0: #72abea; --c1: #f0a15f; --c2: #6fc799; --c3:
+#c5a3e8 } } body { margin: auto; max-width: 1120px; padding: 24px 16px 80px; background: var(--page); color: var(--ink);
+font: 15px/1.55 system-ui; font-variant-numeric: tabular-nums; overflow-wrap: anywhere } p { margin: 4px 0 } h2 {
+margin-top: 44px } small, .soft, thead { color: var(--soft); font-size: .87rem } a, summary { color: var(--c0) }
+.state::before { content: "\\25CF\\A0"; color: var(--soft) } .done::before, .c2 { color: var(--c2) } .running::before,
+.c0 { color: var(--c0) } .failed::before, .c1 { color: var(--c1) } .c3 { color: var(--c3) } .box { border: 1px solid
+var(--line); border-radius: 8px; background: var(--card); overflow-x: auto; margin: 0 0 12px } table { border-collapse:
+collapse; width: 100%; overflow-wrap: normal } td, th { padding: 6px 8px; text-align: right; vertical-align: top;
+font-weight: 400 } tbody tr { border-top: 1px solid var(--line) } th:first-child { text-align: left; position: sticky;
+left: 0; background: var(--card); min-width: 7em; overflow-wrap: anywhere } th[colspan] { font-weight: 600; padding-top:
+16px } td small { display: block } .grid { display: grid; gap: 0 20px; grid-template-columns: repeat(auto-fill,
+minmax(min(300px, 100%), 1fr)) } figure, article { padding: 12px 14px } a, figcaption span { display: inline-block;
+margin-right: 14px } svg { width: 100%; font-size: 10px; overflow: visible } text { fill: var(--soft) } polyline, circle
+{ fill: none; stroke: currentColor; stroke-width: 1.8 } polyline.dashed { stroke-dasharray: 5 4 } path { stroke:
+var(--line) } .grid > div, .alarm { border-left: 2px solid var(--line); padding-left: 12px } .alarm { border-color:
+var(--c1) } .text { max-height: 17em; overflow-y: auto } .text, pre, .alarm { margin: 0; white-space: pre-wrap }"""
 
 
-# ---- Reading: what a folder says, however far the run has come -------------------------------------------------------
 def read(path: Path) -> list:
-    """The mappings in a .jsonl, the one in a .json or .yaml, or our own entries (time, level, logger, message) in a
-    .log; without what is not whole, such as a line that is begun."""
+    """Of a .jsonl, .json or .yaml the mappings, if whole; of a .log our own entries: (time, level, logger, message)."""
     text, found = path.read_text("utf-8", "replace") if path.is_file() else "", []
     if path.suffix == ".log":
-        parts = re.split(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d{3} ([A-Z]+) ([\w.]+): ", text, flags=re.M)[1:]
-        return [entry for entry in zip(*(parts[n::4] for n in range(4))) if entry[2].split(".")[0] == "recipes"]
+        parts = re.split(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d{3} ([A-Z]+) ([\w.]+):\s", text, flags=re.M)[1:]
+        return [(*e, text.strip()) for *e, text in zip(*(parts[n::4] for n in range(4))) if e[2][:7] == "recipes"]
     for piece in text.split("\n") if path.suffix == ".jsonl" else [text]:
         with suppress(ValueError, RecursionError, yaml.YAMLError):
             found.append(yaml.safe_load(piece) if path.suffix == ".yaml" else json.loads(piece))
     return [value for value in found if isinstance(value, dict)] or [{}] * (path.suffix != ".jsonl")
 
 
-def read_stage(folder: Path, name: str, state="", config=None, metrics=None, since="") -> Stage:
+def read_stage(folder: Path, name: str, state="running", config=None, metrics=None, since="") -> Stage:
     """What a stage's folder says. What it has from before `since`, when the stage began, is of an older run."""
-    record = read(folder / "stage.json")[0] if state in ("", "done") else {}
-    metrics = {**(record.get("metrics") or metrics or {})}
+    (record,) = read(folder / "stage.json")
+    record = record if record.get("finished", "").replace("T", " ") >= since else {}
+    metrics = {k: v for k, v in (record.get("metrics") or metrics or {}).items() if isinstance(v, int | float)}
     if "finished" in record and not since:
         since = str(datetime.fromisoformat(record["finished"][:19]) - timedelta(seconds=2 + metrics.get("seconds", 0)))
     rows = [read(path) if record or path.exists() and str(datetime.fromtimestamp(path.stat().st_mtime)) >= since else []
             for path in map(folder.joinpath, ("metrics.jsonl", "samples.jsonl", "win_rate.jsonl"))]
     for key, value in [] if metrics else [item for row in rows[0] for item in row.items() if item[0][:5] == "eval_"]:
         metrics[key if f"{key}_before" in metrics else f"{key}_before"] = value  # so far: the first and the last
-    return Stage(name=name, state=state or ("done" if record else "running"), since=since, metrics=metrics,
+    return Stage(name=name, state="done" if record else state, since=since, metrics=metrics,
                  config=config or read(folder / "stage_config.yaml")[0], curves=rows[0], samples=rows[1] + rows[2],
                  lineage={key: value for key, value in record.items() if key not in ("stage", "success", "metrics")})
 
@@ -80,51 +76,47 @@ def read_run(folder: Path) -> tuple[list[Stage], list[tuple]]:
     if not (chain or any((folder / file).exists() for file in ("stage.json", "metrics.jsonl", "training.log"))):
         raise ValueError(f"{folder}: no run here, neither pipeline.json nor stage.json, metrics.jsonl, training.log")
     log, results = read(folder / ("pipeline_" * bool(chain) + "training.log")), iter(chain.get("results", ()))
-    begun = {text.split()[1]: time for time, *_, text in log if re.fullmatch(r"\s*\d+/\d+ \S+\s*", text)}
+    begun = {text.split()[1]: time for time, *_, text in log if re.fullmatch(r"\d+/\d+ \S+", text)}
     for name, config in chain.get("plan", {"": {}}).items():
         result = next(results, None) if config.get("enabled") else None
-        state = "failed" * (log[-1:] and log[-1][1] == "ERROR") if not chain else "running" if not result else (
-            "done" if result["success"] else "failed")
+        broken = result and not result["success"] or not chain and any(level == "ERROR" for _, level, *_ in log[-1:])
+        state = "failed" if broken else "done" if result else "running"
         if chain and not result and chain["state"].get("running") != name:
             state, begun[name] = "waiting" if config["enabled"] else "skipped", "9"  # what lies there is older
         stages.append(stage := read_stage(folder / name, name or folder.resolve().name, state, config,
                                           (result or {}).get("metrics"), begun.get(name, "")))
-        parts = [read_stage(file.parent, f"{stage.name}/{file.parent.name}")  # rlaif contains other recipes
-                 for file in sorted((folder / name).glob("*/metrics.jsonl"))]
-        stages += [part for part in parts if (part.since or "8" * (stage.state != "done")) >= stage.since]
-    began = min(stage.since for stage in stages)
-    return stages, [entry for entry in log if entry[1] in ("WARNING", "ERROR") and entry[0] >= began]
+        for file in sorted((folder / name).glob("*/metrics.jsonl")):  # rlaif contains other recipes
+            part = read_stage(file.parent, f"{stage.name}/{file.parent.name}", stage.state, since=stage.since)
+            stages += [part] * (bool(part.lineage) or stage.state in ("running", "failed"))
+    return stages, [e for e in log if e[1] in ("WARNING", "ERROR") and e[0] >= min(stage.since for stage in stages)]
 
 
-# ---- Showing: whatever comes from a file passes `escape` -------------------------------------------------------------
 def shown(value: float | None) -> str:
     return "–" if value is None else (f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}").replace("-", "−")
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
     """A table of ready cells in a box that scrolls by itself. A row of one cell heads those after it."""
-    lines = [f"<tr><th{' colspan=9' * (not cells)}>{first}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
-             for first, *cells in rows]
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    return f"<div class=box><table><thead><tr>{head}</tr></thead>{''.join(lines)}</table></div>" * bool(rows)
+    cells = lambda tag, texts: "".join(f"<{tag}>{text}</{tag.split()[0]}>" for text in texts)
+    body = "".join(f"<tr>{cells('th' + ' colspan=9' * (not rest), [first])}{cells('td', rest)}" for first, *rest in rows)
+    return f"<div class=box><table><thead><tr>{cells('th', map(escape, head))}<tbody>{body}</table></div>" * bool(rows)
 
 
 def ticks(low: float, high: float) -> list[float]:
     """Round numbers from below `low` to above `high`, 1, 2 or 5 times a power of ten apart."""
-    low, high = (low, high) if low < high else (low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2)
-    power = 10.0 ** math.floor(math.log10((high - low) / 4))
-    step = next(power * times for times in (1, 2, 5, 10) if power * times * 4.001 >= high - low)
-    return [step * n for n in range(math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6) + 1)]
+    step = next(m * 10**e for e in range(-99, 99) for m in (1, 2, 5) if 4.1 * m * 10**e > (high - low or abs(low) or 1))
+    first = math.floor(low / step + 1e-6)
+    return [step * n for n in range(first, max(first + 1, math.ceil(high / step - 1e-6)) + 1)]
 
 
 def chart(title: str, lines: list[tuple[str, str, list]]) -> str:
     """An inline SVG of lines (name, look, points); the legend has the last value of each."""
     xs, ys = zip(*(point for *_, points in lines for point in points))
     left, right, up, legend = min(xs), max(xs), ticks(min(ys), max(ys)), ""
-    x_at = lambda x: f"{44 + 284 * (x - left) / (right - left or 1):.1f}"
+    x_at = lambda x: f"{44 + 276 * (x - left) / (right - left or 1):.1f}"
     y_at = lambda y: f"{146 - 136 * (y - up[0]) / (up[-1] - up[0]):.1f}"
     label = lambda x, y, text, at: f"<text x={x} y={y} dy=3.5 text-anchor={at}>{text}</text>"
-    svg = "".join(f"<line x1=44 x2=328 y1={y_at(y)} y2={y_at(y)} />" + label(38, y_at(y), f"{y:.6g}", "end") for y in up)
+    svg = "".join(f"<path d=M44,{y_at(y)}H320 />" + label(38, y_at(y), f"{y:.6g}", "end") for y in up)
     svg += label(38, 161, "step", "end") + "".join(
         label(x_at(x), 161, f"{x:g}", "middle") for x in ticks(left, right) if left <= x <= right and x == int(x))
     for name, look, points in lines:
@@ -133,7 +125,7 @@ def chart(title: str, lines: list[tuple[str, str, list]]) -> str:
         some = [(x_at(x), y_at(y)) for group in some for x, y in sorted({group[0], group[-1]})]
         svg += f'<polyline class="{look}" points="{" ".join(map(",".join, some))}" />'
         svg += "".join(f'<circle class="{look}" r=2.6 cx={x} cy={y} />' for x, y in some if "dashed" in look)
-        legend += f"<span class='{look}'>{'┅' if 'dashed' in look else '━'} {escape(name)} {shown(points[-1][1])}</span>"
+        legend += f"<span class='{look}'>{'━┅'['dashed' in look]} {escape(name)} {shown(points[-1][1])}</span>"
     return (f"<figure class=box><figcaption><b>{escape(title)}</b><br><small>{legend}</small></figcaption>"
             f'<svg viewBox="0 0 340 170" role=img aria-label="{escape(title)} by step">{svg}</svg></figure>')
 
@@ -142,8 +134,7 @@ def curves(title: str, group: dict[str, Stage]) -> str:
     """Charts of a stage, or of the same stage in two runs: x and eval_x in one, and chosen_x with rejected_x."""
     charts: dict[str, list] = {}
     for run, (label, stage) in enumerate(group.items()):
-        names = set().union(*stage.curves) - {"step", "epoch"}
-        for name in sorted(names, key=lambda name: (name[:5] == "eval_", name)):
+        for name in sorted(set().union(*stage.curves) - {"step", "epoch"}, key=lambda k: (k[:5] == "eval_", k)):
             lines = charts.setdefault(re.sub("^(eval_)?(chosen_|rejected_)?", "", name), [])
             look = f"c{run + 2 * ('rejected_' in name) if len(group) > 1 else len(lines) % 4}"
             points = [(row["step"], row[name]) for row in stage.curves
@@ -155,11 +146,12 @@ def curves(title: str, group: dict[str, Stage]) -> str:
     return f"<h3>{escape(title)}</h3><div class=grid>{first}</div>{more * bool(drawn)}" * bool(first or drawn)
 
 
-def figures(title: str, known: list[dict]) -> list[list[str]]:
+def figures(title: str, group: dict[str, Stage], labels: list[str]) -> list[list[str]]:
     """Rows of what a stage measured before and after, or of the same in two runs, and how the last two differ."""
-    known = [{key: value for key, value in one.items() if isinstance(value, int | float)} for one in known]
+    known = [group[label].metrics if label in group else {} for label in labels]
     ends, rows = {f"{name}_{end}" for one in known for name in one for end in ("low", "high", "n")}, []
-    for name in dict.fromkeys(key.removesuffix("_before") for one in known for key in one if key not in ends):
+    names = dict.fromkeys(key.removesuffix("_before") for one in known for key in one if key not in ends)
+    for name in sorted(names, key=lambda name: not any(f"{name}_before" in one for one in known)):
         cells, keys = [], [(one, key) for one in known for key in (f"{name}_before", name)]
         for one, key in keys:
             low, high, n = (shown(one.get(f"{key}_{end}")) for end in ("low", "high", "n"))
@@ -171,41 +163,38 @@ def figures(title: str, known: list[dict]) -> list[list[str]]:
 
 def answers(stages: dict[str, Stage]) -> str:
     """The same held-out prompts answered by each stage, side by side: 12 of those that a stage was first to answer."""
-    cards, page, cut = {}, "", lambda text: escape(str(text)[:4000]) + " …" * (len(str(text)) > 4000)
+    cards, page, cut = {}, "", lambda text: escape(str(text or "–")[:4000]) + " …" * (len(str(text)) > 4000)
     for name, stage in stages.items():
-        steps = [row["step"] for row in stage.samples if "step" in row] or [0]
-        for row in (row for row in stage.samples if row.get("step", steps[0]) in (min(steps), max(steps))):
-            asked = prompt = row.get("prompt", row.get("question", ""))
-            if isinstance(prompt, list):
-                asked = "\n\n".join(f"{m['role']}: " * (len(prompt) > 1) + m["content"] for m in prompt)
-                prompt = prompt[-1]["content"]
-            card = name, asked, row.get("expected", row.get("answer")), {}
-            *_, texts = cards.setdefault(prompt.strip(), card)
-            said = ", ".join(f"{k} {x:.3g}" for k, x in row.items() if isinstance(x, int | float) and k != "step")
+        steps = sorted(row["step"] for row in stage.samples if "step" in row) or [0]
+        for row in (row for row in stage.samples if row.get("step", steps[0]) in (steps[0], steps[-1])):
+            turns, expected = row.get("prompt", row.get("question", "")), row.get("expected", row.get("answer"))
+            turns = turns if isinstance(turns, list) else [{"role": "user", "content": turns}]
+            asked = "\n\n".join(f"{turn['role']}: " * (len(turns) > 1) + turn["content"] for turn in turns)
+            texts = cards.setdefault(turns[-1]["content"].strip(), (name, asked, expected, {}))[3]
+            said = ", ".join(f"{k} {shown(x)}" for k, x in row.items() if isinstance(x, int | float) and k != "step")
             for key in (key for key in ANSWERS if key in row and (key != "answer" or "expected" in row)):
                 when = row.get("when", f"step {row['step']}" if key == "completion" else key)
                 text = row[key]["answer"] if key == "baseline" else row[key]
                 if when not in ("before", "old", "step 0") or text not in [old for old, _ in texts.values()]:
-                    texts[f"{name} {when}"] = text, said
+                    texts[f"{name} {when}"] = text, said * (key not in ANSWERS[:3])
     chosen = [card for name in stages for card in [card for card in cards.values() if card[0] == name][:12]]
     for _, asked, expected, texts in chosen:
-        page += f"<article class=box><div class=text dir=auto><b>{cut(asked)}</b></div><p class=soft>expected: {cut(expected)}"
-        page += "</p><div class=grid>" + "".join(
-            f"<div><small>{escape(when)}</small><div class=text dir=auto>{cut(text)}</div><small>{escape(said)}</small></div>"
-            for when, (text, said) in texts.items()) + "</div></article>"
+        page += (f"<article class=box><div class=text><b>{cut(asked)}</b></div><p class=soft>expected: {cut(expected)}"
+                 "<div class=grid>") + "".join(f"<div><small>{escape(when)}</small><div class=text>{cut(text)}</div>"
+                 f"<small>{escape(said)}</small></div>" for when, (text, said) in texts.items()) + "</div></article>"
     return f"<p class=soft>{len(chosen)} of {len(cards)} prompts</p>{page}" * bool(page)
 
 
-def options(labels: list[str], groups: dict[str, dict[str, Stage]]) -> str:
+def options(labels: list[str], groups: dict[str, dict[str, Stage]], stages: dict[str, Stage]) -> str:
     """What two runs do not have in common, then each stage's lineage and its options, resolved."""
     rows, page, dump = [], "", lambda values: escape(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
     for title, group in groups.items():
         each = [{k: escape(json.dumps(v)) for k, v in (s.config | s.lineage).items()} for s in group.values()]
-        differ = [key for key in each[0] | each[-1] if each[0].get(key) != each[-1].get(key)]
-        rows += [[escape(title)]] * bool(differ) + [[escape(key), *(one.get(key, "–") for one in each)] for key in differ]
-        for label, stage in group.items():
-            page += (f"<article class=box><b>{escape(f'{label} {stage.name}')}</b><pre>{dump(stage.lineage)}</pre>"
-                     f"<details><summary>options</summary><pre>{dump(stage.config)}</pre></details></article>")
+        differ = [k for k in each[0] | each[-1] if each[0].get(k) != each[-1].get(k) and k != "output_dir"]
+        rows += [[escape(title)], *([escape(k), *(one.get(k, "–") for one in each)] for k in differ)] * bool(differ)
+    for name, stage in stages.items():
+        page += (f"<article class=box><b>{escape(name)}</b><pre>{dump({'state': stage.state} | stage.lineage)}</pre>"
+                 f"<details><summary>options</summary><pre>{dump(stage.config)}</pre></details></article>")
     return table(["differs", *labels], rows) + f"<div class=grid>{page}</div>"
 
 
@@ -214,22 +203,21 @@ def write(*folders: str | Path) -> Path:
     paths, groups, stages, alarms, page, bar, top = [*map(Path, folders)], {}, {}, "", "", "", ""
     names = [path.resolve().name for path in paths]
     labels = [""] if len(paths) == 1 else names if len({*names}) == 2 else [*map(str, paths)]
+    title, columns = " / ".join(names), [f"{label} {when}" for label in labels for when in ("before", "after")]
     for label, (run, said) in zip(labels, map(read_run, paths)):
         start = run[0].lineage.get("parent", {}).get("model", run[0].config.get("model_name_or_path", ""))
-        top += f"<p><b>{escape(label)}</b> <span class=soft>{escape(str(start))}</span>"
-        for stage in run:  # stages of one name go together, and the only ones of two runs
-            groups.setdefault(stage.name if len(run) > 1 else "", {})[label] = stage
-            stages[" ".join(dict.fromkeys(f"{label} {stage.name}".split()))] = stage
-            top += f" → <span class='state {stage.state}'>{escape(stage.name)} {stage.state}</span>" * ("/" not in stage.name)
-        for *head, text in said:
-            alarms += f"<p class=alarm><small>{escape(' '.join((label, *head)))}</small>\n{escape(text.strip())}</p>"
-    title, columns = " / ".join(names), [f"{label} {when}" for label in labels for when in ("before", "after")]
+        top += f"<p><b>{escape(label)}</b> <bdi class=soft>{escape(str(start))}</bdi>"
+        only = len(paths) == 2 and all("/" in stage.name for stage in run[1:])
+        for stage in run:  # stages of one name go together, and those of runs that have only one
+            groups.setdefault(title + stage.name[len(run[0].name) :] if only else stage.name, {})[label] = stage
+            stages[label if label == stage.name else f"{label} {stage.name}".strip()] = stage
+            top += f" → <span class='state {stage.state}'>{escape(stage.name)} {stage.state}</span>"
+        alarms += "".join(f"<p class=alarm>{escape(' '.join((*e, label)))}\n{escape(text)}" for *e, text in said)
     parts = {
         "Alarms": lambda: alarms, "Figures": lambda: table(["", *columns, "change"], [
-            row for name, group in groups.items() for row in figures(
-                name or title, [getattr(group.get(label), "metrics", {}) for label in labels])]),
-        "Curves": lambda: "".join(curves(name or title, group) for name, group in groups.items()),
-        "Answers": lambda: answers(stages), "Lineage and options": lambda: options(labels, groups)}
+            row for item in groups.items() for row in figures(*item, labels)]),
+        "Curves": lambda: "".join(curves(*item) for item in groups.items()),
+        "Answers": lambda: answers(stages), "Lineage and options": lambda: options(labels, groups, stages)}
     for name, make in parts.items():
         try:
             body = make()

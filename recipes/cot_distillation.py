@@ -18,6 +18,7 @@ Run it on a laptop with ready rationales, and with a teacher behind a server:
 """
 
 import difflib
+import functools
 import json
 import logging
 import math
@@ -186,9 +187,15 @@ def ask_question(examples: list[str]) -> list[dict]:
                                         "things and with other numbers. Write the problem alone, without a solution."}]
 
 
+@functools.cache
+def comparer(spec: str, seconds: float) -> Subprocess:
+    """One process for all comparisons: starting one takes seconds."""
+    return Subprocess(spec, seconds)
+
+
 def correct(config: CoTConfig, texts: list[str], answers: list[str]) -> list[float | None]:
     """1.0 or 0.0 for each final answer; None where it could not be compared in time."""
-    check, found = Subprocess(CHECKS[config.answer_check][0], CHECK_SECONDS), []
+    check, found = comparer(CHECKS[config.answer_check][0], CHECK_SECONDS), []
     for text, answer in zip(texts, answers, strict=True):
         try:
             found += check([None], [text], answer=[answer])

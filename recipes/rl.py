@@ -427,6 +427,8 @@ def score(config: ScoringConfig, functions: dict[str, Callable], rows: list[dict
             if len(found) != len(some):
                 raise ValueError(f"{len(found)} rewards for {len(some)} completions")
             return [float("nan") if value is None else float(value) for value in found]
+        except common.AskingError:  # what a judge's server says is about no single row
+            raise
         except Exception as error:
             if len(some) > 1:
                 return [value for i in some for value in ask(name, range(i, i + 1))]

@@ -83,10 +83,11 @@ def run(number, patience=None):
             patience = None
         time.sleep(0.002)
 
+run("first")  # the machine's caches are cold
 status, whole = run("undisturbed")
 print(json.dumps(["undisturbed", status, whole]), flush=True)
 for number in range(kills):
-    after = whole * (number + draw.random()) / kills  # one in every part of the run
+    after = 0.9 * whole * (number + draw.random()) / kills  # one in every part of the run
     killed, _ = run(number, after)
     found = {f: os.path.exists(f"{out}/{number}/{f}/stage.json") for f in ("01_sft", "02_dpo", "03_reward", "04_rl")}
     log = os.path.getsize(f"{out}.log")

@@ -234,3 +234,13 @@ def test_finished_parts_are_not_run_again(server, tmp_path, model_dir, monkeypat
     second = run(tmp_path, model_dir, **options)
     assert first.success and second.success and second.metrics["win_rate"] == first.metrics["win_rate"]
     assert stamps == [(tmp_path / f"out/dpo_{n}/stage.json").stat().st_mtime_ns for n in (1, 2)]
+
+
+def test_the_question_itself_holds_no_verdict_and_no_score():
+    """A small model repeats it."""
+    prompt, mark = [{"role": "user", "content": "Say a"}], rlaif.mark_of([{"role": "user", "content": "Say a"}], "b", "c")
+    question = rlaif.ask_verdict(["Be kind."], prompt, "b", "c", True)[-1]["content"]
+    assert f"Verdict {mark}: A" in question and rlaif.read_verdict(question, mark) is None
+    mark = rlaif.mark_of(prompt, "b")
+    question = rlaif.ask_score(["Be kind."], prompt, "b")[-1]["content"]
+    assert f"Score {mark}:" in question and rlaif.read_score(question, mark) is None
