@@ -25,9 +25,10 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
 
 from common import (
-    BaseStage, ConfigError, Names, Precision, StageConfig, StageResult, before_and_after, coerce_fields,
-    exit_on_signals, is_main_process, logger, option_help, read_command_line, refusing, resolve_names, save_model,
-    start_logging, unknown, write_json, written_aside,
+    BaseStage, ConfigError, ModelConfig, Names, Precision, StageConfig, StageResult, before_and_after, check_disk,
+    coerce_fields, describe, exit_on_signals, is_main_process, logger, option_help, prepare_tokenizer,
+    read_command_line, refusing, resolve_names, save_model, skeleton, start_logging, unknown, write_json,
+    written_aside,
 )
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
@@ -177,23 +178,35 @@ class Pipeline:
             source = f"the model of {folder}" if hands_on else source
         return table(("stage", "starts from", "folder"), rows)
 
-    def check(self) -> None:
-        """Everything that can be refused before a model is loaded: configs and data of all stages."""
+    def check(self) -> list[str]:
+        """Everything that can be refused before a model is loaded: configs and data of all stages, room on the disk.
+        Returns what the stages will do, in lines."""
+        lines, needed, loaded = [], 0.0, None
         for folder, stage in zip(self.folders, self.stages):
             if stage.config.enabled:
                 try:
                     stage.check()
+                    if not isinstance(stage.config, ModelConfig):
+                        continue
+                    loaded = loaded or skeleton(stage.config, stage.needs_chat_template)
+                    prepare_tokenizer(loaded[0], stage.config, stage.needs_chat_template)
+                    more, size = describe(stage, *loaded)
                 except ConfigError as error:
                     raise ConfigError(f"stage {folder}: {error}") from None
+                lines += [f"\n{folder}", *more]
+                needed += size
+        check_disk(self.config.output_dir, needed)
+        return lines
 
     def run(self) -> list[StageResult]:
         """Run the stages in order, each on the model of the one before; stops at the first that fails, deleting
         nothing. With dry_run, check and print the plan only. Raises ConfigError before the first stage runs."""
         config, out = self.config, Path(self.config.output_dir)
         with start_logging(config.log_level, None if config.dry_run else out / "pipeline_training.log"):
-            self.check()
+            lines = self.check()
             logger.info("%s", self.plan())
             if config.dry_run:
+                logger.info("%s", "\n".join(lines))
                 return []
             finished = [*(known := self.finished())]
             result: StageResult | None = None

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib.util
 import inspect
+import itertools
 import json
 import logging
 import math
@@ -51,7 +52,7 @@ class ConfigError(ValueError):
 
 
 class AskingError(RuntimeError):
-    """Another model is not asked any further: it refuses, a limit is reached, or too many of its answers are missing."""
+    """Another model is not asked any further: it refuses, a limit is reached, or too many answers are missing."""
 
 
 class RowError(ValueError):
@@ -314,7 +315,21 @@ class BaseStage:
         self.config.validate()
 
     def load_data(self) -> Any:
-        """Open the stage's data. Needs no model; a dry run calls it too."""
+        """Open the stage's data: (training rows, evaluation rows). Needs no model; a dry run calls it too."""
+
+    def sequences(self, row, tokenizer, context: int) -> tuple[list[tuple], bool] | None:
+        """([(input_ids, labels)], whether something is cut off): what becomes of a row of `load_data`, for the checks
+        before training; labels None where tokens are not imitated. None: this stage is not looked at."""
+
+    def work(self, lengths: Sequence[int]) -> tuple[int, float, float, int]:
+        """(steps, tokens, how often a token goes forward or, counted twice, backward, rows at a time), about, on rows
+        of such lengths."""
+        config = self.config
+        rows, size = len(self.data[0]), config.per_device_train_batch_size
+        whole = math.ceil(rows / (size * config.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", 1))))
+        steps = config.max_steps or math.ceil(whole * config.num_train_epochs)
+        mean = statistics.fmean(lengths)
+        return steps, mean * rows * steps / whole, 2.0 if config.lora_r else 3.0, min(size, rows)
 
     def check(self) -> None:
         """All that can be refused before a model is loaded; raises ConfigError."""
@@ -414,6 +429,12 @@ class BaseStage:
             self.check()
             self.begin()
             handed = model, tokenizer, previous_result.model_path if previous_result else None
+            if isinstance(self.config, ModelConfig):
+                start = {"model_name_or_path": handed[2], "revision": None} if handed[2] else {}
+                words, shape = load_tokenizer(replace(self.config, **start), self.needs_chat_template) if (
+                    model is None) else (tokenizer, model.config)
+                prepare_tokenizer(words, self.config, self.needs_chat_template)
+                look(self, words, shape.max_position_embeddings)
             transformers.set_seed(self.config.seed)
             model, tokenizer = self.prepare_model_and_tokenizer(model, tokenizer, previous_result)
             metrics = self.train(model, tokenizer)
@@ -770,6 +791,167 @@ def encode_turns(tokenizer, pieces: Sequence[tuple[str, bool]]) -> tuple[list[in
     return ids, labels
 
 
+# ---- Checks: what can be seen before the first step, without the model's weights ------------------------------------
+SEEN = 2000  # rows of a stage that are encoded for a look
+TROUBLES = {
+    "silent": "none of its tokens would be learnt; the chat template leaves the answer out",
+    "unstopped": "its answer does not end in a token that ends a turn, so the model would never stop",
+    "doubled": "it begins with the token that begins a text twice; take one out of the chat template or the data",
+    "moved": "its prompt has other tokens alone than before an answer, so the model would never meet what it learnt; "
+             "let the template's prompt end in a special token or a line break",
+    "beyond": "it is longer than the model's context of {context} tokens; with max_seq_length={context} such rows are "
+              "left out, or cut, and counted",
+    "leaked": "it is trained on too, so its figures would flatter; remove one of the two",
+}
+
+
+@dataclass
+class Look:
+    """What a look at a stage's training data shows."""
+
+    lengths: list[int] = field(default_factory=list)  # tokens of a row
+    cut: int = 0  # rows that lose something
+    example: tuple[list[int], list[int] | None] = ([], None)
+    keys: set[int] = field(default_factory=set)
+
+
+def trouble(tokenizer, sequences: Sequence[tuple], cut: bool, context: int) -> str:
+    """Which of TROUBLES a row has, whose sequences are (input_ids, labels, or None where nothing is imitated)."""
+    bos, stops = [tokenizer.bos_token_id] * 2, stop_tokens(tokenizer)
+    if any(ids[:2] == bos for ids, _ in sequences):
+        return "doubled"
+    if not cut and max(len(ids) for ids, _ in sequences) > context:
+        return "beyond"
+    for ids, labels in sequences:
+        learnt = [t for t, label in enumerate(labels or ()) if label != IGNORE]
+        if labels and not {ids[t] for t in learnt} - {*stops}:
+            return "silent"
+        text = lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        again = lambda ids: tokenizer(text(ids), add_special_tokens=False).input_ids
+        if learnt and again(ids) == ids and again(ids[: learnt[0]]) != ids[: learnt[0]]:
+            return "moved"
+    ids, labels = sequences[-1]
+    return "unstopped" if labels and not cut and labels[-1] not in stops else ""
+
+
+def look(stage: BaseStage, tokenizer, context: int) -> Look | None:
+    """Encode the first rows of a checked stage as its training will. Refuse what would teach nothing, or other than it
+    should. None for a stage that does not say what it makes of a row. Raises ConfigError with the remedy."""
+    found = Look()
+    for side, rows in zip(("training", "evaluation"), stage.data or ()):
+        for row in rows[:SEEN]:
+            try:
+                made = stage.sequences(row, tokenizer, context)
+            except RowError:  # counted where it is left out
+                continue
+            if made is None:
+                return None
+            sequences, cut = made
+            keys = {hash(tuple(ids)) for ids, _ in sequences}
+            wrong = "leaked" if side == "evaluation" and keys & found.keys else trouble(tokenizer, *made, context)
+            if wrong:
+                raise ConfigError(f"a row of the {side} data: {TROUBLES[wrong].format(context=context)}. The row: "
+                                  f"{tokenizer.decode(sequences[0][0])[:200]!r}")
+            if side == "training":
+                found.keys |= keys
+                found.lengths.append(max(len(ids) for ids, _ in sequences))
+                found.cut += cut
+                found.example = sequences[0] if len(found.lengths) == 1 else found.example
+    if (share := found.cut / (len(found.lengths) or 1)) > 0.1:
+        limit = vars(stage.config)["max_seq_length"]
+        said = f"{100 * share:.0f}% of the training rows are cut at max_seq_length={limit}"
+        if share == 1:
+            raise ConfigError(f"{said}, so that none ends in a token that ends a turn; raise it")
+        logger.warning("%s", said)
+    return found
+
+
+def coloured(tokenizer, ids: Sequence[int], labels: Sequence[int] | None) -> str:
+    """The text of a sequence, what is learnt of it in green, or between marks where the screen has no colours."""
+    before, after = ("\x1b[32m", "\x1b[0m") if sys.stdout.isatty() else ("⟦", "⟧")
+    parts = itertools.groupby(range(len(ids)), lambda t: bool(labels) and labels[t] != IGNORE)
+    texts = ((learnt, tokenizer.decode([ids[t] for t in places])) for learnt, places in parts)
+    return "".join(f"{before}{text}{after}" if learnt else text for learnt, text in texts)
+
+
+def describe(stage: BaseStage, tokenizer, shape) -> tuple[list[str], float]:
+    """(lines on what a checked stage will do: options, data, an example, estimates; bytes it will write). `shape` is
+    the model without its weights, on the meta device."""
+    config, lines = stage.config, []
+    standard = type(config)()
+    own = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in ("output_dir", "stage_name")}
+    changed = {name: value for name, value in own.items() if value != getattr(standard, name)}
+    lines.append("options     " + (", ".join(f"{name}={value}" for name, value in changed.items()) or "the defaults"))
+    lines += [f"{kind:11} {stage.lineage[kind]}" for kind in ("reference", "judge", "teacher") if kind in stage.lineage]
+    if data := stage.lineage.get("data"):
+        lines.append(f"data        {data['path']}: {data['rows']} rows, {len(stage.data[0])} to train on and "
+                     f"{len(stage.data[1])} to evaluate on; format {data['format']}, since it has the columns "
+                     f"{', '.join(config.formats[data['format']])}")
+    found = look(stage, tokenizer, shape.config.max_position_embeddings)
+    if not found or not found.lengths:
+        return lines, 0.0
+    quantile = sorted(found.lengths)
+    at = lambda share: quantile[min(len(quantile) - 1, int(share * len(quantile)))]
+    lines.append(f"tokens      a row: {at(0)} shortest, {at(0.5)} median, {at(0.9)} ninth decile, {at(0.99)} of 99%, "
+                 f"{at(1)} longest; {100 * found.cut / len(quantile):.1f}% are cut")
+    text = coloured(tokenizer, *found.example)
+    lines.append("example     " + text.replace("\n", "\n            "))
+    if isinstance(config, TrainingConfig):
+        more, size = estimate(stage, shape, found.lengths)
+        return lines + more, size
+    return lines, 0.0
+
+
+def estimate(stage: BaseStage, shape, lengths: Sequence[int]) -> tuple[list[str], float]:
+    """(lines on time, memory and disk, each with the figures behind it; bytes to be written), from the number of
+    parameters, the rows' lengths, and the speed of a matrix product measured here."""
+    config, weights = stage.config, shape.num_parameters()
+    linear = [m for m in shape.modules() if isinstance(m, torch.nn.Linear) and m is not shape.get_output_embeddings()]
+    trained = sum(config.lora_r * (m.in_features + m.out_features) for m in linear) if config.lora_r else weights
+    steps, tokens, passes, rows = stage.work(lengths)
+    a = torch.randn(1024, 1024, device=default_device(), dtype=compute_dtype(config.torch_dtype))
+    times = [time.perf_counter()]
+    for _ in range(12):
+        (a @ a)[0, 0].item()
+        times.append(time.perf_counter())
+    speed = 2 * 1024**3 / min(after - before for before, after in zip(times, times[1:]))
+    work, size = 2 * weights * tokens * passes, (2 if a.element_size() == 2 else 4)
+    stored = {True: 0.6, False: 1 if config.use_8bit else weight_dtype(config).itemsize}[config.use_4bit]
+    model, states = weights * stored / 1e9, 12 * trained / 1e9
+    wide, vocabulary, layers = shape.config.hidden_size, shape.config.vocab_size, shape.config.num_hidden_layers
+    kept = wide * layers * (2 if config.gradient_checkpointing else 30) + vocabulary  # numbers a token, about
+    activations = rows * max(lengths) * kept * size / 1e9
+    keeps = vars(config).get("save_steps", vars(config).get("save_freq"))
+    disk = 4 * weights + 4 * trained + (12 * trained * (config.save_total_limit + 1) if keeps and keeps < steps else 0)
+    return [
+        f"time        about {work / (0.4 * speed) / 60:.1f} minutes: {steps} steps, {tokens / 1e3:,.0f} thousand "
+        f"tokens, {passes:g} passes, {weights / 1e6:,.0f} million weights: {work / 1e12:,.0f} TFLOP at 40% of the "
+        f"{speed / 1e9:,.0f} GFLOP/s measured here",
+        f"memory      about {model + states + activations:.1f} GB: weights {model:.1f}, gradients and optimizer of "
+        f"{trained / 1e6:,.1f} million that train {states:.1f}, activations of {rows} rows of {max(lengths)} tokens "
+        f"{activations:.1f}",
+        f"disk        about {disk / 1e9:.1f} GB: the model in float32, the adapter, up to {config.save_total_limit} "
+        "checkpoints",
+    ], float(disk)
+
+
+def check_disk(folder: str, needed: float) -> None:
+    """Refuse a run for which the disk has no room; raises ConfigError."""
+    there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
+    if (free := shutil.disk_usage(there).free) < needed:
+        raise ConfigError(f"output_dir={folder}: the disk has {free / 1e9:.1f} GB left, and about {needed / 1e9:.1f} "
+                          "GB will be written; make room, save fewer checkpoints, or take another disk")
+
+
+def skeleton(config: ModelConfig, needs_chat_template: bool = True) -> tuple:
+    """(tokenizer, model on the meta device): all but the weights."""
+    from transformers import AutoModelForCausalLM
+
+    tokenizer, shape = load_tokenizer(config, needs_chat_template)
+    with torch.device("meta"):
+        return tokenizer, AutoModelForCausalLM.from_config(shape, trust_remote_code=config.trust_remote_code)
+
+
 # ---- Model: load, quantize, adapter, merge ---------------------------------------------------------------------------
 def default_device() -> torch.device:
     """This process's GPU, else MPS, else the CPU."""
@@ -820,9 +1002,10 @@ def cached(kind: str, files: Sequence[Path], build: Callable[[Path], None]) -> P
     return folder
 
 
-def find_model(name: str, config: ModelConfig) -> Path:
-    """The folder of a model: as named, or downloaded from the hub, or converted from a .gguf file, which may lie in an
-    installed Python package (package/file.gguf). Raises ConfigError when there is none."""
+def find_model(name: str, config: ModelConfig, weights: bool = True) -> Path:
+    """The folder of a model: as named, or downloaded from the hub, without its weights if they are not needed, or
+    converted from a .gguf file, which may lie in an installed Python package (package/file.gguf). Raises ConfigError
+    when there is none."""
     from huggingface_hub import snapshot_download
 
     path = Path(name).expanduser()
@@ -837,7 +1020,7 @@ def find_model(name: str, config: ModelConfig) -> Path:
             return path
         wrong = "is a file; give its folder" if path.is_file() else "is a folder, and revision goes with a hub name"
         raise ConfigError(f"model {name} {wrong}")
-    files = ["*.json", "model*.safetensors", "adapter_model.safetensors", "*.jinja", "*.model", "*.txt"]
+    files = ["*.json", "*.jinja", "*.model", "*.txt"] + ["model*.safetensors", "adapter_model.safetensors"] * weights
     files += ["*.py"] if config.trust_remote_code else []
     ask = {"revision": config.revision, "token": config.use_auth_token or None, "allow_patterns": files}
     online = hub_answers("model", name)
@@ -858,6 +1041,22 @@ def convert_gguf(file: Path, folder: Path) -> None:
     plain.generation_config = model.generation_config
     plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def load_tokenizer(config: ModelConfig, needs_chat_template: bool = True) -> tuple:
+    """(tokenizer, configuration) of `model_name_or_path`; no weights are read."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    words = base = find_model(config.model_name_or_path, config, weights=False)
+    with refusing(f"model {config.model_name_or_path} cannot be loaded"):
+        if (base / "adapter_config.json").exists():
+            name = json.loads((base / "adapter_config.json").read_text())["base_model_name_or_path"]
+            base = find_model(name, replace(config, revision=None), weights=False)
+            words = words if (words / "tokenizer_config.json").exists() else base
+        code = {"trust_remote_code": config.trust_remote_code}
+        tokenizer = AutoTokenizer.from_pretrained(words, **code)
+        prepare_tokenizer(tokenizer, config, needs_chat_template)
+        return tokenizer, AutoConfig.from_pretrained(base, **code)
 
 
 def load_model_and_tokenizer(config: ModelConfig, needs_chat_template: bool = True, task: str = "CAUSAL_LM"):
@@ -1909,10 +2108,14 @@ def main(stage_class: type[BaseStage], doc: str) -> None:
         words, options = read_command_line(sys.argv[1:])
         if words:
             raise ConfigError(f"unexpected word {words[0]!r}; options are written --name=value")
+        dry_run = options.pop("dry_run", "false").lower() == "true"
         config = config_class(**resolve_names(config_class, options))
         if not (config.enabled and config.save_intermediate):
             raise ConfigError("enabled=false and save_intermediate=false are for the stages of a chain")
-        result = stage_class(config).execute()
+        stage = stage_class(config)
+        if dry_run:
+            return dry(stage)
+        result = stage.execute()
     except ConfigError as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
     if not result.success:
@@ -1920,6 +2123,15 @@ def main(stage_class: type[BaseStage], doc: str) -> None:
     if is_main_process():
         changes = (f" {name} {change}" for name, change in before_and_after(result.metrics).items())
         print("done:", config.output_dir, *changes)
+
+
+def dry(stage: BaseStage) -> None:
+    """Check a stage and say what it would do; nothing is written."""
+    with start_logging(stage.config.log_level):
+        stage.check()
+        lines, size = describe(stage, *skeleton(stage.config, stage.needs_chat_template))
+        check_disk(stage.config.output_dir, size)
+        logger.info("%s", "\n".join(lines))
 
 
 def before_and_after(metrics: Mapping[str, float]) -> dict[str, str]:

@@ -3,8 +3,7 @@
     python report.py outputs/quickstart               # writes outputs/quickstart/report.html
     python report.py outputs/lr1e-4 outputs/lr5e-4    # writes outputs/lr5e-4/compare.html: the second against the first
 
-The folder is that of a chain or of one stage, finished, failed or still running. Nothing of the project is imported: a
-page shows what the files say. It loads nothing and runs no script, so it can be read offline and sent as it is.
+A folder is that of a chain or of one stage, however far it has come. A page loads nothing and runs no script.
 """
 
 import json
@@ -25,8 +24,8 @@ ANSWERS = ("before", "old", "baseline", "completion", "answer", "after", "new") 
 STYLE = """:root { color-scheme: light dark; --page: #fbfbfa; --card: #fff; --ink: #222; --soft: #667; --line: #e2e4e8;
 --c0: #2c6cb5; --c1: #b9581a; --c2: #27795a; --c3: #8659ad } @media (prefers-color-scheme: dark) { :root { --page:
 #131519; --card: #1a1d22; --ink: #ddd; --soft: #99a; --line: #2e333b; --c0: #72abea; --c1: #f0a15f; --c2: #6fc799; --c3:
-#c5a3e8 } } body { margin: auto; max-width: 1120px; padding: 24px 16px 80px; background: var(--page); color: var(--ink);
-font: 15px/1.55 system-ui; font-variant-numeric: tabular-nums; overflow-wrap: anywhere } p { margin: 4px 0 } h2 {
+#c5a3e8 } } body { margin: auto; max-width: 1120px; padding: 24px 16px; background: var(--page); color: var(--ink);
+font: 15px/1.55 system-ui; font-variant-numeric: tabular-nums; overflow-wrap: anywhere } h1, p { margin: 4px 0 } h2 {
 margin-top: 44px } small, .soft, thead { color: var(--soft); font-size: .87rem } a, summary { color: var(--c0) }
 .state::before { content: "\\25CF\\A0"; color: var(--soft) } .done::before, .c2 { color: var(--c2) } .running::before,
 .c0 { color: var(--c0) } .failed::before, .c1 { color: var(--c1) } .c3 { color: var(--c3) } .box { border: 1px solid
@@ -39,7 +38,8 @@ minmax(min(300px, 100%), 1fr)) } figure, article { padding: 12px 14px } a, figca
 margin-right: 14px } svg { width: 100%; font-size: 10px; overflow: visible } text { fill: var(--soft) } polyline, circle
 { fill: none; stroke: currentColor; stroke-width: 1.8 } polyline.dashed { stroke-dasharray: 5 4 } path { stroke:
 var(--line) } .grid > div, .alarm { border-left: 2px solid var(--line); padding-left: 12px } .alarm { border-color:
-var(--c1) } .text { max-height: 17em; overflow-y: auto } .text, pre, .alarm { margin: 0; white-space: pre-wrap }"""
+var(--c1) } .text { max-height: 17em; overflow-y: auto } .text, pre, .alarm { margin: 0 0 8px; white-space: pre-wrap
+}"""
 
 
 def read(path: Path) -> list:
@@ -67,7 +67,7 @@ def read_stage(folder: Path, name: str, state="running", config=None, metrics=No
         metrics[key if f"{key}_before" in metrics else f"{key}_before"] = value  # so far: the first and the last
     return Stage(name=name, state="done" if record else state, since=since, metrics=metrics,
                  config=config or read(folder / "stage_config.yaml")[0], curves=rows[0], samples=rows[1] + rows[2],
-                 lineage={key: value for key, value in record.items() if key not in ("stage", "success", "metrics")})
+                 lineage={k: v for k, v in record.items() if k not in ("stage", "success", "metrics", "fingerprint")})
 
 
 def read_run(folder: Path) -> tuple[list[Stage], list[tuple]]:
@@ -77,17 +77,19 @@ def read_run(folder: Path) -> tuple[list[Stage], list[tuple]]:
         raise ValueError(f"{folder}: no run here, neither pipeline.json nor stage.json, metrics.jsonl, training.log")
     log, results = read(folder / ("pipeline_" * bool(chain) + "training.log")), iter(chain.get("results", ()))
     begun = {text.split()[1]: time for time, *_, text in log if re.fullmatch(r"\d+/\d+ \S+", text)}
+    alone = "failed" if log and log[-1][1] == "ERROR" else "running"
+    marked = {at: state for state, at in chain.get("state", {alone: ""}).items()}  # running, interrupted or failed
     for name, config in chain.get("plan", {"": {}}).items():
         result = next(results, None) if config.get("enabled") else None
-        broken = result and not result["success"] or not chain and any(level == "ERROR" for _, level, *_ in log[-1:])
-        state = "failed" if broken else "done" if result else "running"
-        if chain and not result and chain["state"].get("running") != name:
+        state = ("done" if result["success"] else "failed") if result else marked.get(name)
+        if not state:
             state, begun[name] = "waiting" if config["enabled"] else "skipped", "9"  # what lies there is older
         stages.append(stage := read_stage(folder / name, name or folder.resolve().name, state, config,
                                           (result or {}).get("metrics"), begun.get(name, "")))
         for file in sorted((folder / name).glob("*/metrics.jsonl")):  # rlaif contains other recipes
-            part = read_stage(file.parent, f"{stage.name}/{file.parent.name}", stage.state, since=stage.since)
-            stages += [part] * (bool(part.lineage) or stage.state in ("running", "failed"))
+            since = "" if any(f"{file.parent.name} is finished already" in text for *_, text in log) else stage.since
+            part = read_stage(file.parent, f"{stage.name}/{file.parent.name}", stage.state, since=since)
+            stages += [part] * (bool(part.lineage) or stage.state in ("running", "interrupted", "failed"))
     return stages, [e for e in log if e[1] in ("WARNING", "ERROR") and e[0] >= min(stage.since for stage in stages)]
 
 
@@ -97,8 +99,8 @@ def shown(value: float | None) -> str:
 
 def table(head: list[str], rows: list[list[str]]) -> str:
     """A table of ready cells in a box that scrolls by itself. A row of one cell heads those after it."""
-    cells = lambda tag, texts: "".join(f"<{tag}>{text}</{tag.split()[0]}>" for text in texts)
-    body = "".join(f"<tr>{cells('th' + ' colspan=9' * (not rest), [first])}{cells('td', rest)}" for first, *rest in rows)
+    cells = lambda tag, texts: "".join(f"<{tag}>{text}</{tag}>" for text in texts)
+    body = "".join(f"<tr><th{' colspan=9' * (not rest)}>{first}</th>{cells('td', rest)}</tr>" for first, *rest in rows)
     return f"<div class=box><table><thead><tr>{cells('th', map(escape, head))}<tbody>{body}</table></div>" * bool(rows)
 
 
@@ -204,12 +206,11 @@ def write(*folders: str | Path) -> Path:
     names = [path.resolve().name for path in paths]
     labels = [""] if len(paths) == 1 else names if len({*names}) == 2 else [*map(str, paths)]
     title, columns = " / ".join(names), [f"{label} {when}" for label in labels for when in ("before", "after")]
-    for label, (run, said) in zip(labels, map(read_run, paths)):
+    for label, name, (run, said) in zip(labels, names, map(read_run, paths)):
         start = run[0].lineage.get("parent", {}).get("model", run[0].config.get("model_name_or_path", ""))
         top += f"<p><b>{escape(label)}</b> <bdi class=soft>{escape(str(start))}</bdi>"
-        only = len(paths) == 2 and all("/" in stage.name for stage in run[1:])
-        for stage in run:  # stages of one name go together, and those of runs that have only one
-            groups.setdefault(title + stage.name[len(run[0].name) :] if only else stage.name, {})[label] = stage
+        for stage in run:  # stages of one name go together, and two runs of one stage
+            groups.setdefault(stage.name.replace(name, title, stage.name.startswith(name)), {})[label] = stage
             stages[label if label == stage.name else f"{label} {stage.name}".strip()] = stage
             top += f" → <span class='state {stage.state}'>{escape(stage.name)} {stage.state}</span>"
         alarms += "".join(f"<p class=alarm>{escape(' '.join((*e, label)))}\n{escape(text)}" for *e, text in said)

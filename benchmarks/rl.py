@@ -37,7 +37,7 @@ def prepare(data: str, prompts: int, generations: int, length: int, steps: int, 
 def recipe(**options) -> tuple[int, float]:
     config, model, tokenizer, rows, words = prepare(**options)
     model = common.add_adapter(model, config)
-    rl.stop_tokens = lambda tokenizer: [-1]  # every completion has its full length
+    common.stop_tokens = lambda tokenizer: [-1]  # every completion has its full length
     began = time.perf_counter()
     rl.train(config, model, tokenizer, rows, [], {"words": words})
     return config.batch_size * config.num_training_steps, time.perf_counter() - began

@@ -431,6 +431,12 @@ class CoTDistillationStage(BaseStage):
             raise ConfigError(f"the answer {wrong[0]!r} is not a number or formula; set answer_check=exact")
         return training, evaluation
 
+    def sequences(self, row, tokenizer, context):
+        if not row["rationale"]:
+            return [(common.prompt_ids(tokenizer, [{"role": "user", "content": row["question"]}]), None)], False
+        pieces, cut = sft.encode(conversation(self.config, row), tokenizer, self.config.max_seq_length)
+        return [(piece["input_ids"].tolist(), piece["labels"].tolist()) for piece in pieces], cut
+
     def train(self, model, tokenizer):
         self.teacher.path = self.config.teacher_model_path  # what stage:NAME stood for
         return train(self.config, model, tokenizer, *self.data, self.teacher)

@@ -420,6 +420,16 @@ class DPOStage(BaseStage):
         self.lineage |= {"data": found, "reference": config.reference_model_path or "the model the stage starts from"}
         return rows
 
+    def sequences(self, row, tokenizer, context):
+        answers = [row[side] for side in ("chosen", "rejected", "completion") if side in row]
+        prompt, sides = encode_answers(row["prompt"], answers, tokenizer)
+        whole = [(prompt + ids, [IGNORE] * len(prompt) + labels) for ids, labels in sides]
+        return whole, max(len(ids) for ids, _ in whole) > self.config.max_seq_length
+
+    def work(self, lengths):
+        steps, tokens, passes, rows = super().work(lengths)
+        return steps, 1.6 * tokens, passes + needs_reference(self.config), 2 * rows  # prompts are shared by two answers
+
     def train(self, model, tokenizer):
         return train(self.config, model, tokenizer, *self.data)
 

@@ -201,7 +201,13 @@ class EvaluateStage(BaseStage):
         if config.feedback_model_path:
             self.judge.check()
         rows, self.lineage["data"] = read_rows(config, convert, None)
-        return rows
+        return [], rows
+
+    def sequences(self, row, tokenizer, context):
+        room = self.config.max_new_tokens
+        sides = encode(row, tokenizer, self.config.max_seq_length, room)["sides"]
+        return [(side["prompt"] + side["answers"][0], None) for side in sides] or [
+            (prompt_ids(tokenizer, row["prompt"]), None)], False
 
     def train(self, model, tokenizer):
         """Nothing is trained: the scorecard."""
@@ -213,10 +219,10 @@ class EvaluateStage(BaseStage):
             old = None
             if config.baseline:
                 other = replace(config, model_name_or_path=config.baseline, revision=None)
-                figures, old = scorecard(config, *load_model_and_tokenizer(other), self.data, self.functions)
+                figures, old = scorecard(config, *load_model_and_tokenizer(other), self.data[1], self.functions)
                 metrics.update({re.sub(r"(_low|_high|_n)?$", r"_before\1", name, count=1): value
                                 for name, value in figures.items()})
-            figures, samples = scorecard(config, model, tokenizer, self.data, self.functions)
+            figures, samples = scorecard(config, model, tokenizer, self.data[1], self.functions)
             metrics.update(figures)
             for sample, before in zip(samples, old or []):
                 sample["baseline"] = {key: value for key, value in before.items() if key not in ("prompt", "expected")}

@@ -191,6 +191,14 @@ class RewardStage(BaseStage):
         *rows, self.lineage["data"] = load_rows(self.config, convert, optional)
         return rows
 
+    def sequences(self, row, tokenizer, context):
+        pair = encode(row, tokenizer, self.config.max_seq_length)
+        return [(pair[side], None) for side in ("chosen", "rejected")], False
+
+    def work(self, lengths):
+        steps, tokens, passes, rows = super().work(lengths)
+        return steps, 2 * tokens, passes, 2 * rows
+
     def prepare_model_and_tokenizer(self, model, tokenizer, previous_result=None):
         if model is not None and not previous_result.model_path:
             raise ConfigError("a reward model starts from a folder: set save_intermediate in the stage before")

@@ -20,6 +20,7 @@ import copy
 import json
 import re
 import shutil
+import statistics
 import sys
 import time
 from dataclasses import dataclass, field
@@ -988,6 +989,17 @@ class RLStage(BaseStage):
             raise ConfigError(f"reward={missing[0]} needs a column answer; found {', '.join(rows[0][0]['columns'])}")
         self.lineage["reference"] = "the model the stage starts from"
         return rows
+
+    def sequences(self, row, tokenizer, context):
+        limit = self.config.max_seq_length - self.config.sampling["max_new_tokens"]
+        return [(encode(row, tokenizer, limit)["ids"], None)], False
+
+    def work(self, lengths):
+        config, new = self.config, self.config.sampling["max_new_tokens"]
+        each = statistics.fmean(lengths) / config.num_generations + new  # a prompt is read once for its completions
+        completions = config.num_training_steps * config.batch_size
+        passes = 2 + bool(config.init_kl_coef) + 2 * config.ppo_epochs  # sampled, scored, by the reference too, learnt
+        return config.num_training_steps, completions * each, passes, config.mini_batch_size
 
     def train(self, model, tokenizer):
         if self.config.reward_model_path:

@@ -222,6 +222,11 @@ class SFTStage(BaseStage):
             raise ConfigError("num_eval_samples answers prompts, and plain text has none; set it to 0")
         return rows
 
+    def sequences(self, row, tokenizer, context):
+        length = self.config.max_seq_length
+        pieces, cut = encode(row, tokenizer, min(length, context) if isinstance(row, str) else length)
+        return [(piece["input_ids"].tolist(), piece["labels"].tolist()) for piece in pieces], cut
+
     def train(self, model, tokenizer):
         return train(self.config, model, tokenizer, *self.data)
 

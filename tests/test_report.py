@@ -1,5 +1,6 @@
 """report.py: pages made of folders, however far a run has come; folders are written by hand here."""
 
+import ast
 import html
 import json
 import re
@@ -29,7 +30,7 @@ def stage(folder, metrics=None, options=None, ended=-10, **record):
     lines = [{"step": 0, "eval_loss": 2.0}, *({"step": n, "loss": 2 / n, "kl": n / 10, "grad_norm": n} for n in (1, 2, 3)), {"step": 3, "eval_loss": 0.5}]
     rows(folder / "metrics.jsonl", *lines)
     metrics = {"eval_loss_before": 2.0, "eval_loss": 0.5, "seconds": 60.0} | (metrics or {})
-    record = {"stage": "sft", "success": True, "finished": stamp(ended, "%Y-%m-%dT%H:%M:%S%z"), "metrics": metrics, "versions": {"torch": "2.13.0"}} | record
+    record = {"stage": "sft", "success": True, "finished": stamp(ended, "%Y-%m-%dT%H:%M:%S%z"), "metrics": metrics, "versions": {"torch": "2.13.0"}, "fingerprint": {"options": {}}} | record
     rows(folder / "stage.json", {"parent": {"model": "the/start", "revision": None}} | record)
     (folder / "stage_config.yaml").write_text("".join(f"{k}: {v}\n" for k, v in ({"seed": 42} | (options or {})).items()))
     return folder
@@ -56,22 +57,26 @@ def cells(text, name):
 
 def test_figures_before_and_after_with_their_intervals(tmp_path):
     done = {"accuracy": 0.906, "accuracy_low": 0.81, "accuracy_high": 0.956, "accuracy_n": 64, "accuracy_before": 0.016,
-            "accuracy_before_low": 0.003, "accuracy_before_high": 0.083, "accuracy_before_n": 64, "train_loss": 1.25}
+            "accuracy_before_low": 0.003, "accuracy_before_high": 0.083, "accuracy_before_n": 64, "train_loss": 1.25, "eval_loss": 0.4, "tokens_per_s": 29164.3, "note": "text"}
     text = page(stage(tmp_path, done))
-    assert cells(text, "eval_loss") == ["2", "0.5", "−1.5"] and cells(text, "train_loss") == ["–", "1.25", "–"]
+    assert cells(text, "eval_loss") == ["2", "0.4", "−1.6"] and cells(text, "train_loss") == ["–", "1.25", "–"]  # stage.json has the last word
     assert cells(text, "accuracy") == ["0.016|0.003 to 0.083, n 64", "0.906|0.81 to 0.956, n 64", "+0.89"]
+    assert cells(text, "tokens_per_s") == ["–", "29,164", "–"]
     names = re.findall("<tr><th>([^<]*)</th><td>", text)
-    assert names == ["eval_loss", "accuracy", "seconds", "train_loss"]  # no rows for the ends; first what has a before
+    assert names == ["eval_loss", "accuracy", "seconds", "train_loss", "tokens_per_s"]  # no rows for the ends; first what has a before
 
 
 def test_texts_from_files_are_escaped_wherever_they_show(tmp_path):
     stage(tmp_path / "01_sft", {EVIL: 1.0}, data={"path": EVIL}, parent={"model": EVIL})
     rows(tmp_path / "01_sft/metrics.jsonl", {"step": 1, EVIL: 1}, {"step": 2, EVIL: 2})
-    rows(tmp_path / "01_sft/samples.jsonl", {"prompt": EVIL, "expected": EVIL, "before": EVIL, "after": EVIL + "!", "when": EVIL})
+    rows(tmp_path / "01_sft/samples.jsonl", {"prompt": EVIL, "expected": EVIL, "before": EVIL, "after": EVIL + "!", "when": EVIL, EVIL: 7})
     log = f"{stamp(-5)},123 WARNING recipes.sft: {EVIL.encode('ascii', 'ignore').decode()}\n"
-    text = page(chain(tmp_path, {"finished": True}, [{"success": True}], {"01_sft": {"note": EVIL}}, log))
+    chain(tmp_path, {"finished": True}, [{"success": True}], {"01_sft": {"note": EVIL}}, log)
+    with open(tmp_path / "pipeline_training.log", "ab") as file:
+        file.write(b"\xff\xfe\n")
+    text = page(tmp_path)
     assert text.count(html.escape(EVIL[:-1])) >= 8  # figure, chart, answers, alarm, lineage, options
-    assert "<script" not in text and "<img" not in text and text.count("</style>") == 1 and "'self'" not in text
+    assert "<script" not in text and "<img" not in text and text.count("</style>") == 1
     other = stage(tmp_path / f"b{EVIL[:-1].replace('/', '')}", options={EVIL[:-1].replace(":", ""): 7})
     text = page(tmp_path / "01_sft", other)
     assert "<script" not in text and "<img" not in text and text.count("</style>") == 1
@@ -89,7 +94,7 @@ def test_a_stage_that_runs_shows_what_it_has_so_far(tmp_path):
     (tmp_path / "samples.jsonl").write_text('{"step": 0, "prompt": "1 + 1?", "completion": "two", "reward": 1.0}\n{"step": 2, "pro')
     text = page(tmp_path)
     assert "state running" in text and cells(text, "eval_reward") == ["0.1", "0.3", "+0.2"]
-    assert "reward 0.4<" in text and "two</div><small>reward 1<" in text
+    assert "reward 0.4<" in text and " more<" not in text and "two</div><small>reward 1<" in text
     rows(tmp_path / "metrics.jsonl", lines[0])
     assert cells(page(tmp_path), "eval_reward") == ["0.1", "–", "–"]
     (tmp_path / "training.log").write_text(f"{stamp(0)},000 ERROR recipes.rl: rl failed: RuntimeError: no memory\nThe traceback is in x\n")
@@ -109,30 +114,46 @@ def test_a_chain_shows_every_stage_in_its_state_and_nothing_of_an_older_run(tmp_
     assert re.findall("<span class='state (.*?)'>(.*?) ", text) == [("done", "01_sft"), ("running", "02_dpo"), ("skipped", "03_rl"), ("waiting", "04_sft")]
     assert "3 rows left out" in text and "an old alarm" not in text and "not ours" not in text and "warn(" not in text
     assert "0.123" not in text and "an old prompt" not in text and text.count("<figure") == 3  # those of 01_sft alone
-    assert "the/start" in text and "torch: 2.13.0" in text
+    assert "the/start" in text and "torch: 2.13.0" in text and "metrics:" not in text and "fingerprint" not in text and "colspan=9>04_sft" not in text
     text = page(chain(tmp_path, {"failed": "02_dpo"}, [{"success": True}, {"success": False}], plan, started + f"{stamp(4)},000 ERROR recipes: dpo failed"))
     assert "state failed'>02_dpo" in text and "dpo failed" in text and "0.123" not in text
+    rows(tmp_path / "02_dpo/metrics.jsonl", {"step": 1, "loss": 7.0}, {"step": 2, "loss": 6.5})
+    text = page(chain(tmp_path, {"interrupted": "02_dpo"}, [{"success": True}], plan, started.replace(stamp(3)[:10], stamp(-9)[:10])))
+    assert "state interrupted'>02_dpo" in text and "state waiting'>04_sft" in text
+    plan = {"00_note": {"enabled": False}, "01_sft": {}}
+    text = page(chain(tmp_path, {"finished": True}, [{"success": True, "metrics": {"length": 5}}], plan))
+    assert "state skipped'>00_note" in text and "state done'>01_sft" in text
 
 
 def test_a_stage_without_stage_json_has_the_figures_of_the_chain(tmp_path):
     (tmp_path / "01_note").mkdir()
     text = page(chain(tmp_path, {"finished": True}, [{"success": True, "metrics": {"length": 5}}], {"01_note": {}}))
-    assert cells(text, "length") == ["–", "5", "–"] and "state done" in text
+    assert cells(text, "length") == ["–", "5", "–"] and "state done" in text and "<th colspan=9>01_note</th>" in text
 
 
 def test_recipes_inside_a_stage_show_too(tmp_path):
-    stage(tmp_path, {"win_rate": 0.6}), stage(tmp_path / "dpo_1", {"margin": 7.0}, ended=-30), stage(tmp_path / "dpo_2", {"margin": 9.0}, ended=-9000)
-    text = page(tmp_path)
-    assert cells(text, "margin") == ["–", "7", "–"] and f"<h3>{tmp_path.name}/dpo_1</h3>" in text and "dpo_2" not in text
+    for run in ("a", "b"):
+        stage(tmp_path / run, {"win_rate": 0.6}), stage(tmp_path / run / "dpo_1", {"margin": 7.0}, ended=-30), stage(tmp_path / run / "dpo_2", {"margin": 9.0}, ended=-9000)
+    (tmp_path / "a/training.log").write_text(f"{stamp(-40)},000 INFO recipes: data x/dpo_2.jsonl\n")
+    text = page(tmp_path / "a")
+    assert cells(text, "margin") == ["–", "7", "–"] and "<h3>a/dpo_1</h3>" in text and "dpo_2" not in text
+    (tmp_path / "b/training.log").write_text(f"{stamp(-40)},000 INFO recipes: x/dpo_2 is finished already\n")  # by an earlier try
+    assert "<h3>b/dpo_2</h3>" in page(tmp_path / "b")
+    assert cells(page(tmp_path / "a", tmp_path / "b"), "margin") == ["–", "7", "–", "7", "0"]
+    (tmp_path / "a/stage.json").unlink(), (tmp_path / "a/dpo_1/stage.json").unlink()
+    text = page(tmp_path / "a")
+    assert re.findall("<span class='state (.*?)'>(.*?) ", text)[:2] == [("running", "a"), ("running", "a/dpo_1")]
+    (tmp_path / "a/training.log").write_text(f"{stamp(0)},000 ERROR recipes: rlaif failed\n")
+    assert "state failed'>a/dpo_1" in page(tmp_path / "a")
 
 
 def test_the_same_prompt_is_answered_side_by_side(tmp_path):
     ask = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 1 + 1?"}]
     stage(tmp_path / "01_sft"), stage(tmp_path / "02_rl"), stage(tmp_path / "03_cot"), stage(tmp_path / "04_rlaif"), stage(tmp_path / "05_evaluate")
     rows(tmp_path / "01_sft/samples.jsonl", {"prompt": "What is 1 + 1?", "expected": "2", "before": "eleven", "after": "three"},
-         *({"prompt": f"other {n}", "expected": "x", "before": "y", "after": "z"} for n in range(30)))
+         *({"prompt": f"other {n}", "expected": "x", "before": "same", "after": "same" if n else "z" * 5000} for n in range(30)))
     rows(tmp_path / "02_rl/samples.jsonl", *({"step": step, "prompt": ask, "completion": text, "reward": reward, "answer": "2"}
-                                             for step, text, reward in ((0, "three", 0.0), (5, "hm", 0.0), (9, "two", 1.0))))
+                                             for step, text, reward in ((5, "hm", 0.0), (0, "three", 0.0), (9, "two", 1.0))))
     rows(tmp_path / "03_cot/samples.jsonl", *({"when": when, "task": "", "question": "What is 1 + 1?", "expected": "2", "answer": text, "right": right}
                                               for when, text, right in (("before", "two", 0.0), ("after", "1 + 1 = 2", 1.0))))
     rows(tmp_path / "04_rlaif/win_rate.jsonl", {"prompt": ask[1:], "new": "It is 2.", "old": "1 + 1 = 2", "win": 0.5}, {"prompt": "its own", "new": "a", "old": "b", "win": 1.0})
@@ -146,6 +167,7 @@ def test_the_same_prompt_is_answered_side_by_side(tmp_path):
         ("03_cot after", "1 + 1 = 2", "right 1"), ("04_rlaif new", "It is 2.", "win 0.5"),
         ("05_evaluate baseline", "Zwei", ""), ("05_evaluate answer", "Two!", "exact_match 0"),
     ]  # an answer that the stage before gave already, and the evaluation at step 5, are left out
+    assert cards[2].count(">same<") == 2 and f">{'z' * 4000} …<" in cards[1] and "user: " not in cards[0]
     assert "expected: 2<" in cards[0] and len(cards) == 13 and "its own" in cards[-1]  # 12 of the first stage's 31
     assert "system: Be brief.\n\nuser: What" in page(tmp_path / "02_rl")
 
@@ -155,6 +177,7 @@ def test_curves_have_axes_a_legend_and_no_more_points_than_can_be_seen(tmp_path)
     lines = [{"step": n, "loss": 1000.0 if n == 777 else 1 / n, "reward": float("nan"), "kl": 3.0, "chosen_logps": -n, "rejected_logps": -2.0 * n} for n in range(1, 5001)]
     rows(tmp_path / "metrics.jsonl", *lines, {"step": 5000, "eval_loss": 0.5, "epoch": 1.0}, {"step": 5000, "kl": float("inf")})
     text = page(tmp_path)
+    assert f"<h3>{tmp_path.name}</h3>" in text
     titles = re.findall("<figcaption><b>(.*?)</b>", text)
     assert titles == ["loss", "kl", "logps"] and "1 more" in text  # of reward there is no number to draw
     loss, kl, logps = re.findall("<figure.*?</figure>", text)
@@ -164,6 +187,7 @@ def test_curves_have_axes_a_legend_and_no_more_points_than_can_be_seen(tmp_path)
     assert "nan" not in text and "inf" not in text.replace("info", "")
     assert re.findall(">([0-9]+)</text>", loss) == ["0", "500", "1000"] + ["2000", "4000"] and "step</text>" in loss
     assert "loss 0.0002<" in loss and 'circle class="c1 dashed"' in loss and "chosen_logps" in logps and "rejected_logps" in logps
+    assert loss.count("<circle") == 1  # evaluations alone
 
 
 @pytest.mark.parametrize("low, high, wanted", [(0, 1, [0, 0.5, 1]), (0.02, 2.3, [0, 1, 2, 3]), (-3, 40, [-20, 0, 20, 40]), (5, 5, [4, 6]), (0, 0, [0, 0.5]), (1e-5, 5e-4, [0, 2e-4, 4e-4, 6e-4])])
@@ -185,7 +209,7 @@ def test_two_runs_are_compared(tmp_path):
     loss = re.search("<figure.*?</figure>", text)[0]
     looks = re.findall("<span class='(.*?)'>. (.*?) [0-9.]+</span>", loss)
     assert looks == [("c0", "slow loss"), ("c0 dashed", "slow eval_loss"), ("c1", "fast loss"), ("c1 dashed", "fast eval_loss")]
-    assert loss.count("<polyline") == 4
+    assert loss.count("<polyline") == 4 and "┅ fast eval_loss" in loss and "━ fast loss" in loss
     assert re.findall("<div><small>(.*?)</small><div class=text>(.*?)<", text) == [("slow before", "hm"), ("slow after", "no"), ("fast after", "yes")]
 
 
@@ -195,22 +219,30 @@ def test_stages_of_one_name_are_compared_with_each_other(tmp_path):
             stage(tmp_path / "x" / run / name, {"accuracy": 0.25 if run == "a" else 0.5})
         chain(tmp_path / "x" / run, {"finished": True}, [{"success": True}] * 2, {"01_sft": {"seed": run}, last: {}})
     text = page(tmp_path / "x/a", tmp_path / "x/b")
-    assert re.findall("<h3>(.*?)</h3>", text) == ["01_sft", "02_dpo", "02_rl"]
+    assert re.findall("<h3>(.*?)</h3>", text) == ["01_sft", "02_dpo", "02_rl"] and " more</summary>" in text and ">0 more" not in text
     assert re.findall("<tr><th>accuracy</th>(.*?)</tr>", text)[0] == "<td>–</td><td>0.25</td><td>–</td><td>0.5</td><td>+0.25</td>"
     assert cells(text, "seed") == ['"a"', '"b"']
     again = page(tmp_path / "x/a/01_sft", tmp_path / "x/b/01_sft")  # folders of one name are told apart by their paths
     assert f"<th>{tmp_path}/x/a/01_sft after</th>" in again
 
 
-def test_one_odd_file_does_not_cost_the_page(tmp_path):
+def test_one_odd_file_does_not_cost_the_page(tmp_path, monkeypatch):
     stage(tmp_path)
     rows(tmp_path / "samples.jsonl", {"prompt": 5, "before": "a", "after": "b"})
     text = report.write(tmp_path).read_text(encoding="utf-8")
     assert text.count("not shown: ") == 1 and cells(text, "eval_loss") == ["2", "0.5", "−1.5"] and "<figure" in text
 
+    def broken(*_):
+        raise ValueError(EVIL)
+
+    monkeypatch.setattr(report, "answers", broken)
+    text = report.write(tmp_path).read_text(encoding="utf-8")
+    assert "not shown: ValueError" in text and "<script" not in text
+
 
 def test_the_page_is_renamed_into_place(tmp_path, monkeypatch):
     first = page(stage(tmp_path))
+    stage(tmp_path, {"eval_loss": 0.1})
     monkeypatch.setattr(report.Path, "replace", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         report.write(tmp_path)
@@ -242,5 +274,6 @@ def test_mistakes_exit_with_status_2(arguments, words):
 def test_the_page_holds_its_budget_and_imports_nothing_of_the_project():
     source = (ROOT / "report.py").read_text(encoding="utf-8")
     assert len(source.splitlines()) <= 250
-    imported = set(re.findall(r"^(?:import|from) (\w+)", source, re.M))
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    imported = {name.split(".")[0] for node in nodes for name in [getattr(node, "module", None) or node.names[0].name, *(alias.name for alias in node.names if isinstance(node, ast.Import))]}
     assert imported - sys.stdlib_module_names == {"yaml"}

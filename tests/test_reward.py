@@ -166,9 +166,9 @@ def test_in_a_chain_the_policy_goes_on_and_the_reward_model_is_found_by_name(mod
             chain.Pipeline.from_dict(wrong)
 
 
-def test_a_reward_model_is_never_lost(model_dir, pairs, tmp_path):
+def test_a_reward_model_is_never_lost(model_dir, model, tokenizer, pairs, tmp_path):
     with pytest.raises(ConfigError, match="would lose the reward model"):
         config(tmp_path, save_intermediate=False).validate()
     stage = reward.RewardStage(config(tmp_path, model_name_or_path=model_dir, preference_dataset_path=pairs, max_steps=1))
     with pytest.raises(ConfigError, match="set save_intermediate in the stage before"):
-        stage.execute(object(), object(), common.StageResult("sft", True))
+        stage.execute(model, tokenizer, common.StageResult("sft", True))

@@ -1,0 +1,156 @@
+"""Know before you run: each silent failure, provoked by a small file, is refused before a weight is read."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import dpo
+import pytest
+import rl
+import sft
+from conftest import CHATML, ROOT
+
+import common
+from chain import Pipeline
+from common import ConfigError
+
+ROWS = [{"question": f"Say {'x' * n}", "answer": f"{n} times"} for n in range(12)]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def stage_on(tmp_path, rows, **options):
+    settings = sft.SFTConfig(dataset_name_or_path=write(tmp_path / "rows.jsonl", rows), output_dir=str(tmp_path / "out"),
+                             **{"validation_split": 0.0, "model_name_or_path": "tiny"} | options)
+    stage = sft.SFTStage(settings)
+    stage.check()
+    return stage
+
+
+@pytest.fixture
+def words(tokenizer):
+    return copy.deepcopy(tokenizer)
+
+
+def test_what_is_seen_of_good_data(tmp_path, words):
+    found = common.look(stage_on(tmp_path, ROWS), words, 512)
+    lengths = [len(words.apply_chat_template([{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}],
+                                             tokenize=False).strip()) for row in ROWS]
+    assert len(found.lengths) == 12 and found.cut == 0 and max(found.lengths) < max(lengths)
+    shown = common.coloured(words, *found.example)
+    assert shown.count("⟦") == 1 and "times<|im_end|>⟧" in shown and shown.startswith("<|im_start|>user\nSay ")
+
+
+def test_an_answer_that_does_not_end_is_refused(tmp_path, words):
+    """A template whose turns end in no special token gets one appended; a stage that forgets it is seen."""
+    stage = stage_on(tmp_path, ROWS)
+    encode = stage.sequences
+    stage.sequences = lambda *args: ([(ids[:-1], labels[:-1]) for ids, labels in encode(*args)[0]], False)
+    with pytest.raises(ConfigError, match="the model would never stop. The row: .*<.im_start.>user"):
+        common.look(stage, words, 512)
+
+
+def test_data_without_trained_tokens_is_refused(tmp_path, words):
+    stage = stage_on(tmp_path, ROWS)
+    encode = stage.sequences
+    stage.sequences = lambda *args: ([(ids, [common.IGNORE] * len(ids)) for ids, _ in encode(*args)[0]], False)
+    with pytest.raises(ConfigError, match="none of its tokens would be learnt"):
+        common.look(stage, words, 512)
+    words.chat_template = CHATML.replace("message['content']", "''")  # the template leaves all texts out
+    with pytest.raises(ConfigError, match="none of its tokens would be learnt"):
+        common.look(stage_on(tmp_path, ROWS), words, 512)
+
+
+def test_a_text_that_begins_twice_is_refused(tmp_path, words):
+    words.bos_token = "<|endoftext|>"
+    words.chat_template = "<|endoftext|><|endoftext|>" + CHATML
+    with pytest.raises(ConfigError, match="begins with the token that begins a text twice"):
+        common.look(stage_on(tmp_path, ROWS), words, 512)
+    words.chat_template = "<|endoftext|>" + CHATML
+    assert common.look(stage_on(tmp_path, ROWS), words, 512)
+
+
+def test_a_prompt_that_has_other_tokens_before_its_answer_is_refused(tmp_path):
+    """Two line breaks are one token at the end of a prompt, and two before a word: Llama's and GPT-2's splitting."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: n for n, token in enumerate(["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ĊĊ"])}
+    bpe = Tokenizer(models.BPE(vocabulary, [("Ċ", "Ċ")]))
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    words = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
+    for template, refused in (("{instruction}\n\n{response}", True), ("{instruction}\n{response}", False), ("{instruction}\n\n# {response}", False)):
+        words.chat_template = common.as_chat_template(template, words)
+        stage = stage_on(tmp_path, ROWS)
+        if refused:
+            with pytest.raises(ConfigError, match="has other tokens alone than before an answer"):
+                common.look(stage, words, 512)
+        else:
+            assert common.look(stage, words, 512).lengths
+
+
+def test_rows_beyond_the_context_are_refused_and_plain_text_is_not(tmp_path, words):
+    long = ROWS + [{"question": "long " * 50, "answer": "yes"}]
+    with pytest.raises(ConfigError, match="longer than the model's context of 64 tokens; with max_seq_length=64"):
+        common.look(stage_on(tmp_path, long), words, 64)
+    assert len(common.look(stage_on(tmp_path, long, max_seq_length=64), words, 64).lengths) == 12
+    assert common.look(stage_on(tmp_path, [{"text": "long " * 50}]), words, 64)
+
+
+def test_a_row_on_both_sides_is_refused(tmp_path, words):
+    twice = [row | {"source": str(n)} for row in ROWS for n in range(2)]
+    settings = rl.RLConfig(model_name_or_path="tiny", prompt_dataset_path=write(tmp_path / "twice.jsonl", twice), reward=["exact"],
+                           output_dir=str(tmp_path / "out"), validation_split=0.3)
+    stage = rl.RLStage(settings)
+    stage.check()
+    with pytest.raises(ConfigError, match="a row of the evaluation data: it is trained on too"):
+        common.look(stage, words, 512)
+
+
+def test_heavy_truncation_is_said_and_total_truncation_refused(tmp_path, words, caplog):
+    pairs = [{"prompt": "a", "chosen": "yes " * (1 if n % 4 else 40), "rejected": "no"} for n in range(12)]
+    settings = dict(model_name_or_path="tiny", preference_dataset_path=write(tmp_path / "pairs.jsonl", pairs), validation_split=0.0, output_dir=str(tmp_path))
+    stage = dpo.DPOStage(dpo.DPOConfig(**settings, max_seq_length=60))
+    stage.check()
+    assert common.look(stage, words, 512).cut == 3 and "25% of the training rows are cut at max_seq_length=60" in caplog.text
+    stage = dpo.DPOStage(dpo.DPOConfig(**settings, max_seq_length=9))
+    stage.check()
+    with pytest.raises(ConfigError, match="100% of the training rows are cut at max_seq_length=9, so that none ends"):
+        common.look(stage, words, 512)
+
+
+def test_too_little_disk_is_refused(tmp_path):
+    common.check_disk(str(tmp_path / "not/yet/there"), 1e6)
+    with pytest.raises(ConfigError, match="GB left, and about 1000000.0 GB will be written; make room"):
+        common.check_disk(str(tmp_path), 1e15)
+
+
+def test_the_checks_come_before_the_weights(tmp_path, model_dir, monkeypatch):
+    monkeypatch.setattr(common, "load_model_and_tokenizer", lambda *_: pytest.fail("weights were read"))
+    stage = stage_on(tmp_path, [{"question": "long " * 600, "answer": "yes"}] * 3 + ROWS, model_name_or_path=model_dir)
+    with pytest.raises(ConfigError, match="longer than the model's context of 512"):
+        stage.execute()
+
+
+def test_a_dry_run_of_a_recipe_and_of_a_chain_says_all_and_writes_nothing(tmp_path, model_dir, data):
+    pairs = write(tmp_path / "pairs.jsonl", [{"prompt": f"Say {n}", "chosen": "yes", "rejected": "no"} for n in range(9)])
+    done = subprocess.run([sys.executable, "recipes/dpo.py", f"--model={model_dir}", f"--data={pairs}", "--beta=0.2", "--dry_run", f"--output_dir={tmp_path}/o"],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for words in ("beta=0.2", "9 rows, 8 to train on and 1 to evaluate on; format prompt-chosen-rejected, since it has the columns prompt",
+                  "⟦yes<|im_end|>⟧", "reference   the model the stage starts from", "TFLOP at 40% of the", "gradients and optimizer of"):
+        assert words in done.stdout, (words, done.stdout)
+    assert not (tmp_path / "o").exists() and "Warning" not in done.stdout + done.stderr
+
+
+def test_a_chain_refuses_before_its_first_stage_runs(tmp_path, model_dir, data):
+    pairs = write(tmp_path / "pairs.jsonl", [{"prompt": "long " * 600, "chosen": "yes", "rejected": "no"}] * 2 + [
+        {"prompt": f"Say {n}", "chosen": "yes", "rejected": "no"} for n in range(9)])
+    with pytest.raises(ConfigError, match="stage 02_dpo: a row of the training data: it is longer than the model's context"):
+        Pipeline.from_dict({"model_name_or_path": model_dir, "output_dir": str(tmp_path / "out"), "stages": ["sft", "dpo"], "stage_configs": {
+            "sft": {"data": data}, "dpo": {"data": pairs, "validation_split": 0}}}).run()
+    assert not (tmp_path / "out/01_sft").exists()
