@@ -23,23 +23,22 @@ MAIN = ("loss", "reward", "kl", "accuracy", "token_accuracy", "ranking_accuracy"
 ANSWERS = ("before", "old", "baseline", "completion", "answer", "after", "new")  # what recipes call them in their rows
 STYLE = """:root { color-scheme: light dark; --page: #fbfbfa; --card: #fff; --ink: #222; --soft: #667; --line: #e2e4e8;
 --c0: #2c6cb5; --c1: #b9581a; --c2: #27795a; --c3: #8659ad } @media (prefers-color-scheme: dark) { :root { --page:
-#131519; --card: #1a1d22; --ink: #ddd; --soft: #99a; --line: #2e333b; --c0: #72abea; --c1: #f0a15f; --c2: #6fc799; --c3:
-#c5a3e8 } } body { margin: auto; max-width: 1120px; padding: 24px 16px; background: var(--page); color: var(--ink);
-font: 15px/1.55 system-ui; font-variant-numeric: tabular-nums; overflow-wrap: anywhere } h1, p { margin: 4px 0 } h2 {
-margin-top: 44px } small, .soft, thead { color: var(--soft); font-size: .87rem } a, summary { color: var(--c0) }
-.state::before { content: "\\25CF\\A0"; color: var(--soft) } .done::before, .c2 { color: var(--c2) } .running::before,
-.c0 { color: var(--c0) } .failed::before, .c1 { color: var(--c1) } .c3 { color: var(--c3) } .box { border: 1px solid
-var(--line); border-radius: 8px; background: var(--card); overflow-x: auto; margin: 0 0 12px } table { border-collapse:
-collapse; width: 100%; overflow-wrap: normal } td, th { padding: 6px 8px; text-align: right; vertical-align: top;
-font-weight: 400 } tbody tr { border-top: 1px solid var(--line) } th:first-child { text-align: left; position: sticky;
-left: 0; background: var(--card); min-width: 7em; overflow-wrap: anywhere } th[colspan] { font-weight: 600; padding-top:
-16px } td small { display: block } .grid { display: grid; gap: 0 20px; grid-template-columns: repeat(auto-fill,
-minmax(min(300px, 100%), 1fr)) } figure, article { padding: 12px 14px } a, figcaption span { display: inline-block;
-margin-right: 14px } svg { width: 100%; font-size: 10px; overflow: visible } text { fill: var(--soft) } polyline, circle
-{ fill: none; stroke: currentColor; stroke-width: 1.8 } polyline.dashed { stroke-dasharray: 5 4 } path { stroke:
-var(--line) } .grid > div, .alarm { border-left: 2px solid var(--line); padding-left: 12px } .alarm { border-color:
-var(--c1) } .text { max-height: 17em; overflow-y: auto } .text, pre, .alarm { margin: 0 0 8px; white-space: pre-wrap
-}"""
+#121316; --card: #1a1d22; --ink: #ddd; --soft: #99a; --line: #333; --c0: #72abea; --c1: #f0a15f; --c2: #6fc799; --c3:
+#c5a3e8 } } svg { width: 100%; font-size: 10px; overflow: visible } h1, p { margin: 4px 0 } h2 { margin-top: 44px }
+small, .soft, thead { color: var(--soft); font-size: .9em } a, summary { color: var(--c0) } .state::before { content:
+"\\25CF\\A0"; color: var(--soft) } .done::before, .c2 { color: var(--c2) } .running::before, .c0 { color: var(--c0) }
+.failed::before, .c1 { color: var(--c1) } .c3 { color: var(--c3) } .box { border: 1px solid var(--line); border-radius:
+8px; background: var(--card); overflow-x: auto; margin: 0 0 1em } table { border-collapse: collapse; width: 100%;
+overflow-wrap: normal } td, th { padding: 6px 8px; text-align: right; vertical-align: top; font-weight: 400 } tbody tr {
+border-top: 1px solid var(--line) } th:first-child { text-align: left; position: sticky; left: 0; background:
+var(--card); min-width: 7em; overflow-wrap: anywhere } th[colspan] { font-weight: 600; padding-top: 1em } td small {
+display: block } .grid { display: grid; gap: 0 20px; grid-template-columns: repeat(auto-fill, minmax(min(300px, 100%),
+1fr)) } figure, article { padding: 12px } a, figcaption span { display: inline-block; margin-right: 1em } body { margin:
+auto; max-width: 70em; padding: 1.5em; background: var(--page); color: var(--ink); font: 15px/1.55 system-ui;
+font-variant-numeric: tabular-nums; overflow-wrap: anywhere } text { fill: var(--soft) } polyline, circle { fill: none;
+stroke: currentColor; stroke-width: 1.8 } polyline.dashed { stroke-dasharray: 5 4 } path { stroke: var(--line) } .grid >
+div, .alarm { border-left: 2px solid var(--line); padding-left: 1em } .alarm { border-color: var(--c1) } .text {
+max-height: 17em; overflow-y: auto } .text, pre, .alarm { margin: 0 0 8px; white-space: pre-wrap }"""
 
 
 def read(path: Path) -> list:

@@ -217,12 +217,148 @@ def test_the_shipped_pipelines_are_valid(path, monkeypatch):
     assert Pipeline.from_yaml(path, dry_run=True).run() == []
 
 
-def test_a_miniature_of_sft_and_dpo_runs(model_dir, tmp_path, monkeypatch, capsys):
+SMALL = {"sft": dict(max_steps=2, num_eval_samples=2, max_new_tokens=4), "dpo": dict(max_steps=2), "reward": dict(max_steps=2),
+         "rl": dict(num_training_steps=2, batch_size=8, num_generations=4, num_eval_prompts=4, generation_kwargs={"max_new_tokens": 4}),
+         "cot_distillation": dict(max_steps=2, num_eval_samples=2, max_new_tokens=4)}
+SMALL["rlaif"] = SMALL["rl"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "yaml").glob("*.yaml")), ids=lambda path: path.name)
+def test_a_miniature_of_each_shipped_pipeline_runs(path, model_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    few = {f"{stage}.{option}": value for stage in ("sft", "dpo") for option, value in (("max_steps", 2), ("num_train_epochs", 1))}
-    first, second = Pipeline.from_yaml("yaml/sft_dpo.yaml", model_name_or_path=model_dir, output_dir=str(tmp_path / "out"), **few).run()
-    assert first.success and second.success and second.metrics["eval_accuracy_before"] == 0.5
-    assert "eval_accuracy" in capsys.readouterr().out.split("before -> after")[1]
+    few = {f"{stage}.{option}": value for stage in load_yaml(path)["stages"] for option, value in SMALL[stage].items()}
+    results = Pipeline.from_yaml(path, model_name_or_path=model_dir, output_dir=str(tmp_path / "out"), **few).run()
+    assert all(result.success for result in results), results[-1].error_message
+    metrics = {result.stage_name: result.metrics for result in results}
+    if "dpo" in metrics:
+        assert metrics["dpo"]["eval_accuracy_before"] == 0.5
+    if "rlaif" in metrics:
+        assert metrics["rlaif"]["win_rate_low"] <= metrics["rlaif"]["win_rate"] <= metrics["rlaif"]["win_rate_high"]
+    assert "eval_loss" in capsys.readouterr().out.split("before -> after")[1] and (tmp_path / "out/final/model.safetensors").exists()
+
+
+OLDER = """
+model_name_or_path: MODEL
+torch_dtype: auto
+trust_remote_code: false
+use_auth_token: false
+output_dir: OUT
+stages: [sft, dpo, rlaif, rl, cot_distillation]
+save_final_model: true
+cleanup_intermediate: false
+push_to_hub: false
+hub_repo_id: me/model
+hub_token: null
+hub_private: true
+push_adapter_only: false
+convert_to_gguf: false
+gguf_quantization: q4_k_m
+gguf_output_path: null
+enable_state_persistence: true
+auto_resume: true
+force_restart: false
+log_level: info
+stage_configs:
+  sft:
+    dataset_name_or_path: examples/sample_data.jsonl
+    max_seq_length: 512
+    per_device_train_batch_size: 4
+    gradient_accumulation_steps: 2
+    learning_rate: 2e-4
+    num_train_epochs: 1
+    warmup_ratio: 0.03
+    lora_r: 16
+    lora_alpha: 32
+    use_4bit: false
+    save_steps: 500
+    logging_steps: 10
+    validation_split: 0.1
+  dpo:
+    preference_dataset_path: examples/preferences.jsonl
+    max_seq_length: 512
+    max_prompt_length: 256
+    beta: 0.1
+    loss_type: sigmoid
+    label_smoothing: 0.0
+    reference_model_path: null
+  rlaif:
+    prompt_dataset_path: examples/questions.jsonl
+    max_seq_length: 512
+    feedback_model_path: JUDGE
+    feedback_model_type: reward_model
+    ppo_epochs: 4
+    batch_size: 8
+    mini_batch_size: 4
+    learning_rate: 1e-5
+    generation_kwargs: {max_new_tokens: 128, temperature: 0.7, top_p: 0.9}
+    num_training_steps: 1000
+    save_freq: 100
+  rl:
+    prompt_dataset_path: examples/questions.jsonl
+    max_seq_length: 512
+    reward_model_path: JUDGE
+    reward_model_type: regression
+    algorithm: ppo
+    ppo_epochs: 4
+    batch_size: 8
+    mini_batch_size: 4
+    learning_rate: 1e-5
+    gamma: 1.0
+    gae_lambda: 0.95
+    clip_range: 0.2
+    value_loss_coef: 0.5
+    entropy_coef: 0.01
+    kl_penalty: kl
+    init_kl_coef: 0.2
+    target_kl: 6.0
+    generation_kwargs: {max_new_tokens: 128, temperature: 0.7}
+    num_training_steps: 1000
+    save_freq: 100
+    eval_freq: 50
+  cot_distillation:
+    reasoning_dataset_path: examples/reasoning.jsonl
+    teacher_model_path: MODEL
+    teacher_model_type: local
+    teacher_base_url: null
+    teacher_api_key: null
+    max_seq_length: 512
+    distillation_type: both
+    temperature: 2.0
+    alpha: 0.5
+    cot_template: "{rationale}\\nTherefore, the answer is {answer}"
+    reasoning_types: [arithmetic, money]
+    generate_synthetic_data: false
+    num_synthetic_examples: 100
+    validation_split: 0.1
+    eval_reasoning_tasks: []
+"""
+
+
+def older(tmp_path, model_dir, **changes):
+    judge = tmp_path / "judge"
+    judge.mkdir(exist_ok=True)
+    (judge / "config.json").write_text('{"architectures": ["LlamaForSequenceClassification"]}')
+    text = OLDER.replace("MODEL", model_dir).replace("OUT", str(tmp_path / "out")).replace("JUDGE", str(judge))
+    return yaml.safe_load(text) | changes
+
+
+def test_a_configuration_of_the_older_form_is_taken_as_it_is(tmp_path, model_dir, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert Pipeline.from_dict(older(tmp_path, model_dir), dry_run=True).run() == []
+    screen = capsys.readouterr().out
+    assert screen.count("format ") == 5 and "Therefore, the answer is" in screen
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"hub_token": "hf_secret"}, "hf auth login"), ({"push_to_hub": True}, "hf upload me/model .*/final"),
+    ({"push_adapter_only": True}, "hf upload me/model .*/NN_STAGE/adapter"),
+    ({"convert_to_gguf": True}, "convert_hf_to_gguf.py .*/final --outfile model.gguf --outtype q4_k_m"),
+    ({"until": "sftt"}, "until: unknown stage 'sftt'; did you mean 'sft'"),
+])
+def test_what_is_not_built_is_refused_with_what_to_do_instead(tmp_path, model_dir, changes, words):
+    with pytest.raises(ConfigError, match=words) as caught:
+        Pipeline.from_dict(older(tmp_path, model_dir, **changes))
+    assert "hf_secret" not in str(caught.value)
 
 
 def test_every_option_of_the_pipeline_reaches_the_stages_that_have_it(pipeline):
