@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Literal, Sequence, get_type_hints
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
 
+import report
 from common import (
     BaseStage, ConfigError, ModelConfig, Names, Precision, StageConfig, StageResult, before_and_after, check_disk,
     coerce_fields, describe, exit_on_signals, is_main_process, logger, option_help, prepare_tokenizer,
@@ -318,12 +319,16 @@ class Pipeline:
             logger.info("deleted the weights in %s", folder)
 
     def write_state(self, **state: Any) -> None:
-        """OUT/pipeline.json: the plan, where the chain stands, and the results so far."""
+        """OUT/pipeline.json and OUT/report.html: the plan, where the chain stands, and the results so far."""
         if is_main_process():
             results = [{k: v for k, v in vars(r).items() if k not in ("model", "tokenizer")} for r in self.results]
             plan = {folder: asdict(stage.config) for folder, stage in zip(self.folders, self.stages)}
             state = {"state": state, "results": results, "config": asdict(self.config), "plan": plan}
             write_json(Path(self.config.output_dir, "pipeline.json"), state)
+            try:
+                report.write(self.config.output_dir)
+            except Exception as error:  # a page must not cost a run
+                logger.warning("no report: %s", error)
 
     def summary(self) -> str:
         rows = []

@@ -987,8 +987,8 @@ def written_aside(folder: Path):
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def cached(kind: str, files: Sequence[Path], build: Callable[[Path], None]) -> Path:
-    """A folder that `build(folder)` fills once for the content of `files`."""
+def cached(kind: str, files: Sequence[Path], build: Callable[[Path], None] | None) -> Path | None:
+    """A folder that `build(folder)` fills once for the content of `files`; without `build` None where it is not."""
     digest = hashlib.sha256()
     for file in files:
         with open(file, "rb") as stream:
@@ -996,6 +996,8 @@ def cached(kind: str, files: Sequence[Path], build: Callable[[Path], None]) -> P
     home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     folder = home / "recipes" / kind / digest.hexdigest()[:32]
     if not folder.exists():
+        if build is None:
+            return None
         logger.info("%s %s once, kept in %s", kind, files[0].name, folder)
         with written_aside(folder) as aside:
             build(aside)
@@ -1003,9 +1005,9 @@ def cached(kind: str, files: Sequence[Path], build: Callable[[Path], None]) -> P
 
 
 def find_model(name: str, config: ModelConfig, weights: bool = True) -> Path:
-    """The folder of a model: as named, or downloaded from the hub, without its weights if they are not needed, or
-    converted from a .gguf file, which may lie in an installed Python package (package/file.gguf). Raises ConfigError
-    when there is none."""
+    """The folder of a model: as named, or downloaded from the hub, or converted from a .gguf file, which may lie in an
+    installed Python package (package/file.gguf). Without `weights` they are not downloaded, and the .gguf file itself
+    is returned where it was not converted before. Raises ConfigError when there is none."""
     from huggingface_hub import snapshot_download
 
     path = Path(name).expanduser()
@@ -1014,7 +1016,8 @@ def find_model(name: str, config: ModelConfig, weights: bool = True) -> Path:
         homes = spec.submodule_search_locations or [] if spec else []
         found = [file for file in (path, *(Path(home, *path.parts[1:]) for home in homes)) if file.is_file()]
         if found:
-            return cached("converting", found[:1], lambda folder: convert_gguf(found[0], folder))
+            build = functools.partial(convert_gguf, found[0]) if weights else None
+            return cached("converting", found[:1], build) or found[0]
     if path.exists():
         if path.is_dir() and not config.revision:
             return path
@@ -1053,10 +1056,15 @@ def load_tokenizer(config: ModelConfig, needs_chat_template: bool = True) -> tup
             name = json.loads((base / "adapter_config.json").read_text())["base_model_name_or_path"]
             base = find_model(name, replace(config, revision=None), weights=False)
             words = words if (words / "tokenizer_config.json").exists() else base
-        code = {"trust_remote_code": config.trust_remote_code}
-        tokenizer = AutoTokenizer.from_pretrained(words, **code)
+
+        def load(auto, path: Path):
+            where = {"gguf_file": path.name} if path.is_file() else {}
+            return auto.from_pretrained(path.parent if where else path, trust_remote_code=config.trust_remote_code,
+                                        **where)
+
+        tokenizer = load(AutoTokenizer, words)
         prepare_tokenizer(tokenizer, config, needs_chat_template)
-        return tokenizer, AutoConfig.from_pretrained(base, **code)
+        return tokenizer, load(AutoConfig, base)
 
 
 def load_model_and_tokenizer(config: ModelConfig, needs_chat_template: bool = True, task: str = "CAUSAL_LM"):
@@ -1946,10 +1954,15 @@ class Subprocess:
             line = None
         if line:
             return json.loads(line)
-        self.process.kill()
-        self.process.communicate()
-        self.process = None
+        self.stop()
         raise TimeoutError(f"no answer within {timeout:g} s") if line is None else RuntimeError("the process died")
+
+    def stop(self) -> None:
+        """End the process; the next call starts another."""
+        if self.process:
+            self.process.kill()
+            self.process.communicate()
+            self.process = None
 
 
 def serve(path: str, name: str) -> None:

@@ -177,6 +177,7 @@ def scorecard(config: EvaluateConfig, model, tokenizer, rows: list[dict], functi
     check = Subprocess(f"{common.__file__}:numeric", config.reward_timeout)
     verdicts = {"exact_match": ([*golds], common.exact([], [texts[n] for n in golds], [*golds.values()])),
                 "numeric_match": (numbers, [same_number(check, texts[n], golds[n]) for n in numbers])}
+    check.stop()
     if functions:
         each = rl.score(config, functions, rows, texts)  # (B, R)
         parts = {f"reward_{name}": column for name, column in zip(functions, each.T) if len(functions) > 1}
@@ -234,7 +235,8 @@ class EvaluateStage(BaseStage):
                 metrics.update(wins | (self.judge.client.report() if self.judge.client else {}))
             return samples
 
-        made_by_main(Path(config.output_dir, "samples.jsonl"), make)
+        with rl.stopping(self.functions):
+            made_by_main(Path(config.output_dir, "samples.jsonl"), make)
         for name in (name for name in metrics if f"{name}_n" in metrics and not name.endswith("_before")):
             low, high, n = (metrics[f"{name}_{end}"] for end in ("low", "high", "n"))
             before = f", baseline {metrics[f'{name}_before']:.4g}" if f"{name}_before" in metrics else ""

@@ -415,6 +415,17 @@ def reward_functions(config: ScoringConfig) -> dict[str, Callable]:
     return functions
 
 
+@contextlib.contextmanager
+def stopping(functions: dict[str, Callable]):
+    """After it no process of the functions runs."""
+    try:
+        yield
+    finally:
+        for function in functions.values():
+            if isinstance(function, Subprocess):
+                function.stop()
+
+
 def score(config: ScoringConfig, functions: dict[str, Callable], rows: list[dict], completions: list) -> torch.Tensor:
     """(B, R): what each function says of each completion; NaN is no verdict. A function that fails is asked row by row
     for the one it fails at; `on_reward_error` decides whether that stops the run."""
@@ -1004,7 +1015,8 @@ class RLStage(BaseStage):
     def train(self, model, tokenizer):
         if self.config.reward_model_path:
             self.functions["reward_model"] = reward_model(self.config)
-        return train(self.config, model, tokenizer, *self.data, self.functions)
+        with stopping(self.functions):
+            return train(self.config, model, tokenizer, *self.data, self.functions)
 
 
 if __name__ == "__main__":

@@ -394,7 +394,8 @@ class RLAIFStage(BaseStage):
         usable = lambda rows, what: usable_rows(rows, encode, what) if rows else []
         self.judge.load()
         rows = (usable(rows, what) for rows, what in zip(self.data, ("training data", "evaluation data")))
-        return train(config, model, tokenizer, *rows, self.judge, self.functions, start)
+        with rl.stopping(self.functions):
+            return train(config, model, tokenizer, *rows, self.judge, self.functions, start)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def test_stages_run_in_order_each_on_the_model_of_the_one_before(pipeline, tmp_p
     assert [result.stage_name for result in results] == ["sft", "note", "sft"] and all(r.success for r in results)
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {
-        "01_sft", "02_note", "03_sft", "final", "pipeline.json", "pipeline_training.log",
+        "01_sft", "02_note", "03_sft", "final", "pipeline.json", "pipeline_training.log", "report.html",
     }
     assert results[1].metrics["length"] == 5
     state = json.loads((out / "pipeline.json").read_text())

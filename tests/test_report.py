@@ -134,7 +134,7 @@ def test_a_stage_without_stage_json_has_the_figures_of_the_chain(tmp_path):
 def test_recipes_inside_a_stage_show_too(tmp_path):
     for run in ("a", "b"):
         stage(tmp_path / run, {"win_rate": 0.6}), stage(tmp_path / run / "dpo_1", {"margin": 7.0}, ended=-30), stage(tmp_path / run / "dpo_2", {"margin": 9.0}, ended=-9000)
-    (tmp_path / "a/training.log").write_text(f"{stamp(-40)},000 INFO recipes: data x/dpo_2.jsonl\n")
+    (tmp_path / "a/training.log").write_text(f"{stamp(-40)},000 INFO recipes: dpo_2 begins\n")
     text = page(tmp_path / "a")
     assert cells(text, "margin") == ["–", "7", "–"] and "<h3>a/dpo_1</h3>" in text and "dpo_2" not in text
     (tmp_path / "b/training.log").write_text(f"{stamp(-40)},000 INFO recipes: x/dpo_2 is finished already\n")  # by an earlier try

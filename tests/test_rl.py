@@ -592,6 +592,15 @@ def test_built_in_verifiers(tmp_path):
     assert rl.total(settings, found).tolist() == [1 + 2 + 0.375, 1.5, 1.5, 2.5]
 
 
+def test_no_process_stays_behind(model_dir, tmp_path):
+    settings = config(tmp_path, model_name_or_path=model_dir, prompt_dataset_path=write_prompts(tmp_path), num_training_steps=1)
+    stage = rl.RLStage(settings)
+    stage.check()
+    process = stage.functions["length"].process
+    assert process.poll() is None
+    assert stage.execute().success and process.poll() is not None
+
+
 def test_a_verifier_that_hangs_is_killed_and_its_row_is_shown(tmp_path):
     settings = config(tmp_path, reward=["numeric"], reward_length=0, reward_timeout=3)
     completions, answers = ["7", "$9^{9^{9^{9}}}$", "8"], [{"answer": "7"}] * 3
