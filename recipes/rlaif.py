@@ -251,7 +251,10 @@ class Judge:
         if not seen:
             return {}
         ties = sum(value == 0.5 for value in seen) / len(seen)
-        bias = verdicts.count("A") / len(verdicts) - 0.5 if verdicts else 0.0
+        if not verdicts:  # scores have no order
+            logger.info("judge: %d pairs, %.0f%% ties", len(seen), 100 * ties)
+            return {"ties": ties}
+        bias = verdicts.count("A") / len(verdicts) - 0.5
         logger.info("judge: %d pairs, %.0f%% ties, %.0f%% agreement between both orders, the first shown is chosen in "
                     "%.0f%%", len(seen), 100 * ties, 100 * (1 - ties), 100 * (bias + 0.5))
         return {"ties": ties, "agreement": 1 - ties, "position_bias": bias}
@@ -303,9 +306,10 @@ def label(config: RLAIFConfig, model, tokenizer, name: str, rows: list[dict], ju
                 "and %d empty pairs", len(labelled), len(pairs), verdicts.count(0.5), verdicts.count(None),
                 counts["equal"], counts["empty"])
     if not labelled:
+        first = 100 * (figures.get("position_bias", 0.0) + 0.5)
         raise RuntimeError(f"nothing to learn from: the judge's verdicts are {100 * figures['ties']:.0f}% ties, and it "
-                           f"chooses the answer shown first in {100 * (figures['position_bias'] + 0.5):.0f}% of the "
-                           "cases; take a stronger judge, or answers that differ more")
+                           f"chooses the answer shown first in {first:.0f}% of the cases; take a stronger judge, or "
+                           "answers that differ more")
     said |= {f"feedback_{name}": value for name, value in figures.items()} | {"preferences": float(len(labelled))}
     return labelled
 
