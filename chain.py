@@ -215,6 +215,9 @@ class Pipeline:
                 if not stage.config.enabled:
                     logger.info("\n%s skipped: enabled is false", folder)
                     continue
+                done = self.enabled[len(self.results) - 1] if self.results else ""
+                if config.until and config.until in (done, done[3:]):
+                    break
                 if finished:
                     result = finished.pop(0)
                     self.results.append(result)
@@ -240,8 +243,6 @@ class Pipeline:
                     logger.error("stage %s failed; the log is %s/training.log", folder, stage.config.output_dir)
                     return self.results
                 result = current
-                if config.until in (folder, folder[3:]):
-                    break
             if len(self.results) == len(self.enabled):
                 kept = len(known) == len(self.results) and any((out / "final").glob("*.safetensors"))
                 if config.save_final_model and result and not kept and (result.model or result.model_path):

@@ -273,6 +273,8 @@ def test_finished_stages_are_not_run_again_and_a_change_runs_what_follows(pipeli
     Pipeline.from_yaml(path, force_restart=True, until="dpo").run()
     assert ran(capsys)[0] == ["01_sft", "02_dpo"]
     assert json.loads((tmp_path / "out/pipeline.json").read_text())["state"] == {"finished": False}
+    Pipeline.from_yaml(path, until="sft").run()  # which is finished
+    assert ran(capsys)[0] == []
 
 
 def test_changed_code_and_changed_reward_files_are_seen(model_dir, data, tmp_path):
