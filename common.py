@@ -1664,7 +1664,7 @@ def fit(config: FitConfig, model, tokenizer, train_rows: Sequence[dict], eval_ro
         import wandb
 
         wandb.finish()  # else the next stage's steps would go into this stage's run
-    figures = {name: value for name, value in after.items() if name.startswith("eval_")}
+    figures = {name: value for name, value in after.items() if not name.endswith(("_runtime", "_per_second", "epoch"))}
     speeds = [logs["tokens_per_s"] for logs in history if "tokens_per_s" in logs]
     figures |= {"train_loss": trained.training_loss, "steps": trainer.state.global_step}
     figures |= {"tokens_per_s": statistics.median(speeds)} if speeds else {}
