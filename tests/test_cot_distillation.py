@@ -285,3 +285,12 @@ def test_files_of_questions_are_evaluated_beside(tmp_path, model_dir):
     task = write(tmp_path / "sums.jsonl", [{"question": "1 + 1?", "answer": "2"}] * 3)
     result = run(tmp_path, model_dir, READY, eval_reasoning_tasks=[task])
     assert result.metrics["sums_accuracy_n"] == 3 and "sums_accuracy_before" in result.metrics
+
+
+def test_an_answer_that_cannot_be_compared_is_not_right(tmp_path, monkeypatch):
+    monkeypatch.setattr(cot, "correct", lambda *_: [None, 1.0])
+    monkeypatch.setattr(cot, "generate", lambda *_: [("#### a", True), ("#### 2", True)])
+    (tmp_path / "out").mkdir()
+    settings = cot.CoTConfig(model_name_or_path="tiny", reasoning_dataset_path="data", output_dir=str(tmp_path / "out"))
+    found = cot.answer(settings, None, None, {"": [{"question": q, "answer": "2"} for q in "ab"]}, "before")
+    assert found["accuracy"] == 0.5 and found["accuracy_n"] == 2
