@@ -1016,8 +1016,8 @@ def find_model(name: str, config: ModelConfig, weights: bool = True) -> Path:
         homes = spec.submodule_search_locations or [] if spec else []
         found = [file for file in (path, *(Path(home, *path.parts[1:]) for home in homes)) if file.is_file()]
         if found:
-            build = functools.partial(convert_gguf, found[0]) if weights else None
-            return cached("converting", found[:1], build) or found[0]
+            build = lambda folder: convert_gguf(found[0], folder)
+            return cached("converting", found[:1], build if weights else None) or found[0]
     if path.exists():
         if path.is_dir() and not config.revision:
             return path
