@@ -244,3 +244,16 @@ def test_the_question_itself_holds_no_verdict_and_no_score():
     mark = rlaif.mark_of(prompt, "b")
     question = rlaif.ask_score(["Be kind."], prompt, "b")[-1]["content"]
     assert f"Score {mark}:" in question and rlaif.read_score(question, mark) is None
+
+
+def test_the_win_rate_is_that_of_the_new_policy_over_the_old(tmp_path, monkeypatch):
+    written = iter(("old", "new"))
+    monkeypatch.setattr(rlaif, "generate", lambda *_: [(next(written), True)])
+    monkeypatch.setattr(rlaif.rl, "train", lambda *_: {})
+    settings = config(tmp_path, feedback_model_type="reward_model")
+    (tmp_path / "out").mkdir()
+    judge = rlaif.Judge(settings, scores=lambda prompts, texts: [float(text == "new") for text in texts])
+    rows = [{"prompt": [{"role": "user", "content": "a"}], "columns": {}}]
+    metrics, _ = rlaif.train(settings, None, None, rows, rows, judge, {}, "start")
+    (row,) = map(json.loads, (tmp_path / "out/win_rate.jsonl").read_text().splitlines())
+    assert metrics["win_rate"] == 1 and (row["new"], row["old"], row["win"]) == ("new", "old", 1)
