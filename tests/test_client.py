@@ -154,6 +154,13 @@ def test_limits_hold_over_all_runs(server, tmp_path):
     assert server.asked.total() <= 14
 
 
+def test_limits_are_of_one_role(server, tmp_path):
+    others = [{"key": str(n), "role": "policy", "text": "x", "tokens_in": 10**9, "tokens_out": 1} for n in range(9)]
+    (tmp_path / "calls.jsonl").write_text("".join(json.dumps(line) + "\n" for line in others))
+    limits = {"max_calls": 2, "max_cost": 5, "input_price": 1, "output_price": 1}
+    assert len(client(server, tmp_path, **limits).ask("x", asked("one", "two"), GREEDY, "1", str)) == 2
+
+
 def test_killed_ten_times_nothing_is_lost_doubled_or_asked_again(server, tmp_path):
     """A server with 30% troubles; the asker is killed ten times, then let finish."""
     server.trouble = 0.3
