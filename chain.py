@@ -52,7 +52,7 @@ class PipelineConfig:
     stages: Names = field(default_factory=list)  # in order; a stage may stand twice
     stage_configs: dict[str, dict[str, Any] | None] = field(default_factory=dict)  # by name (sft) or by folder (02_sft)
     save_final_model: bool = True  # OUT/final has the last model
-    cleanup_intermediate: bool = False  # delete the weights in the stages' folders once the whole chain succeeded
+    cleanup_intermediate: bool = False  # delete the models handed from stage to stage once the whole chain succeeded
     dry_run: bool = False  # check every stage's config and data, print the plan, write nothing
     from_stage: str | None = None  # run this stage and those after it again; those before it must be finished
     until: str | None = None  # stop after this stage
@@ -247,7 +247,7 @@ class Pipeline:
                 kept = len(known) == len(self.results) and any((out / "final").glob("*.safetensors"))
                 if config.save_final_model and result and not kept and (result.model or result.model_path):
                     self.save_final(result, out / "final")
-                if config.cleanup_intermediate:
+                if config.cleanup_intermediate and is_main_process():
                     self.clean_up(result)
             self.write_state(finished=len(self.results) == len(self.enabled))
             logger.info("\n%s", self.summary())

@@ -6,6 +6,7 @@ copied together, are a working program.
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import functools
 import hashlib
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, TimeoutError as FutureTimeout, as_completed
@@ -374,13 +376,15 @@ class BaseStage:
             for left in (*folder.glob(".*.[0-9]*"), *folder.glob(".saving"), *old.glob(".*")):  # of a crash
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
             resume = vars(self.config).get("resume_from_checkpoint")
+            # Other processes would take other rows in a step, and read other files.
+            marks = self.fingerprint() | {"launch": f"{os.environ.get('WORLD_SIZE', 1)}{' sharded' * sharded()}"}
             if resume is True and old.exists() and mark.exists():
                 with refusing(f"{mark} cannot be read; move {old} away"):
-                    if changed := differences(json.loads(mark.read_text(encoding="utf-8")), self.fingerprint()):
+                    if changed := differences(json.loads(mark.read_text(encoding="utf-8")), marks):
                         number = next(n for n in range(1, 10**6) if not Path(f"{old}.{n}").exists())
                         old.rename(f"{old}.{number}")
                         logger.warning("the checkpoints of an earlier run are now in %s.%d: %s", old, number, changed)
-            write_json(mark, self.fingerprint())
+            write_json(mark, marks)
         wait_for_everyone()
 
     def train(self, model, tokenizer) -> dict[str, float] | tuple[dict[str, float], Any]:
@@ -461,6 +465,8 @@ class BaseStage:
             result = StageResult(self.stage_name, False, error_message=f"{type(error).__name__}: {error}")
             self.logger.error("%s failed: %s\nThe traceback is in %s", self.stage_name, result.error_message,
                               folder / "training.log")
+            if not is_main_process():  # it has no log, and may be the only one that fails
+                print(f"process {os.environ['RANK']}: {traceback.format_exc()}", file=sys.stderr, flush=True)
             return result
         finally:
             self.cleanup_logging()
@@ -495,8 +501,9 @@ def differences(old: Mapping, new: Mapping) -> str:
             both = {key: (old[part].get(key), new[part].get(key)) for key in sorted({**old[part], **new[part]})}
             said += [f"{key} {before!r} -> {now!r}" if part == "options" else f"{key} changed"
                      for key, (before, now) in both.items() if before != now]
-        elif old[part] != new[part]:
-            said.append({"data": "its data changed", "start": "a stage before it changed"}[part])
+        elif (before := old.get(part)) != new[part]:
+            said.append({"data": "its data changed", "start": "a stage before it changed",
+                         "launch": f"processes {before} -> {new[part]}"}[part])
     return "; ".join(said)
 
 
@@ -506,6 +513,11 @@ def wait_for_everyone() -> None:
         from accelerate import PartialState
 
         PartialState(cpu=default_device().type == "cpu").wait_for_everyone()
+
+
+def sharded() -> bool:
+    """Whether the processes hold the model in parts while they train: launched with FSDP or DeepSpeed."""
+    return any(os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true" for kind in ("FSDP", "DEEPSPEED"))
 
 
 def exit_on_signals() -> None:
@@ -999,8 +1011,11 @@ def cached(kind: str, files: Sequence[Path], build: Callable[[Path], None] | Non
         if build is None:
             return None
         logger.info("%s %s once, kept in %s", kind, files[0].name, folder)
-        with written_aside(folder) as aside:
-            build(aside)
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            with written_aside(folder) as aside:
+                build(aside)
+        while not folder.exists():  # one process of a machine builds; a barrier would time out
+            time.sleep(1)
     return folder
 
 
@@ -1478,6 +1493,30 @@ def say_step(folder: Path, step: int, steps: int, logs: Mapping[str, float], lef
     logger.info("step %*d/%d  %s", len(str(steps)), step, steps, shown)
 
 
+def hollow(model):
+    """A copy of `model` without its weights, for `make_whole`."""
+    empty = lambda weight: torch.nn.Parameter(torch.empty_like(weight, device="meta"), weight.requires_grad)
+    # Quantized weights, which are no floats, stay what they are: sharding passes them over.
+    return copy.deepcopy(model, {id(w): empty(w) if w.is_floating_point() else w for w in model.parameters()})
+
+
+def make_whole(model, shell) -> None:
+    """Undo what FSDP2 or ZeRO-3 made of `model` since `shell` was its `hollow` copy, in place: every process has all
+    weights, no module is wrapped, and what saves, merges or samples need not know that they were in parts."""
+    from transformers.integrations import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()  # else the next model would be taken apart as it is loaded
+    for part, place in zip(model.parameters(), shell.parameters(), strict=True):
+        zero3 = hasattr(part, "ds_id")
+        with importlib.import_module("deepspeed").zero.GatheredParameters(part) if zero3 else contextlib.nullcontext():
+            whole = part.full_tensor() if hasattr(part, "full_tensor") else part.data.clone()
+        if place.is_meta:
+            torch.utils.swap_tensors(place, torch.nn.Parameter(whole.detach(), place.requires_grad))
+        else:
+            place.data = whole
+    model.__class__, model.__dict__ = type(shell), vars(shell)
+
+
 def fit(config: FitConfig, model, tokenizer, train_rows: Sequence[dict], eval_rows: Sequence[dict],
         collate: Callable[[list], dict], loss: Callable[[Any, dict], tuple[torch.Tensor, dict]]) -> dict[str, float]:
     """Train `model` in place by transformers' Trainer; returns the figures after training, and as x_before those from
@@ -1493,6 +1532,8 @@ def fit(config: FitConfig, model, tokenizer, train_rows: Sequence[dict], eval_ro
     from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
     folder, device, dtype = Path(config.output_dir), default_device(), compute_dtype(config.torch_dtype)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    together = world * config.per_device_train_batch_size  # rows of a micro-batch
     sums: Counter[str] = Counter()  # since the last logged step: metrics times items, items, tokens, seconds
 
     def require_finite(what: str, value, state) -> None:
@@ -1504,27 +1545,40 @@ def fit(config: FitConfig, model, tokenizer, train_rows: Sequence[dict], eval_ro
         """Steps of rows of about the same length, so with little padding, also where the rows are few. The longest come
         first: if memory is short, it shows at once."""
 
+        def __len__(self):  # the last step is filled up with nothing, else processes would be given rows twice
+            return math.ceil(len(self.lengths) / together) * together if world > 1 else len(self.lengths)
+
         def __iter__(self):
-            chance = 0.9 + 0.2 * torch.rand(len(self), generator=self.generator)  # so that batches mix anew
+            # A function of seed and epoch alone: a resumed run sees the batches the interrupted one would have seen.
+            # (set_epoch would not do: accelerate hands it to no sampler that is split and resumed within an epoch.)
+            self.generator.manual_seed(config.seed + int(trainer.state.epoch))
+            rows = len(self.lengths)
+            chance = 0.9 + 0.2 * torch.rand(rows, generator=self.generator)  # so that batches mix anew
             longest, *others = (torch.tensor(self.lengths) * chance).argsort(descending=True).split(self.batch_size)
             rest = [others.pop()] if others and len(others[-1]) < self.batch_size else []
             order = torch.randperm(len(others), generator=self.generator).tolist()
-            return iter(torch.cat([longest, *(others[index] for index in order), *rest]).tolist())
+            order = torch.cat([longest, *(others[index] for index in order), *rest]).tolist()
+            return iter(order + [rows] * (len(self) - rows))
+
+    def filled(rows: list) -> dict:
+        """A batch; of no rows one that weighs nothing, so that every process has one."""
+        there = [row for row in rows if row is not None]
+        return collate(there or train_rows[:1]) | {"weight": torch.tensor(bool(there))}
 
     class FitTrainer(Trainer):
         loss_is_scaled_for_ga = True
 
         def get_batch_samples(self, epoch_iterator, num_batches, device):
             batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-            items = torch.tensor(sum(int(batch["num_items"]) for batch in batches), device=device)
+            items = torch.tensor(sum(int(batch["num_items"] * batch["weight"]) for batch in batches), device=device)
             return batches, self.accelerator.reduce(items, "sum")
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             value, metrics = loss(model, inputs)
             require_finite("loss", value.detach(), self.state)
-            items = int(inputs["num_items"])
+            items, tokens = (int(inputs[name] * inputs["weight"]) for name in ("num_items", "num_tokens"))
             sums.update({name: float(metric) * items for name, metric in metrics.items()})
-            sums.update(items=items, tokens=int(inputs["num_tokens"]))
+            sums.update(items=items, tokens=tokens)
             # gradients are averaged over processes, not summed: hence the last factor
             return value * items / num_items_in_batch * self.accelerator.num_processes
 
@@ -1536,11 +1590,7 @@ def fit(config: FitConfig, model, tokenizer, train_rows: Sequence[dict], eval_ro
 
         def _get_train_sampler(self, train_dataset=None):
             size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-            lengths, order = [len(row["input_ids"]) for row in self.train_dataset], torch.Generator()
-            sampler = ByLength(size, lengths=lengths, generator=order)
-            # A function of seed and epoch alone: a resumed run sees the batches the interrupted one would have seen.
-            sampler.set_epoch = lambda epoch: order.manual_seed(config.seed + epoch)
-            return sampler
+            return ByLength(size, lengths=[len(row["input_ids"]) for row in train_rows], generator=torch.Generator())
 
         def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None,
                             metric_key_prefix="eval"):
@@ -1611,7 +1661,8 @@ def fit(config: FitConfig, model, tokenizer, train_rows: Sequence[dict], eval_ro
         def on_step_end(self, args, state, control, **_):
             sums["seconds"] += time.perf_counter() - self.began
             asked = torch.tensor(len(signals), device=device)
-            if trainer.accelerator.reduce(asked, "sum"):  # of one process or of all: they save together
+            if trainer.accelerator.reduce(asked, "sum"):  # of one process or of all: they save and end together
+                signals or signals.append(signal.SIGTERM)
                 control.should_save = control.should_training_stop = True
                 return
             if state.global_step >= state.max_steps:
@@ -1625,6 +1676,7 @@ def fit(config: FitConfig, model, tokenizer, train_rows: Sequence[dict], eval_ro
             left_to_the_file = re.compile("epoch|grad_norm|.*_(logps|reward)")  # a line should fit the screen
             say_step(folder, state.global_step, state.max_steps, logs, left_to_the_file)
 
+    checkpoint = newest_checkpoint(config)
     os.environ |= {"TENSORBOARD_LOGGING_DIR": str(folder / "runs"), "WANDB_DIR": str(folder)}
     os.environ |= {"WANDB_PROJECT": config.wandb_project} if config.wandb_project else {}
     names = {f.name for f in fields(TrainingArguments)} & {f.name for f in fields(FitConfig)}
@@ -1635,8 +1687,9 @@ def fit(config: FitConfig, model, tokenizer, train_rows: Sequence[dict], eval_ro
         "gradient_checkpointing": None, "activation_checkpointing": config.gradient_checkpointing,
         "activation_checkpointing_kwargs": {"use_reentrant": False}, "report_to": config.report_to or "none",
         "eval_strategy": "steps" if eval_rows and config.eval_steps else "no", "eval_steps": config.eval_steps or None,
-        "eval_on_start": bool(eval_rows), "save_strategy": "steps" if config.save_steps else "no",
+        "eval_on_start": bool(eval_rows and not checkpoint), "save_strategy": "steps" if config.save_steps else "no",
         "save_steps": config.save_steps or 500, "logging_nan_inf_filter": False, "disable_tqdm": True,
+        "ddp_find_unused_parameters": False,  # what trains has a part in every loss
         "bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16, "use_cpu": device.type == "cpu",
         "dataloader_pin_memory": device.type == "cuda", "remove_unused_columns": False,
     })
@@ -1644,22 +1697,26 @@ def fit(config: FitConfig, model, tokenizer, train_rows: Sequence[dict], eval_ro
     counts = [model.num_parameters(only_trainable=only) for only in (True, False)]
     if not counts[0]:
         raise RuntimeError("no parameter of the model trains: everything is frozen")
-    checkpoint = newest_checkpoint(config)
     callbacks = [EarlyStoppingCallback(config.early_stopping_patience)] if config.early_stopping_patience else []
     evaluated = sorted(eval_rows, key=lambda row: len(row["input_ids"])) or None  # by length: little padding
-    trainer = FitTrainer(model, args, collate, list(train_rows), evaluated, tokenizer,
+    trainer = FitTrainer(model, args, filled, [*train_rows, None], evaluated, tokenizer,
                          callbacks=[Progress(), *callbacks])
     trainer.remove_callback(PrinterCallback)
     logger.info("training %s of %s parameters on %s rows, on %s in %s", *(f"{n:,}" for n in (*counts, len(train_rows))),
                 device.type, str(dtype).removeprefix("torch."))
+    # FSDP2 and ZeRO-3 change the model itself; DDP wraps it.
+    shell = hollow(model) if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled else None
     with deferred_signals() as signals:
         trained = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     model.config.use_cache = True  # the Trainer's False would be saved with the model
-    with contextlib.suppress(OSError):
-        Path(args.output_dir).rmdir()  # stays unless no checkpoint was saved
+    if is_main_process():
+        with contextlib.suppress(OSError):
+            Path(args.output_dir).rmdir()  # stays unless no checkpoint was saved
     history = trainer.state.log_history
     before = next((logs for logs in history if "eval_loss" in logs), {})
     after = trainer.evaluate() if eval_rows else {}
+    if shell is not None:
+        make_whole(model, shell)
     if "wandb" in config.report_to and is_main_process():
         import wandb
 

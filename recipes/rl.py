@@ -20,6 +20,7 @@ import copy
 import json
 import re
 import shutil
+import signal
 import statistics
 import sys
 import time
@@ -871,6 +872,7 @@ def start(config: RLConfig, model, tokenizer, functions: dict[str, Callable], ro
     """The `Run` of a policy: reference, critic, optimizer, schedule. `row` is a prompt to try the attention with."""
     from accelerate import Accelerator
     from transformers import Trainer, TrainingArguments, get_scheduler
+    from transformers.integrations import unset_hf_deepspeed_config
 
     for module in model.modules():  # with dropout, ratios are noise (Huang et al. 2024)
         if isinstance(module, torch.nn.Dropout):
@@ -895,6 +897,7 @@ def start(config: RLConfig, model, tokenizer, functions: dict[str, Callable], ro
     kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
     accelerator = Accelerator(cpu=model.device.type == "cpu", log_with=config.report_to or None,
                               project_dir=config.output_dir)
+    unset_hf_deepspeed_config()  # under DeepSpeed too the policy is whole, and so is what is loaded later
     if config.report_to:
         accelerator.init_trackers(config.wandb_project or "rl", init_kwargs={"wandb": {"name": config.wandb_run_name}})
     run = Run(config, model, tokenizer, reference, adapter, head, functions, share, accelerator, config.init_kl_coef)
@@ -972,7 +975,8 @@ def train(config: RLConfig, model, tokenizer, train_rows: list, eval_rows: list,
             report(logs | {"completions_per_s": round(speed, 3), "seconds_rollout": round(sampled, 2)})
             history.append({**logs, "said": []})
             alarms(run, history)
-            if run.sum(torch.tensor(len(signals), device=model.device)):  # of one process or of all
+            if run.sum(torch.tensor(len(signals), device=model.device)):  # of one process or of all: they end together
+                signals or signals.append(signal.SIGTERM)
                 save_checkpoint(run)
                 break
             if run.step == config.num_training_steps:

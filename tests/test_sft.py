@@ -383,23 +383,3 @@ def test_plain_text_trains_a_base_model_without_a_template(model_dir, tmp_path, 
     assert result.metrics["eval_loss"] < result.metrics["eval_loss_before"] and not result.tokenizer.chat_template
     with pytest.raises(ConfigError, match="plain text has none"):
         sft.SFTStage(config(tmp_path, dataset_name_or_path=str(data), num_eval_samples=2)).execute()
-
-
-def test_two_processes_give_the_curve_of_one(model_dir, data, tmp_path):
-    import subprocess
-    import sys
-
-    from conftest import ROOT
-
-    command = ["recipes/sft.py", f"--model={model_dir}", f"--data={data}", "--max_steps=4", "--learning_rate=1e-2",
-               "--validation_split=0.25"]
-    curves = []
-    for launch, size in (([], 4), (["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"], 2)):
-        out = tmp_path / str(size)
-        done = subprocess.run([sys.executable, *launch, *command, f"--per_device_train_batch_size={size}",
-                               f"--output_dir={out}"], cwd=ROOT, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stdout + done.stderr
-        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        curves.append([line[key] for line in lines for key in ("loss", "token_accuracy", "eval_loss") if key in line])
-        assert done.stdout.count("done:") == 1
-    assert len(curves[0]) == 10 and curves[1] == pytest.approx(curves[0], abs=1e-4)
