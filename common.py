@@ -462,7 +462,8 @@ class BaseStage:
             raise
         except Exception as error:
             self.logger.debug("the failure in full", exc_info=True)
-            result = StageResult(self.stage_name, False, error_message=f"{type(error).__name__}: {error}")
+            full = f"no space left on the disk of {folder}: " * (shutil.disk_usage(folder).free < 2**20)
+            result = StageResult(self.stage_name, False, error_message=f"{full}{type(error).__name__}: {error}")
             self.logger.error("%s failed: %s\nThe traceback is in %s", self.stage_name, result.error_message,
                               folder / "training.log")
             if not is_main_process():  # it has no log, and may be the only one that fails
@@ -702,7 +703,8 @@ def read_rows(config: DataConfig, convert: Callable, optional: Mapping[str, Sequ
     known = dataset.column_names if optional is None else [*config.formats[form], *optional.get(form, ())]
     used, ignored = (", ".join(c for c in dataset.column_names if (c in known) is use) for use in (True, False))
     note = f" (not used: {ignored})" if ignored else ""
-    logger.info("data %s: %s, %d rows: %s%s", path, form, len(dataset), used, note)
+    say = logger.warning if ignored else logger.info
+    say("data %s: %s, %d rows: %s%s", path, form, len(dataset), used, note)
     rows = usable_rows(dataset, lambda row: convert(row, form), "data")
     digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
     return rows, {"path": path, "format": form, "rows": len(rows), "sha256": digest}

@@ -190,3 +190,10 @@ def test_in_a_chain_between_two_stages(tmp_path, model_dir, monkeypatch):
     assert last.metrics["perplexity_before"] == pytest.approx(first.metrics["perplexity"], rel=1e-4)
     assert last.metrics["perplexity"] < first.metrics["perplexity"] and last.model_path == sft.model_path
     assert (tmp_path / "out/final/model.safetensors").exists()
+
+
+def test_the_more_probable_answer_ranks_first_and_a_tie_is_half(tmp_path, model_dir, monkeypatch):
+    logps = [[(-1.0, 3), (-2.0, 3)], [(-2.0, 3), (-1.0, 3)], [(-1.5, 3), (-1.5, 2)], [(-1.0, 9), (-2.0, 1)]]
+    monkeypatch.setattr(evaluate, "answer_logps", lambda *_: logps)
+    result, _ = judged(tmp_path, model_dir, PAIRS[:4])
+    assert result.metrics["ranking_accuracy"] == pytest.approx((1 + 0 + 0.5 + 1) / 4)
