@@ -1206,6 +1206,17 @@ def check_sampling(name: str, sampling: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
+def evaluating(model):
+    """The model in evaluation mode: in training, layers with dropout are noise and checkpointed ones keep no cache."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextlib.contextmanager
 def fast_decoding(model):
     """On a CPU, lie the weights column by column while tokens are sampled, with the adapter merged in: few rows times
     such weights is three times as fast. The weights come back bitwise."""
@@ -1295,9 +1306,9 @@ def random_numbers(count: int, sampling: Mapping, seed: int) -> torch.Tensor:
 @torch.no_grad()
 def sample(model, tokenizer, prompts: Sequence[list[int]], sampling: Mapping, chances: torch.Tensor | None = None,
            repeats: int = 1) -> tuple[list[list[int]], list[list[float]]]:
-    """Completions of prompts (token ids, up to and including a stop token), and their tokens' log-probabilities, by a
-    model in evaluation mode: `repeats` for each prompt, one after the other, by chances (P repeats, T), or greedy if
-    there are none. A prompt is read once for all its completions, and those that have stopped leave the batch."""
+    """Completions of prompts (token ids, up to and including a stop token), and their tokens' log-probabilities:
+    `repeats` for each prompt, one after the other, by chances (P repeats, T), or greedy if there are none. A prompt is
+    read once for all its completions, and those that have stopped leave the batch."""
     from transformers import DynamicCache
 
     device, steps, width = model.device, sampling["max_new_tokens"], max(map(len, prompts))
@@ -1307,7 +1318,7 @@ def sample(model, tokenizer, prompts: Sequence[list[int]], sampling: Mapping, ch
     positions = (mask.cumsum(1) - 1).clamp(min=0)  # padding on the left does not count (Huang et al. 2024)
     stops = torch.tensor(stop_tokens(tokenizer), device=device)
     completions, sampled = ([[] for _ in range(len(prompts) * repeats)] for _ in range(2))
-    with fast_decoding(model):
+    with evaluating(model), fast_decoding(model):
         output = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1,
                        past_key_values=DynamicCache(config=model.config))
         cache, mask = with_room(output.past_key_values, repeats, steps), F.pad(mask, (0, steps), value=1)
@@ -1342,13 +1353,11 @@ def read(tokenizer, completions: Sequence[list[int]]) -> tuple[list[str], list[b
 
 def generate(model, tokenizer, prompts: Sequence[list[dict]], max_new_tokens: int, batch_size: int = 16):
     """Greedy answers to conversations: a list of (text, whether the model stopped by itself)."""
-    training, answers = model.training, []
-    model.eval()
+    answers = []
     for start in range(0, len(prompts), batch_size):
         ids = [prompt_ids(tokenizer, prompt) for prompt in prompts[start : start + batch_size]]
         completions, _ = sample(model, tokenizer, ids, SAMPLING | {"max_new_tokens": max_new_tokens})
         answers += zip(*read(tokenizer, completions))
-    model.train(training)
     return answers
 
 

@@ -42,7 +42,8 @@ def main(contenders: dict, unit: str, defaults: dict) -> None:
     options = {name: type(defaults.get(name, ""))(value) for name, value in options.items()}
     if "contender" in options:
         work, seconds = contenders[options.pop("contender")](**{name: options[name] for name in defaults})
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "linux" else 2**30)
+        peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        peak /= 2**20 if sys.platform == "linux" else 2**30
         return print("\n" + json.dumps({"speed": work / seconds, "gigabytes": peak}))
     results = {name: [] for name in contenders}
     arguments = [f"--{name}={options[name]}" for name in defaults]

@@ -40,7 +40,7 @@ import common
 from common import (
     IGNORE, SAMPLING, AskingConfig, BaseStage, Client, ConfigError, Count, FitConfig, Names, Natural, Options, Positive,
     RowError, Subprocess, check_sampling, fit, generate, is_main_process, load_dataset_from_path, load_rows, logger,
-    logits_at, main, made_by_main, sample, usable_rows, with_interval, write_rows,
+    logits_at, main, made_by_main, sample, sharded, usable_rows, with_interval, write_rows,
 )
 from recipes import sft
 
@@ -107,6 +107,8 @@ class CoTConfig(FitConfig, AskingConfig):
         if divergence and not local:
             raise ConfigError(f"distillation_type={self.distillation_type} reads the teacher's probabilities of all "
                               "tokens: it needs teacher_model_type=local")
+        if self.on_policy_share and sharded():
+            raise ConfigError("on_policy_share needs the whole model in every process; launch with ddp.yaml")
         if not re.fullmatch(r".*\{rationale\}.*\S.*\{answer\}.*", self.cot_template.replace("\\n", "\n"), re.DOTALL):
             raise ConfigError("cot_template needs {rationale}, then some mark, then {answer}, as in "
                               r"'{rationale}\n#### {answer}'")
@@ -303,9 +305,7 @@ def own_answers(config: CoTConfig, model, tokenizer, batch: dict[str, torch.Tens
     prompts = [ids[:start] for ids, start in zip(batch["input_ids"].tolist(), starts)]
     sampling = SAMPLING | {"max_new_tokens": min(config.max_new_tokens, config.max_seq_length - max(starts))}
     chances = 1 - torch.rand(len(prompts), sampling["max_new_tokens"], device=batch["labels"].device)
-    model.eval()
     answers, _ = sample(extract_model_from_parallel(model), tokenizer, prompts, sampling, chances)
-    model.train()
     rows = [{"input_ids": torch.tensor(prompt + ids), "labels": torch.tensor([IGNORE] * len(prompt) + ids)}
             for prompt, ids in zip(prompts, answers)]
     return {name: value.to(chances.device) for name, value in sft.collate(rows).items()}

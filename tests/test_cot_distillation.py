@@ -294,3 +294,9 @@ def test_an_answer_that_cannot_be_compared_is_not_right(tmp_path, monkeypatch):
     settings = cot.CoTConfig(model_name_or_path="tiny", reasoning_dataset_path="data", output_dir=str(tmp_path / "out"))
     found = cot.answer(settings, None, None, {"": [{"question": q, "answer": "2"} for q in "ab"]}, "before")
     assert found["accuracy"] == 0.5 and found["accuracy_n"] == 2
+
+
+def test_own_answers_are_refused_where_the_processes_hold_the_model_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match="launch with ddp.yaml"):
+        config(tmp_path, distillation_type="logits", teacher_model_type="local", teacher_model_path="tiny", on_policy_share=0.5).validate()

@@ -744,6 +744,18 @@ def test_alarms_are_said_once_with_a_remedy(caplog):
     assert len(messages) == 3 and "KL 30.0" in messages[0] and "entropy 0.100" in messages[1] and "three steps running" in messages[2]
 
 
+def test_recomputed_activations_change_nothing(model_dir, tmp_path):
+    found = []
+    for again in (False, True):
+        settings = config(tmp_path, model_name_or_path=model_dir, prompt_dataset_path=write_prompts(tmp_path), gradient_checkpointing=again,
+                          output_dir=str(tmp_path / str(again)), validation_split=0.2, algorithm="ppo")
+        result = rl.RLStage(settings).execute()
+        assert result.success, result.error_message
+        found.append(steps_of(tmp_path / str(again)))
+    for first, second in zip(*found, strict=True):
+        assert first == pytest.approx(second, abs=1e-5, rel=1e-4)
+
+
 def test_two_processes_are_two_halves_of_one(model_dir, tmp_path):
     """Same rows, same random numbers, same curves and weights, whether one process takes the rollout or two."""
     for algorithm in ("ppo", "grpo", "trpo"):
