@@ -116,7 +116,7 @@ class Pipeline:
         if not config.stages:
             raise ConfigError("stages is missing; name at least one, for example stages: [sft]")
         self.folders = [f"{i:02d}_{Path(name).stem}" for i, name in enumerate(config.stages, 1)]
-        known = {Path(name).stem for name in (*config.stages, *declared, *self.registry, *RECIPES.glob("*.py"))}
+        known = {Path(str(name)).stem for name in (*config.stages, *declared, *self.registry, *RECIPES.glob("*.py"))}
         for name in (*config.stage_configs, *self.overrides):
             if name not in self.folders and name.lstrip("0123456789_") not in known:
                 raise ConfigError("stage_configs: " + unknown("stage", name, known))

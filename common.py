@@ -28,6 +28,7 @@ import threading
 import time
 import traceback
 import urllib.request
+import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, TimeoutError as FutureTimeout, as_completed
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
@@ -47,6 +48,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 IGNORE = -100  # label of a token that is not a target: the convention of transformers and torch
 logger = logging.getLogger("recipes")
+warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # it is peft that reads the old name
 
 
 class ConfigError(ValueError):
@@ -145,7 +147,7 @@ class StageConfig:
     def validate(self) -> None:
         """Check what no single field shows; raises ConfigError. Opens nothing."""
         coerce_fields(self)  # a notebook may have assigned fields since
-        self.report_to = sorted({*self.report_to, *(["wandb"] if self.use_wandb else [])})
+        self.report_to = sorted({*self.report_to} | ({"wandb"} if self.use_wandb else set()))
         if self.wandb_project and "wandb" not in self.report_to:
             raise ConfigError("wandb_project has no effect without use_wandb=true")
         for tracker in self.report_to:
@@ -191,7 +193,7 @@ class TrainingConfig(ModelConfig):
 
     # adapter by PEFT
     lora_r: Natural = 16  # rank; 0 trains all weights
-    lora_alpha: Positive = 32  # the adapter's output is scaled by lora_alpha / lora_r
+    lora_alpha: Count = 32  # the adapter's output is scaled by lora_alpha / lora_r
     lora_dropout: Share = 0.0  # dropout before the adapter
     lora_target_modules: Names = field(default_factory=lambda: ["all-linear"])  # or names, such as q_proj,v_proj
     lora_bias: Literal["none", "all", "lora_only"] = "none"  # which biases train
@@ -247,7 +249,9 @@ class DataConfig(StageConfig):
 
 @dataclass
 class FitConfig(DataConfig, TrainingConfig):
-    """Options of every stage that trains by `fit`."""
+    """Options of every stage that trains by `fit`, on the data that `aliases` names."""
+
+    aliases: ClassVar[dict[str, str]] = TrainingConfig.aliases | {"data": "dataset_name_or_path"}
 
     validation_split: Share = 0.05  # share of the rows held out for evaluation
     num_train_epochs: Positive = 1.0  # passes over the data
@@ -302,6 +306,7 @@ class BaseStage:
     needs_chat_template: bool = True  # false: the data is plain text
     task: str = "CAUSAL_LM"  # PEFT's name of what the model does; SEQ_CLS: it gives one score
     hands_on: bool = True  # false: what it makes is not for the next stage, which gets what this one was handed
+    config: Any  # an instance of config_class
 
     def __init__(self, config: StageConfig):
         self.config = config
@@ -434,7 +439,7 @@ class BaseStage:
             self.begin()
             handed = model, tokenizer, previous_result.model_path if previous_result else None
             if isinstance(self.config, ModelConfig):
-                start = {"model_name_or_path": handed[2], "revision": None} if handed[2] else {}
+                start: dict[str, Any] = {"model_name_or_path": handed[2], "revision": None} if handed[2] else {}
                 words, shape = load_tokenizer(replace(self.config, **start), self.needs_chat_template) if (
                     model is None) else (tokenizer, model.config)
                 prepare_tokenizer(words, self.config, self.needs_chat_template)
@@ -454,7 +459,7 @@ class BaseStage:
             path = self.save_model_and_tokenizer(model, tokenizer) if self.config.save_intermediate else None
             if not self.hands_on:
                 model, tokenizer, path = handed
-            metrics = {**metrics, "seconds": round(time.time() - started, 1)}
+            metrics = {**metrics, "seconds": round(time.time() - started, 1), **peak_memory()}
             result = StageResult(self.stage_name, True, path, path, metrics, self.artifacts, None, model, tokenizer)
             write_stage_json(self.config, result, {**self.lineage, "fingerprint": self.fingerprint()})
             return result
@@ -974,6 +979,18 @@ def default_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def peak_memory() -> dict[str, float]:
+    """{"peak_gb": the most that this process has held}, of a GPU if there is one; {} on Windows, which does not say."""
+    if torch.cuda.is_available():
+        return {"peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2)}
+    if importlib.util.find_spec("resource") is None:
+        return {}
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)}
+
+
 def compute_dtype(precision: str) -> torch.dtype:
     """The dtype of a Precision here: by default the fast one of the GPU, and float32 on CPU and MPS."""
     if precision == "auto" and torch.cuda.is_available():
@@ -1042,7 +1059,7 @@ def find_model(name: str, config: ModelConfig, weights: bool = True) -> Path:
         raise ConfigError(f"model {name} {wrong}")
     files = ["*.json", "*.jinja", "*.model", "*.txt"] + ["model*.safetensors", "adapter_model.safetensors"] * weights
     files += ["*.py"] if config.trust_remote_code else []
-    ask = {"revision": config.revision, "token": config.use_auth_token or None, "allow_patterns": files}
+    ask: dict[str, Any] = {"revision": config.revision, "token": config.use_auth_token or None, "allow_patterns": files}
     online = hub_answers("model", name)
     with refusing(f"model {name}: no such folder, and {'the hub says' if online else 'the hub cannot be reached'}"):
         return Path(snapshot_download(name, local_files_only=not online, **ask))
@@ -1368,7 +1385,12 @@ def logits_at(model, mask: torch.Tensor, **inputs) -> tuple[torch.Tensor, torch.
     from accelerate.utils import extract_model_from_parallel
 
     head, hidden = extract_model_from_parallel(model).get_output_embeddings(), []
-    hook = head.register_forward_pre_hook(lambda _, args: hidden.append(args[0][mask]) or tuple(hidden))
+
+    def select(_, args) -> tuple:
+        hidden.append(args[0][mask])
+        return tuple(hidden)
+
+    hook = head.register_forward_pre_hook(select)
     try:
         return model(**inputs, use_cache=False).logits, hidden[0]
     finally:
@@ -1398,7 +1420,7 @@ def collate_answers(rows: Sequence[dict], share_prompt: bool = True) -> dict[str
         sequences += [torch.cat(group, 1) for group in groups]
     names, padding = ("input_ids", "position_ids", "branch", "sequence", "targets"), (0, 0, -1, 0, IGNORE)
     columns = zip(*sequences)
-    batch = {name: pad_sequence(tensors, True, pad) for name, tensors, pad in zip(names, columns, padding)}
+    batch = {name: pad_sequence(list(tensors), True, pad) for name, tensors, pad in zip(names, columns, padding)}
     batch |= {"num_tokens": (batch["branch"] >= 0).sum(), "num_items": torch.tensor(len(rows))}
     return batch if share_prompt else batch | {"attention_mask": (batch["branch"] >= 0).long()}
 
@@ -1499,9 +1521,9 @@ def say_step(folder: Path, step: int, steps: int, logs: Mapping[str, float], lef
     with open(folder / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"step": step, **logs}) + "\n")
     words = {"learning_rate": "lr {:.2g}", "tokens_per_s": "{:,.0f} tokens/s"}
-    shown = {name: value for name, value in logs.items() if not left_to_the_file.fullmatch(name)}
-    shown = "  ".join(words.get(name, f"{name} {{:.4g}}").format(value) for name, value in shown.items())
-    logger.info("step %*d/%d  %s", len(str(steps)), step, steps, shown)
+    shown = [words.get(name, f"{name} {{:.4g}}").format(value) for name, value in logs.items()
+             if not left_to_the_file.fullmatch(name)]
+    logger.info("step %*d/%d  %s", len(str(steps)), step, steps, "  ".join(shown))
 
 
 def hollow(model):
@@ -1574,7 +1596,7 @@ def fit(config: FitConfig, model, tokenizer, train_rows: Sequence[dict], eval_ro
     def filled(rows: list) -> dict:
         """A batch; of no rows one that weighs nothing, so that every process has one."""
         there = [row for row in rows if row is not None]
-        return collate(there or train_rows[:1]) | {"weight": torch.tensor(bool(there))}
+        return collate(there or [train_rows[0]]) | {"weight": torch.tensor(bool(there))}
 
     class FitTrainer(Trainer):
         loss_is_scaled_for_ga = True
@@ -1718,7 +1740,7 @@ def fit(config: FitConfig, model, tokenizer, train_rows: Sequence[dict], eval_ro
     # FSDP2 and ZeRO-3 change the model itself; DDP wraps it.
     shell = hollow(model) if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled else None
     with deferred_signals() as signals:
-        trained = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        trained = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model.config.use_cache = True  # the Trainer's False would be saved with the model
     if is_main_process():
         with contextlib.suppress(OSError):
@@ -1776,7 +1798,9 @@ class Client:
         self.remote, self.url, self.variable = self.kind == "api" or home is not None, url or home, variable or usual
         self.secret = os.environ.get(self.variable or "", "")
         rank = "" if is_main_process() else f"-{os.environ['RANK']}"  # every process writes a file of its own
-        self.local, self.server, self.calls = None, None, Path(config.output_dir, f"calls{rank}.jsonl")
+        self.local: Any = None  # (model, tokenizer)
+        self.server: Any = None  # an openai.OpenAI
+        self.calls = Path(config.output_dir, f"calls{rank}.jsonl")
         self.trouble, self.refusal, self.halted = "", "", False
 
     def check(self) -> None:
@@ -1916,6 +1940,7 @@ class Client:
                 except openai.APIConnectionError as error:
                     self.trouble = str(error.__cause__ or error)
                     return None
+            return None
 
         pool = ThreadPoolExecutor(self.config.concurrency)
         try:
@@ -1942,13 +1967,13 @@ class Client:
                 continue
             prompts = [ids[key] for key in fit]
             if choices:
-                texts, counts = map(json.dumps, self.choose(prompts, choices)), [1] * len(fit)
+                texts, counts = [json.dumps(chances) for chances in self.choose(prompts, choices)], [1] * len(fit)
             else:
                 numbers = torch.cat([random_numbers(1, sampling, seed(key)) for key in fit])
                 greedy = sampling["temperature"] == 0
                 rest = dict(sampling) | ({"temperature": 1.0} if greedy else {})
                 completions, _ = sample(model, tokenizer, prompts, rest, None if greedy else numbers.to(model.device))
-                texts, counts = read(tokenizer, completions)[0], map(len, completions)
+                texts, counts = read(tokenizer, completions)[0], [len(completion) for completion in completions]
             for key, text, count in zip(fit, texts, counts):
                 yield key, {"text": text, "tokens_in": len(ids[key]), "tokens_out": count}
 
@@ -1991,7 +2016,8 @@ class Subprocess:
     TimeoutError, or RuntimeError with the function's own words; the next call starts anew."""
 
     def __init__(self, spec: str, timeout: float):
-        self.spec, self.timeout, self.process = spec, timeout, None
+        self.spec, self.timeout = spec, timeout
+        self.process: Any = None  # a Popen while it runs
         self.reader = ThreadPoolExecutor(1)
 
     def __call__(self, *args, **kwargs) -> Any:
@@ -2167,12 +2193,12 @@ def read_command_line(arguments: Sequence[str]) -> tuple[list[str], dict[str, st
     return found[0], {key: None if value in ("None", "null") else value for key, value in found[1].items()}
 
 
-def option_help(config_class: type) -> str:
+def option_help(config_class: Any) -> str:
     """The options of a config class: name, default, and the comment beside it in the source."""
     source = "".join(inspect.getsource(cls) for cls in reversed(config_class.__mro__) if hasattr(cls, "aliases"))
     comments, lines = dict(re.findall(r"^    (\w+): .*  # (.*)$", source, re.M)), []
     for f in fields(config_class):
-        default = f.default if f.default is not MISSING else ",".join(f.default_factory())
+        default = f.default if f.default_factory is MISSING else ",".join(f.default_factory())
         default = str(default).replace("\n", r"\n") if len(str(default)) < 60 else "..."
         lines.append(f"{f'  --{f.name}={default}':<46}  {comments[f.name]}")
     short = ", ".join(f"--{alias} is --{name}" for alias, name in config_class.aliases.items())

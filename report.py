@@ -25,20 +25,21 @@ STYLE = """:root { color-scheme: light dark; --page: #fbfbfa; --card: #fff; --in
 --c0: #2c6cb5; --c1: #b9581a; --c2: #27795a; --c3: #8659ad } @media (prefers-color-scheme: dark) { :root { --page:
 #121316; --card: #1a1d22; --ink: #ddd; --soft: #99a; --line: #333; --c0: #72abea; --c1: #f0a15f; --c2: #6fc799; --c3:
 #c5a3e8 } } svg { width: 100%; font-size: 10px; overflow: visible } h1, p { margin: 4px 0 } h2 { margin-top: 44px }
-small, .soft, thead { color: var(--soft); font-size: .9em } a, summary { color: var(--c0) } .state::before { content:
-"\\25CF\\A0"; color: var(--soft) } .done::before, .c2 { color: var(--c2) } .running::before, .c0 { color: var(--c0) }
-.failed::before, .c1 { color: var(--c1) } .c3 { color: var(--c3) } .box { border: 1px solid var(--line); border-radius:
-8px; background: var(--card); overflow-x: auto; margin: 0 0 1em } table { border-collapse: collapse; width: 100%;
-overflow-wrap: normal } td, th { padding: 6px 8px; text-align: right; vertical-align: top; font-weight: 400 } tbody tr {
-border-top: 1px solid var(--line) } th:first-child { text-align: left; position: sticky; left: 0; background:
-var(--card); min-width: 7em; overflow-wrap: anywhere } th[colspan] { font-weight: 600; padding-top: 1em } td small {
-display: block } .grid { display: grid; gap: 0 20px; grid-template-columns: repeat(auto-fill, minmax(min(300px, 100%),
-1fr)) } figure, article { padding: 12px } a, figcaption span { display: inline-block; margin-right: 1em } body { margin:
-auto; max-width: 70em; padding: 1.5em; background: var(--page); color: var(--ink); font: 15px/1.55 system-ui;
-font-variant-numeric: tabular-nums; overflow-wrap: anywhere } text { fill: var(--soft) } polyline, circle { fill: none;
-stroke: currentColor; stroke-width: 1.8 } polyline.dashed { stroke-dasharray: 5 4 } path { stroke: var(--line) } .grid >
-div, .alarm { border-left: 2px solid var(--line); padding-left: 1em } .alarm { border-color: var(--c1) } .text {
-max-height: 17em; overflow-y: auto } .text, pre, .alarm { margin: 0 0 8px; white-space: pre-wrap }"""
+small, .soft, thead { color: var(--soft); font-size: .9em; font-weight: 400 } a, summary { color: var(--c0) }
+.state::before { content: "\\25CF\\A0"; color: var(--soft) } .done::before, .c2 { color: var(--c2) } .running::before,
+.c0 { color: var(--c0) } .failed::before, .c1 { color: var(--c1) } .c3 { color: var(--c3) } .box { border: 1px solid
+var(--line); border-radius: 8px; background: var(--card); overflow-x: auto; margin: 0 0 1em } table { border-collapse:
+collapse; width: 100%; overflow-wrap: normal } td, th { padding: 6px 8px; text-align: right; vertical-align: top;
+font-weight: 400 } tbody tr { border-top: 1px solid var(--line) } th:first-child { text-align: left; position: sticky;
+left: 0; background: var(--card); min-width: 7em; overflow-wrap: anywhere } th[colspan] { font-weight: 600; padding-top:
+1em } td small { display: block } .grid { display: grid; gap: 0 20px; grid-template-columns: repeat(auto-fill,
+minmax(min(300px, 100%), 1fr)) } figure, article { padding: 12px } a, figcaption span { display: inline-block;
+margin-right: 1em } body { margin: auto; max-width: 70em; padding: 1.5em; background: var(--page); color: var(--ink);
+font: 15px/1.55 system-ui; font-variant-numeric: tabular-nums; overflow-wrap: anywhere } text { fill: var(--soft) }
+polyline, circle { fill: none; stroke: currentColor; stroke-width: 1.8 } polyline.dashed { stroke-dasharray: 5 4 } path
+{ stroke: var(--line) } .grid > div, .alarm { border-left: 2px solid var(--line); padding-left: 1em } .alarm {
+border-color: var(--c1) } .text { max-height: 17em; overflow-y: auto } .text, pre, .alarm { margin: 0 0 8px;
+white-space: pre-wrap }"""
 
 
 def read(path: Path) -> list:
@@ -122,8 +123,8 @@ def chart(title: str, lines: list[tuple[str, str, list]]) -> str:
         label(x_at(x), 161, f"{x:g}", "middle") for x in ticks(left, right) if left <= x <= right and x == int(x))
     for name, look, points in lines:
         size = math.ceil(len(points) / 100)  # of a long run the lowest and the highest of every few points
-        some = [sorted(points[n : n + size], key=lambda point: point[1]) for n in range(0, len(points), size)]
-        some = [(x_at(x), y_at(y)) for group in some for x, y in sorted({group[0], group[-1]})]
+        groups = [sorted(points[n : n + size], key=lambda point: point[1]) for n in range(0, len(points), size)]
+        some = [(x_at(x), y_at(y)) for near in groups for x, y in sorted({near[0], near[-1]})]
         svg += f'<polyline class="{look}" points="{" ".join(map(",".join, some))}" />'
         svg += "".join(f'<circle class="{look}" r=2.6 cx={x} cy={y} />' for x, y in some if "dashed" in look)
         legend += f"<span class='{look}'>{'━┅'['dashed' in look]} {escape(name)} {shown(points[-1][1])}</span>"
@@ -148,18 +149,20 @@ def curves(title: str, group: dict[str, Stage]) -> str:
 
 
 def figures(title: str, group: dict[str, Stage], labels: list[str]) -> list[list[str]]:
-    """Rows of what a stage measured before and after, or of the same in two runs, and how the last two differ."""
+    """Rows of a stage's figures before and after, or of two runs, and how they differ; beside its name those alone."""
     known = [group[label].metrics if label in group else {} for label in labels]
     ends, rows = {f"{name}_{end}" for one in known for name in one for end in ("low", "high", "n")}, []
     names = dict.fromkeys(key.removesuffix("_before") for one in known for key in one if key not in ends)
-    for name in sorted(names, key=lambda name: not any(f"{name}_before" in one for one in known)):
+    twice = [n for n in names if len(known) == 2 or {f"{n}_before", f"{n}_low"} & {*known[0]}]
+    once = ", ".join(f"{escape(name)} {shown(known[0][name])}" for name in names if name not in twice)
+    for name in twice:
         cells, keys = [], [(one, key) for one in known for key in (f"{name}_before", name)]
         for one, key in keys:
             low, high, n = (shown(one.get(f"{key}_{end}")) for end in ("low", "high", "n"))
             cells.append(shown(one.get(key)) + f"<small>{low} to {high}, n {n}</small>" * (f"{key}_low" in one))
         a, b = (one.get(key) for one, key in (keys if len(keys) == 2 else keys[1::2]))
         rows.append([escape(name), *cells, "–" if None in (a, b) else "+" * (b > a) + shown(b - a)])
-    return [[escape(title)], *rows] if rows else []
+    return [[f"{escape(title)} <small>{once}</small>"], *rows] if names else []
 
 
 def answers(stages: dict[str, Stage]) -> str:

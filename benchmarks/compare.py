@@ -1,9 +1,12 @@
 """Contenders in turn, each run in a process of its own: median of their speed, peak memory, ratios to stock TRL.
 
 A benchmark defines one function a contender, which returns the work it did (pairs, tokens) and the seconds it took,
-and ends in `main({"recipe": ..., "trl": ...}, unit, defaults)`.
+and ends in `main({"recipe": ..., "trl": ...}, unit, defaults, doubled)`. After the timed rounds each runs once more
+with its matrix products counted, which gives the share of the machine's peak, and the recipe once with the option
+`doubled` twice as large.
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -16,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "recipes")]
 
@@ -34,33 +38,56 @@ def matmul_peak() -> float:
     return 2 * 2048**3 / min(seconds) / 1e9
 
 
-def main(contenders: dict, unit: str, defaults: dict) -> None:
+def contend(contender, options: dict) -> None:
+    """One contender's run, in this process: a line of JSON with speed, peak memory and what a unit of work takes."""
+    counter = FlopCounterMode(display=False)
+    with counter if options.pop("counted") else contextlib.nullcontext():
+        work, seconds = contender(**options)
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    peak /= 2**20 if sys.platform == "linux" else 2**30
+    gigaflop = counter.get_total_flops() / 1e9 / work
+    print("\n" + json.dumps({"speed": work / seconds, "gigabytes": peak, "gigaflop": gigaflop}))
+
+
+def run(name: str, options: dict, counted: bool = False) -> dict[str, float]:
+    """A contender's run in a process of its own."""
+    arguments = [f"--{key}={value}" for key, value in options.items()]
+    command = [sys.executable, sys.argv[0], f"--contender={name}", f"--counted={int(counted)}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stdout + done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(contenders: dict, unit: str, defaults: dict, doubled: str, in_process: bool = True) -> None:
     words, given = common.read_command_line(sys.argv[1:])
     options = defaults | {"rounds": 3} | given
-    if set(options) > set(defaults) | {"rounds", "contender"} or words:
+    if set(options) > set(defaults) | {"rounds", "contender", "counted"} or words:
         sys.exit(f"options: {', '.join(f'--{name}={value}' for name, value in (defaults | {'rounds': 3}).items())}")
-    options = {name: type(defaults.get(name, ""))(value) for name, value in options.items()}
+    options = {name: type(defaults.get(name, 0 if name in ("rounds", "counted") else ""))(value)
+               for name, value in options.items()}
+    rounds = options.pop("rounds")
     if "contender" in options:
-        work, seconds = contenders[options.pop("contender")](**{name: options[name] for name in defaults})
-        peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-        peak /= 2**20 if sys.platform == "linux" else 2**30
-        return print("\n" + json.dumps({"speed": work / seconds, "gigabytes": peak}))
-    results = {name: [] for name in contenders}
-    arguments = [f"--{name}={options[name]}" for name in defaults]
-    for number in range(int(options["rounds"])):
+        return contend(contenders[options.pop("contender")], options)
+    results, peak = {name: [] for name in contenders}, 0.0
+    for number in range(rounds):
         for name in contenders:
-            command = [sys.executable, sys.argv[0], f"--contender={name}", *arguments]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                sys.exit(done.stdout + done.stderr)
-            results[name].append(json.loads(done.stdout.splitlines()[-1]))
-            print(f"round {number + 1}  {name:8} {results[name][-1]['speed']:8.3f} {unit}/s"
-                  f" {results[name][-1]['gigabytes']:6.2f} GB", flush=True)
+            peak = max(peak, matmul_peak())
+            results[name].append(one := run(name, options))
+            print(f"round {number + 1}  {name:8} {one['speed']:8.3f} {unit}/s {one['gigabytes']:6.2f} GB", flush=True)
     middle = lambda runs: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
     recipe, stock = middle(results["recipe"]), middle(results["trl"])
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "peft"))
-    machine = f"{os.cpu_count()} cores, {platform.machine()}, {matmul_peak():.0f} GFLOP/s"
-    print(f"\n{' '.join(arguments)}; {machine}; {packages}")
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, {peak:.0f} GFLOP/s"
+    print(f"\n{' '.join(f'--{name}={value}' for name, value in options.items())}; {machine}; {packages}")
     print(f"{unit}/s: {recipe['speed']:.3f} against {stock['speed']:.3f}, ratio {recipe['speed'] / stock['speed']:.2f}")
     print(f"peak GB: {recipe['gigabytes']:.2f} against {stock['gigabytes']:.2f}, "
           f"ratio {recipe['gigabytes'] / stock['gigabytes']:.2f}")
+    if in_process:  # the products of another process are not seen
+        counted = {name: run(name, options, counted=True)["gigaflop"] for name in contenders}
+        share = {name: middle(results[name])["speed"] * counted[name] / peak for name in contenders}
+        print(f"matrix products: {counted['recipe']:.2f} GFLOP a unit against {counted['trl']:.2f}, "
+              f"{share['recipe']:.0%} of the peak against {share['trl']:.0%}")
+    twice = run("recipe", options | {doubled: 2 * options[doubled]})
+    print(f"{doubled} twice as many: {twice['speed'] / recipe['speed']:.2f} of the speed, "
+          f"{twice['gigabytes'] / recipe['gigabytes']:.2f} of the memory")

@@ -67,4 +67,4 @@ def trl(**options) -> tuple[int, float]:
 if __name__ == "__main__":
     compare.main({"recipe": recipe, "trl": trl}, "pairs", {
         "data": "examples/preferences.jsonl", "pairs": 48, "batch": 8, "checkpointing": 1, "long_prompts": 0,
-    })
+    }, "pairs")

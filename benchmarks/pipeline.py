@@ -22,7 +22,7 @@ import yaml
 import common
 
 HOME = Path("outputs/benchmark/pipeline").resolve()
-REWARD = "def words(completions, **_):\n    return [len({*str(text).split()}) / 10 for text in completions]\n"
+REWARD = "def words(prompts, completions, **_):\n    return [len({*str(text).split()}) / 10 for text in completions]\n"
 
 
 def prepare(rows: int, pairs: int) -> None:
@@ -93,4 +93,5 @@ def run(command: list, folder: Path) -> float:
 
 
 if __name__ == "__main__":
-    compare.main({"recipe": recipe, "trl": trl}, "rows", {"rows": 48, "pairs": 32, "steps": 4})
+    compare.main({"recipe": recipe, "trl": trl}, "rows", {"rows": 48, "pairs": 32, "steps": 4}, "rows",
+                 in_process=False)

@@ -67,4 +67,4 @@ def trl(**options) -> tuple[int, float]:
 if __name__ == "__main__":
     compare.main({"recipe": recipe, "trl": trl}, "completions", {
         "data": "examples/questions.jsonl", "prompts": 4, "generations": 4, "length": 48, "steps": 4, "kl": 0.04,
-    })
+    }, "steps")

@@ -62,4 +62,4 @@ def trl(**options) -> tuple[int, float]:
 if __name__ == "__main__":
     compare.main({"recipe": recipe, "trl": trl}, "tokens", {
         "data": "examples/sample_data.jsonl", "rows": 64, "batch": 8, "checkpointing": 1,
-    })
+    }, "rows")

@@ -253,18 +253,20 @@ def orpo_loss(chosen, rejected, beta: float) -> torch.Tensor:
 
 def pair_loss(name: str, logps, ratios, lengths, config: DPOConfig) -> torch.Tensor:
     """(B,): the loss of that name. logps, ratios to the reference, lengths in tokens: (B, 2), chosen and rejected."""
-    plain, per_token, ratio_per_token = (values.unbind(1) for values in (logps, logps / lengths, ratios / lengths))
+    beta, smoothing, mean_logps, mean_ratios = config.beta, config.label_smoothing, logps / lengths, ratios / lengths
+    chosen, rejected = (mean_logps if name in ("simpo", "orpo", "nll") else logps if name == "cpo" else
+                        mean_ratios if name == "ipo" else ratios).unbind(1)
     return {
-        "sigmoid": lambda: dpo_loss(*ratios.unbind(1), config.beta, config.label_smoothing),
-        "robust": lambda: robust_loss(*ratios.unbind(1), config.beta, config.label_smoothing),
-        "hinge": lambda: hinge_loss(*ratios.unbind(1), config.beta),
-        "ipo": lambda: ipo_loss(*ratio_per_token, config.beta),
-        "exo_pair": lambda: exo_pair_loss(*ratios.unbind(1), config.beta, config.label_smoothing),
-        "apo_zero": lambda: apo_zero_loss(*ratios.unbind(1), config.beta),
-        "simpo": lambda: simpo_loss(*per_token, config.beta, config.simpo_gamma),
-        "cpo": lambda: cpo_loss(*plain, per_token[0], config.beta, config.cpo_alpha),
-        "orpo": lambda: orpo_loss(*per_token, config.beta),
-        "nll": lambda: -per_token[0],  # to be added to another loss: RPO (Pang et al. 2024, eq. 1)
+        "sigmoid": lambda: dpo_loss(chosen, rejected, beta, smoothing),
+        "robust": lambda: robust_loss(chosen, rejected, beta, smoothing),
+        "hinge": lambda: hinge_loss(chosen, rejected, beta),
+        "ipo": lambda: ipo_loss(chosen, rejected, beta),
+        "exo_pair": lambda: exo_pair_loss(chosen, rejected, beta, smoothing),
+        "apo_zero": lambda: apo_zero_loss(chosen, rejected, beta),
+        "simpo": lambda: simpo_loss(chosen, rejected, beta, config.simpo_gamma),
+        "cpo": lambda: cpo_loss(chosen, rejected, mean_logps[:, 0], beta, config.cpo_alpha),
+        "orpo": lambda: orpo_loss(chosen, rejected, beta),
+        "nll": lambda: -chosen,  # to be added to another loss: RPO (Pang et al. 2024, eq. 1)
     }[name]()
 
 
@@ -305,8 +307,8 @@ def loss(model, batch: dict[str, torch.Tensor], config: DPOConfig, reference=Non
         metrics |= {"z0": z0, "accuracy": wins(margin)}
     else:
         lengths = torch.bincount(batch["sequence"][batch["targets"] != IGNORE]).view(-1, 2)
-        weighted = zip(config.loss_type, config.loss_weights or [1.0] * len(config.loss_type))
-        losses = sum(weight * pair_loss(name, logps, ratios, lengths, config) for name, weight in weighted)
+        each = torch.stack([pair_loss(name, logps, ratios, lengths, config) for name in config.loss_type], 1)
+        losses = each @ each.new_tensor(config.loss_weights or [1.0] * len(config.loss_type))
         rewards = config.beta * (ratios / lengths if {"simpo", "orpo"} & {*config.loss_type} else ratios)
         margin = rewards[:, 0] - rewards[:, 1]
         metrics |= {"accuracy": wins(margin), "ranking_accuracy": wins(logps[:, 0] - logps[:, 1])}

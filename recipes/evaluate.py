@@ -26,7 +26,7 @@ import statistics
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Sequence
 
 import torch
 
@@ -105,7 +105,7 @@ def encode(row: dict, tokenizer, limit: int, room: int) -> dict:
 # -- mathematics -------------------------------------------------------------------------------------------------------
 
 
-def perplexity(logps: list[float], lengths: list[int]) -> dict[str, float]:
+def perplexity(logps: Sequence[float], lengths: Sequence[int]) -> dict[str, float]:
     """{"perplexity", "perplexity_low", ..._high, ..._n} of answers with these log-probabilities, in nats, and lengths,
     in tokens: exp of a ratio of two means, with the ratio's standard error (Cochran 1977, eq. 6.13)."""
     n, rate = len(logps), -sum(logps) / sum(lengths)
@@ -152,7 +152,7 @@ def answer_logps(model, rows: list[dict], batch_size: int) -> list[list[tuple[fl
 # -- evaluation --------------------------------------------------------------------------------------------------------
 
 
-def scorecard(config: EvaluateConfig, model, tokenizer, rows: list[dict], functions: dict) -> tuple[dict, list[dict]]:
+def scorecard(config: EvaluateConfig, rows: list[dict], functions: dict, model, tokenizer) -> tuple[dict, list[dict]]:
     """(figures with their intervals, a sample for each row: prompt, answer and what was found) of rows by `convert`."""
     model.eval()
     limit = min(config.max_seq_length, model.config.max_position_embeddings)
@@ -220,10 +220,10 @@ class EvaluateStage(BaseStage):
             old = None
             if config.baseline:
                 other = replace(config, model_name_or_path=config.baseline, revision=None)
-                figures, old = scorecard(config, *load_model_and_tokenizer(other), self.data[1], self.functions)
+                figures, old = scorecard(config, self.data[1], self.functions, *load_model_and_tokenizer(other))
                 metrics.update({re.sub(r"(_low|_high|_n)?$", r"_before\1", name, count=1): value
                                 for name, value in figures.items()})
-            figures, samples = scorecard(config, model, tokenizer, self.data[1], self.functions)
+            figures, samples = scorecard(config, self.data[1], self.functions, model, tokenizer)
             metrics.update(figures)
             for sample, before in zip(samples, old or []):
                 sample["baseline"] = {key: value for key, value in before.items() if key not in ("prompt", "expected")}

@@ -37,8 +37,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import common
 from common import (
-    IGNORE, SAMPLING, BaseStage, ConfigError, Count, DataConfig, Names, Natural, NonNegative, Options, Positive,
-    RowError, Scheduler, Share, StageConfig, Subprocess, TokenLogps, TrainingConfig, answer_logits, as_messages,
+    IGNORE, SAMPLING, BaseStage, ConfigError, Count, DataConfig, ModelConfig, Names, Natural, NonNegative, Options,
+    Positive, RowError, Scheduler, Share, Subprocess, TokenLogps, TrainingConfig, answer_logits, as_messages,
     check_sampling, collate_answers, comma_separated, compute_dtype, default_device, deferred_signals, encode_turns,
     is_main_process, keep_steps, load_rows, logger, main, newest_checkpoint, prompt_ids, random_numbers, read,
     refusing, render_turns, sample, say_step, seal, sharing_is_exact, unknown, usable_rows, write_json,
@@ -70,7 +70,7 @@ REWARDS = {  # built-in verifiers: the function, and the column or option it rea
 
 
 @dataclass
-class ScoringConfig(StageConfig):
+class ScoringConfig(ModelConfig):
     """Options of rewards."""
 
     reward: Names = field(default_factory=list)  # numeric, exact, regex, format, length, or path/to/file.py:function
@@ -410,8 +410,9 @@ def reward_functions(config: ScoringConfig) -> dict[str, Callable]:
     reward model, which is loaded later; raises ConfigError."""
     if config.reward_model_path and not config.reward_model_path.startswith("stage:"):
         check_reward_model(config.reward_model_path)
-    functions = {name: Subprocess(REWARDS.get(name, (name,))[0], config.reward_timeout) for name in config.reward}
-    for function in functions.values():
+    functions: dict[str, Callable] = {}
+    for name in config.reward:
+        functions[name] = function = Subprocess(REWARDS.get(name, (name,))[0], config.reward_timeout)
         function.start()
     return functions
 
@@ -541,8 +542,9 @@ def rollout(run: Run, rows: list[dict], chances: torch.Tensor) -> dict[str, Any]
     asked = [row for row in rows for _ in range(repeats)]
     each = score(config, run.functions, asked, texts)  # (B, R)
     scores = total(config, each)  # (B,)
-    data = {"rows": [{"prompt": row["ids"], "answers": answers, "labels": answers} for row, answers in zip(
-        rows, (completions[n : n + repeats] for n in range(0, len(completions), repeats)))]}
+    groups = (completions[n : n + repeats] for n in range(0, len(completions), repeats))
+    data: dict[str, Any] = {"rows": [{"prompt": row["ids"], "answers": answers, "labels": answers}
+                                     for row, answers in zip(rows, groups)]}
     lengths = torch.tensor([len(ids) for ids in completions])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     data |= {"mask": mask, "texts": texts, "asked": asked, "each": each, "scores": scores,
@@ -656,8 +658,8 @@ def update(run: Run, data: dict[str, Any]) -> dict[str, float]:
             if not weight:
                 logger.warning("no completion has a verdict: step %d learns nothing", run.step + 1)
                 continue
-            for some, index in group:
-                part, some = {name: value[index] for name, value in tensors.items()}, [rows[n] for n in some]
+            for those, index in group:
+                part, some = {name: value[index] for name, value in tensors.items()}, [rows[n] for n in those]
                 if exact:
                     with torch.no_grad():
                         part["ref_dist"] = forward(run, some, part["mask"], "dist", reference=True)["dist"]
@@ -707,14 +709,14 @@ def trpo(run: Run, data: dict[str, Any]) -> dict[str, float]:
     def surrogate(output, used, advantages, old_logps):  # eq. 14: to be raised
         return (torch.exp(output["logps"] - old_logps) * advantages * used).sum() / weight
 
-    gradient, before, old_dists = torch.zeros_like(flat(parameters)), torch.zeros_like(weight), []
+    gradient, reached, old_dists = torch.zeros_like(flat(parameters)), torch.zeros_like(weight), []
     for some, mask, *rest in parts:
         output = forward(run, some, mask, "dist")
         value = surrogate(output, *rest)
         gradient += flat(torch.autograd.grad(value, parameters))
-        before += value.detach()
+        reached += value.detach()
         old_dists.append(output["dist"].detach())
-    gradient, before = run.sum(gradient), float(run.sum(before))
+    gradient, before = run.sum(gradient), float(run.sum(reached))
 
     some, mask, used, *_ = parts[0]
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # others have no second derivative
@@ -942,7 +944,7 @@ def train(config: RLConfig, model, tokenizer, train_rows: list, eval_rows: list,
     if is_main_process():
         for name in ("metrics.jsonl", "samples.jsonl"):
             keep_steps(folder / name, run.step)
-    history = []
+    history: list[dict[str, Any]] = []
 
     def report(logs: dict[str, float]) -> dict[str, float]:
         if is_main_process():

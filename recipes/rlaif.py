@@ -27,7 +27,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Callable, Literal
+from typing import Any, Callable, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -112,7 +112,7 @@ class RLAIFConfig(rl.RLConfig, JudgingConfig):
         if self.feedback_mode == "reward_model" and self.labelling:
             self.rewarding_by("parent").validate()
 
-    def part(self, config_class: type, start: str, name: str, labels: str, options: dict) -> TrainingConfig:
+    def part(self, config_class: type[TrainingConfig], start: str, name: str, labels: str, options: dict) -> Any:
         """The config of a recipe that this one contains: what all training has in common, and its own options."""
         given = {f.name: getattr(self, f.name) for f in fields(TrainingConfig)}
         if self.learning_rate == self.default_rates[not self.lora_r]:
@@ -191,7 +191,7 @@ def read_score(text: str, mark: str) -> float | None:
 class Judge:
     """A model that compares answers: a client, or a reward model's function that scores."""
 
-    config: JudgingConfig
+    config: Any  # a JudgingConfig and rl.ScoringConfig
     client: Client | None = None  # None: a reward model
     scores: Callable | None = None
 

@@ -17,7 +17,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +49,6 @@ FORMATS = {  # name: the columns that make it; of those that fit, the one with m
 class SFTConfig(FitConfig):
     """Options of supervised fine-tuning."""
 
-    aliases: ClassVar = FitConfig.aliases | {"data": "dataset_name_or_path"}
     formats: ClassVar = FORMATS
 
     dataset_name_or_path: str = ""  # .json, .jsonl, .csv or .parquet file, a folder of them, or a hub name
@@ -103,7 +102,7 @@ def encode(row: list[dict] | str, tokenizer, max_length: int) -> tuple[list[dict
     shortened = False
     if isinstance(row, str):
         ids, labels = encode_turns(tokenizer, [(row + tokenizer.eos_token, True)])
-        starts = range(0, len(ids), max_length)
+        starts: Sequence[int] = range(0, len(ids), max_length)
     else:
         ids, labels = encode_turns(tokenizer, render_turns(tokenizer, row))
         fits = labels[:max_length]

@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 
-SPEEDS = re.compile("seconds.*|.*_per_s|epoch")
+SPEEDS = re.compile("seconds.*|peak_gb|.*_per_s|epoch")
 
 
 def launch(kind):
