@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import difflib
 import functools
 import hashlib
@@ -61,6 +62,19 @@ class AskingError(RuntimeError):
 
 class RowError(ValueError):
     """A row that cannot be used. The reason is counted and said, and the row left out."""
+
+
+def lean_memory() -> None:
+    """On Linux, lay large tensors on huge pages and give them back when they are freed: glibc would keep the holes,
+    several times what a run needs. With THP_MEM_ALLOC_ENABLE=0 in the environment all stays as it is."""
+    pages, wanted = Path("/sys/kernel/mm/transparent_hugepage/enabled"), os.environ.get("THP_MEM_ALLOC_ENABLE", "1")
+    libc = ctypes.CDLL(None) if pages.exists() and "[never]" not in pages.read_text() and wanted == "1" else None
+    if hasattr(libc, "mallopt"):  # musl has none
+        os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # torch reads it at the first tensor
+        libc.mallopt(-3, 4 * 2**20)  # M_MMAP_THRESHOLD: from so many bytes on
+
+
+lean_memory()
 
 
 @contextlib.contextmanager

@@ -62,7 +62,8 @@ print(tokenizer.decode(row["ids"]))
 # decides what is drawn, so a run can be repeated exactly.
 
 # %%
-completions, logps = sample(model, tokenizer, [row["ids"]], config.sampling, random_numbers(4, config.sampling, seed=0), repeats=4)
+with start_logging("error"):
+    completions, logps = sample(model, tokenizer, [row["ids"]], config.sampling, random_numbers(4, config.sampling, seed=0), repeats=4)
 texts, stopped = read(tokenizer, completions)
 rewards = common.numeric([row["prompt"]] * 4, texts, [row["columns"]["answer"]] * 4)
 pd.DataFrame({"completion": texts, "tokens": [len(ids) for ids in completions], "stopped": stopped,

