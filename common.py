@@ -942,13 +942,8 @@ def estimate(stage: BaseStage, shape, lengths: Sequence[int]) -> tuple[list[str]
     linear = [m for m in shape.modules() if isinstance(m, torch.nn.Linear) and m is not shape.get_output_embeddings()]
     trained = sum(config.lora_r * (m.in_features + m.out_features) for m in linear) if config.lora_r else weights
     steps, tokens, passes, rows = stage.work(lengths)
-    a = torch.randn(1024, 1024, device=default_device(), dtype=compute_dtype(config.torch_dtype))
-    times = [time.perf_counter()]
-    for _ in range(12):
-        (a @ a)[0, 0].item()
-        times.append(time.perf_counter())
-    speed = 2 * 1024**3 / min(after - before for before, after in zip(times, times[1:]))
-    work, size = 2 * weights * tokens * passes, (2 if a.element_size() == 2 else 4)
+    dtype = compute_dtype(config.torch_dtype)
+    speed, work, size = matmul_speed(dtype), 2 * weights * tokens * passes, dtype.itemsize
     stored = {True: 0.6, False: 1 if config.use_8bit else weight_dtype(config).itemsize}[config.use_4bit]
     model, states = weights * stored / 1e9, 12 * trained / 1e9
     wide, vocabulary, layers = shape.config.hidden_size, shape.config.vocab_size, shape.config.num_hidden_layers
@@ -966,6 +961,16 @@ def estimate(stage: BaseStage, shape, lengths: Sequence[int]) -> tuple[list[str]
         f"disk        about {disk / 1e9:.1f} GB: the model in float32, the adapter, up to {config.save_total_limit} "
         "checkpoints",
     ], float(disk)
+
+
+@functools.cache
+def matmul_speed(dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product here, the best of twelve."""
+    a, times = torch.randn(1024, 1024, device=default_device(), dtype=dtype), [time.perf_counter()]
+    for _ in range(12):
+        (a @ a)[0, 0].item()
+        times.append(time.perf_counter())
+    return 2 * 1024**3 / min(after - before for before, after in zip(times, times[1:]))
 
 
 def check_disk(folder: str, needed: float) -> None:
@@ -1199,11 +1204,15 @@ def merge_adapter(model):
 
 def stop_tokens(tokenizer) -> list[int]:
     """The tokenizer's eos, and the token that ends a turn of the chat template, which need not be the same."""
-    stops = {tokenizer.eos_token_id}
-    if tokenizer.chat_template:
-        turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        stops.add(encode_turns(tokenizer, render_turns(tokenizer, turn))[0][-1])
-    return sorted(stops)
+    eos, template = tokenizer.eos_token_id, tokenizer.chat_template
+    return sorted({eos, turn_end(tokenizer, template, eos, len(tokenizer)) if template else eos})
+
+
+@functools.cache
+def turn_end(tokenizer, template: str, eos: int, size: int) -> int:
+    """The token that ends a turn, as the tokenizer is: with this template, this eos and a vocabulary of this size."""
+    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    return encode_turns(tokenizer, render_turns(tokenizer, turn))[0][-1]
 
 
 def set_stop_tokens(model, tokenizer) -> None:
