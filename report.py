@@ -39,7 +39,7 @@ font: 15px/1.55 system-ui; font-variant-numeric: tabular-nums; overflow-wrap: an
 polyline, circle { fill: none; stroke: currentColor; stroke-width: 1.8 } polyline.dashed { stroke-dasharray: 5 4 } path
 { stroke: var(--line) } .grid > div, .alarm { border-left: 2px solid var(--line); padding-left: 1em } .alarm {
 border-color: var(--c1) } .text { max-height: 17em; overflow-y: auto } .text, pre, .alarm { margin: 0 0 8px;
-white-space: pre-wrap }"""
+white-space: pre-wrap } @media (max-width: 30em) { body { padding: 1em; font-size: 13px } td, th { padding: 5px } }"""
 
 
 def read(path: Path) -> list:

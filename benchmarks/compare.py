@@ -50,10 +50,11 @@ def contend(contender, options: dict) -> None:
 
 
 def run(name: str, options: dict, counted: bool = False) -> dict[str, float]:
-    """A contender's run in a process of its own."""
+    """A contender's run in a process of its own; the allocator's settings of `common.lean_memory` are the recipe's."""
     arguments = [f"--{key}={value}" for key, value in options.items()]
     command = [sys.executable, sys.argv[0], f"--contender={name}", f"--counted={int(counted)}", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
+    environment = os.environ | {"THP_MEM_ALLOC_ENABLE": str(int(name == "recipe"))}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         sys.exit(done.stdout + done.stderr)
     return json.loads(done.stdout.splitlines()[-1])

@@ -237,9 +237,15 @@ class Judge:
         return found, self.figures(found, [text for text in texts if text])
 
     def win_rate(self, pairs: list[tuple[list[dict], str, str]]) -> tuple[list[float | None], dict[str, float]]:
-        """(verdicts, {"win_rate", its interval, "win_rate_ties", ...}) of pairs (prompt, new answer, old answer)."""
-        verdicts, figures = self.compare(pairs, "win rate")
-        wins = with_interval("win_rate", [verdict for verdict in verdicts if verdict is not None])
+        """(verdicts, {"win_rate", its interval, "win_rate_ties", ...}) of pairs (prompt, new answer, old answer). Equal
+        answers are a tie, and nobody is asked: a reward model's scores of them differ by the rounding."""
+        unlike = [pair for pair in pairs if pair[1] != pair[2]]
+        found, figures = self.compare(unlike, "win rate")
+        compared = iter(found)
+        verdicts = [0.5 if new == old else next(compared) for _, new, old in pairs]
+        known = [verdict for verdict in verdicts if verdict is not None]
+        wins = with_interval("win_rate", known)
+        figures |= {"ties": known.count(0.5) / max(1, len(known)), "equal": 1 - len(unlike) / max(1, len(pairs))}
         if wins:
             logger.info("win rate over the old model: %.3f, 95%% interval %.3f to %.3f, %d prompts", *wins.values())
         return verdicts, wins | {f"win_rate_{name}": value for name, value in figures.items()}

@@ -1,6 +1,7 @@
 """common.py: strict configuration, model loading and merging, the stage contract, saving, the command line."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field, fields
@@ -449,3 +450,21 @@ def test_intervals():
     assert common.interval([1.0] * 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
     assert common.interval([2.0, 4.0]) == pytest.approx((3 - 1.96, 3 + 1.96), abs=1e-3)
     assert common.with_interval("x", []) == {} and common.with_interval("x", [0.5])["x_n"] == 1
+
+
+HOLES = """
+import re, common, torch
+held = lambda: int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1])
+torch.ones(7_000_000)  # freed at once: from then on glibc takes blocks of this size from its heap, and keeps them
+start, blocks = held(), [torch.ones(3_000_000) for _ in range(30)]
+del blocks[::2]
+print(held() - start)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(),
+                    reason="only where Linux has huge pages")
+def test_freed_tensors_leave_no_holes():
+    held = [int(subprocess.run([sys.executable, "-c", HOLES], cwd=ROOT, capture_output=True, text=True, check=True,
+                               env=os.environ | {"THP_MEM_ALLOC_ENABLE": flag}).stdout) for flag in ("0", "1")]
+    assert held[1] < 0.7 * held[0]

@@ -257,3 +257,13 @@ def test_the_win_rate_is_that_of_the_new_policy_over_the_old(tmp_path, monkeypat
     metrics, _ = rlaif.train(settings, None, None, rows, rows, judge, {}, "start")
     (row,) = map(json.loads, (tmp_path / "out/win_rate.jsonl").read_text().splitlines())
     assert metrics["win_rate"] == 1 and (row["new"], row["old"], row["win"]) == ("new", "old", 1)
+
+
+def test_equal_answers_are_a_tie_whatever_the_rounding(tmp_path):
+    """A kernel may round the two rows of a batch differently: a loss each time would turn the win rate."""
+    asked = []
+    judge = rlaif.Judge(config(tmp_path, feedback_model_type="reward_model"),
+                        scores=lambda prompts, texts: asked.append(texts) or [len(text) - 1e-7 * n for n, text in enumerate(reversed(texts))][::-1])
+    verdicts, figures = judge.win_rate([(PROMPT, "same", "same"), (PROMPT, "longer", "short"), (PROMPT, "same", "same"), (PROMPT, "a", "bb")])
+    assert verdicts == [0.5, 1.0, 0.5, 0.0] and asked == [["longer", "short"], ["a", "bb"]]
+    assert (figures["win_rate"], figures["win_rate_ties"], figures["win_rate_equal"], figures["win_rate_n"]) == (0.5, 0.5, 0.5, 4)
