@@ -1,5 +1,5 @@
 # make quickstart   a real model learns a small task, in about two minutes on two CPU cores
-# make test         the tests, on a tiny model made on the spot; needs no network
+# make test         the tests, two at a time, on a tiny model made on the spot; needs no network
 # make lint         ruff and mypy
 # make notebooks    run every notebook afresh on the real model, about 45 minutes on two CPU cores
 #
@@ -11,7 +11,7 @@ quickstart: .venv/installed
 	$(BIN)/python chain.py yaml/quickstart.yaml
 
 test: .venv/installed
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q -n 2 tests
 
 notebooks: .venv/installed
 	rm -rf outputs/notebooks
