@@ -1,4 +1,4 @@
-# make quickstart   a real model learns a small task, in about two minutes on two CPU cores
+# make quickstart   a real model learns a small task, in two to four minutes on two CPU cores
 # make test         the tests, two at a time, on a tiny model made on the spot; needs no network
 # make lint         ruff and mypy
 # make notebooks    run every notebook afresh on the real model, about 45 minutes on two CPU cores

@@ -71,7 +71,7 @@ def lean_memory() -> None:
     libc = ctypes.CDLL(None) if pages.exists() and "[never]" not in pages.read_text() and wanted == "1" else None
     if hasattr(libc, "mallopt"):  # musl has none
         os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # torch reads it at the first tensor
-        libc.mallopt(-3, 4 * 2**20)  # M_MMAP_THRESHOLD: from so many bytes on
+        libc.mallopt(-3, 16 * 2**20)  # M_MMAP_THRESHOLD: from so many bytes on
 
 
 lean_memory()

@@ -456,7 +456,7 @@ HOLES = """
 import re, common, torch
 held = lambda: int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1])
 torch.ones(7_000_000)  # freed at once: from then on glibc takes blocks of this size from its heap, and keeps them
-start, blocks = held(), [torch.ones(3_000_000) for _ in range(30)]
+start, blocks = held(), [torch.ones(5_000_000) for _ in range(30)]
 del blocks[::2]
 print(held() - start)
 """
