@@ -18,7 +18,6 @@ import json
 import logging
 import math
 import os
-import platform
 import re
 import shutil
 import signal
@@ -67,11 +66,11 @@ class RowError(ValueError):
 def lean_memory() -> None:
     """On Linux, lay large tensors on huge pages and give them back when they are freed: glibc would keep the holes,
     several times what a run needs. With THP_MEM_ALLOC_ENABLE=0 in the environment all stays as it is."""
-    pages, wanted = Path("/sys/kernel/mm/transparent_hugepage/enabled"), os.environ.get("THP_MEM_ALLOC_ENABLE", "1")
-    libc = ctypes.CDLL(None) if pages.exists() and "[never]" not in pages.read_text() and wanted == "1" else None
-    if hasattr(libc, "mallopt"):  # musl has none
-        os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # torch reads it at the first tensor
-        libc.mallopt(-3, 16 * 2**20)  # M_MMAP_THRESHOLD: from so many bytes on
+    pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    wanted = os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1") == "1"
+    if wanted and pages.exists() and "[never]" not in pages.read_text():
+        with contextlib.suppress(AttributeError):  # musl has no mallopt
+            ctypes.CDLL(None).mallopt(-3, 16 * 2**20)  # M_MMAP_THRESHOLD: from so many bytes on
 
 
 lean_memory()
@@ -848,10 +847,9 @@ class Look:
     keys: set[int] = field(default_factory=set)
 
 
-def trouble(tokenizer, sequences: Sequence[tuple], cut: bool, context: int) -> str:
+def trouble(tokenizer, stops: Sequence[int], sequences: Sequence[tuple], cut: bool, context: int) -> str:
     """Which of TROUBLES a row has, whose sequences are (input_ids, labels, or None where nothing is imitated)."""
-    bos, stops = [tokenizer.bos_token_id] * 2, stop_tokens(tokenizer)
-    if any(ids[:2] == bos for ids, _ in sequences):
+    if any(ids[:2] == [tokenizer.bos_token_id] * 2 for ids, _ in sequences):
         return "doubled"
     if not cut and max(len(ids) for ids, _ in sequences) > context:
         return "beyond"
@@ -870,7 +868,7 @@ def trouble(tokenizer, sequences: Sequence[tuple], cut: bool, context: int) -> s
 def look(stage: BaseStage, tokenizer, context: int) -> Look | None:
     """Encode the first rows of a checked stage as its training will. Refuse what would teach nothing, or other than it
     should. None for a stage that does not say what it makes of a row. Raises ConfigError with the remedy."""
-    found = Look()
+    found, stops = Look(), stop_tokens(tokenizer)
     for side, rows in zip(("training", "evaluation"), stage.data or ()):
         for row in rows[:SEEN]:
             try:
@@ -881,7 +879,8 @@ def look(stage: BaseStage, tokenizer, context: int) -> Look | None:
                 return None
             sequences, cut = made
             keys = {hash(tuple(ids)) for ids, _ in sequences}
-            wrong = "leaked" if side == "evaluation" and keys & found.keys else trouble(tokenizer, *made, context)
+            leaked = side == "evaluation" and keys & found.keys
+            wrong = "leaked" if leaked else trouble(tokenizer, stops, *made, context)
             if wrong:
                 raise ConfigError(f"a row of the {side} data: {TROUBLES[wrong].format(context=context)}. The row: "
                                   f"{tokenizer.decode(sequences[0][0])[:200]!r}")
@@ -965,12 +964,11 @@ def estimate(stage: BaseStage, shape, lengths: Sequence[int]) -> tuple[list[str]
 
 @functools.cache
 def matmul_speed(dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product here, the best of twelve."""
-    a, times = torch.randn(1024, 1024, device=default_device(), dtype=dtype), [time.perf_counter()]
-    for _ in range(12):
-        (a @ a)[0, 0].item()
-        times.append(time.perf_counter())
-    return 2 * 1024**3 / min(after - before for before, after in zip(times, times[1:]))
+    """FLOP/s of a large matrix product here, on as many threads as training has."""
+    from torch.utils.benchmark import Timer
+
+    a = torch.randn(1024, 1024, device=default_device(), dtype=dtype)
+    return 2 * 1024**3 / Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads()).timeit(12).mean
 
 
 def check_disk(folder: str, needed: float) -> None:
@@ -1039,12 +1037,9 @@ def written_aside(folder: Path):
 
 def cached(kind: str, files: Sequence[Path], build: Callable[[Path], None] | None) -> Path | None:
     """A folder that `build(folder)` fills once for the content of `files`; without `build` None where it is not."""
-    digest = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    content = hashlib.sha256(b"".join(bytes.fromhex(digest(file)) for file in files)).hexdigest()
     home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    folder = home / "recipes" / kind / digest.hexdigest()[:32]
+    folder = home / "recipes" / kind / content[:32]
     if not folder.exists():
         if build is None:
             return None
@@ -1204,15 +1199,11 @@ def merge_adapter(model):
 
 def stop_tokens(tokenizer) -> list[int]:
     """The tokenizer's eos, and the token that ends a turn of the chat template, which need not be the same."""
-    eos, template = tokenizer.eos_token_id, tokenizer.chat_template
-    return sorted({eos, turn_end(tokenizer, template, eos, len(tokenizer)) if template else eos})
-
-
-@functools.cache
-def turn_end(tokenizer, template: str, eos: int, size: int) -> int:
-    """The token that ends a turn, as the tokenizer is: with this template, this eos and a vocabulary of this size."""
-    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    return encode_turns(tokenizer, render_turns(tokenizer, turn))[0][-1]
+    stops = {tokenizer.eos_token_id}
+    if tokenizer.chat_template:
+        turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        stops.add(encode_turns(tokenizer, render_turns(tokenizer, turn))[0][-1])
+    return sorted(stops)
 
 
 def set_stop_tokens(model, tokenizer) -> None:
@@ -1243,17 +1234,6 @@ def check_sampling(name: str, sampling: Mapping[str, Any]) -> None:
         raise ConfigError(f"{name}: temperature and top_p are numbers")
     if values["temperature"] <= 0 or not 0 < values["top_p"] <= 1:
         raise ConfigError(f"{name}: temperature must be above 0, top_p in (0, 1]: there is no choice without chance")
-
-
-@contextlib.contextmanager
-def evaluating(model):
-    """The model in evaluation mode: in training, layers with dropout are noise and checkpointed ones keep no cache."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 @contextlib.contextmanager
@@ -1358,7 +1338,9 @@ def sample(model, tokenizer, prompts: Sequence[list[int]], sampling: Mapping, ch
     positions = (mask.cumsum(1) - 1).clamp(min=0)  # padding on the left does not count (Huang et al. 2024)
     stops = torch.tensor(stop_tokens(tokenizer), device=device)
     completions, sampled = ([[] for _ in range(len(prompts) * repeats)] for _ in range(2))
-    with evaluating(model), fast_decoding(model):
+    with contextlib.ExitStack() as after, fast_decoding(model):
+        after.callback(model.train, model.training)
+        model.eval()  # in training, layers with dropout are noise and checkpointed ones keep no cache
         output = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1,
                        past_key_values=DynamicCache(config=model.config))
         cache, mask = with_room(output.past_key_values, repeats, steps), F.pad(mask, (0, steps), value=1)
@@ -1729,8 +1711,7 @@ def fit(config: FitConfig, model, tokenizer, train_rows: Sequence[dict], eval_ro
         def on_log(self, args, state, control, logs=None, **_):
             if not state.is_world_process_zero or "train_loss" in logs:
                 return
-            left_to_the_file = re.compile("epoch|grad_norm|.*_(logps|reward)")  # a line should fit the screen
-            say_step(folder, state.global_step, state.max_steps, logs, left_to_the_file)
+            say_step(folder, state.global_step, state.max_steps, logs, re.compile("epoch|grad_norm|.*_(logps|reward)"))
 
     checkpoint = newest_checkpoint(config)
     os.environ |= {"TENSORBOARD_LOGGING_DIR": str(folder / "runs"), "WANDB_DIR": str(folder)}
@@ -1856,11 +1837,10 @@ class Client:
 
     def ask(self, what: str, requests: Sequence[tuple[list[dict], int]], sampling: Mapping, version: str,
             parse: Callable[[str], Any] | Sequence[Callable], choices: Sequence[str] = ()) -> list:
-        """`parse(answer)` for each (messages, number), there may be one `parse` for each; None where there is no answer
-        or `parse` makes nothing of it.
-        `number` tells several answers to the same messages apart; temperature 0 is greedy; `version` is that of the
-        prompts. With `choices` a model run here answers by their probabilities, as JSON. Raises AskingError when more
-        than max_missing are missing, when max_calls or max_cost is reached, or when the server refuses."""
+        """`parse(answer)` for each (messages, number), or one `parse` for each; None where there is no answer or it makes
+        nothing of it. `number` tells several answers to equal messages apart; temperature 0 is greedy;
+        `version` is that of the prompts. With `choices` a model run here answers by their probabilities, as JSON.
+        Raises AskingError when too many are missing, a limit is reached, or the server refuses."""
         known = self.read_calls()
         keys = [self.key([messages, number, dict(sampling), version, [*choices]]) for messages, number in requests]
         wanted = {key: request for key, request in zip(keys, requests) if key not in known}
@@ -2201,7 +2181,7 @@ def write_stage_json(config: StageConfig, result: StageResult, lineage: dict) ->
             "stage": result.stage_name, "success": result.success, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             **lineage, "model_path": result.model_path, "metrics": result.metrics, "artifacts": result.artifacts,
             "device": str(default_device()),
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+            "versions": {"python": sys.version.split()[0], **{name: version(name) for name in packages}},
         })
 
 

@@ -154,8 +154,7 @@ def figures(title: str, group: dict[str, Stage], labels: list[str]) -> list[list
     ends, rows = {f"{name}_{end}" for one in known for name in one for end in ("low", "high", "n")}, []
     names = dict.fromkeys(key.removesuffix("_before") for one in known for key in one if key not in ends)
     twice = [n for n in names if len(known) == 2 or {f"{n}_before", f"{n}_low"} & {*known[0]}]
-    alone = [name for name in names if name not in twice and known[0][name]]  # noughts, of calls not made, are noise
-    once = ", ".join(f"{escape(name)} {shown(known[0][name])}" for name in alone)
+    once = ", ".join(f"{escape(name)} {shown(known[0][name])}" for name in names if name not in twice)
     for name in twice:
         cells, keys = [], [(one, key) for one in known for key in (f"{name}_before", name)]
         for one, key in keys:

@@ -239,13 +239,11 @@ class Judge:
     def win_rate(self, pairs: list[tuple[list[dict], str, str]]) -> tuple[list[float | None], dict[str, float]]:
         """(verdicts, {"win_rate", its interval, "win_rate_ties", ...}) of pairs (prompt, new answer, old answer). Equal
         answers are a tie, and nobody is asked: a reward model's scores of them differ by the rounding."""
-        unlike = [pair for pair in pairs if pair[1] != pair[2]]
-        found, figures = self.compare(unlike, "win rate")
+        found, figures = self.compare([pair for pair in pairs if pair[1] != pair[2]], "win rate")
         compared = iter(found)
         verdicts = [0.5 if new == old else next(compared) for _, new, old in pairs]
-        known = [verdict for verdict in verdicts if verdict is not None]
-        wins = with_interval("win_rate", known)
-        figures |= {"ties": known.count(0.5) / max(1, len(known)), "equal": 1 - len(unlike) / max(1, len(pairs))}
+        wins = with_interval("win_rate", known := [verdict for verdict in verdicts if verdict is not None])
+        figures |= {"ties": known.count(0.5) / max(1, len(known)), "equal": 1 - len(found) / max(1, len(pairs))}
         if wins:
             logger.info("win rate over the old model: %.3f, 95%% interval %.3f to %.3f, %d prompts", *wins.values())
         return verdicts, wins | {f"win_rate_{name}": value for name, value in figures.items()}
@@ -339,18 +337,17 @@ def train(config: RLAIFConfig, model, tokenizer, train_rows: list, eval_rows: li
           start: str) -> tuple[dict[str, float], object]:
     """(metrics, model): the policy, taught on prompts {"prompt": messages, "columns": {...}}, `start` being the folder
     or name it comes from. `functions` are further rewards for RL."""
-    folder, said = Path(config.output_dir), {}
+    folder, said, metrics = Path(config.output_dir), {}, {}
     asked = [row["prompt"] for row in eval_rows[: config.num_eval_prompts]] if is_main_process() else []
     answer = lambda policy: [text for text, _ in generate(policy, tokenizer, asked, config.sampling["max_new_tokens"])]
     before = answer(model)
 
-    def labels(number: int, source: str) -> Path:
-        path = folder / f"preferences_{number}.jsonl"
-        made_by_main(path, lambda: label(config, model, tokenizer, source, train_rows, judge, said))
-        return path
+    def labels(number: int, source: str) -> None:
+        made_by_main(folder / f"preferences_{number}.jsonl",
+                     lambda: label(config, model, tokenizer, source, train_rows, judge, said))
 
     if config.feedback_mode == "preference":
-        metrics, source = {}, start
+        source = start
         for number in range(1, config.num_rounds + 1):
             labels(number, source)
             stage = dpo.DPOStage(config.preferring(source, number))
@@ -361,7 +358,6 @@ def train(config: RLAIFConfig, model, tokenizer, train_rows: list, eval_rows: li
                                                             use_8bit=False))
             metrics |= {f"dpo_{number}_{name}": value for name, value in result.metrics.items() if "eval_" in name}
     else:
-        metrics = {}
         if config.labelling:
             labels(1, start)
             if judge.client:
@@ -400,8 +396,7 @@ class RLAIFStage(BaseStage):
     def train(self, model, tokenizer):
         config, start = self.config, self.lineage["parent"]["model"]
         limit = min(config.max_seq_length, model.config.max_position_embeddings) - config.sampling["max_new_tokens"]
-        encode = lambda row: rl.encode(row, tokenizer, limit)
-        usable = lambda rows, what: usable_rows(rows, encode, what) if rows else []
+        usable = lambda rows, what: usable_rows(rows, lambda r: rl.encode(r, tokenizer, limit), what) if rows else []
         self.judge.load()
         rows = (usable(rows, what) for rows, what in zip(self.data, ("training data", "evaluation data")))
         with rl.stopping(self.functions):

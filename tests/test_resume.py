@@ -220,7 +220,7 @@ def test_a_signal_between_the_steps_ends_at_once(model_dir, data, tmp_path):
     while not (tmp_path / "o/training.log").exists():  # by then it listens, and has yet to load the model
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=20)
     assert process.returncode == 143 and said.strip() == "stopped by SIGTERM; the same command goes on"
 
 

@@ -731,6 +731,8 @@ def test_a_small_task_is_learnt(model_dir, tmp_path):
     result = rl.RLStage(rl.RLConfig(**values, output_dir=str(tmp_path / "out"))).execute()
     assert result.success, result.error_message
     assert result.metrics["eval_reward"] > result.metrics["eval_reward_before"] + 3 and "reward" not in result.metrics
+    sampled = [row["reward"] for row in map(json.loads, (tmp_path / "out/metrics.jsonl").read_text().splitlines()) if "reward" in row]
+    assert sampled[-1] > sampled[0] + 3
 
 
 def test_alarms_are_said_once_with_a_remedy(caplog):
