@@ -1,7 +1,7 @@
 """Contenders in turn, each run in a process of its own: median of their speed, peak memory, ratios to stock TRL.
 
 A benchmark defines one function a contender, which returns the work it did (pairs, tokens) and the seconds it took,
-and ends in `main({"recipe": ..., "trl": ...}, unit, defaults, doubled)`. After the timed rounds each runs once more
+and ends in `main({"recipe": ..., "trl": ...}, unit, defaults, doubled)`. After the timed rounds each runs a batch more
 with its matrix products counted, which gives the share of the machine's peak, and the recipe once with the option
 `doubled` twice as large.
 """
@@ -56,7 +56,7 @@ def run(name: str, options: dict, counted: bool = False) -> dict[str, float]:
     environment = os.environ | {"THP_MEM_ALLOC_ENABLE": str(int(name == "recipe"))}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
-        sys.exit(done.stdout + done.stderr)
+        sys.exit(f"{done.stdout}{done.stderr}{' '.join(command)}: status {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -85,7 +85,8 @@ def main(contenders: dict, unit: str, defaults: dict, doubled: str, in_process: 
     print(f"peak GB: {recipe['gigabytes']:.2f} against {stock['gigabytes']:.2f}, "
           f"ratio {recipe['gigabytes'] / stock['gigabytes']:.2f}")
     if in_process:  # the products of another process are not seen
-        counted = {name: run(name, options, counted=True)["gigaflop"] for name in contenders}
+        few = {doubled: options["batch"]} if "batch" in options else {}  # one step: counting keeps much in memory
+        counted = {name: run(name, options | few, counted=True)["gigaflop"] for name in contenders}
         share = {name: middle(results[name])["speed"] * counted[name] / peak for name in contenders}
         print(f"matrix products: {counted['recipe']:.2f} GFLOP a unit against {counted['trl']:.2f}, "
               f"{share['recipe']:.0%} of the peak against {share['trl']:.0%}")
