@@ -1838,8 +1838,8 @@ class Client:
     def ask(self, what: str, requests: Sequence[tuple[list[dict], int]], sampling: Mapping, version: str,
             parse: Callable[[str], Any] | Sequence[Callable], choices: Sequence[str] = ()) -> list:
         """`parse(answer)` for each (messages, number), or one of them for each; None without an answer, or if it makes
-        nothing of it. `number` tells several answers to equal messages apart; temperature 0 is greedy;
-        `version` is that of the prompts. With `choices` a model run here answers by their probabilities, as JSON.
+        nothing of it. `number` tells several answers to equal messages apart; temperature 0 is greedy; `version`
+        is that of the prompts. With `choices` a model run here answers by their probabilities, as JSON.
         Raises AskingError when too many are missing, a limit is reached, or the server refuses."""
         known = self.read_calls()
         keys = [self.key([messages, number, dict(sampling), version, [*choices]]) for messages, number in requests]
