@@ -64,13 +64,14 @@ class RowError(ValueError):
 
 
 def lean_memory() -> None:
-    """On Linux, lay large tensors on huge pages and give them back when they are freed: glibc would keep the holes,
-    several times what a run needs. With THP_MEM_ALLOC_ENABLE=0 in the environment all stays as it is."""
+    """On Linux, lay large tensors on huge pages, give them back when freed (glibc would keep the holes), and let the
+    heap grow by 256 MB, so that it has such pages too. THP_MEM_ALLOC_ENABLE=0 in the environment: all as it was."""
     pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     wanted = os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1") == "1"
     if wanted and pages.exists() and "[never]" not in pages.read_text():
         with contextlib.suppress(AttributeError):  # musl has no mallopt
-            ctypes.CDLL(None).mallopt(-3, 16 * 2**20)  # M_MMAP_THRESHOLD: from so many bytes on
+            for option, size in ((-3, 2**24), (-2, 2**28), (-1, 2**28)):  # mmap threshold, top pad, trim threshold
+                ctypes.CDLL(None).mallopt(option, size)
 
 
 lean_memory()
@@ -609,7 +610,6 @@ def start_logging(level: str, path: Path | None = None) -> contextlib.ExitStack:
 
 
 # ---- Data: load, detect, convert, split, encode ----------------------------------------------------------------------
-
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -733,8 +733,7 @@ def load_rows(config, convert: Callable, optional: Mapping[str, Sequence[str]] |
     rows, found = read_rows(config, convert, optional)
     training, evaluation = split_dataset(rows, config.validation_split, config.seed)
     if not training:
-        raise ConfigError(f"data {found['path']}: validation_split={config.validation_split:g} leaves no row to train "
-                          "on")
+        raise ConfigError(f"data {found['path']}: validation_split={config.validation_split} leaves no row to train on")
     return training, evaluation, found
 
 
@@ -1038,8 +1037,7 @@ def written_aside(folder: Path):
 def cached(kind: str, files: Sequence[Path], build: Callable[[Path], None] | None) -> Path | None:
     """A folder that `build(folder)` fills once for the content of `files`; without `build` None where it is not."""
     content = hashlib.sha256(b"".join(bytes.fromhex(digest(file)) for file in files)).hexdigest()
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    folder = home / "recipes" / kind / content[:32]
+    folder = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "recipes" / kind / content[:32]
     if not folder.exists():
         if build is None:
             return None
@@ -1079,6 +1077,17 @@ def find_model(name: str, config: ModelConfig, weights: bool = True) -> Path:
         return Path(snapshot_download(name, local_files_only=not online, **ask))
 
 
+def find_parts(config: ModelConfig, weights: bool = True) -> tuple[Path, Path | None, Path]:
+    """(model, adapter on it or None, tokenizer) of `model_name_or_path`: where they lie, as `find_model` says."""
+    folder = find_model(config.model_name_or_path, config, weights)
+    if not (folder / "adapter_config.json").exists():
+        return folder, None, folder
+    with refusing(f"model {config.model_name_or_path} cannot be loaded"):
+        name = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        base = find_model(name, replace(config, revision=None), weights)
+    return base, folder, folder if (folder / "tokenizer_config.json").exists() else base
+
+
 def convert_gguf(file: Path, folder: Path) -> None:
     """Write the model and the tokenizer of a GGUF file as float32 safetensors."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -1098,17 +1107,11 @@ def load_tokenizer(config: ModelConfig, needs_chat_template: bool = True) -> tup
     """(tokenizer, configuration) of `model_name_or_path`; no weights are read."""
     from transformers import AutoConfig, AutoTokenizer
 
-    words = base = find_model(config.model_name_or_path, config, weights=False)
+    base, _, words = find_parts(config, weights=False)
     with refusing(f"model {config.model_name_or_path} cannot be loaded"):
-        if (base / "adapter_config.json").exists():
-            name = json.loads((base / "adapter_config.json").read_text())["base_model_name_or_path"]
-            base = find_model(name, replace(config, revision=None), weights=False)
-            words = words if (words / "tokenizer_config.json").exists() else base
-
         def load(auto, path: Path):
-            where = {"gguf_file": path.name} if path.is_file() else {}
-            return auto.from_pretrained(path.parent if where else path, trust_remote_code=config.trust_remote_code,
-                                        **where)
+            where, more = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
+            return auto.from_pretrained(where, trust_remote_code=config.trust_remote_code, **more)
 
         tokenizer = load(AutoTokenizer, words)
         prepare_tokenizer(tokenizer, config, needs_chat_template)
@@ -1134,13 +1137,8 @@ def load_model_and_tokenizer(config: ModelConfig, needs_chat_template: bool = Tr
 
         return PeftModel.from_pretrained(model, adapter).merge_and_unload()
 
-    base, adapter = find_model(config.model_name_or_path, config), None
+    base, adapter, words = find_parts(config)
     with refusing(f"model {config.model_name_or_path} cannot be loaded"):
-        words = base
-        if (base / "adapter_config.json").exists():
-            name = json.loads((base / "adapter_config.json").read_text())["base_model_name_or_path"]
-            base, adapter = find_model(name, replace(config, revision=None)), base
-            words = adapter if (adapter / "tokenizer_config.json").exists() else base
         tokenizer = AutoTokenizer.from_pretrained(words, **code)
         prepare_tokenizer(tokenizer, config, needs_chat_template)
         if not config.quantized:
@@ -1518,7 +1516,8 @@ def newest_checkpoint(config: TrainingConfig) -> Path | None:
 def keep_steps(path: Path, step: int) -> None:
     """Keep of a .jsonl what came up to `step`: what an interrupted run wrote after its checkpoint comes once more."""
     old = path.read_text(encoding="utf-8").splitlines(True) if step and path.exists() else []
-    path.write_text("".join(line for line in old if json.loads(line)["step"] <= step), encoding="utf-8")
+    with replacing(path) as file:
+        file.writelines(line for line in old if line.endswith("\n") and json.loads(line)["step"] <= step)
 
 
 def say_step(folder: Path, step: int, steps: int, logs: Mapping[str, float], left_to_the_file: re.Pattern) -> None:
@@ -2007,9 +2006,8 @@ class Client:
         """{"feedback_calls", ...}: answers asked for, known from before, missing; tokens; dollars."""
         names = ("calls", "calls_cached", "missing", "tokens_in", "tokens_out")
         found = {name: float(self.figures[name]) for name in names}
-        prices = self.config.input_price or self.config.output_price
-        return {f"{self.role}_{name}": value for name, value in found.items()} | (
-            {f"{self.role}_cost": self.spent(self.read_calls())} if prices else {})
+        found |= {"cost": self.spent(self.read_calls())} if self.config.input_price or self.config.output_price else {}
+        return {f"{self.role}_{name}": value for name, value in found.items()}
 
 
 # ---- Verifying answers -----------------------------------------------------------------------------------------------
@@ -2122,14 +2120,26 @@ def exact(prompts: list, completions: list[str], answer: list, **_) -> list[floa
 
 
 # ---- Saving ----------------------------------------------------------------------------------------------------------
-def write_rows(path: Path, rows: Iterable[dict]) -> None:
-    """A .jsonl, written aside and renamed."""
+@contextlib.contextmanager
+def replacing(path: Path):
+    """A text file, written aside, flushed and renamed: a reader, or a crash, meets the old one or the new one whole."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     with open(aside, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+        yield file
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
+
+
+def write_rows(path: Path, rows: Iterable[dict]) -> None:
+    """A .jsonl."""
+    with replacing(path) as file:
+        file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+
+
+def write_json(path: Path, value: Any) -> None:
+    with replacing(path) as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
 
 
 def made_by_main(path: Path, make: Callable[[], list[dict]]) -> list[dict]:
@@ -2143,16 +2153,6 @@ def made_by_main(path: Path, make: Callable[[], list[dict]]) -> list[dict]:
     while not path.exists():
         time.sleep(1)
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write aside, flush, rename: a reader, or a crash, meets the old file or the new one whole."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(aside, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
 
 
 def save_model(model, tokenizer, folder: str) -> str:

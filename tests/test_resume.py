@@ -191,6 +191,8 @@ def test_a_checkpoint_whose_saving_fails_leaves_the_older_one(model_dir, data, t
     assert not result.success and "No space left" in result.error_message
     assert [path.name for path in (out / "checkpoints").glob("[a-z]*")] == ["checkpoint-2"] and not common.damage(out / "checkpoints/checkpoint-2")
     monkeypatch.setattr(common, "seal", seal)
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')  # of a line too there was only half
     assert sft.SFTStage(sft.SFTConfig(**options, output_dir=str(out))).execute().success
 
 
