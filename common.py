@@ -581,7 +581,6 @@ def is_main_process() -> bool:
 
 def start_logging(level: str, path: Path | None = None) -> contextlib.ExitStack:
     """Until closed: our own tidy lines on the screen, and those and all that libraries say in the file at `path`."""
-    import datasets
     import transformers
 
     stack, main, root = contextlib.ExitStack(), is_main_process(), logging.getLogger()
@@ -605,7 +604,6 @@ def start_logging(level: str, path: Path | None = None) -> contextlib.ExitStack:
     transformers.utils.logging.disable_default_handler()
     transformers.utils.logging.enable_propagation()
     transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
     return stack
 
 
@@ -618,6 +616,7 @@ def load_dataset_from_path(path: str, config_name: str | None = None, split: str
     `save_to_disk`), or a hub name. Raises ConfigError with the remedy."""
     import datasets
 
+    datasets.disable_progress_bars()
     local = Path(path).expanduser()
     with refusing(f"data {path} cannot be read"):
         if local.is_file():
