@@ -58,6 +58,7 @@ pd.DataFrame(rows[:4])
 # %%
 config = reward.RewardConfig(model_name_or_path=MODEL)
 stage = reward.RewardStage(replace(config, preference_dataset_path="examples/preferences.jsonl", lora_r=0))
+torch.manual_seed(0)  # the head is new, its weights are random
 with start_logging("error"):  # without the remarks of the libraries
     model, tokenizer = stage.prepare_model_and_tokenizer(None, None)
 pair = reward.encode(reward.to_pair(rows[0], "prompt-chosen-rejected"), tokenizer, max_length=512)
