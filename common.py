@@ -65,12 +65,12 @@ class RowError(ValueError):
 
 def lean_memory() -> None:
     """On Linux, lay large tensors on huge pages, give them back when freed (glibc would keep the holes), and let the
-    heap grow by 256 MB, so that it has such pages too. THP_MEM_ALLOC_ENABLE=0 in the environment: all as it was."""
+    heap grow by 128 MB, so that it has such pages too. THP_MEM_ALLOC_ENABLE=0 in the environment: all as it was."""
     pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     wanted = os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1") == "1"
     if wanted and pages.exists() and "[never]" not in pages.read_text():
         with contextlib.suppress(AttributeError):  # musl has no mallopt
-            for option, size in ((-3, 2**24), (-2, 2**28), (-1, 2**28)):  # mmap threshold, top pad, trim threshold
+            for option, size in ((-3, 2**24), (-2, 2**27), (-1, 2**27)):  # mmap threshold, top pad, trim threshold
                 ctypes.CDLL(None).mallopt(option, size)
 
 
