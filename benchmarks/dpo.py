@@ -23,7 +23,7 @@ def prepare(data: str, pairs: int, batch: int, checkpointing: int, long_prompts:
     config = dpo.DPOConfig(
         model_name_or_path=compare.MODEL, preference_dataset_path=data, output_dir="outputs/benchmark", save_steps=0,
         per_device_train_batch_size=batch, gradient_checkpointing=checkpointing == 1, validation_split=0.0,
-        learning_rate=RATE, lr_scheduler_type="linear", warmup_ratio=0.0,
+        learning_rate=RATE, lr_scheduler_type="linear", warmup_ratio=0.0, resume_from_checkpoint=False,
     )
     os.makedirs(config.output_dir, exist_ok=True)
     model, tokenizer = common.load_model_and_tokenizer(config)

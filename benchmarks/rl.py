@@ -25,7 +25,7 @@ def prepare(data: str, prompts: int, generations: int, length: int, steps: int, 
         model_name_or_path=compare.MODEL, prompt_dataset_path=data, output_dir="outputs/benchmark", algorithm="grpo",
         reward=["length"], reward_length=10, batch_size=prompts * generations, num_generations=generations, save_freq=0,
         generation_kwargs={"max_new_tokens": length}, num_training_steps=steps, validation_split=0.0,
-        learning_rate=RATE, init_kl_coef=kl, kl_in="loss", kl_penalty="k3",
+        learning_rate=RATE, init_kl_coef=kl, kl_in="loss", kl_penalty="k3", resume_from_checkpoint=False,
     )
     os.makedirs(config.output_dir, exist_ok=True)
     model, tokenizer = common.load_model_and_tokenizer(config)

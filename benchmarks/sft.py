@@ -23,7 +23,7 @@ def prepare(data: str, rows: int, batch: int, checkpointing: int):
     config = sft.SFTConfig(
         model_name_or_path=compare.MODEL, dataset_name_or_path=data, output_dir="outputs/benchmark", save_steps=0,
         per_device_train_batch_size=batch, gradient_checkpointing=checkpointing == 1, validation_split=0.0,
-        learning_rate=RATE, lr_scheduler_type="linear", warmup_ratio=0.0,
+        learning_rate=RATE, lr_scheduler_type="linear", warmup_ratio=0.0, resume_from_checkpoint=False,
     )
     os.makedirs(config.output_dir, exist_ok=True)
     model, tokenizer = common.load_model_and_tokenizer(config)
