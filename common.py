@@ -42,6 +42,7 @@ import yaml
 from annotated_types import Ge, Gt, Lt
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 # transformers.Trainer, trl and peft take 5 to 9 seconds to import. They are imported inside the functions that use
 # them, so that --help and a misspelt option answer at once.
@@ -99,9 +100,10 @@ Share = Annotated[float, Ge(0), Lt(1)]
 comma_separated = BeforeValidator(lambda v: re.findall(r"[^,\s]+", v) if isinstance(v, str) else v or [])
 Names = Annotated[list[str], comma_separated]
 Trackers = Annotated[list[Literal["tensorboard", "wandb", "trackio"]], comma_separated]
-Switch = Annotated[bool | str, BeforeValidator(lambda v: yaml.safe_load(v) if isinstance(v, str) else v)]
-Options = Annotated[dict[str, Any], BeforeValidator(lambda v: yaml.safe_load(v) if isinstance(v, str) else v)]
-Sentences = Annotated[list[str], BeforeValidator(lambda v: yaml.safe_load(v) if isinstance(v, str) else v)]
+as_yaml = BeforeValidator(lambda v: yaml.safe_load(v) if isinstance(v, str) else v)
+Switch = Annotated[bool | str, as_yaml]
+Options = Annotated[dict[str, Any], as_yaml]
+Sentences = Annotated[list[str], as_yaml]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Optimizer = Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd"]
 Scheduler = Literal["linear", "cosine", "polynomial", "constant", "constant_with_warmup", "cosine_with_restarts"]
@@ -221,7 +223,7 @@ class TrainingConfig(ModelConfig):
     lr_scheduler_type: Scheduler = "cosine"  # its course after that
     optim: Optimizer = "adamw_torch"  # the 8-bit and paged ones are those of bitsandbytes
     max_grad_norm: NonNegative = 1.0  # longer gradients are clipped to this norm; 0: none are
-    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
+    gradient_checkpointing: Annotated[Natural, as_yaml] = 0  # recompute activations of every n-th layer; true: of all
     # checkpoints
     save_total_limit: Count = 2  # so many checkpoints are kept
     resume_from_checkpoint: Switch = True  # the newest whole checkpoint of the same run; false: none; or one's folder
@@ -349,8 +351,7 @@ class BaseStage:
         rows, size = len(self.data[0]), config.per_device_train_batch_size
         whole = math.ceil(rows / (size * config.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", 1))))
         steps = config.max_steps or math.ceil(whole * config.num_train_epochs)
-        mean = statistics.fmean(lengths)
-        return steps, mean * rows * steps / whole, 2.0 if config.lora_r else 3.0, min(size, rows)
+        return steps, statistics.fmean(lengths) * rows * steps / whole, 2.0 if config.lora_r else 3.0, min(size, rows)
 
     def check(self) -> None:
         """All that can be refused before a model is loaded; raises ConfigError."""
@@ -362,14 +363,13 @@ class BaseStage:
         """What decides what comes out of the stage, once checked: options, data, files and models that options name,
         code, and what it starts from."""
         if not self.marks:
-            options = {name: value for name, value in asdict(self.config).items() if name not in OUTSIDE}
+            options = options_of(self.config)
             texts = [text for value in options.values() for text in (value if isinstance(value, list) else [value])]
             named = {text: re.sub(r"(\.py):\w+$", r"\1", text) for text in texts
                      if isinstance(text, str) and 0 < len(text) < 256}
-            marks = {"options": options, "data": self.lineage.get("data", {}).get("sha256"), "start": self.start,
-                     "files": {text: known for text, path in named.items() if (known := identity(Path(path)))},
-                     "code": {file.name: digest(file) for file in code_of(type(self))}}
-            self.marks = json.loads(json.dumps(marks, default=str))
+            self.marks = {"options": options, "data": self.lineage.get("data", {}).get("sha256"), "start": self.start,
+                          "files": {text: known for text, path in named.items() if (known := identity(Path(path)))},
+                          "code": {file.name: digest(file) for file in code_of(type(self))}}
         return self.marks
 
     def stale(self) -> str:
@@ -490,6 +490,12 @@ class BaseStage:
             return result
         finally:
             self.cleanup_logging()
+
+
+def options_of(config: StageConfig) -> dict[str, Any]:
+    """The options that decide what comes out of a stage, as JSON gives them back."""
+    options = {name: value for name, value in asdict(config).items() if name not in OUTSIDE}
+    return json.loads(json.dumps(options, default=str))
 
 
 def identity(path: Path) -> Any:
@@ -619,16 +625,16 @@ def load_dataset_from_path(path: str, config_name: str | None = None, split: str
     datasets.disable_progress_bars()
     local = Path(path).expanduser()
     with refusing(f"data {path} cannot be read"):
+        if config_name and (local.is_file() or (local / "state.json").exists()):
+            raise ConfigError(f"dataset_config_name={config_name}: data {path} has no configurations; remove it")
         if local.is_file():
             if local.suffix not in READERS:
                 raise ConfigError(f"data {path}: expected a file of type {', '.join(READERS)}")
             dataset = datasets.load_dataset(READERS[local.suffix], data_files=str(local), split="train")
         elif (local / "state.json").exists():
             dataset = datasets.load_from_disk(str(local))
-        elif local.is_dir():
-            dataset = datasets.load_dataset(str(local), split=split)
-        elif hub_answers("data", path):
-            dataset = datasets.load_dataset(path, config_name, split=split)
+        elif local.is_dir() or hub_answers("data", path):
+            dataset = datasets.load_dataset(str(local) if local.is_dir() else path, config_name, split=split)
         else:
             raise ConfigError(f"data {path}: no such file or folder here, and the hub cannot be reached")
     if not len(dataset):
@@ -699,16 +705,18 @@ def usable_rows(rows: Iterable, convert: Callable, what: str) -> list:
 
 
 def split_dataset(rows: Sequence, validation_split: float, seed: int) -> tuple[list, list]:
-    """(training rows, evaluation rows), shuffled by `seed`; `validation_split` is the share held out. Equal rows stay
-    on one side, so that nothing held out is trained on."""
-    groups: dict[str, list[int]] = {}
-    for index, row in enumerate(rows):
-        groups.setdefault(json.dumps(row, sort_keys=True, default=str), []).append(index)
+    """(training rows, evaluation rows), shuffled by `seed`; `validation_split` is the share held out. Rows that ask the
+    same stay on one side (a "prompt", a "question", a conversation up to its end; else all of a row), so that nothing
+    held out is trained on. If all rows ask the same, equal ones do."""
+    dump, groups = functools.partial(json.dumps, sort_keys=True, default=str), {}
+    asked = lambda row: row.get("prompt", row.get("question", row)) if isinstance(row, dict) else row
+    keys = [dump(row[:-1] if isinstance(row, list) else asked(row)) for row in rows]
+    for key, row in zip(keys if len({*keys}) > 1 else map(dump, rows), rows):
+        groups.setdefault(key, []).append(row)
     members = list(groups.values())
-    order = torch.randperm(len(members), generator=torch.Generator().manual_seed(seed)).tolist()
     training, evaluation, wanted = [], [], math.ceil(len(rows) * validation_split)
-    for group in order:
-        (evaluation if len(evaluation) < wanted else training).extend(rows[index] for index in members[group])
+    for group in torch.randperm(len(members), generator=torch.Generator().manual_seed(seed)).tolist():
+        (evaluation if len(evaluation) < wanted else training).extend(members[group])
     return training, evaluation
 
 
@@ -878,8 +886,7 @@ def look(stage: BaseStage, tokenizer, context: int) -> Look | None:
             sequences, cut = made
             keys = {hash(tuple(ids)) for ids, _ in sequences}
             leaked = side == "evaluation" and keys & found.keys
-            wrong = "leaked" if leaked else trouble(tokenizer, stops, *made, context)
-            if wrong:
+            if wrong := "leaked" if leaked else trouble(tokenizer, stops, *made, context):
                 raise ConfigError(f"a row of the {side} data: {TROUBLES[wrong].format(context=context)}. The row: "
                                   f"{tokenizer.decode(sequences[0][0])[:200]!r}")
             if side == "training":
@@ -926,10 +933,8 @@ def describe(stage: BaseStage, tokenizer, shape) -> tuple[list[str], float]:
                  f"{at(1)} longest; {100 * found.cut / len(quantile):.1f}% are cut")
     text = coloured(tokenizer, *found.example)
     lines.append("example     " + text.replace("\n", "\n            "))
-    if isinstance(config, TrainingConfig):
-        more, size = estimate(stage, shape, found.lengths)
-        return lines + more, size
-    return lines, 0.0
+    more, size = estimate(stage, shape, found.lengths) if isinstance(config, TrainingConfig) else ([], 0.0)
+    return lines + more, size
 
 
 def estimate(stage: BaseStage, shape, lengths: Sequence[int]) -> tuple[list[str], float]:
@@ -944,7 +949,7 @@ def estimate(stage: BaseStage, shape, lengths: Sequence[int]) -> tuple[list[str]
     stored = {True: 0.6, False: 1 if config.use_8bit else weight_dtype(config).itemsize}[config.use_4bit]
     model, states = weights * stored / 1e9, 12 * trained / 1e9
     wide, vocabulary, layers = shape.config.hidden_size, shape.config.vocab_size, shape.config.num_hidden_layers
-    kept = wide * layers * (2 if config.gradient_checkpointing else 30) + vocabulary  # numbers a token, about
+    kept = wide * layers * (30 - 28 / (config.gradient_checkpointing or math.inf)) + vocabulary  # a token, about
     activations = rows * max(lengths) * kept * size / 1e9
     keeps = vars(config).get("save_steps", vars(config).get("save_freq"))
     disk = 4 * weights + 4 * trained + (12 * trained * (config.save_total_limit + 1) if keeps and keeps < steps else 0)
@@ -1227,10 +1232,9 @@ def check_sampling(name: str, sampling: Mapping[str, Any]) -> None:
     for count in ("max_new_tokens", "top_k"):
         if not isinstance(values[count], int) or values[count] < (count == "max_new_tokens"):
             raise ConfigError(f"{name}: {count}={values[count]!r} is not a count")
-    if not all(isinstance(values[number], (int, float)) for number in ("temperature", "top_p")):
-        raise ConfigError(f"{name}: temperature and top_p are numbers")
-    if values["temperature"] <= 0 or not 0 < values["top_p"] <= 1:
-        raise ConfigError(f"{name}: temperature must be above 0, top_p in (0, 1]: there is no choice without chance")
+    numbers = all(isinstance(values[number], (int, float)) for number in ("temperature", "top_p"))
+    if not numbers or values["temperature"] <= 0 or not 0 < values["top_p"] <= 1:
+        raise ConfigError(f"{name}: temperature is above 0, top_p in (0, 1]: there is no choice without chance")
 
 
 @contextlib.contextmanager
@@ -1269,8 +1273,7 @@ def with_room(cache, repeats: int, room: int):
     class Roomy(DynamicLayer):
         def __init__(self, keys, values):
             super().__init__()
-            self.length, self.is_initialized = keys.shape[-2], True
-            self.dtype, self.device = keys.dtype, keys.device
+            self.length, self.is_initialized, self.dtype, self.device = keys.shape[-2], True, keys.dtype, keys.device
             self.buffers = [F.pad(t, (0, 0, 0, room)).repeat_interleave(repeats, 0) for t in (keys, values)]
             self.show()
 
@@ -1478,8 +1481,9 @@ class TokenLogps(torch.autograd.Function):
         return logits, None
 
 
-def seal(folder: Path) -> None:
-    """Write down, last of all, the hashes of a checkpoint's files, once they lie on the disk."""
+def seal(folder: Path, config: TrainingConfig) -> None:
+    """Write down whose checkpoint it is and, last of all, the hashes of its files, once they lie on the disk."""
+    write_json(folder / "options.json", options_of(config))
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     for file in files:
         with open(file, "rb+") as stream:
@@ -1506,6 +1510,10 @@ def newest_checkpoint(config: TrainingConfig) -> Path | None:
     found = Path(config.output_dir, "checkpoints").glob("[a-z]*-*") if config.resume_from_checkpoint else ()
     for folder in sorted(found, key=lambda folder: -int(folder.name.rpartition("-")[2])):
         if not (wrong := damage(folder)):
+            theirs, ours = json.loads((folder / "options.json").read_text(encoding="utf-8")), options_of(config)
+            if changed := differences({"options": theirs}, {"options": ours}):
+                raise ConfigError(f"{folder} is of a run with other options ({changed}); take another output_dir, or "
+                                  "resume_from_checkpoint=False to start anew")
             logger.info("going on from %s", folder)
             return folder
         logger.warning("%s is passed over: %s", folder, wrong)
@@ -1672,7 +1680,7 @@ def fit(config: FitConfig, model, tokenizer, train_rows: Sequence[dict], eval_ro
             self.state.best_model_checkpoint = str(home / f"checkpoint-{best}") if best else None
             if self.args.should_save:
                 self.state.save_to_json(str(aside / name / "trainer_state.json"))
-                seal(aside / name)
+                seal(aside / name, config)
                 shutil.rmtree(home / name, ignore_errors=True)
                 (aside / name).rename(home / name)
                 aside.rmdir()
@@ -1696,9 +1704,8 @@ def fit(config: FitConfig, model, tokenizer, train_rows: Sequence[dict], eval_ro
 
         def on_step_end(self, args, state, control, **_):
             sums["seconds"] += time.perf_counter() - self.began
-            asked = torch.tensor(len(signals), device=device)
-            if trainer.accelerator.reduce(asked, "sum"):  # of one process or of all: they save and end together
-                signals or signals.append(signal.SIGTERM)
+            if trainer.accelerator.reduce(torch.tensor(len(signals), device=device), "sum"):
+                signals or signals.append(signal.SIGTERM)  # to one process or to all: they save and end together
                 control.should_save = control.should_training_stop = True
                 return
             if state.global_step >= state.max_steps:
@@ -1707,9 +1714,9 @@ def fit(config: FitConfig, model, tokenizer, train_rows: Sequence[dict], eval_ro
                     control.should_save = False  # the stage saves the finished model itself
 
         def on_log(self, args, state, control, logs=None, **_):
-            if not state.is_world_process_zero or "train_loss" in logs:
-                return
-            say_step(folder, state.global_step, state.max_steps, logs, re.compile("epoch|grad_norm|.*_(logps|reward)"))
+            if state.is_world_process_zero and "train_loss" not in logs:
+                hidden = re.compile("epoch|grad_norm|.*_(logps|reward)")
+                say_step(folder, state.global_step, state.max_steps, logs, hidden)
 
     checkpoint = newest_checkpoint(config)
     os.environ |= {"TENSORBOARD_LOGGING_DIR": str(folder / "runs"), "WANDB_DIR": str(folder)}
@@ -1719,14 +1726,14 @@ def fit(config: FitConfig, model, tokenizer, train_rows: Sequence[dict], eval_ro
     args = TrainingArguments(**same | {
         "output_dir": str(folder / "checkpoints"), "run_name": config.wandb_run_name or config.output_dir,
         "max_steps": config.max_steps or -1, "warmup_steps": config.warmup_ratio,  # below 1 it is a share
-        "gradient_checkpointing": None, "activation_checkpointing": config.gradient_checkpointing,
-        "activation_checkpointing_kwargs": {"use_reentrant": False}, "report_to": config.report_to or "none",
+        "activation_checkpointing": bool(config.gradient_checkpointing), "report_to": config.report_to or "none",
+        "activation_checkpointing_kwargs": {"use_reentrant": False, "every_n_layers": config.gradient_checkpointing},
         "eval_strategy": "steps" if eval_rows and config.eval_steps else "no", "eval_steps": config.eval_steps or None,
         "eval_on_start": bool(eval_rows and not checkpoint), "save_strategy": "steps" if config.save_steps else "no",
         "save_steps": config.save_steps or 500, "logging_nan_inf_filter": False, "disable_tqdm": True,
         "ddp_find_unused_parameters": False,  # what trains has a part in every loss
         "bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16, "use_cpu": device.type == "cpu",
-        "dataloader_pin_memory": device.type == "cuda", "remove_unused_columns": False,
+        "dataloader_pin_memory": device.type == "cuda", "remove_unused_columns": False, "gradient_checkpointing": None,
     })
     args._n_gpu = min(args.n_gpu, 1)  # several GPUs are for `accelerate launch`, never for DataParallel
     counts = [model.num_parameters(only_trainable=only) for only in (True, False)]
@@ -1848,8 +1855,6 @@ class Client:
         logger.info("%s: %d answers, %d of them known from before", what, len(requests), len(requests) - len(wanted))
         self.figures.update(calls_cached=len({*keys}) - len(wanted))
         ask = self.ask_server if self.remote else functools.partial(self.ask_here, choices=choices)
-        from tqdm import tqdm
-
         failed, self.halted, self.refusal = 0, False, ""
         with open(self.calls, "a", encoding="utf-8") as out, tqdm(total=len(todo), desc=what, disable=None) as bar:
             for key, answer in ask(todo, sampling) if todo else ():
@@ -1917,7 +1922,6 @@ class Client:
             "max_completion_tokens" if self.kind == "openai" else "max_tokens")
         options = {"temperature": sampling["temperature"], limit: sampling["max_new_tokens"]}
         options |= {"top_p": sampling["top_p"]} if sampling["top_p"] < 1 else {}
-
         clean = lambda text: text.replace(self.secret, "***") if self.secret else text  # servers may send the key back
 
         def call(messages: list[dict]) -> dict | None:
@@ -2223,7 +2227,11 @@ def main(stage_class: type[BaseStage], doc: str) -> None:
             raise ConfigError("enabled=false and save_intermediate=false are for the stages of a chain")
         stage = stage_class(config)
         if dry_run:
-            return dry(stage)
+            with start_logging(config.log_level):
+                stage.check()
+                lines, size = describe(stage, *skeleton(config, stage.needs_chat_template))
+                check_disk(config.output_dir, size)
+                return logger.info("%s", "\n".join(lines))
         result = stage.execute()
     except ConfigError as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
@@ -2232,15 +2240,6 @@ def main(stage_class: type[BaseStage], doc: str) -> None:
     if is_main_process():
         changes = (f" {name} {change}" for name, change in before_and_after(result.metrics).items())
         print("done:", config.output_dir, *changes)
-
-
-def dry(stage: BaseStage) -> None:
-    """Check a stage and say what it would do; nothing is written."""
-    with start_logging(stage.config.log_level):
-        stage.check()
-        lines, size = describe(stage, *skeleton(stage.config, stage.needs_chat_template))
-        check_disk(stage.config.output_dir, size)
-        logger.info("%s", "\n".join(lines))
 
 
 def before_and_after(metrics: Mapping[str, float]) -> dict[str, str]:

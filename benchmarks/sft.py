@@ -4,7 +4,8 @@
 
 Both start from the same weights in float32 and learn the answers alone. Timed is the call that trains: for the recipe
 with its tokenization, for TRL without. Counted are the rows' own tokens, not the padding. `checkpointing` recomputes
-activations in both; -1 leaves each its own default, yes for TRL and no for the recipe.
+activations in both, n > 1 those of every n-th layer in the recipe and all in TRL; -1 leaves each its own default, all
+for TRL and none for the recipe.
 """
 
 import os
@@ -22,7 +23,7 @@ RATE = 5e-4
 def prepare(data: str, rows: int, batch: int, checkpointing: int):
     config = sft.SFTConfig(
         model_name_or_path=compare.MODEL, dataset_name_or_path=data, output_dir="outputs/benchmark", save_steps=0,
-        per_device_train_batch_size=batch, gradient_checkpointing=checkpointing == 1, validation_split=0.0,
+        per_device_train_batch_size=batch, gradient_checkpointing=max(0, checkpointing), validation_split=0.0,
         learning_rate=RATE, lr_scheduler_type="linear", warmup_ratio=0.0, resume_from_checkpoint=False,
     )
     os.makedirs(config.output_dir, exist_ok=True)

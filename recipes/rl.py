@@ -845,7 +845,7 @@ def save_checkpoint(run: Run) -> None:
             write_json(aside / "state.json", {
                 "step": run.step, "kl_coef": run.kl_coef, "before": run.before, "scaler": run.scaler.state_dict(),
                 "optimizer": {name: value for name, value in entries.items() if not torch.is_tensor(value)}})
-            seal(aside)
+            seal(aside, run.config)
         for old in sorted(home.glob("step-*"))[: -run.config.save_total_limit]:
             shutil.rmtree(old)
 
@@ -881,9 +881,9 @@ def start(config: RLConfig, model, tokenizer, functions: dict[str, Callable], ro
             module.p = 0.0
         elif "attention_dropout" in vars(module):
             module.attention_dropout = 0.0
-    model.train(config.gradient_checkpointing)
+    model.train(config.gradient_checkpointing > 0)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=config.gradient_checkpointing)
         model.enable_input_require_grads()
     if config.algorithm == "trpo" and compute_dtype(config.torch_dtype) == torch.float16:
         raise ConfigError("algorithm=trpo needs --torch_dtype=float32 or bfloat16: float16 underflows in its products")

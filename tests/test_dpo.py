@@ -403,7 +403,8 @@ def test_training_reaches_the_closed_form(tokenizer, model, tmp_path):
 
 
 @pytest.mark.parametrize("options", [{"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
-                                     {"precompute_ref_log_probs": True}, {"share_prompt": False}, {"gradient_checkpointing": True}])
+                                     {"precompute_ref_log_probs": True}, {"share_prompt": False}, {"gradient_checkpointing": True},
+                                     {"gradient_checkpointing": 2}])
 def test_the_curve_is_the_same(tokenizer, tmp_path, options):
     (tmp_path / "out").mkdir()
     curves = []

@@ -176,14 +176,23 @@ def test_with_other_options_it_starts_anew_and_the_old_checkpoints_are_laid_asid
     assert (folder / "checkpoints.1/checkpoint-4").is_dir()
 
 
+def test_train_called_alone_does_not_go_on_from_a_run_with_other_options(interrupted):
+    _, folder, _ = interrupted
+    options = yaml.safe_load((folder / "../whole/stage_config.yaml").read_text()) | {"output_dir": str(folder), "stage_name": ""}
+    assert common.newest_checkpoint(sft.SFTConfig(**options)).name == "checkpoint-4"
+    with pytest.raises(ConfigError, match=r"checkpoint-4 is of a run with other options \(learning_rate 0.01 -> 0.02\)"):
+        common.newest_checkpoint(sft.SFTConfig(**options | {"learning_rate": 2e-2}))
+    assert common.newest_checkpoint(sft.SFTConfig(**options | {"learning_rate": 2e-2, "resume_from_checkpoint": False})) is None
+
+
 def test_a_checkpoint_whose_saving_fails_leaves_the_older_one(model_dir, data, tmp_path, monkeypatch):
     """A full disk while step 4 is saved."""
     seal, out = common.seal, tmp_path / "out"
 
-    def full(folder):
+    def full(folder, config):
         if folder.name == "checkpoint-4":
             raise OSError(28, "No space left on device")
-        seal(folder)
+        seal(folder, config)
 
     monkeypatch.setattr(common, "seal", full)
     options = dict(model_name_or_path=model_dir, dataset_name_or_path=data, max_steps=6, save_steps=2, save_total_limit=1)

@@ -194,12 +194,20 @@ def test_what_is_left_out_is_counted(tmp_path, caplog):
     assert "2 of 4 rows left out: 2 with an empty or missing text" in caplog.text
 
 
-def test_split_is_seeded_and_equal_rows_stay_on_one_side():
-    rows = [{"n": n % 40} for n in range(120)]
+@pytest.mark.parametrize("row", [
+    lambda n, k: {"n": n}, lambda n, k: f"text {n}", lambda n, k: {"question": n, "answer": k},
+    lambda n, k: {"prompt": [{"role": "user", "content": f"{n}"}], "chosen": k},
+    lambda n, k: [{"role": "user", "content": f"{n}"}, {"role": "assistant", "content": f"{k}"}],
+])
+def test_split_is_seeded_and_rows_that_ask_the_same_stay_on_one_side(row):
+    rows = [row(n % 40, n) for n in range(120)]
     train, held_out = common.split_dataset(rows, 0.25, seed=1)
     assert len(train) + len(held_out) == 120 and len(held_out) == 30
-    assert not {row["n"] for row in train} & {row["n"] for row in held_out}
+    asked = [{json.dumps(one[:1] if isinstance(one, list) else one if isinstance(one, str) else [*one.values()][0]) for one in side} for side in (train, held_out)]
+    assert not asked[0] & asked[1]
     assert common.split_dataset(rows, 0.25, seed=1) == (train, held_out) != common.split_dataset(rows, 0.25, seed=2)
+    asks_the_same = [row(1, n) for n in range(8)]
+    assert [len(side) for side in common.split_dataset(asks_the_same, 0.25, seed=1)] == ([0, 8] if asks_the_same[0] == asks_the_same[1] else [6, 2])
     assert common.split_dataset(rows, 0.0, seed=1)[1] == []
 
 
