@@ -2229,7 +2229,7 @@ def main(stage_class: type[BaseStage], doc: str) -> None:
         if dry_run:
             with start_logging(config.log_level):
                 stage.check()
-                lines, size = describe(stage, *skeleton(config, stage.needs_chat_template))
+                lines, size = describe(stage, *skeleton(stage.config, stage.needs_chat_template))
                 check_disk(config.output_dir, size)
                 return logger.info("%s", "\n".join(lines))
         result = stage.execute()
