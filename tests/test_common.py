@@ -23,6 +23,7 @@ from common import BaseStage, ConfigError, FitConfig, StageConfig, StageResult, 
     ("learning_rate", "2e-4", 2e-4), ("max_steps", "12", 12), ("use_4bit", "True", True), ("lora_r", 8.0, 8),
     ("report_to", "tensorboard", ["tensorboard"]), ("lora_target_modules", ("q_proj", "v_proj"), ["q_proj", "v_proj"]),
     ("lora_target_modules", "q_proj, v_proj", ["q_proj", "v_proj"]), ("model_name_or_path", 12, "12"),
+    ("gradient_checkpointing", "true", 1), ("gradient_checkpointing", False, 0), ("gradient_checkpointing", "2", 2),
     ("resume_from_checkpoint", "true", True), ("resume_from_checkpoint", "out/checkpoint-5", "out/checkpoint-5"),
     ("lora_target_modules", None, []), ("num_train_epochs", 2, 2.0), ("revision", None, None),
 ])
@@ -40,6 +41,11 @@ def test_values_are_coerced_by_annotation(name, value, meant):
 def test_wrong_values_are_refused_by_name(name, value):
     with pytest.raises(ConfigError, match=f"^{name}"):
         FitConfig(**{name: value})
+
+
+def test_a_configuration_of_a_data_file_is_refused(data):
+    with pytest.raises(ConfigError, match="dataset_config_name=main: data .* has no configurations"):
+        common.load_dataset_from_path(data, "main")
 
 
 def test_a_token_is_refused_without_being_shown():

@@ -276,11 +276,12 @@ def fitted(tmp_path, tokenizer, rows, held_out=(), model=None, **options):
 
 def test_accumulation_is_exact_for_rows_of_any_length(tokenizer, tmp_path):
     rows, losses = rows_of(tokenizer, *LENGTHS, *LENGTHS), []
-    for size, steps, checkpointing in ((8, 1, False), (4, 2, False), (1, 8, False), (8, 1, True)):
+    for size, steps, checkpointing in ((8, 1, False), (4, 2, False), (1, 8, False), (8, 1, True), (8, 1, 2)):
         (tmp_path / "out").mkdir(exist_ok=True)
-        _, _, lines = fitted(tmp_path, tokenizer, rows, rows[:3], num_train_epochs=3, per_device_eval_batch_size=size,
-                             per_device_train_batch_size=size, gradient_accumulation_steps=steps,
-                             gradient_checkpointing=checkpointing)
+        model, _, lines = fitted(tmp_path, tokenizer, rows, rows[:3], num_train_epochs=3, per_device_eval_batch_size=size,
+                                 per_device_train_batch_size=size, gradient_accumulation_steps=steps,
+                                 gradient_checkpointing=checkpointing)
+        assert [layer.gradient_checkpointing for layer in model.model.layers] == [bool(checkpointing), checkpointing is True]
         losses.append([line.get("loss", line.get("eval_loss")) for line in lines])
     assert len(losses[0]) == 8  # six steps, and an evaluation before and after them
     assert all(again == pytest.approx(losses[0], abs=1e-5) for again in losses[1:])
