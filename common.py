@@ -387,7 +387,7 @@ class BaseStage:
         return StageResult(record["stage"], True, path, path, record["metrics"], record["artifacts"])
 
     def begin(self) -> None:
-        """Mark the folder as that of this run. Checkpoints of another one, with other options, are laid aside."""
+        """Mark the folder as that of this run. Checkpoints of one with other options, or not wanted, are laid aside."""
         folder = Path(self.config.output_dir)
         if is_main_process():
             (folder / "stage.json").unlink(missing_ok=True)  # a stage is done when its stage.json says so
@@ -397,9 +397,10 @@ class BaseStage:
             resume = vars(self.config).get("resume_from_checkpoint")
             # Other processes would take other rows in a step, and read other files.
             marks = self.fingerprint() | {"launch": f"{os.environ.get('WORLD_SIZE', 1)}{' sharded' * sharded()}"}
-            if resume is True and old.exists() and mark.exists():
+            if old.exists() and (resume is False or (resume is True and mark.exists())):
                 with refusing(f"{mark} cannot be read; move {old} away"):
-                    if changed := differences(json.loads(mark.read_text(encoding="utf-8")), marks):
+                    theirs = json.loads(mark.read_text(encoding="utf-8")) if resume else {}
+                    if changed := differences(theirs, marks) if resume else "resume_from_checkpoint=false":
                         number = next(n for n in range(1, 10**6) if not Path(f"{old}.{n}").exists())
                         old.rename(f"{old}.{number}")
                         logger.warning("the checkpoints of an earlier run are now in %s.%d: %s", old, number, changed)
@@ -1234,7 +1235,7 @@ def check_sampling(name: str, sampling: Mapping[str, Any]) -> None:
             raise ConfigError(f"{name}: {count}={values[count]!r} is not a count")
     numbers = all(isinstance(values[number], (int, float)) for number in ("temperature", "top_p"))
     if not numbers or values["temperature"] <= 0 or not 0 < values["top_p"] <= 1:
-        raise ConfigError(f"{name}: temperature is above 0, top_p in (0, 1]: there is no choice without chance")
+        raise ConfigError(f"{name}: temperature is a number above 0, top_p in (0, 1]: no choice without chance")
 
 
 @contextlib.contextmanager

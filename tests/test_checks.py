@@ -107,7 +107,8 @@ def test_a_row_on_both_sides_is_refused(tmp_path, words):
                            output_dir=str(tmp_path / "out"), validation_split=0.3)
     stage = rl.RLStage(settings)
     stage.check()
-    assert common.look(stage, words, 512).lengths  # the split keeps rows with one prompt on one side
+    asked = [{str(row["prompt"]) for row in side} for side in stage.data]
+    assert common.look(stage, words, 512).lengths and all(asked) and not asked[0] & asked[1]
     stage.data[1].append(stage.data[0][0])
     with pytest.raises(ConfigError, match="a row of the evaluation data: it is trained on too"):
         common.look(stage, words, 512)

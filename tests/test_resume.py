@@ -176,6 +176,14 @@ def test_with_other_options_it_starts_anew_and_the_old_checkpoints_are_laid_asid
     assert (folder / "checkpoints.1/checkpoint-4").is_dir()
 
 
+def test_a_run_begun_anew_goes_on_from_its_own_checkpoints(interrupted, caplog):
+    run, folder, _ = interrupted
+    new = {"learning_rate": 2e-2, "max_steps": 3}
+    assert not run("cut", fails=True, resume_from_checkpoint=False, **new).success
+    assert "are now in" in caplog.text and (folder / "checkpoints.1/checkpoint-4").is_dir()
+    assert run("cut", **new).success and "checkpoint-2" in caplog.text.split("going on from ")[1]
+
+
 def test_train_called_alone_does_not_go_on_from_a_run_with_other_options(interrupted):
     _, folder, _ = interrupted
     options = yaml.safe_load((folder / "../whole/stage_config.yaml").read_text()) | {"output_dir": str(folder), "stage_name": ""}
