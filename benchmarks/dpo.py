@@ -2,8 +2,8 @@
 
     python benchmarks/dpo.py --data=pairs.jsonl --pairs=48 --checkpointing=1 --long_prompts=0
 
-Both start from the same weights in float32. Timed is the call that trains: for the recipe with its tokenization, for
-TRL without. `checkpointing` recomputes activations in both, n > 1 those of every n-th layer in the recipe and all in
+Both start from the same weights. Timed is the call that trains: for the recipe with its tokenization, for TRL
+without. `checkpointing` recomputes activations in both, n > 1 those of every n-th layer in the recipe and all in
 TRL; -1 leaves each its own default, all for TRL and none for the recipe. `long_prompts` puts other solved rows before
 each prompt until it is three times as long as an answer.
 """
@@ -20,9 +20,9 @@ import common
 RATE = 5e-4
 
 
-def prepare(data: str, pairs: int, batch: int, checkpointing: int, long_prompts: int):
+def prepare(model: str, data: str, pairs: int, batch: int, checkpointing: int, long_prompts: int):
     config = dpo.DPOConfig(
-        model_name_or_path=compare.MODEL, preference_dataset_path=data, output_dir="outputs/benchmark", save_steps=0,
+        model_name_or_path=model, preference_dataset_path=data, output_dir="outputs/benchmark", save_steps=0,
         per_device_train_batch_size=batch, gradient_checkpointing=max(0, checkpointing), validation_split=0.0,
         learning_rate=RATE, lr_scheduler_type="linear", warmup_ratio=0.0, resume_from_checkpoint=False,
     )
@@ -53,7 +53,7 @@ def trl(**options) -> tuple[int, float]:
 
     config, model, tokenizer, rows = prepare(**options)
     arguments = DPOConfig(
-        config.output_dir, use_cpu=not torch.cuda.is_available(), bf16=False, report_to="none", max_length=None,
+        config.output_dir, use_cpu=not torch.cuda.is_available(), bf16=compare.BF16, report_to="none", max_length=None,
         per_device_train_batch_size=config.per_device_train_batch_size, learning_rate=RATE, num_train_epochs=1,
         gradient_checkpointing=options["checkpointing"] != 0, save_strategy="no", logging_steps=1, disable_tqdm=True,
     )
@@ -67,5 +67,6 @@ def trl(**options) -> tuple[int, float]:
 
 if __name__ == "__main__":
     compare.main({"recipe": recipe, "trl": trl}, "pairs", {
-        "data": "examples/preferences.jsonl", "pairs": 48, "batch": 8, "checkpointing": 1, "long_prompts": 0,
+        "model": compare.MODEL, "data": "examples/preferences.jsonl", "pairs": 48, "batch": 8, "checkpointing": 1,
+        "long_prompts": 0,
     }, "pairs")

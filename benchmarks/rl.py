@@ -2,10 +2,11 @@
 
     python benchmarks/rl.py --data=examples/questions.jsonl --prompts=4 --generations=4 --length=48 --steps=4 --kl=0.04
 
-Both start from the same weights in float32, and both sample every completion to its full length, so that the work is
-the same whatever the policy learns. Timed is the call that trains. Each step takes `prompts` prompts with
+Both start from the same weights, and both sample every completion to its full length, so that the work is the same
+whatever the policy learns. Timed is the call that trains. Each step takes `prompts` prompts with
 `generations` completions of `length` tokens, and one optimizer step with the KL (k3) to the reference in the loss;
---kl=0 runs no reference in either.
+--kl=0 runs no reference in either. `checkpointing` recomputes activations in both; -1 leaves each its own default, all
+for TRL and none for the recipe.
 """
 
 import os
@@ -20,12 +21,14 @@ import common
 RATE = 1e-5
 
 
-def prepare(data: str, prompts: int, generations: int, length: int, steps: int, kl: float):
+def prepare(model: str, data: str, prompts: int, generations: int, length: int, steps: int, kl: float,
+            checkpointing: int):
     config = rl.RLConfig(
-        model_name_or_path=compare.MODEL, prompt_dataset_path=data, output_dir="outputs/benchmark", algorithm="grpo",
+        model_name_or_path=model, prompt_dataset_path=data, output_dir="outputs/benchmark", algorithm="grpo",
         reward=["length"], reward_length=10, batch_size=prompts * generations, num_generations=generations, save_freq=0,
         generation_kwargs={"max_new_tokens": length}, num_training_steps=steps, validation_split=0.0,
         learning_rate=RATE, init_kl_coef=kl, kl_in="loss", kl_penalty="k3", resume_from_checkpoint=False,
+        gradient_checkpointing=max(0, checkpointing),
     )
     os.makedirs(config.output_dir, exist_ok=True)
     model, tokenizer = common.load_model_and_tokenizer(config)
@@ -50,11 +53,11 @@ def trl(**options) -> tuple[int, float]:
 
     config, model, tokenizer, rows, words = prepare(**options)
     arguments = GRPOConfig(
-        config.output_dir, use_cpu=not torch.cuda.is_available(), bf16=False, report_to="none", learning_rate=RATE,
-        per_device_train_batch_size=config.batch_size, num_generations=config.num_generations, beta=config.init_kl_coef,
+        config.output_dir, use_cpu=not torch.cuda.is_available(), bf16=compare.BF16, report_to="none",
+        per_device_train_batch_size=config.batch_size, num_generations=config.num_generations, learning_rate=RATE,
         max_completion_length=config.sampling["max_new_tokens"], max_steps=config.num_training_steps,
         generation_kwargs={"min_new_tokens": config.sampling["max_new_tokens"]}, save_strategy="no", logging_steps=1,
-        disable_tqdm=True,
+        beta=config.init_kl_coef, disable_tqdm=True, gradient_checkpointing=options["checkpointing"] != 0,
     )
     lora = LoraConfig(task_type="CAUSAL_LM", r=config.lora_r, lora_alpha=config.lora_alpha, target_modules="all-linear")
     trainer = GRPOTrainer(model, words, args=arguments, processing_class=tokenizer, peft_config=lora,
@@ -66,5 +69,6 @@ def trl(**options) -> tuple[int, float]:
 
 if __name__ == "__main__":
     compare.main({"recipe": recipe, "trl": trl}, "completions", {
-        "data": "examples/questions.jsonl", "prompts": 4, "generations": 4, "length": 48, "steps": 4, "kl": 0.04,
+        "model": compare.MODEL, "data": "examples/questions.jsonl", "prompts": 4, "generations": 4, "length": 48,
+        "steps": 4, "kl": 0.04, "checkpointing": -1,
     }, "steps")

@@ -2,8 +2,8 @@
 
     python benchmarks/sft.py --data=rows.jsonl --rows=64 --batch=8 --checkpointing=1
 
-Both start from the same weights in float32 and learn the answers alone. Timed is the call that trains: for the recipe
-with its tokenization, for TRL without. Counted are the rows' own tokens, not the padding. `checkpointing` recomputes
+Both start from the same weights and learn the answers alone. Timed is the call that trains: for the recipe with its
+tokenization, for TRL without. Counted are the rows' own tokens, not the padding. `checkpointing` recomputes
 activations in both, n > 1 those of every n-th layer in the recipe and all in TRL; -1 leaves each its own default, all
 for TRL and none for the recipe.
 """
@@ -20,9 +20,9 @@ import common
 RATE = 5e-4
 
 
-def prepare(data: str, rows: int, batch: int, checkpointing: int):
+def prepare(model: str, data: str, rows: int, batch: int, checkpointing: int):
     config = sft.SFTConfig(
-        model_name_or_path=compare.MODEL, dataset_name_or_path=data, output_dir="outputs/benchmark", save_steps=0,
+        model_name_or_path=model, dataset_name_or_path=data, output_dir="outputs/benchmark", save_steps=0,
         per_device_train_batch_size=batch, gradient_checkpointing=max(0, checkpointing), validation_split=0.0,
         learning_rate=RATE, lr_scheduler_type="linear", warmup_ratio=0.0, resume_from_checkpoint=False,
     )
@@ -48,7 +48,7 @@ def trl(**options) -> tuple[int, float]:
 
     config, model, tokenizer, rows, tokens = prepare(**options)
     arguments = SFTConfig(
-        config.output_dir, use_cpu=not torch.cuda.is_available(), bf16=False, report_to="none", max_length=None,
+        config.output_dir, use_cpu=not torch.cuda.is_available(), bf16=compare.BF16, report_to="none", max_length=None,
         per_device_train_batch_size=config.per_device_train_batch_size, learning_rate=RATE, num_train_epochs=1,
         gradient_checkpointing=options["checkpointing"] != 0, save_strategy="no", logging_steps=1, disable_tqdm=True,
     )
@@ -62,5 +62,5 @@ def trl(**options) -> tuple[int, float]:
 
 if __name__ == "__main__":
     compare.main({"recipe": recipe, "trl": trl}, "tokens", {
-        "data": "examples/sample_data.jsonl", "rows": 64, "batch": 8, "checkpointing": 1,
+        "model": compare.MODEL, "data": "examples/sample_data.jsonl", "rows": 64, "batch": 8, "checkpointing": 1,
     }, "rows")

@@ -350,7 +350,7 @@ def train(config: CoTConfig, model, tokenizer, train_rows: list, eval_rows: list
             logits, _ = logits_at(student, predicts, **inputs)
             return distillation_loss(logits, teacher_logits, targets, config.temperature, alpha, config.beta)
     else:
-        teacher.free()
+        teacher.local = None
 
     tests = {"": eval_rows} | {Path(task).stem: load_task(task) for task in config.eval_reasoning_tasks
                                if Path(task).exists()}
@@ -358,7 +358,7 @@ def train(config: CoTConfig, model, tokenizer, train_rows: list, eval_rows: list
     before = answer(config, model, tokenizer, tests, "before") | ask_harness(harness, model, tokenizer)
     metrics = fit(config, model, tokenizer, training, evaluation, sft.collate, loss)
     after = answer(config, model, tokenizer, tests, "after") | ask_harness(harness, model, tokenizer)
-    teacher.free()
+    teacher.local = None
     return metrics | teacher.report() | {"rationales": len(taught)} | after | {
         f"{name}_before": value for name, value in before.items() if not name.endswith(("_low", "_high", "_n"))}
 

@@ -274,7 +274,8 @@ def sequence_logps(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor,
     """(log pi(y|x) of the batch's answers (B, 2), log-probabilities (M, V) at every KL_STRIDE-th of their tokens)."""
     answered, (logits, _) = batch["targets"] != IGNORE, answer_logits(model, batch)  # (N, V)
     logps = TokenLogps.apply(logits, batch["targets"][answered])  # (N,)
-    sums = logps.new_zeros(2 * batch["num_items"]).index_add(0, batch["sequence"][answered], logps)
+    own = torch.arange(2 * int(batch["num_items"]), device=logps.device)[:, None] == batch["sequence"][answered]
+    sums = torch.where(own, logps, 0).sum(1)  # (2 B,); index_add would round otherwise at every call on a GPU
     return sums.view(-1, 2), logits[::KL_STRIDE].detach().float().log_softmax(-1)
 
 
@@ -300,10 +301,9 @@ def loss(model, batch: dict[str, torch.Tensor], config: DPOConfig, reference=Non
         metrics["kl"] = (dist.exp() * (dist - ref_dist)).sum(-1).mean()
     if "label" in batch:
         # From a micro-batch, as in the paper: small ones make z0 noisy. Column 1 is another row's answer to the prompt.
-        z0, sign = ratios[:, 1].mean().clamp(min=0).detach(), batch["label"] * 2 - 1
-        weights = (config.desirable_weight, config.undesirable_weight)
-        losses = kto_loss(ratios[:, 0], z0, batch["label"], config.beta, *weights)
-        margin = config.beta * sign * (ratios[:, 0] - z0)
+        ratio, z0 = ratios[:, 0], ratios[:, 1].mean().clamp(min=0).detach()
+        losses = kto_loss(ratio, z0, batch["label"], config.beta, config.desirable_weight, config.undesirable_weight)
+        margin = config.beta * (2 * batch["label"] - 1) * (ratio - z0)
         metrics |= {"z0": z0, "accuracy": wins(margin)}
     else:
         lengths = torch.bincount(batch["sequence"][batch["targets"] != IGNORE]).view(-1, 2)

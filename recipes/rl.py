@@ -518,7 +518,7 @@ def forward(run: Run, rows: list[dict], mask: torch.Tensor, *wanted: str, refere
     else:
         logps = TokenLogps.apply(logits, targets)
     if "entropy" in wanted:  # in parts, unless a gradient is to pass
-        parts = (part.float().log_softmax(-1) for part in logits.detach().split(32))
+        parts = (part.float().log_softmax(-1) for part in logits.detach().split(TokenLogps.at_once(logits)))
         dists = [found["dist"]] if "dist" in wanted else parts
         found["entropy"] = spread(torch.cat([-(dist.exp() * dist).sum(-1) for dist in dists]))
     return found | {"logps": spread(logps)}

@@ -361,7 +361,7 @@ def train(config: RLAIFConfig, model, tokenizer, train_rows: list, eval_rows: li
         if config.labelling:
             labels(1, start)
             if judge.client:
-                judge.client.free()
+                judge.client.local = None
             result = run_part(config, reward.RewardStage(config.rewarding_by(start)), None, None, start)
             metrics = {f"reward_{name}": value for name, value in result.metrics.items() if "eval_" in name}
             scores = rl.reward_model(replace(config, reward_model_path=str(folder / "reward")))

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks the network is broken
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the tests are of float32 on a CPU; test_gpu.py says what is not
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # on so small a model threads only wait for each other
 
 CHATML = (

@@ -185,14 +185,19 @@ def test_an_answer_does_not_see_the_other_one(tokenizer, model, tmp_path):
     assert logps[0, 1].item() == pytest.approx(logps[1, 1].item(), abs=1e-5)
 
 
-def test_a_model_where_sharing_is_not_exact_is_found_out(tokenizer, tmp_path, caplog):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_where_sharing_is_not_exact_is_found_out(tokenizer, tmp_path, caplog, dtype):
     from transformers import MistralConfig, MistralForCausalLM
 
     sizes = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
                  num_key_value_heads=1, max_position_embeddings=512)
     row = encoded(tokenizer, tmp_path)[0]
     torch.manual_seed(0)
-    whole, sliding = (MistralForCausalLM(MistralConfig(sliding_window=size, **sizes)) for size in (None, 8))
+    whole, sliding = (MistralForCausalLM(MistralConfig(sliding_window=size, **sizes)).to(dtype) for size in (None, 8))
+    for model in (whole, sliding):
+        for weight in model.parameters():
+            weight.data *= 4 if weight.dim() > 1 else 1
+        model.lm_head.weight.data *= 30  # logits as large as a trained model's, and so their rounding
     assert common.sharing_is_exact(whole, row)
     whole.set_attn_implementation("eager")
     assert common.sharing_is_exact(whole, row)

@@ -164,11 +164,12 @@ def test_rows_that_do_not_fit_are_counted_and_samples_are_drawn_by_the_seed(tmp_
     assert samples == judged(tmp_path, model_dir, rows, max_seq_length=80, num_eval_samples=5)[1]
 
 
-def test_as_a_stage_it_hands_on_what_it_was_handed(tmp_path, model_dir, tokenizer, model):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_as_a_stage_it_hands_on_what_it_was_handed(tmp_path, model_dir, tokenizer, model, dtype):
     data = write(tmp_path / "data.jsonl", QUESTIONS)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     trains = [parameter.requires_grad for parameter in model.parameters()]
-    settings = config(tmp_path, model_name_or_path="elsewhere", dataset_name_or_path=data)
+    settings = config(tmp_path, model_name_or_path="elsewhere", dataset_name_or_path=data, torch_dtype=dtype)
     result = evaluate.EvaluateStage(settings).execute(model, tokenizer, StageResult("sft", True, None, None))
     assert result.success and result.model is model and result.tokenizer is tokenizer and result.model_path is None
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

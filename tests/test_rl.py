@@ -258,6 +258,30 @@ def test_what_was_sampled_is_what_is_trained_on(tokenizer, tmp_path, options):
     assert run.share == (run.config.num_generations > 1) and first > 0
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_steps_of_one_shape_sample_the_same(tokenizer, monkeypatch, temperature):
+    """What a GPU records: attention sees the room for tokens to come, and rows that stopped stay in the batch. Here the
+    step waits for a value, halfway through, so that it is not recorded after all, and comes once more."""
+    model, sampling = make_model(tokenizer), common.SAMPLING | {"max_new_tokens": 40, "temperature": temperature}
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def wait(*_):
+        if modes and modes[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    model.model.layers[1].mlp.register_forward_hook(wait)
+    asked = [row["ids"] for row in prompts(tokenizer, "One?", "Two, a longer one?", "And the longest of all?")]
+    for chances in (common.random_numbers(12, sampling, 0), None):
+        found = []
+        for devices in (set(), {"cpu"}):
+            monkeypatch.setattr(common, "RECORDING", devices)
+            found.append(common.sample(model, tokenizer, asked, sampling, chances, 4))
+        assert modes.pop() == "default" and modes.pop() == "error" and not modes
+        assert found[0][0] == found[1][0] and len({*map(len, found[0][0])}) > (chances is not None)
+        assert all(first == pytest.approx(second, abs=1e-5) for first, second in zip(found[0][1], found[1][1]))
+
+
 def test_padding_on_the_left_moves_no_position(tokenizer, tmp_path):
     """On a model with absolute positions: rotary ones would not mind."""
     from transformers import GPT2Config, GPT2LMHeadModel

@@ -339,6 +339,19 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(tokenizer
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("options", [{}, {"lora_r": 0}])
+def test_after_training_nothing_of_its_precision_stays(tokenizer, tmp_path, options):
+    """accelerate puts autocast around the model, and would leave it there for the stages to come."""
+    settings, rows = config(tmp_path, torch_dtype="bfloat16", max_steps=1, **options), rows_of(tokenizer, *LENGTHS)
+    model = common.add_adapter(make_model(tokenizer), settings)
+    (tmp_path / "out").mkdir()
+    common.fit(settings, model, tokenizer, rows, [], sft.collate, sft.loss)
+    ids = torch.as_tensor(rows[0]["input_ids"])[None]
+    again = common.add_adapter(make_model(tokenizer), settings)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(model(input_ids=ids).logits, again(input_ids=ids).logits)
+
+
 def test_resuming_gives_bitwise_the_undisturbed_run(tokenizer, tmp_path):
     rows = rows_of(tokenizer, *LENGTHS, *LENGTHS)
     (tmp_path / "out").mkdir()
