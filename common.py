@@ -1047,7 +1047,7 @@ def cached(kind: str, files: Sequence[Path], build: Callable[[Path], None] | Non
 
 def find_model(name: str, config: ModelConfig, weights: bool = True) -> Path:
     """The folder of a model: as named, downloaded from the hub, or converted from a .gguf file, also of an installed
-    package. Without `weights` nothing is converted, nor they downloaded. Raises ConfigError when there is none."""
+    package. Without `weights` none are converted or downloaded. Raises ConfigError when there is no such model."""
     from huggingface_hub import snapshot_download
 
     path = Path(name).expanduser()
@@ -1576,6 +1576,7 @@ def fit(config: FitConfig, model, tokenizer, train_rows: Sequence[dict], eval_ro
     the loss of a step is the mean over all its items, however they fall into micro-batches and processes. A loss or a
     gradient that is not finite stops the run before it reaches the weights.
     """
+    from peft.helpers import disable_input_dtype_casting
     from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
     from transformers.trainer_pt_utils import LengthGroupedSampler
     from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
@@ -1744,8 +1745,7 @@ def fit(config: FitConfig, model, tokenizer, train_rows: Sequence[dict], eval_ro
     counts = [model.num_parameters(only_trainable=only) for only in (True, False)]
     if not counts[0]:
         raise RuntimeError("no parameter of the model trains: everything is frozen")
-    patience = config.early_stopping_patience
-    callbacks = [Progress(), *([EarlyStoppingCallback(patience)] if patience else [])]
+    callbacks = [Progress(), *(EarlyStoppingCallback(count) for count in [config.early_stopping_patience] if count)]
     evaluated = sorted(eval_rows, key=lambda row: len(row["input_ids"])) or None  # by length: little padding
     trainer = FitTrainer(model, args, filled, [*train_rows, None], evaluated, tokenizer, callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)
@@ -1755,16 +1755,16 @@ def fit(config: FitConfig, model, tokenizer, train_rows: Sequence[dict], eval_ro
     empty = lambda w: torch.nn.Parameter(torch.empty_like(w, device="meta"), w.requires_grad)
     copies = {id(w): empty(w) if w.is_floating_point() else w for w in model.parameters()}
     shell = copy.deepcopy(model, copies) if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled else None
-    with deferred_signals() as signals:
+    with deferred_signals() as signals, disable_input_dtype_casting(model):  # autocast does it, with fewer copies
         trained = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model.config.use_cache = True  # the Trainer's False would be saved with the model
-    vars(model).pop("forward", None), vars(model).pop("_original_forward", None)  # accelerate's autocast, else it stays
     if is_main_process():
         with contextlib.suppress(OSError):
             Path(args.output_dir).rmdir()  # stays unless no checkpoint was saved
     history = trainer.state.log_history
     before = next((logs for logs in history if "eval_loss" in logs), {})
     after = trainer.evaluate() if eval_rows else {}
+    vars(model).pop("forward", None), vars(model).pop("_original_forward", None)  # accelerate's autocast, else it stays
     if shell is not None:
         make_whole(model, shell)
     if "wandb" in config.report_to and is_main_process():

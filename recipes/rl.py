@@ -888,11 +888,9 @@ def start(config: RLConfig, model, tokenizer, functions: dict[str, Callable], ro
     if config.algorithm == "trpo" and compute_dtype(config.torch_dtype) == torch.float16:
         raise ConfigError("algorithm=trpo needs --torch_dtype=float32 or bfloat16: float16 underflows in its products")
     adapter = hasattr(model, "peft_config") and config.lora_bias == "none"
-    frozen = config.init_kl_coef and not adapter
-    reference = copy.deepcopy(model).requires_grad_(False).eval() if frozen else None
+    reference = copy.deepcopy(model).requires_grad_(False).eval() if config.init_kl_coef and not adapter else None
     head = torch.nn.Linear(model.get_output_embeddings().weight.shape[1], 1, device=model.device)
-    for parameter in head.parameters():
-        torch.nn.init.zeros_(parameter)
+    torch.nn.init.zeros_(head.weight), torch.nn.init.zeros_(head.bias)
     probe = {"prompt": row["ids"], "answers": [row["ids"][:8]] * 2, "labels": [row["ids"][:8]] * 2}
     share = config.num_generations > 1 and sharing_is_exact(model, probe)
     arguments = TrainingArguments(optim=config.optim, use_cpu=model.device.type == "cpu", report_to="none")
@@ -926,6 +924,8 @@ def prompts_of(config: RLConfig, rows: list[dict], step: int, count: int) -> lis
 def train(config: RLConfig, model, tokenizer, train_rows: list, eval_rows: list, functions: dict) -> dict[str, float]:
     """Train `model` in place on prompts {"prompt": messages, "columns": {...}} with the rewards of `functions`, each
     called as function(prompts, completions, **columns); returns the metrics."""
+    from peft.helpers import disable_input_dtype_casting
+
     limit = min(config.max_seq_length, model.config.max_position_embeddings) - config.sampling["max_new_tokens"]
     encoded = lambda rows, what: usable_rows(rows, lambda row: encode(row, tokenizer, limit), what) if rows else []
     training, evaluation = encoded(train_rows, "training data"), encoded(eval_rows, "evaluation data")
@@ -955,7 +955,7 @@ def train(config: RLConfig, model, tokenizer, train_rows: list, eval_rows: list,
 
     if evaluation and not run.step:
         run.before |= report(evaluate(run, evaluation))
-    with deferred_signals() as signals:
+    with deferred_signals() as signals, disable_input_dtype_casting(model):  # autocast does it, with fewer copies
         while run.step < config.num_training_steps:
             began = time.perf_counter()
             rows = prompts_of(config, training, run.step, count * world)[rank * count : (rank + 1) * count]
