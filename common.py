@@ -382,8 +382,8 @@ class BaseStage:
 
     def recorded(self) -> StageResult:
         """The result of a finished stage, by its stage.json."""
-        record = json.loads(Path(self.config.output_dir, "stage.json").read_text(encoding="utf-8"))
-        return StageResult(record["stage"], True, p := record["model_path"], p, record["metrics"], record["artifacts"])
+        done = json.loads(Path(self.config.output_dir, "stage.json").read_text(encoding="utf-8"))
+        return StageResult(done["stage"], True, path := done["model_path"], path, done["metrics"], done["artifacts"])
 
     def begin(self) -> None:
         """Mark the folder as that of this run. Checkpoints of one with other options, or not wanted, are laid aside."""
@@ -425,7 +425,7 @@ class BaseStage:
             model, tokenizer = load_model_and_tokenizer(config, self.needs_chat_template, self.task)
         else:
             prepare_tokenizer(tokenizer, config, self.needs_chat_template)
-            dtype, model = weight_dtype(config), merge_adapter(model)
+            dtype, model = weight_dtype(config), merge_adapter(model)  # it is handed on as it was, if it is handed on
             model = (model if self.hands_on or model.dtype == dtype else copy.deepcopy(model)).to(dtype)
         if self.task == "CAUSAL_LM":
             set_stop_tokens(model, tokenizer)
@@ -961,8 +961,8 @@ def matmul_speed(dtype: torch.dtype) -> float:
     """FLOP/s of a large matrix product here, on as many threads as training has."""
     from torch.utils.benchmark import Timer
 
-    a = torch.randn(*[1024 if default_device().type == "cpu" else 4096] * 2, device=default_device(), dtype=dtype)
-    return 2 * len(a) ** 3 / Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads()).timeit(12).mean
+    a = torch.randn(n := 1024 if default_device().type == "cpu" else 4096, n, device=default_device(), dtype=dtype)
+    return 2 * n**3 / Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads()).timeit(12).mean
 
 
 def check_disk(folder: str, needed: float) -> None:
@@ -1753,8 +1753,8 @@ def fit(config: FitConfig, model, tokenizer, train_rows: Sequence[dict], eval_ro
                 device.type, str(dtype).removeprefix("torch."))
     # FSDP2 and ZeRO-3 change the model itself; DDP wraps it. Quantized weights, no floats, are passed over by them.
     empty = lambda w: torch.nn.Parameter(torch.empty_like(w, device="meta"), w.requires_grad)
-    copies = {id(w): empty(w) if w.is_floating_point() else w for w in model.parameters()}
-    shell = copy.deepcopy(model, copies) if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled else None
+    copies = lambda: {id(w): empty(w) if w.is_floating_point() else w for w in model.parameters()}
+    shell = copy.deepcopy(model, copies()) if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled else None
     with deferred_signals() as signals, disable_input_dtype_casting(model):  # autocast does it, with fewer copies
         trained = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model.config.use_cache = True  # the Trainer's False would be saved with the model

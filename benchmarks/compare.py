@@ -56,10 +56,11 @@ def contend(contender, options: dict) -> None:
     counter = Counter()
     with counter if options.pop("counted") else contextlib.nullcontext():
         work, seconds = contender(**options)
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    peak /= 2**20 if sys.platform == "linux" else 2**30
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated() / 2**30
+    else:
+        peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        peak /= 2**20 if sys.platform == "linux" else 2**30
     gigaflop = counter.total / 1e9 / work
     print("\n" + json.dumps({"speed": work / seconds, "gigabytes": peak, "gigaflop": gigaflop}))
 

@@ -15,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on the CPU in both: what other processes hold of a GPU is not seen here
+
 import compare
 import sft
 import yaml
