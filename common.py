@@ -279,9 +279,12 @@ class FitConfig(DataConfig, TrainingConfig):
     metric_for_best_model: str = "eval_loss"  # the figure that decides
     greater_is_better: bool = False  # whether more of it is better
     early_stopping_patience: Natural = 0  # stop after so many evaluations without improvement; 0: never
+    torch_compile: bool = False  # compile the decoder layers: a minute or two, then fewer and larger operations
 
     def validate(self) -> None:
         super().validate()
+        if self.torch_compile and not shutil.which(os.environ.get("CXX", "g++")):
+            raise ConfigError("torch_compile needs a C++ compiler; install g++, or name another in the variable CXX")
         if (self.load_best_model_at_end or self.early_stopping_patience) and not self.eval_steps:
             raise ConfigError("load_best_model_at_end and early_stopping_patience compare evaluations; set eval_steps")
         if self.load_best_model_at_end and (not self.save_steps or self.save_steps % self.eval_steps):
@@ -427,8 +430,8 @@ class BaseStage:
             prepare_tokenizer(tokenizer, config, self.needs_chat_template)
             dtype, model = weight_dtype(config), merge_adapter(model)  # it is handed on as it was, if it is handed on
             model = (model if self.hands_on or model.dtype == dtype else copy.deepcopy(model)).to(dtype)
-        if self.task == "CAUSAL_LM":
-            set_stop_tokens(model, tokenizer)
+        if self.task == "CAUSAL_LM":  # generation stops at the token that ends a turn
+            model.generation_config.update(eos_token_id=stop_tokens(tokenizer), pad_token_id=tokenizer.pad_token_id)
         transformers.set_seed(config.seed)  # the adapter is the same, wherever the model came from
         return (add_adapter(model, config, self.task) if isinstance(config, TrainingConfig) else model), tokenizer
 
@@ -718,8 +721,7 @@ def read_rows(config: DataConfig, convert: Callable, optional: Mapping[str, Sequ
     form = detect_format(dataset.column_names, config.formats, config.dataset_format)
     known = dataset.column_names if optional is None else [*config.formats[form], *optional.get(form, ())]
     used, ignored = (", ".join(c for c in dataset.column_names if (c in known) is use) for use in (True, False))
-    note = f" (not used: {ignored})" if ignored else ""
-    say = logger.warning if ignored else logger.info
+    note, say = (f" (not used: {ignored})", logger.warning) if ignored else ("", logger.info)
     say("data %s: %s, %d rows: %s%s", path, form, len(dataset), used, note)
     rows = usable_rows(dataset, lambda row: convert(row, form), "data")
     digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
@@ -922,8 +924,7 @@ def describe(stage: BaseStage, tokenizer, shape) -> tuple[list[str], float]:
     at = lambda share: quantile[min(len(quantile) - 1, int(share * len(quantile)))]
     lines.append(f"tokens      a row: {at(0)} shortest, {at(0.5)} median, {at(0.9)} ninth decile, {at(0.99)} of 99%, "
                  f"{at(1)} longest; {100 * found.cut / len(quantile):.1f}% are cut")
-    text = coloured(tokenizer, *found.example)
-    lines.append("example     " + text.replace("\n", "\n            "))
+    lines.append("example     " + coloured(tokenizer, *found.example).replace("\n", "\n            "))
     more, size = estimate(stage, shape, found.lengths) if isinstance(config, TrainingConfig) else ([], 0.0)
     return lines + more, size
 
@@ -1116,6 +1117,7 @@ def load_model_and_tokenizer(config: ModelConfig, needs_chat_template: bool = Tr
     """(model, tokenizer) of `model_name_or_path`, quantized if asked for; an adapter is merged into its base. The
     tokenizer comes first, so that a missing chat template is said before weights are read."""
     import transformers
+    from peft import PeftModel
     from transformers import AutoTokenizer, BitsAndBytesConfig
 
     code, scores = {"trust_remote_code": config.trust_remote_code}, task == "SEQ_CLS"
@@ -1125,11 +1127,7 @@ def load_model_and_tokenizer(config: ModelConfig, needs_chat_template: bool = Tr
     def load(base: Path, adapter: Path | None = None, **quantized):
         rest = {"dtype": weight_dtype(config), "attn_implementation": config.attn_implementation, **code, **quantized}
         model = auto.from_pretrained(base, use_safetensors=True, **label, **rest)
-        if adapter is None:
-            return model
-        from peft import PeftModel
-
-        return PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        return PeftModel.from_pretrained(model, adapter).merge_and_unload() if adapter else model
 
     base, adapter, words = find_parts(config)
     with refusing(f"model {config.model_name_or_path} cannot be loaded"):
@@ -1196,12 +1194,6 @@ def stop_tokens(tokenizer) -> list[int]:
         turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         stops.add(encode_turns(tokenizer, render_turns(tokenizer, turn))[0][-1])
     return sorted(stops)
-
-
-def set_stop_tokens(model, tokenizer) -> None:
-    """Let generation stop at the token that ends a turn."""
-    model.generation_config.eos_token_id = stop_tokens(tokenizer)
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 
 def prompt_ids(tokenizer, prompt: list[dict]) -> list[int]:
@@ -1578,6 +1570,7 @@ def fit(config: FitConfig, model, tokenizer, train_rows: Sequence[dict], eval_ro
     """
     from peft.helpers import disable_input_dtype_casting
     from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+    from transformers.modeling_layers import GradientCheckpointingLayer
     from transformers.trainer_pt_utils import LengthGroupedSampler
     from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
@@ -1728,7 +1721,7 @@ def fit(config: FitConfig, model, tokenizer, train_rows: Sequence[dict], eval_ro
     os.environ |= {"TENSORBOARD_LOGGING_DIR": str(folder / "runs"), "WANDB_DIR": str(folder)}
     os.environ |= {"WANDB_PROJECT": config.wandb_project} if config.wandb_project else {}
     names = {f.name for f in fields(TrainingArguments)} & {f.name for f in fields(FitConfig)}
-    same = {name: getattr(config, name) for name in names - {"resume_from_checkpoint", "log_level", "report_to"}}
+    same = {name: getattr(config, name) for name in names - {"resume_from_checkpoint", "log_level", "torch_compile"}}
     args = TrainingArguments(**same | {
         "output_dir": str(folder / "checkpoints"), "run_name": config.wandb_run_name or config.output_dir,
         "max_steps": config.max_steps or -1, "warmup_steps": config.warmup_ratio,  # below 1 it is a share
@@ -1755,6 +1748,11 @@ def fit(config: FitConfig, model, tokenizer, train_rows: Sequence[dict], eval_ro
     empty = lambda w: torch.nn.Parameter(torch.empty_like(w, device="meta"), w.requires_grad)
     copies = lambda: {id(w): empty(w) if w.is_floating_point() else w for w in model.parameters()}
     shell = copy.deepcopy(model, copies()) if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled else None
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)] if config.torch_compile else []
+    if config.torch_compile and not layers:
+        raise ConfigError(f"torch_compile: a {type(model).__name__} has no layers to compile one by one; leave it out")
+    for layer in layers:
+        layer.compile(dynamic=True)  # for rows of any length, and equal layers once
     with deferred_signals() as signals, disable_input_dtype_casting(model):  # autocast does it, with fewer copies
         trained = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model.config.use_cache = True  # the Trainer's False would be saved with the model
@@ -1764,6 +1762,8 @@ def fit(config: FitConfig, model, tokenizer, train_rows: Sequence[dict], eval_ro
     history = trainer.state.log_history
     before = next((logs for logs in history if "eval_loss" in logs), {})
     after = trainer.evaluate() if eval_rows else {}
+    for layer in layers:
+        layer._compiled_call_impl = None  # torch has no public way back; what comes next samples
     vars(model).pop("forward", None), vars(model).pop("_original_forward", None)  # accelerate's autocast, else it stays
     if shell is not None:
         make_whole(model, shell)

@@ -36,7 +36,7 @@ def make_run(tokenizer, tmp_path, rows=None, functions=None, **options):
     settings, model = config(tmp_path, **options), make_model(tokenizer)
     settings.validate()
     model = common.add_adapter(model, settings)
-    common.set_stop_tokens(model, tokenizer)
+    model.generation_config.update(eos_token_id=common.stop_tokens(tokenizer), pad_token_id=tokenizer.pad_token_id)
     rows = rows or prompts(tokenizer, "One?", "Two, a longer one?", "Three?", "And the longest of all the four?")
     functions = functions or {"words": lambda prompts, completions, **_: [len(text) / 10 for text in completions]}
     return rl.start(settings, model, tokenizer, functions, rows[0]), rows
