@@ -1764,13 +1764,12 @@ def fit(config: FitConfig, model, tokenizer, train_rows: Sequence[dict], eval_ro
     after = trainer.evaluate() if eval_rows else {}
     for layer in layers:
         layer._compiled_call_impl = None  # torch has no public way back; what comes next samples
-    vars(model).pop("forward", None), vars(model).pop("_original_forward", None)  # accelerate's autocast, else it stays
+    for name in {"forward", "_original_forward", "_is_accelerate_prepared"} & vars(model).keys():
+        delattr(model, name)  # accelerate's autocast, else it stays, and the mark that would keep it from coming again
     if shell is not None:
         make_whole(model, shell)
     if "wandb" in config.report_to and is_main_process():
-        import wandb
-
-        wandb.finish()  # else the next stage's steps would go into this stage's run
+        importlib.import_module("wandb").finish()  # else the next stage's steps would go into this stage's run
     figures = {name: value for name, value in after.items() if not name.endswith(("_runtime", "_per_second", "epoch"))}
     speeds = [logs["tokens_per_s"] for logs in history if "tokens_per_s" in logs]
     figures |= {"train_loss": trained.training_loss, "steps": trainer.state.global_step}

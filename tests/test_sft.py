@@ -383,6 +383,17 @@ def test_after_training_nothing_of_its_precision_stays(tokenizer, tmp_path, opti
     assert torch.equal(model(input_ids=ids).logits, again(input_ids=ids).logits)
 
 
+def test_a_model_trained_before_trains_under_autocast_again(tokenizer, tmp_path):
+    """accelerate marks what it has prepared, and would pass it over, as it stands or under an adapter."""
+    model, rows, seen = make_model(tokenizer), rows_of(tokenizer, *LENGTHS), []
+    model.model.norm.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    (tmp_path / "out").mkdir()
+    for rank in (0, 0, 4):
+        settings = config(tmp_path, torch_dtype="bfloat16", max_steps=1, lora_r=rank)
+        common.fit(settings, common.add_adapter(model, settings), tokenizer, rows, rows[:1], sft.collate, sft.loss)
+    assert seen == [True] * 9  # a step, and an evaluation before and after it
+
+
 def test_resuming_gives_bitwise_the_undisturbed_run(tokenizer, tmp_path):
     rows = rows_of(tokenizer, *LENGTHS, *LENGTHS)
     (tmp_path / "out").mkdir()
