@@ -1,4 +1,4 @@
-"""What is different on a GPU. Elsewhere, and unless it is asked for, all of this is skipped:
+"""What is different on a GPU. Elsewhere, and unless it is asked for, all but the chain is skipped:
 
     CUDA_VISIBLE_DEVICES=0 python -m pytest tests/test_gpu.py
 """
@@ -15,7 +15,7 @@ import rl
 import sft
 from chain import Pipeline
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")
 SMALL = {"per_device_train_batch_size": 4, "logging_steps": 1}
 
 
@@ -27,6 +27,7 @@ def pairs(tmp_path):
     return str(path)
 
 
+@on_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_recorded_steps_sample_what_single_ones_do(tokenizer, monkeypatch, dtype):
     model, sampling = make_model(tokenizer).to("cuda", dtype), common.SAMPLING | {"max_new_tokens": 40}
@@ -46,6 +47,7 @@ def test_recorded_steps_sample_what_single_ones_do(tokenizer, monkeypatch, dtype
     assert sum(abs(first - second) for first, second in pairs[:8]) / 8 < 0.05
 
 
+@on_gpu
 def test_a_step_that_waits_for_a_value_is_not_recorded(tokenizer, monkeypatch):
     model, sampling = make_model(tokenizer).cuda(), common.SAMPLING | {"max_new_tokens": 12}
     expected = common.sample(model, tokenizer, [[5, 6, 7]], sampling)
@@ -55,8 +57,11 @@ def test_a_step_that_waits_for_a_value_is_not_recorded(tokenizer, monkeypatch):
     assert found[0] == expected[0] and torch.cuda.get_sync_debug_mode() == 0
 
 
-def test_a_chain_of_all_kinds_runs(model_dir, data, pairs, tmp_path):
-    """bfloat16 weights, an adapter in float32, shared prompts; dpo starts at its reference exactly."""
+def test_a_chain_of_all_kinds_runs(model_dir, data, pairs, tmp_path, monkeypatch):
+    """bfloat16 weights, also where float32 is the default, an adapter in float32 on a model all of whose weights trained,
+    shared prompts; dpo starts at its reference exactly."""
+    for module in (common, dpo, rl):
+        monkeypatch.setattr(module, "compute_dtype", lambda name: getattr(torch, name.replace("auto", "bfloat16")))
     file = tmp_path / "chain.yaml"
     file.write_text(json.dumps({"model_name_or_path": model_dir, "output_dir": str(tmp_path / "out"), "stages": [
         "sft", "evaluate", "dpo", "reward", "rl"], "stage_configs": {
@@ -72,6 +77,7 @@ def test_a_chain_of_all_kinds_runs(model_dir, data, pairs, tmp_path):
     assert "not exact" not in (tmp_path / "out/03_dpo/training.log").read_text()
 
 
+@on_gpu
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantized_models_train_and_sample(model_dir, data, tmp_path, bits):
     config = sft.SFTConfig(model_name_or_path=model_dir, dataset_name_or_path=data, output_dir=str(tmp_path / "out"),
@@ -80,6 +86,7 @@ def test_quantized_models_train_and_sample(model_dir, data, tmp_path, bits):
     assert result.success, result.error_message
 
 
+@on_gpu
 @pytest.mark.parametrize("algorithm", ["ppo", "a2c", "trpo", "grpo", "rloo"])
 def test_every_algorithm_runs(model_dir, data, tmp_path, algorithm):
     config = rl.RLConfig(model_name_or_path=model_dir, prompt_dataset_path=data, output_dir=str(tmp_path / "out"),
@@ -89,6 +96,7 @@ def test_every_algorithm_runs(model_dir, data, tmp_path, algorithm):
     assert result.success, result.error_message
 
 
+@on_gpu
 def test_the_sum_over_an_answer_is_the_same_at_every_call(model_dir, tokenizer, pairs, tmp_path):
     config = dpo.DPOConfig(model_name_or_path=model_dir, preference_dataset_path=pairs, output_dir=str(tmp_path))
     model, _ = common.load_model_and_tokenizer(config)
