@@ -279,12 +279,9 @@ class FitConfig(DataConfig, TrainingConfig):
     metric_for_best_model: str = "eval_loss"  # the figure that decides
     greater_is_better: bool = False  # whether more of it is better
     early_stopping_patience: Natural = 0  # stop after so many evaluations without improvement; 0: never
-    torch_compile: bool = False  # compile the decoder layers: a minute or two, then fewer and larger operations
 
     def validate(self) -> None:
         super().validate()
-        if self.torch_compile and not shutil.which(os.environ.get("CXX", "g++")):
-            raise ConfigError("torch_compile needs a C++ compiler; install g++, or name another in the variable CXX")
         if (self.load_best_model_at_end or self.early_stopping_patience) and not self.eval_steps:
             raise ConfigError("load_best_model_at_end and early_stopping_patience compare evaluations; set eval_steps")
         if self.load_best_model_at_end and (not self.save_steps or self.save_steps % self.eval_steps):
@@ -907,11 +904,10 @@ def coloured(tokenizer, ids: Sequence[int], labels: Sequence[int] | None) -> str
 def describe(stage: BaseStage, tokenizer, shape) -> tuple[list[str], float]:
     """(lines on what a checked stage will do: options, data, an example, estimates; bytes it will write). `shape` is
     the model without its weights, on the meta device."""
-    config, lines = stage.config, []
-    standard = type(config)()
+    config, standard = stage.config, type(stage.config)()
     own = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in ("output_dir", "stage_name")}
-    changed = {name: value for name, value in own.items() if value != getattr(standard, name)}
-    lines.append("options     " + (", ".join(f"{name}={value}" for name, value in changed.items()) or "the defaults"))
+    changed = (f"{name}={value}" for name, value in own.items() if value != getattr(standard, name))
+    lines = ["options     " + (", ".join(changed) or "the defaults")]
     lines += [f"{kind:11} {stage.lineage[kind]}" for kind in ("reference", "judge", "teacher") if kind in stage.lineage]
     if data := stage.lineage.get("data"):
         lines.append(f"data        {data['path']}: {data['rows']} rows, {len(stage.data[0])} to train on and "
@@ -1387,12 +1383,25 @@ def generate(model, tokenizer, prompts: Sequence[list[dict]], max_new_tokens: in
 
 
 # ---- Fit: transformers' Trainer behind one function ------------------------------------------------------------------
+def unwrapped(model):
+    """The model that DDP or DeepSpeed hides. (accelerate's extract_model_from_parallel searches every module too.)"""
+    return dict(model.named_children()).get("module", model)
+
+
+@contextlib.contextmanager
+def without_adapter(model):
+    """As peft's disable_adapter(), which takes stock of all layers besides."""
+    (tuner := unwrapped(model).base_model).disable_adapter_layers()
+    try:
+        yield
+    finally:
+        tuner.enable_adapter_layers()
+
+
 def logits_at(model, mask: torch.Tensor, **inputs) -> tuple[torch.Tensor, torch.Tensor]:
     """The logits (N, V) and last hidden states (N, H) of the N positions where `mask` (B, T) is true, by a forward pass
     of `model` (DDP and FSDP included) whose vocabulary projection sees no other position."""
-    from accelerate.utils import extract_model_from_parallel
-
-    head, hidden = extract_model_from_parallel(model).get_output_embeddings(), []
+    head, hidden = unwrapped(model).get_output_embeddings(), []
 
     def select(_, args) -> tuple:
         hidden.append(args[0][mask])
@@ -1570,7 +1579,6 @@ def fit(config: FitConfig, model, tokenizer, train_rows: Sequence[dict], eval_ro
     """
     from peft.helpers import disable_input_dtype_casting
     from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-    from transformers.modeling_layers import GradientCheckpointingLayer
     from transformers.trainer_pt_utils import LengthGroupedSampler
     from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
@@ -1610,6 +1618,7 @@ def fit(config: FitConfig, model, tokenizer, train_rows: Sequence[dict], eval_ro
 
     class FitTrainer(Trainer):
         loss_is_scaled_for_ga = True
+        floating_point_ops = lambda self, inputs: 0  # their sum is not read, and each takes a count of all weights
 
         def get_batch_samples(self, epoch_iterator, num_batches, device):
             batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -1648,9 +1657,8 @@ def fit(config: FitConfig, model, tokenizer, train_rows: Sequence[dict], eval_ro
                     value, metrics = loss(self.model_wrapped, batch)
                 items = int(batch["num_items"]) * (number < len(batches))
                 totals.update({k: float(v) * items for k, v in {"loss": value, **metrics}.items()}, items=items)
-            reduced = self.accelerator.reduce(torch.tensor([*totals.values()], device=self.args.device), "sum").tolist()
-            means = {f"{metric_key_prefix}_{name}": total / reduced[-1] for name, total in zip(totals, reduced)}
-            del means[f"{metric_key_prefix}_items"]
+            *found, items = self.accelerator.reduce(torch.tensor([*totals.values()], device=device), "sum").tolist()
+            means = {f"{metric_key_prefix}_{name}": total / items for name, total in zip(totals, found)}
             return EvalLoopOutput(None, None, means, len(eval_rows))
 
         def log(self, logs, start_time=None):
@@ -1721,7 +1729,7 @@ def fit(config: FitConfig, model, tokenizer, train_rows: Sequence[dict], eval_ro
     os.environ |= {"TENSORBOARD_LOGGING_DIR": str(folder / "runs"), "WANDB_DIR": str(folder)}
     os.environ |= {"WANDB_PROJECT": config.wandb_project} if config.wandb_project else {}
     names = {f.name for f in fields(TrainingArguments)} & {f.name for f in fields(FitConfig)}
-    same = {name: getattr(config, name) for name in names - {"resume_from_checkpoint", "log_level", "torch_compile"}}
+    same = {name: getattr(config, name) for name in names - {"resume_from_checkpoint", "log_level"}}
     args = TrainingArguments(**same | {
         "output_dir": str(folder / "checkpoints"), "run_name": config.wandb_run_name or config.output_dir,
         "max_steps": config.max_steps or -1, "warmup_steps": config.warmup_ratio,  # below 1 it is a share
@@ -1748,11 +1756,6 @@ def fit(config: FitConfig, model, tokenizer, train_rows: Sequence[dict], eval_ro
     empty = lambda w: torch.nn.Parameter(torch.empty_like(w, device="meta"), w.requires_grad)
     copies = lambda: {id(w): empty(w) if w.is_floating_point() else w for w in model.parameters()}
     shell = copy.deepcopy(model, copies()) if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled else None
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)] if config.torch_compile else []
-    if config.torch_compile and not layers:
-        raise ConfigError(f"torch_compile: a {type(model).__name__} has no layers to compile one by one; leave it out")
-    for layer in layers:
-        layer.compile(dynamic=True)  # for rows of any length, and equal layers once
     with deferred_signals() as signals, disable_input_dtype_casting(model):  # autocast does it, with fewer copies
         trained = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model.config.use_cache = True  # the Trainer's False would be saved with the model
@@ -1762,8 +1765,6 @@ def fit(config: FitConfig, model, tokenizer, train_rows: Sequence[dict], eval_ro
     history = trainer.state.log_history
     before = next((logs for logs in history if "eval_loss" in logs), {})
     after = trainer.evaluate() if eval_rows else {}
-    for layer in layers:
-        layer._compiled_call_impl = None  # torch has no public way back; what comes next samples
     for name in {"forward", "_original_forward", "_is_accelerate_prepared"} & vars(model).keys():
         delattr(model, name)  # accelerate's autocast, else it stays, and the mark that would keep it from coming again
     if shell is not None:

@@ -5,7 +5,7 @@
 Both start from the same weights. Timed is the call that trains: for the recipe with its tokenization, for TRL
 without. `checkpointing` recomputes activations in both, n > 1 those of every n-th layer in the recipe and all in
 TRL; -1 leaves each its own default, all for TRL and none for the recipe. `long_prompts` puts other solved rows before
-each prompt until it is three times as long as an answer. `compiled` is the recipe's torch_compile.
+each prompt until it is three times as long as an answer.
 """
 
 import os
@@ -20,12 +20,11 @@ import common
 RATE = 5e-4
 
 
-def prepare(model: str, data: str, pairs: int, batch: int, checkpointing: int, long_prompts: int, compiled: int):
+def prepare(model: str, data: str, pairs: int, batch: int, checkpointing: int, long_prompts: int):
     config = dpo.DPOConfig(
         model_name_or_path=model, preference_dataset_path=data, output_dir="outputs/benchmark", save_steps=0,
         per_device_train_batch_size=batch, gradient_checkpointing=max(0, checkpointing), validation_split=0.0,
         learning_rate=RATE, lr_scheduler_type="linear", warmup_ratio=0.0, resume_from_checkpoint=False,
-        torch_compile=bool(compiled),
     )
     os.makedirs(config.output_dir, exist_ok=True)
     model, tokenizer = common.load_model_and_tokenizer(config)
@@ -69,5 +68,5 @@ def trl(**options) -> tuple[int, float]:
 if __name__ == "__main__":
     compare.main({"recipe": recipe, "trl": trl}, "pairs", {
         "model": compare.MODEL, "data": "examples/preferences.jsonl", "pairs": 48, "batch": 8, "checkpointing": 1,
-        "long_prompts": 0, "compiled": 0,
+        "long_prompts": 0,
     }, "pairs")

@@ -5,7 +5,7 @@
 Both start from the same weights and learn the answers alone. Timed is the call that trains: for the recipe with its
 tokenization, for TRL without. Counted are the rows' own tokens, not the padding. `checkpointing` recomputes
 activations in both, n > 1 those of every n-th layer in the recipe and all in TRL; -1 leaves each its own default, all
-for TRL and none for the recipe. `compiled` is the recipe's torch_compile.
+for TRL and none for the recipe.
 """
 
 import os
@@ -20,12 +20,11 @@ import common
 RATE = 5e-4
 
 
-def prepare(model: str, data: str, rows: int, batch: int, checkpointing: int, compiled: int):
+def prepare(model: str, data: str, rows: int, batch: int, checkpointing: int):
     config = sft.SFTConfig(
         model_name_or_path=model, dataset_name_or_path=data, output_dir="outputs/benchmark", save_steps=0,
         per_device_train_batch_size=batch, gradient_checkpointing=max(0, checkpointing), validation_split=0.0,
         learning_rate=RATE, lr_scheduler_type="linear", warmup_ratio=0.0, resume_from_checkpoint=False,
-        torch_compile=bool(compiled),
     )
     os.makedirs(config.output_dir, exist_ok=True)
     model, tokenizer = common.load_model_and_tokenizer(config)
@@ -64,5 +63,4 @@ def trl(**options) -> tuple[int, float]:
 if __name__ == "__main__":
     compare.main({"recipe": recipe, "trl": trl}, "tokens", {
         "model": compare.MODEL, "data": "examples/sample_data.jsonl", "rows": 64, "batch": 8, "checkpointing": 1,
-        "compiled": 0,
     }, "rows")

@@ -40,7 +40,7 @@ import common
 from common import (
     IGNORE, SAMPLING, AskingConfig, BaseStage, Client, ConfigError, Count, FitConfig, Names, Natural, Options, Positive,
     RowError, Subprocess, check_sampling, fit, generate, is_main_process, load_dataset_from_path, load_rows, logger,
-    logits_at, main, made_by_main, sample, sharded, usable_rows, with_interval, write_rows,
+    logits_at, main, made_by_main, sample, sharded, unwrapped, usable_rows, with_interval, write_rows,
 )
 from recipes import sft
 
@@ -299,13 +299,11 @@ def distillation_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, target
 
 def own_answers(config: CoTConfig, model, tokenizer, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The batch with answers that the student writes in place of the rationales (Agarwal et al. 2024, algorithm 1)."""
-    from accelerate.utils import extract_model_from_parallel
-
     starts = (batch["labels"] != IGNORE).int().argmax(1).tolist()
     prompts = [ids[:start] for ids, start in zip(batch["input_ids"].tolist(), starts)]
     sampling = SAMPLING | {"max_new_tokens": min(config.max_new_tokens, config.max_seq_length - max(starts))}
     chances = 1 - torch.rand(len(prompts), sampling["max_new_tokens"], device=batch["labels"].device)
-    answers, _ = sample(extract_model_from_parallel(model), tokenizer, prompts, sampling, chances)
+    answers, _ = sample(unwrapped(model), tokenizer, prompts, sampling, chances)
     rows = [{"input_ids": torch.tensor(prompt + ids), "labels": torch.tensor([IGNORE] * len(prompt) + ids)}
             for prompt, ids in zip(prompts, answers)]
     return {name: value.to(chances.device) for name, value in sft.collate(rows).items()}

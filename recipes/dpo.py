@@ -31,6 +31,7 @@ from common import (
     IGNORE, BaseStage, ConfigError, Count, FitConfig, Names, Natural, NonNegative, Positive, RowError, TokenLogps,
     answer_logits, as_messages, collate_answers, comma_separated, compute_dtype, encode_turns, fit,
     load_model_and_tokenizer, load_rows, logger, main, render_turns, sharing_is_exact, unknown, usable_rows,
+    without_adapter,
 )
 
 # -- configuration ----------------------------------------------------------------------------------------------------
@@ -281,10 +282,7 @@ def sequence_logps(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor,
 
 def reference_logps(model, batch: dict[str, torch.Tensor], reference=None) -> tuple[torch.Tensor, torch.Tensor]:
     """`sequence_logps` of the reference: a frozen model, or, if there is none, the policy without its adapter."""
-    from accelerate.utils import extract_model_from_parallel
-
-    off = contextlib.nullcontext() if reference else extract_model_from_parallel(model).disable_adapter()
-    with torch.no_grad(), off:
+    with torch.no_grad(), contextlib.nullcontext() if reference else without_adapter(model):
         return sequence_logps(reference or model, batch)
 
 

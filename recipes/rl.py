@@ -41,8 +41,8 @@ from common import (
     Positive, RowError, Scheduler, Share, Subprocess, TokenLogps, TrainingConfig, answer_logits, as_messages,
     check_sampling, collate_answers, comma_separated, compute_dtype, default_device, deferred_signals, encode_turns,
     is_main_process, keep_steps, load_rows, logger, main, newest_checkpoint, prompt_ids, random_numbers, read,
-    refusing, render_turns, sample, say_step, seal, sharing_is_exact, unknown, usable_rows, write_json,
-    written_aside,
+    refusing, render_turns, sample, say_step, seal, sharing_is_exact, unknown, usable_rows, without_adapter,
+    write_json, written_aside,
 )
 
 # -- configuration -----------------------------------------------------------------------------------------------------
@@ -504,7 +504,7 @@ def forward(run: Run, rows: list[dict], mask: torch.Tensor, *wanted: str, refere
     """One pass over rows of a prompt with its completions: "logps" (B, T), and if wanted "entropy" (B, T), the last
     "hidden" states (B, T, H), and "dist", the log-probabilities (N, V) of all tokens at the N places of the mask."""
     batch = {name: value.to(run.model.device) for name, value in collate_answers(rows, run.share).items()}
-    off = run.model.disable_adapter() if reference and run.adapter else contextlib.nullcontext()
+    off = without_adapter(run.model) if reference and run.adapter else contextlib.nullcontext()
     with run.autocast(), off:
         logits, hidden = answer_logits(run.reference if reference and not run.adapter else run.model, batch)
     targets = batch["targets"][batch["targets"] != IGNORE]  # (N,)

@@ -288,25 +288,6 @@ def test_accumulation_is_exact_for_rows_of_any_length(tokenizer, tmp_path):
     assert all(again == pytest.approx(losses[0], abs=1e-5) for again in losses[1:])
 
 
-def test_compiled_layers_learn_the_same_by_one_graph_for_all_and_are_plain_again(tokenizer, tmp_path, monkeypatch):
-    from torch._dynamo.utils import counters
-
-    rows, losses = rows_of(tokenizer, *LENGTHS), []
-    (tmp_path / "out").mkdir()
-    for compiled in (False, True):
-        counters.clear()
-        model, _, lines = fitted(tmp_path, tokenizer, rows, per_device_train_batch_size=2, num_train_epochs=2, torch_compile=compiled)
-        assert counters["stats"]["unique_graphs"] == compiled  # of two layers, at steps of several lengths
-        assert not any(layer._compiled_call_impl for layer in model.model.layers)
-        losses.append([line["loss"] for line in lines])
-    assert len(losses[0]) > 2 and losses[1] == pytest.approx(losses[0], abs=1e-5)
-    with pytest.raises(common.ConfigError, match="torch_compile: a Bare has no layers"):
-        fitted(tmp_path, tokenizer, rows, model=type("Bare", (type(model),), {"modules": lambda self: iter([self])})(model.config), torch_compile=True)
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(common.ConfigError, match="torch_compile needs a C.* compiler"):
-        config(tmp_path, torch_compile=True).validate()
-
-
 def test_steps_hold_rows_of_like_length_the_longest_first_and_each_row_once_an_epoch(tokenizer, tmp_path):
     rows = rows_of(tokenizer, *((f"{n}?", "so " * (n * 7 % 20 + 1)) for n in range(20)))
     settings, seen = config(tmp_path, lora_r=0, num_train_epochs=2, per_device_train_batch_size=3), []
