@@ -57,20 +57,20 @@ def test_a_step_that_waits_for_a_value_is_not_recorded(tokenizer, monkeypatch):
     assert found[0] == expected[0] and torch.cuda.get_sync_debug_mode() == 0
 
 
-def test_a_chain_of_all_kinds_runs(model_dir, data, pairs, tmp_path, monkeypatch):
-    """bfloat16 weights, also where float32 is the default, an adapter in float32 on a model all of whose weights trained,
+def test_a_chain_of_all_kinds_runs(model_dir, data, pairs, tmp_path):
+    """bfloat16 weights, also where float32 is the default; an adapter in float32 on a model all of whose weights trained,
     shared prompts; dpo starts at its reference exactly."""
-    for module in (common, dpo, rl):
-        monkeypatch.setattr(module, "compute_dtype", lambda name: getattr(torch, name.replace("auto", "bfloat16")))
     file = tmp_path / "chain.yaml"
-    file.write_text(json.dumps({"model_name_or_path": model_dir, "output_dir": str(tmp_path / "out"), "stages": [
-        "sft", "evaluate", "dpo", "reward", "rl"], "stage_configs": {
+    stages = {
         "sft": {"dataset_name_or_path": data, "lora_r": 0, "num_eval_samples": 4, "max_new_tokens": 8, **SMALL},
         "evaluate": {"dataset_name_or_path": data},
         "dpo": {"preference_dataset_path": pairs, "validation_split": 0.2, **SMALL},
         "reward": {"preference_dataset_path": pairs, **SMALL},
         "rl": {"prompt_dataset_path": data, "algorithm": "ppo", "reward": "length", "reward_length": 3, "batch_size": 8,
-               "num_training_steps": 2, "generation_kwargs": {"max_new_tokens": 8}}}}))
+               "num_training_steps": 2, "generation_kwargs": {"max_new_tokens": 8}}}
+    dtype = {"torch_dtype": "auto" if torch.cuda.is_available() else "bfloat16"}
+    file.write_text(json.dumps({"model_name_or_path": model_dir, "output_dir": str(tmp_path / "out"), "stages": [*stages],
+                                "stage_configs": {name: dtype | options for name, options in stages.items()}}))
     results = Pipeline.from_yaml(str(file)).run()
     assert len(results) == 5 and all(result.success for result in results), results[-1].error_message
     assert results[2].metrics["eval_accuracy_before"] == 0.5
