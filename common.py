@@ -5,6 +5,7 @@ copied together, are a working program.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
 import ctypes
@@ -539,13 +540,14 @@ def sharded() -> bool:
 
 
 def exit_on_signals() -> None:
-    """SIGINT and SIGTERM end the program with status 130 and 143; see also `deferred_signals`."""
+    """SIGINT and SIGTERM end the program with status 130 and 143 (but see `deferred_signals`); gloo ends before it."""
     def leave(number, _):
         print(f"stopped by {signal.Signals(number).name}; the same command goes on", file=sys.stderr)
         sys.exit(128 + number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, leave)
+    atexit.register(lambda: torch.distributed.is_initialized() and torch.distributed.destroy_process_group())
 
 
 @contextlib.contextmanager
@@ -1222,8 +1224,7 @@ def fast_decoding(model):
     such weights is three times as fast. The weights come back bitwise."""
     from peft.tuners.lora import LoraLayer
 
-    quantized = not all(parameter.is_floating_point() for parameter in model.parameters())
-    if model.device.type != "cpu" or model.dtype != torch.float32 or quantized:
+    if model.device.type != "cpu" or {weight.dtype for weight in model.parameters()} != {torch.float32}:
         yield
         return
     lora = [module for module in model.modules() if isinstance(module, LoraLayer)]
@@ -1540,13 +1541,13 @@ def keep_steps(path: Path, step: int) -> None:
         file.writelines(line for line in old if line.endswith("\n") and json.loads(line)["step"] <= step)
 
 
-def say_step(folder: Path, step: int, steps: int, logs: Mapping[str, float], left_to_the_file: re.Pattern) -> None:
+def say_step(folder: Path, step: int, steps: int, logs: Mapping[str, float], left_to_the_file: str) -> None:
     """A line in metrics.jsonl, and on the screen one without the figures that `left_to_the_file` names."""
     with open(folder / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"step": step, **logs}) + "\n")
     words = {"learning_rate": "lr {:.2g}", "tokens_per_s": "{:,.0f} tokens/s"}
     shown = [words.get(name, f"{name} {{:.4g}}").format(value) for name, value in logs.items()
-             if not left_to_the_file.fullmatch(name)]
+             if not re.fullmatch(left_to_the_file, name)]
     logger.info("step %*d/%d  %s", len(str(steps)), step, steps, "  ".join(shown))
 
 
@@ -1722,8 +1723,7 @@ def fit(config: FitConfig, model, tokenizer, train_rows: Sequence[dict], eval_ro
 
         def on_log(self, args, state, control, logs=None, **_):
             if state.is_world_process_zero and "train_loss" not in logs:
-                hidden = re.compile("epoch|grad_norm|.*_(logps|reward)")
-                say_step(folder, state.global_step, state.max_steps, logs, hidden)
+                say_step(folder, state.global_step, state.max_steps, logs, "epoch|grad_norm|.*_(logps|reward)")
 
     checkpoint = newest_checkpoint(config)
     os.environ |= {"TENSORBOARD_LOGGING_DIR": str(folder / "runs"), "WANDB_DIR": str(folder)}
