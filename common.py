@@ -50,6 +50,8 @@ from tqdm import tqdm
 IGNORE = -100  # label of a token that is not a target: the convention of transformers and torch
 logger = logging.getLogger("recipes")
 warnings.filterwarnings("ignore", ".*is_gradient_checkpointing|Synchronization debug mode")  # of peft; of `replayed`
+for noisy in ("bitsandbytes.autograd", "bitsandbytes.backends.cpu.ops", "math_verify"):  # they warn at every layer of
+    logging.getLogger(noisy).setLevel(logging.ERROR)  # every step, of a kernel not needed, of timeouts `Subprocess` has
 
 
 class ConfigError(ValueError):
@@ -598,7 +600,6 @@ def start_logging(level: str, path: Path | None = None) -> contextlib.ExitStack:
         stack.callback(handler.close)
         stack.callback(target.removeHandler, handler)
     logger.setLevel(logging.DEBUG)
-    logging.getLogger("bitsandbytes.autograd").setLevel(logging.ERROR)  # it warns at every layer of every step
     logging.captureWarnings(True)
     stack.callback(logging.captureWarnings, False)
     transformers.utils.logging.disable_default_handler()
@@ -2092,7 +2093,6 @@ def numeric(prompts: list, completions: list[str], answer: list, **_) -> list[fl
     the hashes), else 0.0. To be called by `Subprocess`: some formulas take for ever."""
     from math_verify import parse, verify
 
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own timeouts are off: ours are better
     def equal(text: str, gold: str) -> float:
         if not (wanted := parse(str(gold).split("####")[-1].strip(), parsing_timeout=None)):
             raise ValueError(f"the answer {gold!r} is not a number or formula")

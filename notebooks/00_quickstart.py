@@ -93,6 +93,7 @@ assert result.success, result.error_message
 steps = pd.read_json(f"{result.model_path}/metrics.jsonl", lines=True).dropna(subset="loss")
 axes = steps.plot(x="step", y=["loss", "grad_norm", "learning_rate"], subplots=True, layout=(1, 3), figsize=(13, 3),
                   legend=False, title=["loss", "norm of the gradient", "learning rate"])
+axes[0, 0].figure.tight_layout()
 
 # %% [markdown]
 # ## Before and after

@@ -20,7 +20,6 @@ Run it on a laptop with ready rationales, and with a teacher behind a server:
 import difflib
 import functools
 import json
-import logging
 import math
 import random
 import re
@@ -165,7 +164,6 @@ def final(prompts: list, completions: list[str], **_) -> list[str | None]:
     import sympy
     from math_verify import parse
 
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own timeouts are off: ours are better
     found = [parse(ending(text), parsing_timeout=None)[:1] for text in completions]
     notation = lambda value: f"{float(value):.10g}" if isinstance(value, sympy.Expr) and value.is_real else str(value)
     return [notation(*values) if values else None for values in found]
