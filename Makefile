@@ -1,7 +1,7 @@
 # make quickstart   a real model learns a small task, in two to four minutes on two CPU cores
 # make test         the tests, two at a time, on a tiny model made on the spot; needs no network
 # make lint         ruff and mypy
-# make notebooks    run every notebook afresh on the real model, about 45 minutes on two CPU cores
+# make notebooks    run every notebook afresh on the real model, 45 to 65 minutes on two CPU cores
 #
 # The first call makes .venv and installs; later ones start at once.
 PYTHON ?= python3
