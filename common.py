@@ -542,7 +542,7 @@ def sharded() -> bool:
 
 
 def exit_on_signals() -> None:
-    """SIGINT and SIGTERM end the program with status 130 and 143 (but see `deferred_signals`); gloo ends before it."""
+    """SIGINT and SIGTERM end the program with status 130 and 143 (see `deferred_signals`), gloo's threads before it."""
     def leave(number, _):
         print(f"stopped by {signal.Signals(number).name}; the same command goes on", file=sys.stderr)
         sys.exit(128 + number)
