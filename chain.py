@@ -116,16 +116,21 @@ class Pipeline:
         if not config.stages:
             raise ConfigError("stages is missing; name at least one, for example stages: [sft]")
         self.folders = [f"{i:02d}_{Path(name).stem}" for i, name in enumerate(config.stages, 1)]
-        known = {Path(str(name)).stem for name in (*config.stages, *declared, *self.registry, *RECIPES.glob("*.py"))}
-        for name in (*config.stage_configs, *self.overrides):
-            if name not in self.folders and name.lstrip("0123456789_") not in known:
-                raise ConfigError("stage_configs: " + unknown("stage", name, known))
+        here = {*self.folders, *(folder[3:] for folder in self.folders)}
+        known = {Path(str(name)).stem for name in (*declared, *self.registry, *RECIPES.glob("*.py"))}
+        known |= here | {f"{i:02d}_{Path(name).stem}" for i, name in enumerate(declared, 1)}
+        for name, valid in (*((name, known) for name in config.stage_configs), *((n, here) for n in self.overrides)):
+            if name not in valid:
+                raise ConfigError("stage_configs: " + unknown("stage", name, valid))
+        self.unused = sorted({*config.stage_configs} - here)
         self.stages = [self.stage(name, folder) for name, folder in zip(config.stages, self.folders)]
         self.enabled = [folder for folder, stage in zip(self.folders, self.stages) if stage.config.enabled]
+        self.places = {name: n for n, folder in [*enumerate(self.enabled)][::-1] for name in (folder, folder[3:])}
         for option in ("from_stage", "until"):
-            known = {*self.enabled, *(folder[3:] for folder in self.enabled)}
-            if (name := getattr(config, option)) and name not in known:
-                raise ConfigError(f"{option}: " + unknown("stage", name, known))
+            if (name := getattr(config, option)) and name not in self.places:
+                raise ConfigError(f"{option}: " + unknown("stage", name, self.places))
+        if config.from_stage and config.until and self.places[config.until] < self.places[config.from_stage]:
+            raise ConfigError(f"until={config.until} stands before from_stage={config.from_stage}: nothing would run")
         for folder, stage in zip(self.folders, self.stages):
             for option, name in links(stage.config).items():
                 if not any(name in (before, before[3:]) for before in self.enabled if before < folder):
@@ -163,7 +168,8 @@ class Pipeline:
         spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # dataclasses look their module up there
-        spec.loader.exec_module(module)
+        with refusing(f"stage {name} cannot be imported"):
+            spec.loader.exec_module(module)
         own = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == spec.name]
         classes = [c for c in own if issubclass(c, BaseStage)]
         if len(classes) != 1:
@@ -206,6 +212,8 @@ class Pipeline:
         with start_logging(config.log_level, None if config.dry_run else out / "pipeline_training.log"):
             lines = self.check()
             logger.info("%s", self.plan())
+            if self.unused:
+                logger.info("not used, since no such stage runs: stage_configs of %s", ", ".join(self.unused))
             if config.dry_run:
                 logger.info("%s", "\n".join(lines))
                 return []
@@ -215,8 +223,7 @@ class Pipeline:
                 if not stage.config.enabled:
                     logger.info("\n%s skipped: enabled is false", folder)
                     continue
-                done = self.enabled[len(self.results) - 1] if self.results else ""
-                if config.until and config.until in (done, done[3:]):
+                if config.until and len(self.results) > self.places[config.until]:
                     break
                 if finished:
                     result = finished.pop(0)
@@ -265,7 +272,7 @@ class Pipeline:
         anew = config.force_restart or not (config.auto_resume and config.enable_state_persistence)
         first = next((n for n, reason in enumerate(reasons) if reason or anew), len(running))
         if config.from_stage:
-            wanted = next(n for n, (folder, _) in enumerate(running) if config.from_stage in (folder, folder[3:]))
+            wanted = self.places[config.from_stage]
             if first < wanted and not anew:
                 raise ConfigError(f"from_stage={config.from_stage}: {running[first][0]} has to run first: "
                                   f"{reasons[first]}")
@@ -296,19 +303,15 @@ class Pipeline:
         if result.model_path is None:
             save_model(result.model, result.tokenizer, str(folder))
             return
-
-        def link(source: str, target: str) -> None:
-            try:
-                os.link(source, target)
-            except OSError:
-                shutil.copy2(source, target)
-
-        names = ("adapter", "checkpoints*", "runs", "wandb", "stage*", "fingerprint.json", "*.jsonl", "*.log", ".*")
-        records = shutil.ignore_patterns(*names)
         if not is_main_process():
             return
+        names = ("adapter", "checkpoints*", "runs", "wandb", "stage*", "fingerprint.json", "*.jsonl", "*.log", ".*")
+        records = shutil.ignore_patterns(*names)
         with written_aside(folder) as aside:
-            shutil.copytree(result.model_path, aside, ignore=records, copy_function=link, dirs_exist_ok=True)
+            try:
+                shutil.copytree(result.model_path, aside, ignore=records, copy_function=os.link, dirs_exist_ok=True)
+            except shutil.Error:  # no hard links here
+                shutil.copytree(result.model_path, aside, ignore=records, dirs_exist_ok=True)
 
     def clean_up(self, last: StageResult | None) -> None:
         """Delete weights and checkpoints of the stages; the last model's only when OUT/final has it. Records stay."""

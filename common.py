@@ -1,6 +1,6 @@
 """Plumbing that the recipes share, in the order of a run: configuration, stage contract, data, model, fit, saving,
 command line. No objective stands here: the mathematics of an algorithm is in its recipe. A recipe and this file,
-copied together, are a working program.
+copied together, are a working program; one that contains other recipes needs those too.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def refusing(what: str):
     except ConfigError:
         raise
     except Exception as error:
-        reason = " ".join(str(error.__cause__ or error).split())
+        reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
         raise ConfigError(f"{what}: {reason[:400]}") from error
 
 
@@ -138,7 +138,7 @@ def resolve_names(config_class, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def unknown(kind: str, name: str, valid: Iterable[str]) -> str:
     """One sentence on an unknown name, with the nearest valid one."""
-    near = difflib.get_close_matches(name, valid := sorted(valid), n=1)
+    near = difflib.get_close_matches(str(name), valid := sorted(valid), n=1)
     return f"unknown {kind} {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(valid)}")
 
 
@@ -162,12 +162,20 @@ class StageConfig:
     def __post_init__(self):
         coerce_fields(self)
 
+    def refuse_unread(self, unread: bool, names: str, why: str) -> None:
+        """Raise ConfigError if one of `names` is given though it is `unread`."""
+        standard = type(self)()
+        for name in names.split() if unread else ():
+            if getattr(self, name) != getattr(standard, name):
+                raise ConfigError(f"{name} has no effect {why}")
+
     def validate(self) -> None:
         """Check what no single field shows; raises ConfigError. Opens nothing."""
         coerce_fields(self)  # a notebook may have assigned fields since
         self.report_to = sorted({*self.report_to} | ({"wandb"} if self.use_wandb else set()))
         if self.wandb_project and "wandb" not in self.report_to:
             raise ConfigError("wandb_project has no effect without use_wandb=true")
+        self.refuse_unread(not self.report_to, "wandb_run_name", "without report_to")
         for tracker in self.report_to:
             if not importlib.util.find_spec(tracker):
                 raise ConfigError(f"report_to={tracker}: not installed; run: pip install {tracker}")
@@ -199,6 +207,8 @@ class ModelConfig(StageConfig):
             raise ConfigError("model_name_or_path is missing: --model=<hub name, folder or .gguf file>")
         if self.use_4bit and self.use_8bit:
             raise ConfigError("use_4bit and use_8bit exclude each other; keep one")
+        names = "bnb_4bit_compute_dtype bnb_4bit_quant_type bnb_4bit_use_double_quant"
+        self.refuse_unread(not self.use_4bit, names, "without use_4bit=true")
 
     quantized = property(lambda self: self.use_4bit or self.use_8bit)
 
@@ -239,6 +249,8 @@ class TrainingConfig(ModelConfig):
         super().validate()
         if (self.use_4bit or self.use_8bit) and not self.lora_r:
             raise ConfigError("lora_r=0 trains all weights, and quantized ones cannot train; set lora_r=16")
+        names = "lora_alpha lora_dropout lora_target_modules lora_bias use_dora use_rslora"
+        self.refuse_unread(not self.lora_r, names, "with lora_r=0")
         if self.torch_dtype == "float16" and not self.lora_r:
             raise ConfigError("torch_dtype=float16 with lora_r=0 underflows; write auto, bfloat16 or float32")
         if isinstance(named := self.resume_from_checkpoint, str) and (wrong := damage(Path(named))):
@@ -252,15 +264,14 @@ class DataConfig(StageConfig):
     formats: ClassVar[Mapping[str, Sequence[str]]] = {}
 
     dataset_config_name: str | None = None  # configuration of a hub data set
-    auto_detect_format: bool = True  # false: dataset_format says what the columns mean
-    dataset_format: str = "auto"  # one of FORMATS in the recipe; auto: by the columns
+    auto_detect_format: bool = True  # false: refuse to guess without dataset_format
+    dataset_format: str = "auto"  # what the columns mean, one of FORMATS in the recipe; auto: by their names
 
     def validate(self) -> None:
         super().validate()
         if not getattr(self, name := self.aliases["data"]):
             raise ConfigError(f"{name} is missing: --data=<file, folder or hub name>")
-        known = ("auto", *self.formats)
-        if self.dataset_format not in known or (self.dataset_format == "auto") != self.auto_detect_format:
+        if self.dataset_format not in self.formats and (self.dataset_format, self.auto_detect_format) != ("auto", True):
             raise ConfigError(f"auto_detect_format=false goes with dataset_format, one of: {', '.join(self.formats)}")
 
 
@@ -280,15 +291,22 @@ class FitConfig(DataConfig, TrainingConfig):
     save_steps: Natural = 500  # a checkpoint every so many steps; 0: none
     load_best_model_at_end: bool = False  # keep the best evaluated checkpoint instead of the last state
     metric_for_best_model: str = "eval_loss"  # the figure that decides
-    greater_is_better: bool = False  # whether more of it is better
+    greater_is_better: bool | None = None  # whether more of it is; none: yes, unless it ends in loss, kl or error
     early_stopping_patience: Natural = 0  # stop after so many evaluations without improvement; 0: never
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.greater_is_better is None:
+            self.greater_is_better = not self.metric_for_best_model.endswith(("loss", "kl", "error"))
 
     def validate(self) -> None:
         super().validate()
-        if (self.load_best_model_at_end or self.early_stopping_patience) and not self.eval_steps:
+        best = self.load_best_model_at_end or self.early_stopping_patience
+        if best and not self.eval_steps:
             raise ConfigError("load_best_model_at_end and early_stopping_patience compare evaluations; set eval_steps")
         if self.load_best_model_at_end and (not self.save_steps or self.save_steps % self.eval_steps):
             raise ConfigError(f"load_best_model_at_end: save_steps must be a multiple of eval_steps={self.eval_steps}")
+        self.refuse_unread(not best, "metric_for_best_model greater_is_better", "without load_best_model_at_end=true")
         if self.eval_steps and not self.validation_split:
             raise ConfigError("eval_steps needs held-out rows; set validation_split above 0")
 
@@ -334,6 +352,7 @@ class BaseStage:
         self.artifacts: dict[str, str] = {}
         self.start: str | None = None  # in a chain: the fingerprints of the stages before
         self.marks: dict[str, Any] = {}
+        self.once = False  # true: `execute` returns what is recorded of a finished run, as the command line wants it
 
     def validate_config(self) -> None:
         self.config.validate()
@@ -367,8 +386,11 @@ class BaseStage:
             named = {text: re.sub(r"(\.py):\w+$", r"\1", text) for text in texts
                      if isinstance(text, str) and 0 < len(text) < 256}
             home = sys.modules[type(self).__module__]  # its code: of its recipe, of those this imports, and this
-            loaded = (vars(module).get("__file__") for module in (home, *filter(inspect.ismodule, vars(home).values())))
-            ours = (Path(__file__).parent, Path(vars(home).get("__file__", __file__)).parent)
+            text = inspect.getsource(home) if "__file__" in vars(home) else ""
+            froms = [sys.modules.get(name) for name in re.findall(r"^from ([\w.]+) import", text, re.MULTILINE)]
+            modules = (home, *froms, *filter(inspect.ismodule, vars(home).values()))
+            loaded = (vars(module).get("__file__") for module in modules if module)
+            ours = {Path(__file__).parent, *(Path(file).parent for file in [vars(home).get("__file__")] if file)}
             code = {Path(__file__)} | {Path(file) for file in loaded if file and Path(file).parent in ours}
             self.marks = {"options": options, "data": self.lineage.get("data", {}).get("sha256"), "start": self.start,
                           "files": {text: known for text, path in named.items() if (known := identity(Path(path)))},
@@ -382,6 +404,11 @@ class BaseStage:
             return "it is not finished"
         with refusing(f"{record} cannot be read; delete it to run the stage again"):
             return differences(json.loads(record.read_text(encoding="utf-8"))["fingerprint"], self.fingerprint())
+
+    def finished(self) -> bool:
+        """Whether a run with the same fingerprint is done, its weights are there, and it may be gone on from."""
+        kept = any(Path(self.config.output_dir).glob("*.safetensors"))
+        return kept and vars(self.config).get("resume_from_checkpoint") is True and not self.stale()
 
     def recorded(self) -> StageResult:
         """The result of a finished stage, by its stage.json."""
@@ -453,6 +480,9 @@ class BaseStage:
         started, folder = time.time(), Path(self.config.output_dir)
         try:
             self.check()
+            if self.once and self.finished():
+                self.logger.info("%s is finished already; resume_from_checkpoint=false: run it anew", folder)
+                return self.recorded()
             self.begin()
             handed = model, tokenizer, previous_result.model_path if previous_result else None
             if isinstance(self.config, ModelConfig):
@@ -503,7 +533,8 @@ def options_of(config: StageConfig) -> dict[str, Any]:
 
 def identity(path: Path) -> Any:
     """What tells whether a file or the folder of a model is still the same one; None for what is not there."""
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
+    kinds = ("*.safetensors", "*config.json", "tokenizer*", "chat_template*", "vocab*", "*.model")  # not its records
+    files = sorted(file for kind in kinds for file in path.glob(kind)) if path.is_dir() else [path] * path.is_file()
     if path.is_file() and path.stat().st_size < 2**24:
         return digest(path)
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files] or None
@@ -588,8 +619,9 @@ def start_logging(level: str, path: Path | None = None) -> contextlib.ExitStack:
     stack, main, root = contextlib.ExitStack(), is_main_process(), logging.getLogger()
     handler: logging.Handler = logging.NullHandler()  # without any, Python prints what libraries warn of
     if main and path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(path, encoding="utf-8")
+        with refusing(f"output_dir={path.parent} cannot be written to"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handler = logging.FileHandler(path, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handlers = [(root, handler)]
     if main and not logger.handlers:  # within a chain the screen is set up already
@@ -600,6 +632,7 @@ def start_logging(level: str, path: Path | None = None) -> contextlib.ExitStack:
         stack.callback(handler.close)
         stack.callback(target.removeHandler, handler)
     logger.setLevel(logging.DEBUG)
+    logging.raiseExceptions = False  # a full disk is said once, by what fails
     logging.captureWarnings(True)
     stack.callback(logging.captureWarnings, False)
     transformers.utils.logging.disable_default_handler()
@@ -612,6 +645,26 @@ def start_logging(level: str, path: Path | None = None) -> contextlib.ExitStack:
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
+def read_text(file: Path) -> list[dict]:
+    """The rows of a .json, .jsonl or .csv file, its texts as they stand: `datasets` would make dates and numbers of
+    them."""
+    if file.suffix == ".csv":
+        import pandas
+
+        cells = pandas.read_csv(file, dtype=str, keep_default_na=False) if file.stat().st_size else pandas.DataFrame()
+        return cells.to_dict("records")
+    text, rows = file.read_text(encoding="utf-8-sig"), []
+    if text.lstrip().startswith("["):
+        rows = json.loads(text)
+    else:
+        for number, line in enumerate(text.split("\n"), 1):
+            with refusing(f"data {file} cannot be read, line {number}"):
+                rows += [json.loads(line)] if line.strip() else []
+    if not all(isinstance(row, dict) for row in rows):
+        raise ConfigError(f"data {file}: a row has to be an object, {{\"column\": value, ...}}")
+    return rows
+
+
 def load_dataset_from_path(path: str, config_name: str | None = None, split: str = "train"):
     """A `datasets.Dataset` from a .json, .jsonl, .csv or .parquet file, a folder of such files (or one written by
     `save_to_disk`), or a hub name. Raises ConfigError with the remedy."""
@@ -622,16 +675,30 @@ def load_dataset_from_path(path: str, config_name: str | None = None, split: str
     with refusing(f"data {path} cannot be read"):
         if config_name and (local.is_file() or (local / "state.json").exists()):
             raise ConfigError(f"dataset_config_name={config_name}: data {path} has no configurations; remove it")
-        if local.is_file():
-            if local.suffix not in READERS:
-                raise ConfigError(f"data {path}: expected a file of type {', '.join(READERS)}")
-            dataset = datasets.load_dataset(READERS[local.suffix], data_files=str(local), split="train")
-        elif (local / "state.json").exists():
+        if local.is_file() and local.suffix not in READERS:
+            raise ConfigError(f"data {path}: expected a file of type {', '.join(READERS)}")
+        files = [local] if local.is_file() else sorted(
+            file for file in local.rglob("*") if file.suffix in READERS and not file.stem.startswith("dataset_info"))
+        name = re.compile(r"(^|[\W_])(test|testing|valid|validation|val|dev|eval|evaluation)([\W_]|$)")
+        later = [file for file in files if len(files) > 1 and name.search(str(file.relative_to(local)))]
+        if (local / "state.json").exists():
             dataset = datasets.load_from_disk(str(local))
+        elif len(kinds := {READERS[file.suffix] for file in files}) > 1:
+            raise ConfigError(f"data {path} has files of several types ({', '.join(sorted(kinds))}); keep one of them")
+        elif files and "parquet" not in kinds and not config_name:
+            rows = [row for file in files if file not in later for row in read_text(file)]
+            names = dict.fromkeys(name for row in rows for name in row)
+            columns = {name: [row.get(name) for row in rows] for name in names}
+            dataset = datasets.Dataset.from_dict(columns, on_mixed_types="use_json")
+        elif local.is_file():
+            dataset = datasets.load_dataset("parquet", data_files=str(local), split="train")
         elif local.is_dir() or hub_answers("data", path):
             dataset = datasets.load_dataset(str(local) if local.is_dir() else path, config_name, split=split)
         else:
             raise ConfigError(f"data {path}: no such file or folder here, and the hub cannot be reached")
+        if later:
+            left = ", ".join(file.name for file in later)
+            logger.warning("data %s: not read, since by their names not for training: %s", path, left)
     if not len(dataset):
         raise ConfigError(f"data {path} has no rows")
     return dataset
@@ -667,14 +734,23 @@ def detect_format(columns: Sequence[str], formats: Mapping[str, Sequence[str]], 
     return fitting[0]
 
 
+@functools.cache
+def say_once(text: str) -> None:
+    logger.warning("%s", text)
+
+
 SPEAKERS = {"human": "user", "gpt": "assistant", **{role: role for role in ("user", "assistant", "system", "tool")}}
 
 
 def as_messages(value, role: str) -> list[dict]:
     """A text, one message, or a list of them ({"role", "content"} or {"from", "value"}), as a list of messages."""
-    value = {"role": role, "content": value} if isinstance(value, str) else value
-    turns = [value] if isinstance(value, dict) else value
-    turns = [(turn.get("role") or turn.get("from"), turn.get("content") or turn.get("value")) for turn in turns or [{}]]
+    value = {"role": role, "content": str(value)} if isinstance(value, str | int | float) else value
+    turns = [value] if isinstance(value, dict) else value or [{}]
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise RowError("that has neither a text nor a list of messages")
+    if unused := {key for turn in turns for key, said in turn.items() if said} - {"role", "content", "from", "value"}:
+        say_once(f"of messages only role and content are read, not {', '.join(sorted(unused))}")
+    turns = [(turn.get("role") or turn.get("from"), turn.get("content") or turn.get("value")) for turn in turns]
     if not all(isinstance(text, str) and text.strip() for _, text in turns):
         raise RowError("with an empty or missing text")
     if strangers := {str(speaker) for speaker, _ in turns} - {*SPEAKERS}:
@@ -700,8 +776,9 @@ def usable_rows(rows: Iterable, convert: Callable, what: str) -> list:
 
 
 def split_dataset(rows: Sequence, validation_split: float, seed: int) -> tuple[list, list]:
-    """(training rows, evaluation rows), shuffled by `seed`; `validation_split` is the share held out. Rows that ask the
-    same (a "prompt", a "question", a conversation up to its end) stay on one side; if all do, equal rows."""
+    """(training rows, evaluation rows), shuffled by `seed`; `validation_split` is the share held out, at most, and at
+    least the rows of one prompt. Those that ask the same (a "prompt", a "question", a conversation up to its end) stay
+    on one side; if all do, equal rows."""
     dump, groups = functools.partial(json.dumps, sort_keys=True, default=str), {}
     asked = lambda row: row.get("prompt", row.get("question", row)) if isinstance(row, dict) else row
     keys = [dump(row[:-1] if isinstance(row, list) else asked(row)) for row in rows]
@@ -709,8 +786,10 @@ def split_dataset(rows: Sequence, validation_split: float, seed: int) -> tuple[l
         groups.setdefault(key, []).append(row)
     members = list(groups.values())
     training, evaluation, wanted = [], [], math.ceil(len(rows) * validation_split)
+    wanted = wanted and max(wanted, min(map(len, members)))
     for group in torch.randperm(len(members), generator=torch.Generator().manual_seed(seed)).tolist():
-        (evaluation if len(evaluation) < wanted else training).extend(members[group])
+        fits = len(evaluation) + len(members[group]) <= wanted
+        (evaluation if fits else training).extend(members[group])
     return training, evaluation
 
 
@@ -1071,6 +1150,12 @@ def find_model(name: str, config: ModelConfig, weights: bool = True) -> Path:
         return Path(snapshot_download(name, local_files_only=not online, **ask))
 
 
+def check_model(name: str | None) -> None:
+    """Refuse another model than the stage's own that is not there; stage:NAME is not there yet."""
+    if name and not name.startswith("stage:"):
+        find_model(name, ModelConfig(model_name_or_path=name), weights=False)
+
+
 def find_parts(config: ModelConfig, weights: bool = True) -> tuple[Path, Path | None, Path]:
     """(model, adapter on it or None, tokenizer) of `model_name_or_path`: where they lie, as `find_model` says."""
     folder = find_model(config.model_name_or_path, config, weights)
@@ -1117,7 +1202,7 @@ def load_model_and_tokenizer(config: ModelConfig, needs_chat_template: bool = Tr
     tokenizer comes first, so that a missing chat template is said before weights are read."""
     import transformers
     from peft import PeftModel
-    from transformers import AutoTokenizer, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
 
     code, scores = {"trust_remote_code": config.trust_remote_code}, task == "SEQ_CLS"
     auto = transformers.AutoModelForSequenceClassification if scores else transformers.AutoModelForCausalLM
@@ -1128,10 +1213,9 @@ def load_model_and_tokenizer(config: ModelConfig, needs_chat_template: bool = Tr
         model = auto.from_pretrained(base, use_safetensors=True, **label, **rest)
         return PeftModel.from_pretrained(model, adapter).merge_and_unload() if adapter else model
 
-    base, adapter, words = find_parts(config)
+    base, adapter, _ = find_parts(config)
+    tokenizer, _ = load_tokenizer(config, needs_chat_template)
     with refusing(f"model {config.model_name_or_path} cannot be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(words, **code)
-        prepare_tokenizer(tokenizer, config, needs_chat_template)
         if not config.quantized:
             return load(base, adapter).to(default_device()), tokenizer
         if adapter:  # quantized weights cannot take a merge
@@ -1191,7 +1275,10 @@ def stop_tokens(tokenizer) -> list[int]:
     stops = {tokenizer.eos_token_id}
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        stops.add(encode_turns(tokenizer, render_turns(tokenizer, turn))[0][-1])
+        try:
+            stops.add(encode_turns(tokenizer, render_turns(tokenizer, turn))[0][-1])
+        except RowError as error:
+            raise ConfigError(f"the chat template makes of every turn one {error}; give instruction_template") from None
     return sorted(stops)
 
 
@@ -1537,9 +1624,9 @@ def newest_checkpoint(config: TrainingConfig) -> Path | None:
 
 def keep_steps(path: Path, step: int) -> None:
     """Keep of a .jsonl what came up to `step`: what an interrupted run wrote after its checkpoint comes once more."""
-    old = path.read_text(encoding="utf-8").splitlines(True) if step and path.exists() else []
+    old = re.findall(r".*\n", path.read_text(encoding="utf-8")) if step and path.exists() else []
     with replacing(path) as file:
-        file.writelines(line for line in old if line.endswith("\n") and json.loads(line)["step"] <= step)
+        file.writelines(line for line in old if json.loads(line)["step"] <= step)
 
 
 def say_step(folder: Path, step: int, steps: int, logs: Mapping[str, float], left_to_the_file: str) -> None:
@@ -1622,6 +1709,10 @@ def fit(config: FitConfig, model, tokenizer, train_rows: Sequence[dict], eval_ro
         loss_is_scaled_for_ga = True
         floating_point_ops = lambda self, inputs: 0  # their sum is not read, and each takes a count of all weights
 
+        def _run_epoch(self, **kwargs):
+            if self.state.global_step < self.state.max_steps:  # from its last step on a run would take one more
+                super()._run_epoch(**kwargs)
+
         def get_batch_samples(self, epoch_iterator, num_batches, device):
             batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
             items = torch.tensor(sum(int(batch["num_items"] * batch["weight"]) for batch in batches), device=device)
@@ -1672,6 +1763,11 @@ def fit(config: FitConfig, model, tokenizer, train_rows: Sequence[dict], eval_ro
                 logs["tokens_per_s"] = round(tokens * self.accelerator.num_processes / seconds, 1)
                 sums.clear()
             super().log({k: v for k, v in logs.items() if not k.endswith(("_runtime", "_per_second"))}, start_time)
+
+        def _determine_best_metric(self, metrics, trial):
+            best = super()._determine_best_metric(metrics, trial)
+            self.control.should_save |= best and config.load_best_model_at_end  # whatever save_steps says
+            return best
 
         def _save_checkpoint(self, model, trial):
             """Aside, then sealed, then renamed: a crash leaves the older ones as they are."""
@@ -1758,7 +1854,7 @@ def fit(config: FitConfig, model, tokenizer, train_rows: Sequence[dict], eval_ro
     copies = lambda: {id(w): empty(w) if w.is_floating_point() else w for w in model.parameters()}
     shell = copy.deepcopy(model, copies()) if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled else None
     with deferred_signals() as signals, disable_input_dtype_casting(model):  # autocast does it, with fewer copies
-        trained = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model.config.use_cache = True  # the Trainer's False would be saved with the model
     if is_main_process():
         with contextlib.suppress(OSError):
@@ -1774,7 +1870,8 @@ def fit(config: FitConfig, model, tokenizer, train_rows: Sequence[dict], eval_ro
         importlib.import_module("wandb").finish()  # else the next stage's steps would go into this stage's run
     figures = {name: value for name, value in after.items() if not name.endswith(("_runtime", "_per_second", "epoch"))}
     speeds = [logs["tokens_per_s"] for logs in history if "tokens_per_s" in logs]
-    figures |= {"train_loss": trained.training_loss, "steps": trainer.state.global_step}
+    losses = [logs["loss"] for logs in history if "loss" in logs]  # also of the part before a run was interrupted
+    figures |= {"train_loss": statistics.fmean(losses), "steps": trainer.state.global_step}
     figures |= {"tokens_per_s": statistics.median(speeds)} if speeds else {}
     return figures | {f"{name}_before": before[name] for name in figures if name in before}
 
@@ -1838,11 +1935,12 @@ class Client:
             raise ConfigError(f"{role}_api_key names the environment variable that holds the key{known}. A key itself "
                               "is refused: options are written to files and shown in the list of processes")
         if not self.remote:
-            return
+            return check_model(self.path)
         if not re.match("https?://", self.url or ""):
             raise ConfigError(f"{role}_base_url says where the server is, for example http://localhost:8000/v1")
-        if re.search(r"//[^/]*@", self.url):
-            raise ConfigError(f"{role}_base_url has a password in it; name its environment variable by {role}_api_key")
+        if re.search(r"//[^/]*@|[?]", self.url):
+            kind = "query" if "?" in self.url else "password"
+            raise ConfigError(f"{role}_base_url has a {kind} in it; name its environment variable by {role}_api_key")
         try:
             urllib.request.urlopen(self.url, timeout=10).close()
         except (OSError, ValueError) as error:
@@ -1878,9 +1976,11 @@ class Client:
                 self.figures.update(calls=1, tokens_in=answer["tokens_in"], tokens_out=answer["tokens_out"])
                 spent += self.spent({key: answer})
                 self.halted |= 0 < self.config.max_cost < spent
+                if not answer["tokens_in"] and (self.config.input_price or self.config.output_price):
+                    self.refusal, self.halted = "does not say how many tokens it took; set the prices to 0", True
         again = "What came is kept; run the same command to go on"
         if self.refusal:
-            raise AskingError(f"{self.url} refuses: {self.refusal}. {again}")
+            raise AskingError(f"{self.url} {self.refusal}. {again}")
         if 0 < self.config.max_cost < spent:
             raise AskingError(f"max_cost={self.config.max_cost:g} is reached: {spent:.2f} dollars. {again}, with more")
         if len(todo) < len(wanted):
@@ -1901,8 +2001,7 @@ class Client:
         return found
 
     def key(self, request: list) -> str:
-        stand = sorted((file.name, file.stat().st_mtime_ns) for file in Path(self.path).glob("*.safetensors"))
-        whole = [self.role, self.path, self.url, [] if self.remote else stand, *request]
+        whole = [self.role, self.path, self.url, [] if self.remote else identity(Path(self.path)), *request]
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:32]
 
     def read_calls(self) -> dict[str, dict]:
@@ -1911,8 +2010,8 @@ class Client:
         whole = self.calls.read_bytes()
         if (end := whole.rfind(b"\n") + 1) < len(whole):
             os.truncate(self.calls, end)
-        return {line.pop("key"): line for line in map(json.loads, whole[:end].decode().splitlines())
-                if line["role"] == self.role}
+        lines = map(json.loads, whole[:end].splitlines())
+        return {line.pop("key"): line for line in lines if line["role"] == self.role}
 
     def spent(self, answers: Mapping[str, dict]) -> float:
         """Dollars."""
@@ -1939,17 +2038,21 @@ class Client:
                     return None
                 try:
                     answer = json.loads(clean(create(model=self.path, messages=messages, **options).text))
-                    text, used = answer["choices"][0]["message"]["content"], answer.get("usage") or {}
-                    return {"text": text, "tokens_in": used.get("prompt_tokens", 0),
-                            "tokens_out": used.get("completion_tokens", 0)}
-                except (ValueError, LookupError, TypeError) as error:  # half an answer, or the page of a gateway
+                    used = answer.get("usage") or {}  # what is charged for is an answer, also without a text
+                    text = answer["choices"][0]["message"]["content"] if answer.get("choices") or not used else None
+                    if text is None:
+                        self.trouble = "an answer has no text"
+                    return {"text": text and text.encode("utf-8", "replace").decode(),
+                            "tokens_in": int(used.get("prompt_tokens") or 0),
+                            "tokens_out": int(used.get("completion_tokens") or 0)}
+                except (ValueError, LookupError, TypeError, AttributeError) as error:  # half an answer, or another page
                     self.trouble = f"not an answer: {error}"
                     time.sleep(min(8, 0.5 * 2**attempt))
                 except openai.APIStatusError as error:
                     words = " ".join(clean(error.response.text).split())[:300]  # error.message has OpenAI's form alone
                     self.trouble = f"{error.status_code}: {words or error.message}"
                     if error.status_code not in (408, 409, 429) and error.status_code < 500:
-                        self.refusal, self.halted = self.trouble, True
+                        self.refusal, self.halted = f"refuses: {self.trouble}", True
                     return None
                 except openai.APIConnectionError as error:
                     self.trouble = str(error.__cause__ or error)
@@ -2032,10 +2135,7 @@ class Subprocess:
         self.start()
         self.process.stdin.write(json.dumps([args, kwargs], default=str) + "\n")
         self.process.stdin.flush()
-        answer = self.read(self.timeout)
-        if "error" in answer:
-            raise RuntimeError(answer["error"])
-        return answer["result"]
+        return self.read(self.timeout)
 
     def start(self) -> None:
         """Start the process, unless it runs; raises ConfigError if the file or the function is not there."""
@@ -2046,18 +2146,27 @@ class Subprocess:
                 [sys.executable, "-c", code, str(Path(__file__).parent), path, name],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8", start_new_session=True)
             with refusing(f"{self.spec} cannot be called"):
-                if "error" in (answer := self.read(300)):
-                    raise ConfigError(f"{self.spec} cannot be called: {answer['error']}")
+                self.read(300)
 
-    def read(self, timeout: float) -> dict:
+    def read(self, timeout: float) -> Any:
         try:
             line = self.reader.submit(self.process.stdout.readline).result(timeout)
         except FutureTimeout:
             line = None
-        if line:
-            return json.loads(line)
-        self.stop()
-        raise TimeoutError(f"no answer within {timeout:g} s") if line is None else RuntimeError("the process died")
+        if not line:
+            self.stop()
+            raise TimeoutError(f"no answer within {timeout:g} s") if line is None else RuntimeError("the process died")
+        if "error" in (answer := json.loads(line)):
+            raise RuntimeError(answer["error"])
+        return answer["result"]
+
+    def verdict(self, text: str, **columns) -> Any:
+        """What the function says of one text; None where it fails or takes too long: some formulas take for ever."""
+        try:
+            return self([None], [text], **columns)[0]
+        except (TimeoutError, RuntimeError) as error:
+            logger.warning("%r cannot be compared: %s", text[-80:], error)
+            return None
 
     def stop(self) -> None:
         """End the process; the next call starts another."""
@@ -2069,7 +2178,8 @@ class Subprocess:
 
 def serve(path: str, name: str) -> None:
     """The other side of `Subprocess`: answer each line on stdin by a line on stdout."""
-    out, sys.stdout = sys.stdout, sys.stderr  # what the function prints is not an answer
+    out = open(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what the function prints, or a C library under it, is not an answer
     say = lambda **answer: print(json.dumps(answer, default=float), file=out, flush=True)
     try:
         spec = importlib.util.spec_from_file_location(Path(path).stem, path)
@@ -2156,7 +2266,7 @@ def made_by_main(path: Path, make: Callable[[], list[dict]]) -> list[dict]:
         write_rows(path, make())
     while not path.exists():
         time.sleep(1)
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_bytes().splitlines()]  # of a text it would split at U+2028 too
 
 
 def save_model(model, tokenizer, folder: str) -> str:
@@ -2194,6 +2304,10 @@ def read_command_line(arguments: Sequence[str]) -> tuple[list[str], dict[str, st
     """(words, options) of a command line, all as text: the config's annotations say what a value is, not its looks."""
     import fire
 
+    flags = Counter(word.partition("=")[0].strip("-").replace("-", "_") for word in arguments if word[:2] == "--")
+    for name, count in flags.items():
+        if count > 1 or not name:
+            raise ConfigError(f"--{name} stands {count} times" if name else "-- alone means nothing here; remove it")
     found: list = []
     cli = fire.decorators.SetParseFn(str)(lambda *words, **options: found.extend((list(words), options)))
     fire.Fire(cli, command=list(arguments))
@@ -2222,7 +2336,8 @@ def main(stage_class: type[BaseStage], doc: str) -> None:
         words, options = read_command_line(sys.argv[1:])
         if words:
             raise ConfigError(f"unexpected word {words[0]!r}; options are written --name=value")
-        dry_run = options.pop("dry_run", "false").lower() == "true"
+        with refusing("dry_run"):
+            dry_run = TypeAdapter(bool).validate_python(options.pop("dry_run", False))
         config = config_class(**resolve_names(config_class, options))
         if not (config.enabled and config.save_intermediate):
             raise ConfigError("enabled=false and save_intermediate=false are for the stages of a chain")
@@ -2233,9 +2348,12 @@ def main(stage_class: type[BaseStage], doc: str) -> None:
                 lines, size = describe(stage, *skeleton(stage.config, stage.needs_chat_template))
                 check_disk(config.output_dir, size)
                 return logger.info("%s", "\n".join(lines))
+        stage.once = True
         result = stage.execute()
     except ConfigError as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    except OSError as error:  # such as a full disk, before there is a log
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 1)
     if not result.success:
         sys.exit(1)
     if is_main_process():

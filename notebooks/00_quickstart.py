@@ -1,15 +1,15 @@
 # %% [markdown]
 # # Quickstart
 #
-# A real model learns a small task, here, in about two minutes on two CPU cores: SmolLM2-135M files reminders in free words as
-# `task | day | time`. What `make quickstart` does, cell by cell; the pages after this one go into each recipe.
+# A real model learns a small task, here, in two to four minutes on two CPU cores: SmolLM2-135M files reminders in free words as
+# `task | day | time`. What `make quickstart` does, in 40 steps instead of 45; the pages after this one go into each recipe.
 
 # %%
 # In Colab: the repository and what it needs. Elsewhere, README.md says how to install.
 import sys
 
 if "google.colab" in sys.modules:
-    REPOSITORY = "https://github.com/OWNER/NAME"  # where this notebook comes from
+    REPOSITORY = "https://github.com/OWNER/NAME"  # put in where this notebook comes from
     # !git clone -q {REPOSITORY} /content/recipes
     # %cd /content/recipes
     # %pip install -q -r requirements.txt

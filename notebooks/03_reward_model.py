@@ -15,7 +15,7 @@
 import sys
 
 if "google.colab" in sys.modules:
-    REPOSITORY = "https://github.com/OWNER/NAME"  # where this notebook comes from
+    REPOSITORY = "https://github.com/OWNER/NAME"  # put in where this notebook comes from
     # !git clone -q {REPOSITORY} /content/recipes
     # %cd /content/recipes
     # %pip install -q -r requirements.txt
@@ -155,8 +155,8 @@ shown.round(2)
 # %% [markdown]
 # ## One thing to change
 #
-# How sure is it? Train twice as long and look at accuracy and calibration together: the margins go on growing after the
-# accuracy has stopped to, and confidence runs ahead of what is right.
+# How sure is it? Train twice as long and look at accuracy and calibration together. Go on, and the margins still grow when
+# the accuracy has stopped to: then confidence runs ahead of what is right.
 
 # %%
 longer = reward.RewardStage(replace(config, max_steps=2 * STEPS, output_dir=f"{OUT}/03_longer", log_level="warning"))

@@ -13,7 +13,7 @@
 import sys
 
 if "google.colab" in sys.modules:
-    REPOSITORY = "https://github.com/OWNER/NAME"  # where this notebook comes from
+    REPOSITORY = "https://github.com/OWNER/NAME"  # put in where this notebook comes from
     # !git clone -q {REPOSITORY} /content/recipes
     # %cd /content/recipes
     # %pip install -q -r requirements.txt
@@ -148,8 +148,8 @@ assert abs(means["k1"] - kl) < 1e-6 and abs(means["k3"] - kl) < 1e-6
 # %% [markdown]
 # ## Four short trainings
 #
-# The same prompts, reward and number of completions. What they need to climb so fast differs: a critic-free algorithm takes
-# larger steps, TRPO sets its own.
+# The same prompts, reward and number of completions. What they need to climb so fast differs: PPO, with four passes over a
+# batch, takes smaller steps, TRPO sets its own.
 
 # %%
 del model

@@ -14,7 +14,7 @@
 import sys
 
 if "google.colab" in sys.modules:
-    REPOSITORY = "https://github.com/OWNER/NAME"  # where this notebook comes from
+    REPOSITORY = "https://github.com/OWNER/NAME"  # put in where this notebook comes from
     # !git clone -q {REPOSITORY} /content/recipes
     # %cd /content/recipes
     # %pip install -q -r requirements.txt

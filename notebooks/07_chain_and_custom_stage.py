@@ -9,7 +9,7 @@
 import sys
 
 if "google.colab" in sys.modules:
-    REPOSITORY = "https://github.com/OWNER/NAME"  # where this notebook comes from
+    REPOSITORY = "https://github.com/OWNER/NAME"  # put in where this notebook comes from
     # !git clone -q {REPOSITORY} /content/recipes
     # %cd /content/recipes
     # %pip install -q -r requirements.txt
@@ -178,8 +178,8 @@ Pipeline.register_stage("tags", TagsStage)
 tags = {"dataset_name_or_path": "examples/questions.jsonl", "lora_r": 0, "frozen_layers": 1,
         "max_steps": 2 * STEPS, "learning_rate": 1e-3, "validation_split": 0.1}
 longer = chain | {"stages": ["sft", "tags", "dpo"], "stage_configs": chain["stage_configs"] | {"tags": tags}}
-results = Pipeline.from_dict(longer).run()
-assert all(result.success for result in results)
+more = Pipeline.from_dict(longer).run()
+assert all(result.success for result in more)
 
 # %% [markdown]
 # ## Before and after
@@ -191,7 +191,7 @@ assert all(result.success for result in results)
 # %%
 question = [{"role": "user", "content": "A box holds 7 pens. How many pens are in 6 such boxes?"}]
 answers = {}
-for folder in ("", *(result.model_path for result in results)):
+for folder in ("", *(result.model_path for result in more)):
     config = sft.SFTConfig(model_name_or_path=folder or MODEL)
     model, tokenizer = common.load_model_and_tokenizer(config)
     prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
@@ -215,7 +215,7 @@ mine = chain | {"stages": ["sft", f"{OUT}/my_dpo.py"], "stage_configs": {
     "sft": chain["stage_configs"]["sft"], "my_dpo": chain["stage_configs"]["dpo"]}, "log_level": "warning"}
 ahead = Pipeline.from_dict(mine).run()
 assert all(result.success for result in ahead)
-pd.DataFrame({"dpo": changed[1].metrics, "my_dpo": ahead[1].metrics}).loc[["eval_accuracy", "eval_margin", "eval_chosen_reward", "eval_rejected_reward"]].round(3)
+pd.DataFrame({"dpo": results[1].metrics, "my_dpo": ahead[1].metrics}).loc[["eval_accuracy", "eval_margin", "eval_chosen_reward", "eval_rejected_reward"]].round(3)
 
 # %% [markdown]
 # Then give the stage an option for the margin: a field of the config with a comment, which `--help` shows, and its use in the

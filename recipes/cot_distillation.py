@@ -87,22 +87,18 @@ class CoTConfig(FitConfig, AskingConfig):
     beta: Annotated[float, Ge(0), Le(1)] = 0.0  # 0: KL(teacher || student), 1: KL(student || teacher), else between
     on_policy_share: Annotated[float, Ge(0), Le(1)] = 0.0  # batches whose answers the student writes itself
     # evaluation
-    num_eval_samples: Natural = 64  # held-out questions that are answered, before and after
+    num_eval_samples: Natural = 64  # held-out questions that are answered, before and after; 0: none
     max_new_tokens: Count = 256  # of such an answer
     eval_reasoning_tasks: Names = field(default_factory=list)  # more of them: files, or tasks of the lm-eval harness
 
     def validate(self) -> None:
         super().validate()
-        standard = CoTConfig(lora_r=self.lora_r)
         divergence, local = self.distillation_type != "response", self.teacher_model_type == "local"
-        for needed, names in ((divergence, ("temperature", "beta", "on_policy_share")),
-                              (self.distillation_type == "both", ("alpha",)),
-                              (self.generate_synthetic_data, ("num_synthetic_examples",))):
-            for name in names:
-                if not needed and getattr(self, name) != getattr(standard, name):
-                    other = "generate_synthetic_data=false" if name[0] == "n" else "distillation_type=" + (
-                        self.distillation_type)
-                    raise ConfigError(f"{name} has no effect with {other}")
+        kind = f"with distillation_type={self.distillation_type}"
+        self.refuse_unread(not divergence, "temperature beta on_policy_share", kind)
+        self.refuse_unread(self.distillation_type != "both", "alpha", kind)
+        new = self.generate_synthetic_data
+        self.refuse_unread(not new, "num_synthetic_examples", "with generate_synthetic_data=false")
         if divergence and not local:
             raise ConfigError(f"distillation_type={self.distillation_type} reads the teacher's probabilities of all "
                               "tokens: it needs teacher_model_type=local")
@@ -187,22 +183,13 @@ def ask_question(examples: list[str]) -> list[dict]:
                                         "things and with other numbers. Write the problem alone, without a solution."}]
 
 
-@functools.cache
-def comparer(spec: str, seconds: float) -> Subprocess:
-    """One process for all comparisons: starting one takes seconds."""
-    return Subprocess(spec, seconds)
+comparer = functools.cache(Subprocess)  # one process for all comparisons: starting one takes seconds
 
 
 def correct(config: CoTConfig, texts: list[str], answers: list[str]) -> list[float | None]:
     """1.0 or 0.0 for each final answer; None where it could not be compared in time."""
-    check, found = comparer(CHECKS[config.answer_check][0], CHECK_SECONDS), []
-    for text, answer in zip(texts, answers, strict=True):
-        try:
-            found += check([None], [text], answer=[answer])
-        except (TimeoutError, RuntimeError) as error:
-            logger.warning("the answer %r cannot be compared with %r: %s", text[-80:], answer, error)
-            found.append(None)
-    return found
+    check = comparer(CHECKS[config.answer_check][0], CHECK_SECONDS)
+    return [check.verdict(text, answer=[answer]) for text, answer in zip(texts, answers, strict=True)]
 
 
 def vote(finals: list[str | None]) -> str | None:
@@ -243,18 +230,12 @@ def collect(config: CoTConfig, teacher: Client, rows: list[dict]) -> list[dict]:
     sampling = ASKING | config.generation_kwargs
     texts = teacher.ask("rationales", requests, sampling, VERSION, lambda text: text.strip() or None)
     canonical, counts, normal = CHECKS[config.answer_check][1], Counter(), lambda text: " ".join(text.lower().split())
-    notation = Subprocess(canonical, CHECK_SECONDS) if canonical else lambda _, texts: [ending(text) for text in texts]
+    notation = comparer(canonical, CHECK_SECONDS).verdict if canonical else ending
     for number, row in enumerate(open_rows):
         chains = [text for text in texts[number * config.num_rationales :][: config.num_rationales] if text]
         answer = row["answer"]
         if answer is None:
-            finals = []
-            for text in chains:
-                try:
-                    finals += notation([None], [text])
-                except (TimeoutError, RuntimeError):
-                    finals.append(None)
-            answer = vote(finals)
+            answer = vote([notation(text) for text in chains])
         right = correct(config, [ending(text) for text in chains], [answer] * len(chains)) if answer else []
         good = {normal(text): text for text, is_right in reversed([*zip(chains, right)]) if is_right}
         counts.update(chains=len(chains), right=sum(filter(None, right)), kept=len(good), questions=bool(good))
@@ -314,14 +295,18 @@ def train(config: CoTConfig, model, tokenizer, train_rows: list, eval_rows: list
     """Teach `model` in place the rationales of the rows {"question", "rationale", "answer"}; those that have none get
     them from the teacher. Returns the metrics."""
     folder, length = Path(config.output_dir), min(config.max_seq_length, model.config.max_position_embeddings)
+    tests = {"": eval_rows} | load_tasks(config)
 
     def make() -> list[dict]:
-        new, held_out = [], [row["question"] for row in eval_rows]
+        new, held_out = [], [row["question"] for rows in tests.values() for row in rows]
         if config.generate_synthetic_data:
             new = write_questions(config, teacher, [row["question"] for row in train_rows], held_out)
         return collect(config, teacher, train_rows + new)
 
     taught = made_by_main(folder / "rationales.jsonl", make)
+    if not taught:
+        raise RuntimeError("nothing to learn from: no chain of the teacher leads to a right answer; take a stronger "
+                           "teacher, a higher num_rationales, or easier questions")
     encoded = lambda rows, what: [sequences[0] for sequences, _ in usable_rows(
         rows, lambda row: sft.encode(conversation(config, row), tokenizer, length), what)] if rows else []
     training = encoded(taught, "training data")
@@ -348,8 +333,6 @@ def train(config: CoTConfig, model, tokenizer, train_rows: list, eval_rows: list
     else:
         teacher.local = None
 
-    tests = {"": eval_rows} | {Path(task).stem: load_task(task) for task in config.eval_reasoning_tasks
-                               if Path(task).exists()}
     harness = [task for task in config.eval_reasoning_tasks if not Path(task).exists()]
     before = answer(config, model, tokenizer, tests, "before") | ask_harness(harness, model, tokenizer)
     metrics = fit(config, model, tokenizer, training, evaluation, sft.collate, loss)
@@ -359,14 +342,16 @@ def train(config: CoTConfig, model, tokenizer, train_rows: list, eval_rows: list
         f"{name}_before": value for name, value in before.items() if not name.endswith(("_low", "_high", "_n"))}
 
 
-def load_task(path: str) -> list[dict]:
-    """The questions with an answer in a file."""
-    dataset = load_dataset_from_path(path)
-    form = common.detect_format(dataset.column_names, FORMATS)
-    rows = usable_rows(dataset, lambda row: convert(row, form), path)
-    if not any(row["answer"] for row in rows):
-        raise ConfigError(f"eval_reasoning_tasks={path}: no row has an answer")
-    return rows
+def load_tasks(config: CoTConfig) -> dict[str, list[dict]]:
+    """{name: rows} of the files among `eval_reasoning_tasks`; raises ConfigError where no row has an answer."""
+    found = {}
+    for path in (task for task in config.eval_reasoning_tasks if Path(task).exists()):
+        dataset = load_dataset_from_path(path)
+        form = common.detect_format(dataset.column_names, FORMATS)
+        found[Path(path).stem] = rows = usable_rows(dataset, lambda row: convert(row, form), path)
+        if not any(row["answer"] for row in rows):
+            raise ConfigError(f"eval_reasoning_tasks={path}: no row has an answer")
+    return found
 
 
 def answer(config: CoTConfig, model, tokenizer, tests: dict[str, list], when: str) -> dict[str, float]:
@@ -386,7 +371,7 @@ def answer(config: CoTConfig, model, tokenizer, tests: dict[str, list], when: st
                    "right": is_right} for row, (text, _), is_right in zip(asked, written, right)]
     if is_main_process() and lines:
         path = Path(config.output_dir, "samples.jsonl")
-        old = [] if when == "before" else [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        old = [] if when == "before" else [json.loads(line) for line in path.read_bytes().splitlines()]
         write_rows(path, old + lines)
     return found
 
@@ -411,6 +396,11 @@ class CoTDistillationStage(BaseStage):
         config = self.config
         training, evaluation, self.lineage["data"] = load_rows(config, convert, OPTIONAL)
         training, evaluation = (of_types(config, rows) if rows else [] for rows in (training, evaluation))
+        asked = {row["question"] for row in training}
+        for name, rows in load_tasks(config).items():
+            if leaked := sorted(asked & {row["question"] for row in rows}):
+                raise ConfigError(f"eval_reasoning_tasks: {len(leaked)} questions of {name} are trained on too, so its "
+                                  f"figures would flatter; take them out of one of the two. The first: {leaked[0]!r}")
         self.teacher = Client(config, "teacher", config.teacher_model_path, config.teacher_model_type,
                               config.teacher_base_url, config.teacher_api_key)
         open_rows = [row for row in training if not row["rationale"]]

@@ -16,6 +16,7 @@ Run it on a laptop, and as QLoRA on a GPU:
 import contextlib
 import copy
 import sys
+from collections import Counter
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import (
     IGNORE, BaseStage, ConfigError, Count, FitConfig, Names, Natural, NonNegative, Positive, RowError, TokenLogps,
-    answer_logits, as_messages, collate_answers, comma_separated, compute_dtype, encode_turns, fit,
+    answer_logits, as_messages, check_model, collate_answers, comma_separated, compute_dtype, encode_turns, fit,
     load_model_and_tokenizer, load_rows, logger, main, render_turns, sharing_is_exact, unknown, usable_rows,
     without_adapter,
 )
@@ -61,6 +62,7 @@ LOSSES = {  # name: the options that it reads beside beta; those without REFEREN
     "cpo": ("cpo_alpha",),
     "nll": (),
 }
+KL_STRIDE = 16  # kl is taken, exactly over the vocabulary, at every so-manieth token of the answers
 
 
 @dataclass
@@ -105,8 +107,7 @@ class DPOConfig(FitConfig):
                 raise ConfigError(f"{option.name} has no effect with loss_type={','.join(self.loss_type)}; it belongs "
                                   f"to {', '.join(readers)}")
 
-
-KL_STRIDE = 16  # kl is taken, exactly over the vocabulary, at every so-manieth token of the answers
+    needs_reference = property(lambda self: any(LOSSES[name][-2:] == REFERENCE for name in self.loss_type))
 
 
 # -- data: rows to pairs, pairs to tokens ------------------------------------------------------------------------------
@@ -117,12 +118,13 @@ OPTIONAL = {
     "input-outputs-preference": ["instruction"],
 }
 
+
 def to_pair(row: dict, form: str) -> dict:
     """{"prompt", "chosen", "rejected"} of a row, each a list of messages. Raises RowError if it shows no preference."""
     *asked, first, second = [column for column in FORMATS[form] if column != "preference"]
     prompt = as_messages(row[asked[0]], "user") if asked else []
     if form in OPTIONAL:
-        prompt[0]["content"] = "\n\n".join(filter(None, (row.get("instruction"), row.get("input"))))
+        prompt[0]["content"] = "\n\n".join(str(row[name]) for name in ("instruction", "input") if row.get(name))
     if "preference" in FORMATS[form]:
         winner = str(row["preference"]).lower().removesuffix(".0")
         if winner not in ("1", "2", "a", "b", first, second):
@@ -140,10 +142,11 @@ def to_pair(row: dict, form: str) -> dict:
 
 def to_single(row: dict) -> dict:
     """{"prompt", "completion", "label"} of an unpaired row: lists of messages, and whether the answer is desirable."""
-    if row["label"] not in (True, False):
+    label = {"true": True, "1": True, "false": False, "0": False}.get(str(row["label"]).lower().removesuffix(".0"))
+    if label is None:
         raise RowError(f"whose label is {row['label']!r}, not true or false")
     prompt, completion = as_messages(row["prompt"], "user"), as_messages(row["completion"], "assistant")
-    return {"prompt": prompt, "completion": completion, "label": bool(row["label"])}
+    return {"prompt": prompt, "completion": completion, "label": label}
 
 
 def encode_answers(prompt: list[dict], answers: list[list[dict]], tokenizer) -> tuple[list[int], list[tuple]]:
@@ -291,11 +294,11 @@ def loss(model, batch: dict[str, torch.Tensor], config: DPOConfig, reference=Non
     metrics, from_reference = {}, torch.zeros(())
     if "ref_logps" in batch:
         from_reference = batch["ref_logps"]
-    elif needs_reference(config):
+    elif config.needs_reference:
         from_reference, ref_dist = reference_logps(model, batch, reference)
     logps, dist = sequence_logps(model, batch)
     ratios = logps - from_reference.to(logps.device)  # (B, 2)
-    if needs_reference(config) and "ref_logps" not in batch:
+    if config.needs_reference and "ref_logps" not in batch:
         metrics["kl"] = (dist.exp() * (dist - ref_dist)).sum(-1).mean()
     if "label" in batch:
         # From a micro-batch, as in the paper: small ones make z0 noisy. Column 1 is another row's answer to the prompt.
@@ -323,13 +326,9 @@ def wins(margin: torch.Tensor) -> torch.Tensor:
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
-def needs_reference(config: DPOConfig) -> bool:
-    return any(option in LOSSES[name] for name in config.loss_type for option in REFERENCE)
-
-
 def frozen_reference(config: DPOConfig, model, tokenizer):
     """The reference as a model of its own; None where the policy without its adapter is the reference."""
-    if not needs_reference(config):
+    if not config.needs_reference:
         return None
     if config.reference_model_path:
         settings = replace(config, model_name_or_path=config.reference_model_path, revision=None, lora_r=1)
@@ -346,7 +345,7 @@ def frozen_reference(config: DPOConfig, model, tokenizer):
 @torch.no_grad()
 def check_start(config: DPOConfig, model, reference, row: dict) -> None:
     """Raise RuntimeError if the policy does not start at its reference: the first loss would be wrong."""
-    if needs_reference(config) and not config.reference_model_path:
+    if config.needs_reference and not config.reference_model_path:
         batch = {name: value.to(model.device) for name, value in collate([row], share_prompt=False).items()}
         policy, start = sequence_logps(model, batch)[0], reference_logps(model, batch, reference)[0]
         if not torch.allclose(policy, start, rtol=1e-3 if model.dtype == torch.float32 else 2e-2):
@@ -377,8 +376,10 @@ def train(config: DPOConfig, model, tokenizer, train_rows: list, eval_rows: list
     limits = replace(config, max_seq_length=min(config.max_seq_length, model.config.max_position_embeddings))
 
     def encoded(rows: list, what: str) -> list[dict]:
-        if rows and "label" in rows[0]:
-            rows = [row | {"mismatched": other["completion"]} for row, other in zip(rows, rows[2:] + rows[:2])]
+        if rows and "label" in rows[0]:  # in the order of their prompts, and by as many as one prompt has at most
+            rows = sorted(rows, key=lambda row: str(row["prompt"]))
+            most = max(Counter(str(row["prompt"]) for row in rows).values())
+            rows = [row | {"mismatched": other["completion"]} for row, other in zip(rows, rows[most:] + rows[:most])]
         kept = usable_rows(rows, lambda row: encode(row, tokenizer, limits), what) if rows else []
         if any(cut := [sum(row["cut"][n] for row in kept) for n in range(3)]):
             logger.warning("%s: of %d rows, %d prompts, %d first and %d second answers are cut to max_prompt_length or "
@@ -386,9 +387,11 @@ def train(config: DPOConfig, model, tokenizer, train_rows: list, eval_rows: list
         return kept
 
     training, evaluation = encoded(train_rows, "training data"), encoded(eval_rows, "evaluation data")
-    for name, module in model.named_modules():
+    for name, module in model.named_modules():  # noise in the policy would look like a difference from the reference
         if isinstance(module, torch.nn.Dropout) and "lora_dropout" not in name:
-            module.p = 0.0  # noise in the policy alone would look like a difference from the reference
+            module.p = 0.0
+        elif "attention_dropout" in vars(module):
+            module.attention_dropout = 0.0
     reference = frozen_reference(config, model, tokenizer)
     longest = max(training, key=lambda row: len(row["input_ids"]))
     check_start(config, model.eval(), reference, longest)
@@ -410,6 +413,7 @@ class DPOStage(BaseStage):
 
     def load_data(self):
         config = self.config
+        check_model(config.reference_model_path)
         convert = lambda row, form: to_single(row) if form == "unpaired" else to_pair(row, form)
         *rows, found = load_rows(config, convert, OPTIONAL)
         if found["format"] == "unpaired" and config.loss_type != ["kto"]:
@@ -428,7 +432,7 @@ class DPOStage(BaseStage):
 
     def work(self, lengths):
         steps, tokens, passes, rows = super().work(lengths)
-        return steps, 1.6 * tokens, passes + needs_reference(self.config), 2 * rows  # prompts are shared by two answers
+        return steps, 1.6 * tokens, passes + self.config.needs_reference, 2 * rows  # prompts are shared by two answers
 
     def train(self, model, tokenizer):
         return train(self.config, model, tokenizer, *self.data)

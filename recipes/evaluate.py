@@ -42,10 +42,9 @@ from recipes import dpo, rl, rlaif, sft
 
 # -- configuration ----------------------------------------------------------------------------------------------------
 
-PAIRS = {name: columns for name, columns in dpo.FORMATS.items() if name != "unpaired"}
 ANSWERED = {name: columns for name, columns in sft.FORMATS.items() if name not in ("messages", "text")}
 PROMPTS = {name: columns for name, columns in rl.FORMATS.items() if name != "instruction-input"}
-FORMATS = PAIRS | ANSWERED | PROMPTS  # name: the columns that make it; of those that fit, the one with more is meant
+FORMATS = dpo.FORMATS | ANSWERED | PROMPTS  # name: its columns; of those that fit, the one with more is meant
 
 
 @dataclass
@@ -66,10 +65,8 @@ class EvaluateConfig(DataConfig, rl.ScoringConfig, rlaif.JudgingConfig, ModelCon
         super().validate()
         if self.feedback_model_path and not self.baseline:
             raise ConfigError("feedback_model_path: a judge compares two models; name the other one by baseline")
-        standard, own = EvaluateConfig(), {f.name for f in fields(rlaif.JudgingConfig)}
-        for name in sorted(own - {f.name for f in fields(StageConfig)}) if not self.feedback_model_path else ():
-            if getattr(self, name) != getattr(standard, name):
-                raise ConfigError(f"{name} has no effect without feedback_model_path")
+        own = {f.name for f in fields(rlaif.JudgingConfig)} - {f.name for f in fields(StageConfig)}
+        self.refuse_unread(not self.feedback_model_path, " ".join(sorted(own)), "without feedback_model_path")
 
 
 # -- data: rows to prompts with answers --------------------------------------------------------------------------------
@@ -79,13 +76,18 @@ def convert(row: dict, form: str) -> dict:
     """{"prompt": messages, "answers": [the answer or the chosen and the rejected one, each messages], "columns": what
     the row has beside them, with "answer" as text for the verifiers}."""
     columns = {name: value for name, value in row.items() if name not in FORMATS[form]}
-    if form in PAIRS:
+    if form == "unpaired":  # an undesirable answer is not to be expected
+        single = dpo.to_single(row)
+        good = [single["completion"]] if single["label"] else []
+        expected = {"answer": good[0][0]["content"] if good else None}
+        return {"prompt": single["prompt"], "answers": good, "columns": columns | expected}
+    if form in dpo.FORMATS:
         pair = dpo.to_pair(row, form)
         return {"prompt": pair["prompt"], "answers": [pair["chosen"], pair["rejected"]], "columns": columns}
     if form in ANSWERED or (form == "messages" and as_messages(row["messages"], "user")[-1]["role"] == "assistant"):
         *prompt, answer = sft.to_messages(row, form)
         return {"prompt": prompt, "answers": [[answer]], "columns": columns | {"answer": answer["content"]}}
-    return rl.convert(row, form) | {"answers": []}
+    return rl.convert(row, "instruction-input" if form == "instruction" and "input" in row else form) | {"answers": []}
 
 
 def encode(row: dict, tokenizer, limit: int, room: int) -> dict:
@@ -120,14 +122,6 @@ def is_number(text: str) -> bool:
     """Whether an expected answer is a number or a formula, alone or after ####, not a text with a number in it."""
     text = text.split("####")[-1]
     return bool(re.search(r"\d", text)) and not re.search(r"(?<!\\)\b[^\W\d_]{2,}", text)
-
-
-def same_number(check: Subprocess, answer: str, expected: str) -> float | None:
-    """1.0 where an answer ends in the expected number, 0.0 where in another, None where that cannot be told."""
-    try:
-        return check([""], [answer], answer=[expected])[0]
-    except (RuntimeError, TimeoutError):  # some formulas take for ever
-        return None
 
 
 @torch.no_grad()
@@ -176,7 +170,7 @@ def scorecard(config: EvaluateConfig, rows: list[dict], functions: dict, model, 
     numbers = [n for n in golds if is_number(golds[n])]
     check = Subprocess(f"{common.__file__}:numeric", config.reward_timeout)
     verdicts = {"exact_match": ([*golds], common.exact([], [texts[n] for n in golds], [*golds.values()])),
-                "numeric_match": (numbers, [same_number(check, texts[n], golds[n]) for n in numbers])}
+                "numeric_match": (numbers, [check.verdict(texts[n], answer=[golds[n]]) for n in numbers])}
     check.stop()
     if functions:
         each = rl.score(config, functions, rows, texts)  # (B, R)
@@ -198,6 +192,7 @@ class EvaluateStage(BaseStage):
     def load_data(self):
         config = self.config
         self.functions = rl.reward_functions(config)
+        common.check_model(config.baseline)
         self.judge = rlaif.Judge(config)
         if config.feedback_model_path:
             self.judge.check()

@@ -70,12 +70,13 @@ OPTIONAL = {
     "input-outputs-preference": ["instruction"],
 }
 
+
 def to_pair(row: dict, form: str) -> dict:
     """{"prompt", "chosen", "rejected"} of a row, each a list of messages. Raises RowError if it shows no preference."""
     *asked, first, second = [column for column in FORMATS[form] if column != "preference"]
     prompt = as_messages(row[asked[0]], "user") if asked else []
     if form in OPTIONAL:
-        prompt[0]["content"] = "\n\n".join(filter(None, (row.get("instruction"), row.get("input"))))
+        prompt[0]["content"] = "\n\n".join(str(row[name]) for name in ("instruction", "input") if row.get(name))
     if "preference" in FORMATS[form]:
         winner = str(row["preference"]).lower().removesuffix(".0")
         if winner not in ("1", "2", "a", "b", first, second):
@@ -182,10 +183,11 @@ class RewardStage(BaseStage):
 
     def load_data(self):
         def convert(row, form):
-            margin = row.get("margin") or 0.0
-            if not isinstance(margin, (int, float)):
-                raise RowError(f"whose margin is {margin!r}, not a number")
-            return to_pair(row, form) | {"margin": float(margin)}
+            try:
+                margin = float(row.get("margin") or 0.0)
+            except (TypeError, ValueError):
+                raise RowError(f"whose margin is {row['margin']!r}, not a number") from None
+            return to_pair(row, form) | {"margin": margin}
 
         optional = {form: [*OPTIONAL.get(form, ()), "margin"] for form in FORMATS}
         *rows, self.lineage["data"] = load_rows(self.config, convert, optional)

@@ -98,8 +98,7 @@ class ScoringConfig(ModelConfig):
             re.compile(self.reward_pattern)
         if len(self.reward_weights or self.rewarding) != len(self.rewarding):
             raise ConfigError(f"reward_weights: give one for each of {', '.join(self.rewarding)}")
-        if self.reward_model_type != "regression" and not self.reward_model_path:
-            raise ConfigError("reward_model_type has no effect without reward_model_path")
+        self.refuse_unread(not self.reward_model_path, "reward_model_type", "without reward_model_path")
 
 
 @dataclass
@@ -179,14 +178,17 @@ class RLConfig(DataConfig, ScoringConfig, TrainingConfig):
                 raise ConfigError(f"{whole}={getattr(self, whole)} must be a multiple of {part}={getattr(self, part)}")
         if (self.batch_size // self.mini_batch_size) % self.gradient_accumulation_steps:
             raise ConfigError("gradient_accumulation_steps must divide batch_size / mini_batch_size")
+        if self.algorithm == "trpo" and compute_dtype(self.torch_dtype) == torch.float16:
+            raise ConfigError("algorithm=trpo needs torch_dtype=float32 or bfloat16; float16 underflows in it")
         if self.kl_in == "loss" and self.algorithm == "trpo":
             raise ConfigError("algorithm=trpo takes the KL in the reward: kl_in=reward")
         if self.kl_in == "reward" and self.kl_penalty == "full":
             raise ConfigError("kl_penalty=full does not depend on the token sampled: set kl_in=loss")
         if self.target_kl and not self.init_kl_coef:
             raise ConfigError("target_kl scales init_kl_coef, which is 0")
-        if self.kl_horizon != standard.kl_horizon and not self.target_kl:
-            raise ConfigError("kl_horizon has no effect without target_kl")
+        self.refuse_unread(not self.target_kl, "kl_horizon", "without target_kl")
+        if self.kl_horizon < self.batch_size:
+            raise ConfigError(f"kl_horizon counts completions, and a step has batch_size={self.batch_size}; raise it")
         if self.lora_dropout:
             raise ConfigError("lora_dropout=0: with dropout the same weights give other ratios every time")
         if self.eval_freq and not self.validation_split:
@@ -204,7 +206,7 @@ def convert(row: dict, form: str) -> dict:
     source = FORMATS[form]
     prompt = as_messages(row[source[0]], "user")
     if form == "instruction-input":
-        prompt = as_messages("\n\n".join(filter(None, (row["instruction"], row["input"]))), "user")
+        prompt = as_messages("\n\n".join(str(part) for part in (row["instruction"], row["input"]) if part), "user")
     while prompt and prompt[-1]["role"] == "assistant":  # an answer that is already there
         prompt.pop()
     if not prompt:
@@ -260,9 +262,9 @@ def exact_kl(dist: torch.Tensor, ref_dist: torch.Tensor) -> torch.Tensor:
 
 
 def next_kl_coef(kl_coef: float, kl: float, target: float, share: float) -> float:
-    """beta (1 + clip(kl / target - 1, -0.2, 0.2) share), `share` being the completions of a step over the horizon
-    (Ziegler et al. 2019, section 2.2)."""
-    return kl_coef * (1 + min(max(kl / target - 1, -0.2), 0.2) * share)
+    """beta (1 + clip(kl / target - 1, -0.2, 0.2) share), `share` being the completions of a step over the horizon, at
+    most 1 (Ziegler et al. 2019, section 2.2)."""
+    return kl_coef * (1 + min(max(kl / target - 1, -0.2), 0.2) * min(share, 1))
 
 
 def whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean=True, reduce=lambda total: total) -> torch.Tensor:
@@ -378,8 +380,8 @@ def reward_model(config: ScoringConfig) -> Callable:
 
     path = config.reward_model_path
     tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForSequenceClassification.from_pretrained(path, dtype=compute_dtype(config.torch_dtype))
-    model = model.to(default_device()).eval()
+    model = AutoModelForSequenceClassification.from_pretrained(
+        path, dtype=compute_dtype(config.torch_dtype), use_safetensors=True).to(default_device()).eval()
     if (config.reward_model_type == "regression") != (model.config.num_labels == 1):
         raise ConfigError(f"reward_model_type={config.reward_model_type}: it has {model.config.num_labels} labels")
 
@@ -438,9 +440,9 @@ def score(config: ScoringConfig, functions: dict[str, Callable], rows: list[dict
         options = {option: getattr(config, option) for option in ("reward_pattern", "reward_length") if name in REWARDS}
         try:
             found = functions[name](asked, texts, **columns | options)
-            if len(found) != len(some):
-                raise ValueError(f"{len(found)} rewards for {len(some)} completions")
-            return [float("nan") if value is None else float(value) for value in found]
+            values = [float("nan") if value is None else float(value) for value in found]
+            if float("inf") in map(abs, values):
+                raise ValueError("a reward is infinite")
         except common.AskingError:  # what a judge's server says is about no single row
             raise
         except Exception as error:
@@ -452,6 +454,10 @@ def score(config: ScoringConfig, functions: dict[str, Callable], rows: list[dict
                 raise RuntimeError(text + ". Mend the reward, or leave such rows out: on_reward_error=skip") from error
             logger.warning("%s is left out", text)
             return [float("nan")]
+        if not isinstance(found, list) or len(found) != len(some):
+            raise RuntimeError(f"reward {name} has to return a list with a number or None for each of {len(some)} "
+                               f"completions, and returned {str(found)[:80]}")
+        return values
 
     return torch.tensor([ask(name, range(len(rows))) for name in functions]).T
 
@@ -494,10 +500,6 @@ class Run:
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """Over the processes."""
         return self.accelerator.reduce(value, "sum")
-
-    def reduce_gradients(self, parameters: list) -> None:
-        for parameter in parameters if self.accelerator.num_processes > 1 else []:
-            parameter.grad = self.sum(parameter.grad)
 
 
 def forward(run: Run, rows: list[dict], mask: torch.Tensor, *wanted: str, reference: bool = False) -> dict:
@@ -683,8 +685,10 @@ def update(run: Run, data: dict[str, Any]) -> dict[str, float]:
 
 def optimizer_step(run: Run, parameters: list) -> None:
     """One step with the gradients summed over the processes. A gradient that is not finite stops the run first."""
+    for parameter in parameters if run.accelerator.num_processes > 1 else ():
+        parameter.grad = run.sum(parameter.grad)
+    # Now that the sum is there: a gradient that overflows in one process skips the step in all of them.
     run.scaler.unscale_(run.optimizer)
-    run.reduce_gradients(parameters)
     norm = torch.nn.utils.clip_grad_norm_(parameters, run.config.max_grad_norm or float("inf"))
     if not run.scaler.is_enabled() and not torch.isfinite(norm):  # float16's scaler skips such steps itself
         raise FloatingPointError(f"the gradient's norm is {float(norm)} at step {run.step + 1}; the weights are as "
@@ -885,8 +889,6 @@ def start(config: RLConfig, model, tokenizer, functions: dict[str, Callable], ro
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=config.gradient_checkpointing)
         model.enable_input_require_grads()
-    if config.algorithm == "trpo" and compute_dtype(config.torch_dtype) == torch.float16:
-        raise ConfigError("algorithm=trpo needs --torch_dtype=float32 or bfloat16: float16 underflows in its products")
     adapter = hasattr(model, "peft_config") and config.lora_bias == "none"
     reference = copy.deepcopy(model).requires_grad_(False).eval() if config.init_kl_coef and not adapter else None
     head = torch.nn.Linear(model.get_output_embeddings().weight.shape[1], 1, device=model.device)
@@ -1001,10 +1003,16 @@ class RLStage(BaseStage):
     def load_data(self):
         config = self.config
         self.functions = reward_functions(config)
-        *rows, self.lineage["data"] = load_rows(config, convert, None)
-        missing = [name for name in config.reward if name in REWARDS and REWARDS[name][1] == "answer"]
-        if missing and "answer" not in rows[0][0]["columns"]:
-            raise ConfigError(f"reward={missing[0]} needs a column answer; found {', '.join(rows[0][0]['columns'])}")
+        needs = [name for name in config.reward if name in REWARDS and REWARDS[name][1] == "answer"]
+
+        def answered(row, form):
+            if needs and row.get("answer", "") is None:
+                raise RowError("without an answer")
+            return convert(row, form)
+
+        *rows, self.lineage["data"] = load_rows(config, answered, None)
+        if needs and "answer" not in rows[0][0]["columns"]:
+            raise ConfigError(f"reward={needs[0]} needs a column answer; found {', '.join(rows[0][0]['columns'])}")
         self.lineage["reference"] = "the model the stage starts from"
         return rows
 

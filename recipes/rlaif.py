@@ -93,6 +93,7 @@ class RLAIFConfig(rl.RLConfig, JudgingConfig):
         if self.feedback_mode == "preference":  # then those of rl.py have no effect, but for these
             used = {"prompt_dataset_path", "max_seq_length", "generation_kwargs", "num_eval_prompts"}
             used |= {f.name for f in (*fields(DataConfig), *fields(FitConfig))}
+            used -= {"learning_rate", "warmup_ratio", "lr_scheduler_type"}  # those of dpo.py are its own
             own = {f.name for f in fields(rl.RLConfig)} - used
             needs |= dict.fromkeys(own, False)
         for name in (name for name, needed in needs.items() if not needed):
@@ -114,14 +115,12 @@ class RLAIFConfig(rl.RLConfig, JudgingConfig):
 
     def part(self, config_class: type[TrainingConfig], start: str, name: str, labels: str, options: dict) -> Any:
         """The config of a recipe that this one contains: what all training has in common, and its own options."""
-        given = {f.name: getattr(self, f.name) for f in fields(TrainingConfig)}
-        if self.learning_rate == self.default_rates[not self.lora_r]:
-            given["learning_rate"] = None  # each recipe has a default of its own
+        own = ["warmup_ratio", "lr_scheduler_type"]  # each recipe has defaults of its own
+        own += ["learning_rate"] * (self.learning_rate == self.default_rates[not self.lora_r])
+        given = {f.name: getattr(self, f.name) for f in fields(TrainingConfig) if f.name not in own}
         given |= {"model_name_or_path": start, "stage_name": name, "output_dir": str(Path(self.output_dir, name)),
                   "preference_dataset_path": str(Path(self.output_dir, labels)), "validation_split": 0.1}
-        return config_class(**given | {"warmup_ratio": config_class.warmup_ratio,
-                                       "lr_scheduler_type": config_class.lr_scheduler_type}
-                            | resolve_names(config_class, options))
+        return config_class(**given | resolve_names(config_class, options))
 
     def preferring(self, start: str, number: int) -> dpo.DPOConfig:
         return self.part(dpo.DPOConfig, start, f"dpo_{number}", f"preferences_{number}.jsonl", self.preference_kwargs)
@@ -318,12 +317,9 @@ def label(config: RLAIFConfig, model, tokenizer, name: str, rows: list[dict], ju
     return labelled
 
 
-def run_part(config: RLAIFConfig, stage: BaseStage, model, tokenizer, start: str) -> StageResult:
+def run_part(stage: BaseStage, model, tokenizer, start: str) -> StageResult:
     """The result of a contained recipe; a finished one of the same fingerprint is taken as it is."""
-    stage.check()
-    if config.resume_from_checkpoint and not stage.stale():
-        logger.info("%s is finished already", stage.config.output_dir)
-        return stage.recorded()
+    stage.once = True
     result = stage.execute(model, tokenizer, StageResult("start", True, start, start))
     if not result.success:
         raise RuntimeError(f"{stage.stage_name}: {result.error_message}")
@@ -351,7 +347,7 @@ def train(config: RLAIFConfig, model, tokenizer, train_rows: list, eval_rows: li
         for number in range(1, config.num_rounds + 1):
             labels(number, source)
             stage = dpo.DPOStage(config.preferring(source, number))
-            result = run_part(config, stage, model, tokenizer, source)
+            result = run_part(stage, model, tokenizer, source)
             source, model = result.model_path, result.model
             if model is None:
                 model, _ = load_model_and_tokenizer(replace(config, model_name_or_path=source, use_4bit=False,
@@ -362,7 +358,7 @@ def train(config: RLAIFConfig, model, tokenizer, train_rows: list, eval_rows: li
             labels(1, start)
             if judge.client:
                 judge.client.local = None
-            result = run_part(config, reward.RewardStage(config.rewarding_by(start)), None, None, start)
+            result = run_part(reward.RewardStage(config.rewarding_by(start)), None, None, start)
             metrics = {f"reward_{name}": value for name, value in result.metrics.items() if "eval_" in name}
             scores = rl.reward_model(replace(config, reward_model_path=str(folder / "reward")))
         else:

@@ -13,7 +13,6 @@ Run it on a laptop, and as QLoRA on a GPU:
     python recipes/sft.py --model=Qwen/Qwen3-8B --data=my_chats.jsonl --use_4bit --output_dir=outputs/qwen
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import (
     IGNORE, BaseStage, ConfigError, Count, FitConfig, Natural, RowError, TokenLogps, as_messages, encode_turns, fit,
-    generate, is_main_process, load_rows, logger, logits_at, main, render_turns, usable_rows,
+    generate, is_main_process, load_rows, logger, logits_at, main, render_turns, usable_rows, write_rows,
 )
 
 # -- configuration ----------------------------------------------------------------------------------------------------
@@ -61,6 +60,7 @@ class SFTConfig(FitConfig):
         super().validate()
         if self.num_eval_samples and not self.validation_split:
             raise ConfigError("num_eval_samples needs held-out rows; set validation_split above 0")
+        self.refuse_unread(not self.num_eval_samples, "max_new_tokens", "without num_eval_samples")
 
 
 # -- data: rows to conversations, conversations to tokens --------------------------------------------------------------
@@ -186,8 +186,7 @@ def compare(config: SFTConfig, rows: list[list[dict]], before: list, after: list
     samples = [dict(zip(("prompt", "expected", "before", "after"), map(str.strip, text))) for text in texts]
     if not samples or not is_main_process():
         return {}
-    lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
-    Path(config.output_dir, "samples.jsonl").write_text("".join(lines), encoding="utf-8")
+    write_rows(Path(config.output_dir, "samples.jsonl"), samples)
     for sample in samples[:3]:
         logger.info("\n%s", "\n".join(f"  {name:9} {' '.join(text.split())[:160]}" for name, text in sample.items()))
     share = lambda values: sum(values) / len(samples)

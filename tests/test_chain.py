@@ -140,6 +140,8 @@ def test_a_dry_run_opens_the_data_and_writes_nothing(pipeline, tmp_path, capsys)
     ({"stages": ["sft", "sft"], "stage_configs": {"01_sft": {"data": "d"}, "02_sft": {"data": "d", "model": "x"}}}, "02_sft: it starts from the model of"),
     ({"stage_configs": {"stf": {}}}, "stage_configs: unknown stage 'stf'; did you mean 'sft'"),
     ({"stage_configs": {"sft": {"learnig_rate": 1}}}, "stage 01_sft: unknown option 'learnig_rate'; did you mean 'learning_rate'"),
+    ({"stage_configs": {"02_sft": {"data": "d"}}}, "stage_configs: unknown stage '02_sft'; did you mean '01_sft'"),
+    ({"stages": ["note", "sft"], "from_stage": "sft", "until": "note", "stage_configs": {"sft": {"data": "d"}}}, "until=note stands before from_stage=sft"),
     ({"stage_configs": {"sft": {"data": "d", "seed": -1}}}, "stage 01_sft: seed=-1"), ({"log_level": "loud"}, "log_level='loud'"),
 ])
 def test_mistakes_in_the_yaml_are_refused(pipeline, top, words):
@@ -148,6 +150,8 @@ def test_mistakes_in_the_yaml_are_refused(pipeline, top, words):
 
 
 def test_yaml_is_read_without_surprises(tmp_path):
+    with pytest.raises(ConfigError, match="unknown option 1"):
+        Pipeline.from_dict({1: "x"})
     path = tmp_path / "a.yaml"
     path.write_text("a: 2e-4\nb: 1E5\nc: [1.5e-3, 2e4x]\n")
     assert load_yaml(path) == {"a": 2e-4, "b": 1e5, "c": [1.5e-3, "2e4x"]}
@@ -166,6 +170,39 @@ def test_a_copied_recipe_runs_by_its_path(pipeline, tmp_path):
     assert Pipeline.from_yaml(path, stages="note").config.stages == ["note"]  # my_sft's options stay without use
     results = Pipeline.from_yaml(path).run()
     assert [result.success for result in results] == [True, True] and (tmp_path / "out/02_my_sft/model.safetensors").exists()
+
+
+def test_a_stage_that_cannot_be_imported_is_refused(pipeline, tmp_path):
+    (tmp_path / "mine.py").write_text("import no_such_package\n")
+    with pytest.raises(ConfigError, match="stage .*mine.py cannot be imported: No module named 'no_such_package'"):
+        Pipeline.from_yaml(pipeline([str(tmp_path / "mine.py")]))
+
+
+def test_options_of_stages_that_do_not_run_are_said(pipeline, capsys):
+    Pipeline.from_yaml(pipeline(["note"], {"dpo": {"beta": 0.2}})).run()
+    assert "not used, since no such stage runs: stage_configs of dpo" in capsys.readouterr().out
+
+
+def test_what_a_stage_is_made_of_counts(pipeline, model_dir, tmp_path, monkeypatch):
+    """The chat template of its model, and a file of its own from which it imports."""
+    import shutil
+
+    shutil.copytree(model_dir, tmp_path / "model")
+    (tmp_path / "helper_of_mine.py").write_text("TAGS = 1\n")
+    source = (ROOT / "recipes/sft.py").read_text().replace("parents[1]", f"parents[1] / {str(ROOT)!r}")
+    (tmp_path / "my_sft.py").write_text(source.replace("import torch\n", "import torch\nfrom helper_of_mine import TAGS  # noqa\n", 1))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = pipeline([str(tmp_path / "my_sft.py")], {"my_sft": {"dataset_name_or_path": str(tmp_path / "data.jsonl"), "max_steps": 1}},
+                    model_name_or_path=str(tmp_path / "model"))
+    assert Pipeline.from_yaml(path).run()[0].success
+    stale = lambda: (pipeline := Pipeline.from_yaml(path)).check() and pipeline.stages[0].stale()
+    assert stale() == ""
+    (tmp_path / "helper_of_mine.py").write_text("TAGS = 2\n")
+    assert stale() == "helper_of_mine.py changed"
+    (tmp_path / "helper_of_mine.py").write_text("TAGS = 1\n")
+    with open(tmp_path / "model/chat_template.jinja", "a") as file:
+        file.write("{# of another kind #}")
+    assert stale() == f"{tmp_path}/model changed"
 
 
 def test_the_registered_class_needs_no_config_class_attribute():
@@ -190,6 +227,7 @@ def test_the_command_line(pipeline, tmp_path):
 
 @pytest.mark.parametrize("arguments, words", [
     (["--sft.learnig_rate=1"], "did you mean 'learning_rate'"), (["--dryrun"], "did you mean 'dry_run'"),
+    (["--dpo.seed=1"], "unknown stage 'dpo'"), (["--sft.seed=1", "--sft.seed=2"], "--sft.seed stands 2 times"), (["--", "--dry_run"], "-- alone"),
     (["--stages", "sft", "dpoo"], "unknown stage 'dpoo'"), (["other.yaml"], "give one YAML file"),
 ])
 def test_mistakes_on_the_command_line_exit_with_status_2(pipeline, arguments, words):

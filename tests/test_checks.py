@@ -93,6 +93,28 @@ def test_a_prompt_that_has_other_tokens_before_its_answer_is_refused(tmp_path):
             assert common.look(stage, words, 512).lengths
 
 
+def test_a_template_that_writes_more_before_an_answer_than_it_keeps_is_refused(words):
+    words.chat_template = CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
+    with pytest.raises(ConfigError, match="without its generation prompt; give instruction_template"):
+        common.stop_tokens(words)
+
+
+@pytest.mark.parametrize("recipe, options", [
+    ("dpo", dict(preference_dataset_path="examples/preferences.jsonl", reference_model_path="./nowhere")),
+    ("evaluate", dict(dataset_name_or_path="examples/sample_data.jsonl", baseline="./nowhere")),
+    ("cot_distillation", dict(reasoning_dataset_path="examples/questions.jsonl", teacher_model_path="./nowhere")),
+    ("rlaif", dict(prompt_dataset_path="examples/questions.jsonl", feedback_model_path="./nowhere")),
+])
+def test_another_model_that_is_not_there_is_refused_before_the_first_step(recipe, options, tmp_path, monkeypatch):
+    import importlib
+
+    module = importlib.import_module(recipe)
+    (stage_class,) = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == recipe and issubclass(c, common.BaseStage)]
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ConfigError, match="nowhere: no such file or folder"):
+        stage_class(stage_class.config_class(model_name_or_path="tiny", output_dir=str(tmp_path), **options)).check()
+
+
 def test_rows_beyond_the_context_are_refused_and_plain_text_is_not(tmp_path, words):
     long = ROWS + [{"question": "long " * 50, "answer": "yes"}]
     with pytest.raises(ConfigError, match="longer than the model's context of 64 tokens; with max_seq_length=64"):

@@ -42,7 +42,7 @@ class Scripted(http.server.BaseHTTPRequestHandler):
         text = server.reply(question, body)
         answer = json.dumps({"id": "1", "object": "chat.completion", "created": 0, "model": body["model"],
                              "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
-                             "usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}}).encode()
+                             "usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}} | server.instead).encode()
         if fate == "half":
             answer = answer[: len(answer) // 2]
         if fate == "page":
@@ -70,6 +70,7 @@ class Scripted(http.server.BaseHTTPRequestHandler):
 def server():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Scripted)
     server.asked, server.completed, server.lock, server.random = Counter(), Counter(), threading.Lock(), random.Random(0)
+    server.instead = {}
     server.trouble, server.status, server.reply = 0.0, None, lambda question, body: f"answer to {question}"
     server.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -154,6 +155,37 @@ def test_limits_hold_over_all_runs(server, tmp_path):
     assert server.asked.total() <= 14
 
 
+@pytest.mark.parametrize("answer", [
+    {"usage": {"prompt_tokens": None, "completion_tokens": None}}, {"usage": [1]}, {"choices": [{"message": {"content": [{"text": "a"}]}}]},
+    {"choices": [{"message": {"content": "\ud800"}}]}, {"choices": "none"},
+])
+def test_odd_answers_are_missing_or_text_and_break_nothing(server, tmp_path, monkeypatch, answer):
+    monkeypatch.setattr(common.time, "sleep", lambda seconds: None)
+    server.instead = answer
+    for _ in range(2):  # also of those that are kept
+        try:
+            found = client(server, tmp_path, concurrency=1).ask("x", asked("q0", "q1"), GREEDY, "1", str)
+            assert found in (["answer to q0", "answer to q1"], ["?", "?"])
+        except common.AskingError as error:
+            assert "not an answer" in str(error)
+
+
+def test_what_a_server_charges_without_a_text_counts(server, tmp_path):
+    server.instead = {"choices": []}
+    one = client(server, tmp_path, max_calls=4, concurrency=1)
+    with pytest.raises(RuntimeError, match="max_calls=4 is reached"):
+        one.ask("x", asked(*(f"q{n}" for n in range(20))), GREEDY, "1", str)
+    assert server.asked.total() == 4 and one.report()["teacher_tokens_in"] == 40
+
+
+def test_a_cost_that_nobody_can_tell_stops_the_asking(server, tmp_path):
+    server.instead, prices = {"usage": None}, {"input_price": 1, "output_price": 1, "concurrency": 1}
+    with pytest.raises(RuntimeError, match="does not say how many tokens it took; set the prices to 0"):
+        client(server, tmp_path, max_cost=0.01, **prices).ask("x", asked(*(f"q{n}" for n in range(20))), GREEDY, "1", str)
+    assert server.asked.total() <= 2
+    client(server, tmp_path).ask("x", asked(*(f"q{n}" for n in range(20))), GREEDY, "1", str)
+
+
 def test_limits_are_of_one_role(server, tmp_path):
     others = [{"key": str(n), "role": "policy", "text": "x", "tokens_in": 10**9, "tokens_out": 1} for n in range(9)]
     (tmp_path / "calls.jsonl").write_text("".join(json.dumps(line) + "\n" for line in others))
@@ -203,6 +235,7 @@ def test_a_line_that_a_crash_cut_off_is_asked_again(server, tmp_path):
 
 @pytest.mark.parametrize("kind, url, variable, words", [
     ("api", None, None, "teacher_base_url says where the server is"),
+    ("api", "http://127.0.0.1:9/v1?api_key=sk-secret", None, "has a query in it"),
     ("api", "http://127.0.0.1:9/v1", None, "teacher_base_url=http://127.0.0.1:9/v1 does not answer"),
     ("api", "http://me:secret@127.0.0.1:9/v1", None, "has a password in it"),
     ("api", "http://127.0.0.1:9/v1", CANARY, "names the environment variable"),

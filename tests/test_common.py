@@ -70,7 +70,11 @@ def test_unknown_names_get_the_nearest_valid_one():
     ({"torch_dtype": "float16", "lora_r": 0}, "underflows"), ({"load_best_model_at_end": True}, "set eval_steps"),
     ({"eval_steps": 3, "save_steps": 4, "load_best_model_at_end": True}, "multiple of eval_steps=3"),
     ({"auto_detect_format": False}, "goes with dataset_format"), ({"dataset_format": "alpacca"}, "one of: messages"),
+    ({"auto_detect_format": False, "dataset_format": "alpacca"}, "one of: messages"),
     ({"num_eval_samples": 4, "validation_split": 0}, "validation_split"), ({"wandb_project": "p"}, "without use_wandb"),
+    ({"lora_r": 0, "lora_alpha": 64}, "lora_alpha has no effect with lora_r=0"), ({"use_dora": True, "lora_r": 0}, "use_dora has no effect"),
+    ({"bnb_4bit_quant_type": "fp4"}, "without use_4bit=true"), ({"max_new_tokens": 5}, "without num_eval_samples"),
+    ({"metric_for_best_model": "eval_kl"}, "without load_best_model_at_end=true"), ({"wandb_run_name": "x"}, "without report_to"),
 ])
 def test_options_that_contradict_each_other_are_refused(options, words):
     given = {"model_name_or_path": "m", "dataset_name_or_path": "d"} if options else {}
@@ -106,11 +110,75 @@ def run(*arguments, **options):
 @pytest.mark.parametrize("arguments, words", [
     (["--learning_rat=1"], "did you mean 'learning_rate'"), (["--model=12", "--data=x.jsonl", "--seed=x"], "seed='x'"),
     (["train"], "unexpected word 'train'"), (["--save_intermediate=false"], "are for the stages of a chain"), (["--model=./nowhere", "--data=./none.jsonl"], "./none.jsonl: no such file"),
+    (["--model=./nowhere", "--data=examples/sample_data.jsonl", "--dry_run=perhaps"], "dry_run"), (["--seed=1", "--seed=2"], "--seed stands 2 times"),
+    (["--dry_run=1", "--model=./nowhere", "--data=examples/sample_data.jsonl"], "./nowhere: no such file"),
 ])
 def test_a_mistake_exits_with_status_2_and_one_sentence(tmp_path, arguments, words):
     done = run("recipes/sft.py", f"--output_dir={tmp_path}", *arguments)
     assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1
     assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, data):
+    done = run("recipes/sft.py", f"--output_dir={data}", "--model=./nowhere", f"--data={data}")
+    assert done.returncode == 2 and "cannot be written to" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+READING = {
+    "a.csv": ("code,said\n019,None\n7,\n", [{"code": "019", "said": "None"}, {"code": "7", "said": ""}]),
+    "b.jsonl": ('{"a": "2024-05-20T10:00:00", "b": 1}\n{"a": "x\u2028y", "c": "z"}\n',
+                [{"a": "2024-05-20T10:00:00", "b": 1, "c": None}, {"a": "x\u2028y", "b": None, "c": "z"}]),
+    "c.json": ('\ufeff[{"a": [1, "x"]}, {"a": "t"}]', [{"a": [1, "x"]}, {"a": "t"}]),
+}
+
+
+@pytest.mark.parametrize("name", READING)
+@pytest.mark.parametrize("folder", [False, True])
+def test_texts_are_read_as_they_stand(tmp_path, name, folder):
+    text, rows = READING[name]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / name).write_text(text, encoding="utf-8")
+    assert [*common.load_dataset_from_path(str(tmp_path / "data" if folder else tmp_path / "data" / name))] == rows
+
+
+def test_what_is_not_read_of_a_folder_is_said(tmp_path, caplog):
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "latest.jsonl").write_text('{"text": "z"}\n')
+    (tmp_path / "dev").mkdir()
+    for name in ("my_test.jsonl", "dev/b.jsonl"):
+        (tmp_path / name).write_text('{"text": "b"}\n')
+    assert [*common.load_dataset_from_path(str(tmp_path))] == [{"text": "z"}, {"text": "a"}]
+    assert "not for training: b.jsonl, my_test.jsonl" in caplog.text
+    (tmp_path / "more.csv").write_text("text\nc\n")
+    with pytest.raises(ConfigError, match=r"files of several types \(csv, json\)"):
+        common.load_dataset_from_path(str(tmp_path))
+
+
+@pytest.mark.parametrize("text, words", [
+    ('{"a": 1}\n{"a": ', "line 2: Expecting value"), ("[1, 2]", "has to be an object"), ("", "has no rows"), ("\udce4", "can't decode"),
+])
+def test_a_file_that_cannot_be_read_is_refused(tmp_path, text, words):
+    (tmp_path / "a.jsonl").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ConfigError, match=words):
+        common.load_dataset_from_path(str(tmp_path / "a.jsonl"))
+
+
+def test_a_message_that_is_none_is_a_row_left_out(caplog):
+    for value in ([None, {"role": "user", "content": "a"}], ["hi", "there"], {"a": 1}, 5.0 + 1j, None, []):
+        with pytest.raises(common.RowError):
+            common.as_messages(value, "user")
+    assert common.as_messages(7, "user") == [{"role": "user", "content": "7"}]
+    common.as_messages({"role": "user", "content": "a", "tool_calls": [1], "name": None}, "user")
+    assert "only role and content are read, not tool_calls" in caplog.text
+
+
+def test_a_line_is_ended_by_a_line_feed_alone(tmp_path):
+    rows = [{"step": n, "text": "a\u2028b\x85c"} for n in (1, 2, 3)]
+    assert common.made_by_main(tmp_path / "a.jsonl", lambda: rows) == rows
+    with open(tmp_path / "a.jsonl", "a") as file:
+        file.write('{"step": 1, "te')
+    common.keep_steps(tmp_path / "a.jsonl", 2)
+    assert [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().split("\n")[:-1]] == rows[:2]
 
 
 def test_help_has_every_option_with_its_comment():

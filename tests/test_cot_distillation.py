@@ -264,6 +264,13 @@ def test_data_that_cannot_be_used_is_refused_before_a_model_is_loaded(tmp_path, 
         run(tmp_path, "no/model/here", rows, **options)
 
 
+def test_a_teacher_who_is_never_right_teaches_nothing(server, tmp_path, model_dir):  # noqa: F811
+    server.reply = lambda question, body: "I think so.\n#### -1"
+    rows = [{"question": row["question"], "answer": row["answer"]} for row in READY]
+    result = run(tmp_path, model_dir, rows, teacher_model_type="api", teacher_base_url=server.url, teacher_model_path="big")
+    assert not result.success and "nothing to learn from: no chain of the teacher" in result.error_message
+
+
 def test_a_killed_run_asks_nothing_again(server, tmp_path, model_dir, monkeypatch):  # noqa: F811
     """The second run trains on what the first one gathered; the key is in no file."""
     monkeypatch.setenv("MY_KEY", CANARY)
@@ -285,6 +292,16 @@ def test_files_of_questions_are_evaluated_beside(tmp_path, model_dir):
     task = write(tmp_path / "sums.jsonl", [{"question": "1 + 1?", "answer": "2"}] * 3)
     result = run(tmp_path, model_dir, READY, eval_reasoning_tasks=[task])
     assert result.metrics["sums_accuracy_n"] == 3 and "sums_accuracy_before" in result.metrics
+
+
+def test_questions_of_a_file_are_not_learnt(tmp_path, model_dir, monkeypatch):
+    task = write(tmp_path / "sums.jsonl", [{"question": "1 + 1?", "answer": "2"}, {"question": READY[0]["question"], "answer": "1"}])
+    with pytest.raises(ConfigError, match="1 questions of sums are trained on too"):
+        run(tmp_path, "no/model/here", READY * 4, eval_reasoning_tasks=[task])
+    task, seen = write(tmp_path / "sums.jsonl", [{"question": "1 + 1?", "answer": "2"}]), []
+    monkeypatch.setattr(cot, "write_questions", lambda config, teacher, seeds, held_out: seen.extend(held_out) or [])
+    options = dict(generate_synthetic_data=True, teacher_model_path=model_dir)
+    assert run(tmp_path, model_dir, READY, eval_reasoning_tasks=[task], **options).success and "1 + 1?" in seen
 
 
 def test_an_answer_that_cannot_be_compared_is_not_right(tmp_path, monkeypatch):

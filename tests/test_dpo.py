@@ -299,6 +299,16 @@ def test_kto_mismatches_answers_of_other_prompts(tokenizer, model, tmp_path, mon
     assert len(seen) == 8 and all(row["mismatched"] not in answers[str(row["prompt"])] for row in seen)
 
 
+def test_kto_mismatches_where_a_prompt_has_many_answers(tokenizer, model, tmp_path, monkeypatch):
+    say = lambda text: [{"role": "assistant", "content": text}]
+    rows = [{"prompt": PAIRS[n]["prompt"], "completion": say(f"{n} {k}"), "label": k % 2 == 0} for n in range(4) for k in range(8 - 2 * n)]
+    seen, encode = [], dpo.encode
+    monkeypatch.setattr(dpo, "encode", lambda row, *rest: seen.append(row) or encode(row, *rest))
+    (tmp_path / "out").mkdir()
+    dpo.train(config(tmp_path, loss_type=["kto"], max_steps=1), common.add_adapter(model, config(tmp_path)), tokenizer, rows, [])
+    assert len(seen) == 20 and all(row["mismatched"][0]["content"][0] != row["completion"][0]["content"][0] for row in seen)
+
+
 @pytest.mark.parametrize("name", ["simpo", "orpo", "cpo", "nll"])
 def test_losses_without_a_reference_run_none(tokenizer, model, tmp_path, monkeypatch, name):
     monkeypatch.setattr(dpo, "reference_logps", None)
@@ -365,6 +375,9 @@ def test_dropout_of_the_model_is_off(tokenizer, tmp_path):
     torch.manual_seed(0)
     noisy = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=256, n_embd=32, n_layer=2, n_head=2, resid_pdrop=0.5))
     (tmp_path / "out").mkdir()
+    dpo.train(config(tmp_path, lora_r=0, max_steps=1), noisy, tokenizer, PAIRS, [])
+    assert lines(tmp_path)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    noisy = make_model(tokenizer, attention_dropout=0.5)
     dpo.train(config(tmp_path, lora_r=0, max_steps=1), noisy, tokenizer, PAIRS, [])
     assert lines(tmp_path)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 

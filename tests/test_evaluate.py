@@ -65,7 +65,9 @@ def test_bad_options_are_refused_with_the_remedy(tmp_path, options, words):
     ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "messages", "a", ["b"]),
     ({"messages": [{"role": "user", "content": "a"}]}, "messages", "a", []),
     ({"prompt": "a", "answer": "7"}, "prompt", "a", []),
-    ({"instruction": "a", "input": "b"}, "instruction", "a", []),
+    ({"instruction": "a", "input": "b"}, "instruction", "a\n\nb", []),
+    ({"prompt": "a", "completion": "b", "label": True}, "unpaired", "a", ["b"]),
+    ({"prompt": "a", "completion": "b", "label": False}, "unpaired", "a", []),
 ])
 def test_every_format_becomes_a_prompt_with_its_answers(row, form, prompt, answers):
     assert common.detect_format([*row], evaluate.FORMATS) == form

@@ -135,6 +135,33 @@ def cut(file):
     file.write_bytes(file.read_bytes()[:-9])
 
 
+def test_a_checkpoint_of_the_last_step_is_the_end(interrupted):
+    """The Trainer would take one more step; and the mean loss is that of all steps, not of those after the crash."""
+    run, folder, whole = interrupted
+    same = {"max_steps": 4, "lr_scheduler_type": "constant"}
+    done = run("whole", resume_from_checkpoint=False, **same)
+    assert not run("cut", fails=True, resume_from_checkpoint=False, **same).success
+    result = run("cut", **same)
+    assert result.success and result.metrics["steps"] == 4 and result.metrics["train_loss"] == done.metrics["train_loss"] > 1
+    assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+
+
+def test_a_finished_recipe_is_not_run_again_by_the_same_command(model_dir, data, tmp_path):
+    command = [sys.executable, "-W", "ignore", "recipes/sft.py", f"--model={model_dir}", f"--data={data}", f"--output_dir={tmp_path}/o"]
+    again = lambda *more: subprocess.run([*command, "--max_steps=2", "--save_steps=1", *more], cwd=ROOT, capture_output=True, text=True)
+    first = again()
+    record, model = (tmp_path / "o/stage.json").read_bytes(), (tmp_path / "o/model.safetensors").stat().st_mtime_ns
+    second = again()
+    assert first.returncode == second.returncode == 0 and "finished already" in second.stdout and "step" not in second.stdout
+    assert first.stdout.splitlines()[-1] == second.stdout.splitlines()[-1] and "eval_loss" in second.stdout
+    assert (tmp_path / "o/stage.json").read_bytes() == record and (tmp_path / "o/model.safetensors").stat().st_mtime_ns == model
+    assert "step 2/2" in again("--learning_rate=1e-3").stdout  # with other options it runs,
+    (tmp_path / "o/model.safetensors").unlink()
+    assert "finished already" not in again("--learning_rate=1e-3").stdout  # and where its model is gone
+
+
 def flip(file):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1

@@ -59,6 +59,7 @@ def rolled(run, rows, seed=0):
     (dict(reward=["regex"], reward_length=0), "reward=regex needs reward_pattern"),
     (dict(reward=["regex"], reward_length=0, reward_pattern="("), r"reward_pattern=\("),
     (dict(reward_pattern="a"), "reward_pattern has no effect"),
+    (dict(target_kl=6.0, kl_horizon=3), "kl_horizon counts completions, and a step has batch_size=8"),
     (dict(reward_weights=[1, 2]), "give one for each of length"),
     (dict(algorithm="a2c", clip_range=0.1), "clip_range has no effect with algorithm=a2c"),
     (dict(algorithm="grpo", gae_lambda=0.5), "gae_lambda has no effect with algorithm=grpo"),
@@ -198,6 +199,7 @@ def test_the_controller_by_hand():
     assert rl.next_kl_coef(0.1, 6.6, 6.0, 0.5) == pytest.approx(0.1 * 1.05)
     assert rl.next_kl_coef(0.1, 60.0, 6.0, 0.5) == pytest.approx(0.1 * 1.1)
     assert rl.next_kl_coef(0.1, 0.0, 6.0, 0.5) == pytest.approx(0.1 * 0.9)
+    assert rl.next_kl_coef(0.1, 0.0, 6.0, 8.0) == pytest.approx(0.1 * 0.8)  # never below 0
 
 
 def test_fisher_products_and_conjugate_gradients():
@@ -231,6 +233,18 @@ def test_tokens_are_drawn_as_the_probabilities_say():
     assert common.draw(logits, None, plain)[0].tolist() == [3] * 20000
     impossible = torch.tensor([[-torch.inf, 0.0, -torch.inf]])
     assert all(common.draw(impossible, torch.tensor([chance]), plain)[0] == 1 for chance in (1e-30, 0.5, 1.0))
+
+
+def test_an_overflow_in_another_process_skips_the_step_in_this_one(tokenizer, tmp_path, monkeypatch):
+    """float16: the scaler has to see the sum of the gradients, else only the process that overflowed keeps its weights."""
+    run, _ = make_run(tokenizer, tmp_path)
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    monkeypatch.setattr(type(run.accelerator), "num_processes", 2)
+    monkeypatch.setattr(run, "sum", lambda value: value + float("inf"))
+    before = [parameter.detach().clone() for parameter in run.policy]
+    run.scaler.scale(sum((parameter**2).sum() for parameter in run.policy)).backward()
+    rl.optimizer_step(run, run.policy)
+    assert all(torch.equal(old, new) for old, new in zip(before, run.policy)) and run.scaler.get_scale() == 512.0
 
 
 # -- rollout -----------------------------------------------------------------------------------------------------------
@@ -625,6 +639,15 @@ def test_no_process_stays_behind(model_dir, tmp_path):
     assert stage.execute().success and process.poll() is not None
 
 
+def test_rows_without_an_answer_to_compare_with_are_left_out(tmp_path, caplog):
+    rows = [{"question": f"{n}?", "answer": None if n == 5 else str(n)} for n in range(12)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stage = rl.RLStage(config(tmp_path, reward=["numeric"], reward_length=0, prompt_dataset_path=str(tmp_path / "data.jsonl")))
+    stage.check()
+    assert sum(map(len, stage.data)) == 11 and "1 of 12 rows left out: 1 without an answer" in caplog.text
+    stage.functions["numeric"].stop()
+
+
 def test_a_verifier_that_hangs_is_killed_and_its_row_is_shown(tmp_path):
     settings = config(tmp_path, reward=["numeric"], reward_length=0, reward_timeout=3)
     completions, answers = ["7", "$9^{9^{9^{9}}}$", "8"], [{"answer": "7"}] * 3
@@ -642,7 +665,14 @@ def test_functions_of_a_file(tmp_path, caplog):
                     "    if 'bad' in completions:\n        raise ValueError('I cannot read bad')\n"
                     "    return [None if text == 'none' else len(text) + n + len(calls) * 0 + ('ask' in p[0]['content'])\n"
                     "            for p, text, n in zip(prompts, completions, level)]\n"
-                    "def short(prompts, completions, **columns):\n    return [1.0]\n")
+                    "def short(prompts, completions, **columns):\n    return [1.0]\n"
+                    "def named(prompts, completions, **columns):\n    return {n: 0.0 for n in range(len(completions))}\n"
+                    "def much(prompts, completions, **columns):\n    return [float('inf')] * len(completions)\n"
+                    "def loud(prompts, completions, **columns):\n    import os\n    os.write(1, b'noise\\n')\n    return [1.0]\n")
+    for name, words in (("short", "a list with a number or None for each of 2"), ("named", "and returned {'0': 0.0"), ("much", "a reward is infinite")):
+        with pytest.raises(RuntimeError, match=words):
+            rewarded(config(tmp_path, reward=[f"{file}:{name}"], reward_length=0), ["a", "b"])
+    assert rewarded(config(tmp_path, reward=[f"{file}:loud"], reward_length=0), ["a"]).tolist() == [[1.0]]
     settings = config(tmp_path, reward=[f"{file}:judge"], reward_length=0)
     settings.validate()
     levels = [{"level": 10, "other": "x"}] * 3
@@ -694,6 +724,19 @@ def test_a_reward_model_without_a_trained_head_is_refused(model_dir):
         rl.check_reward_model(model_dir)
     with pytest.raises(ConfigError, match="not the folder of a model"):
         rl.check_reward_model("nowhere")
+
+
+def test_a_reward_model_in_a_pickle_is_refused(tokenizer, tmp_path):
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    judge = LlamaForSequenceClassification(LlamaConfig(vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                                                       num_attention_heads=2, num_key_value_heads=2, num_labels=1))
+    judge.save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    torch.save(judge.state_dict(), tmp_path / "judge/pytorch_model.bin")
+    (tmp_path / "judge/model.safetensors").unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        rl.reward_model(config(tmp_path, reward=[], reward_length=0, reward_model_path=str(tmp_path / "judge")))
 
 
 # -- training ----------------------------------------------------------------------------------------------------------

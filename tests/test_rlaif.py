@@ -55,6 +55,8 @@ def prefers(word):
     (dict(reward_model_path="x"), "write feedback_model_type=reward_model"),
     (dict(num_rounds=2), "num_rounds has no effect with feedback_mode=reward_model"),
     (dict(feedback_mode="preference", ppo_epochs=3), "ppo_epochs has no effect with feedback_mode=preference"),
+    (dict(feedback_mode="preference", warmup_ratio=0.5), "warmup_ratio has no effect"),
+    (dict(feedback_mode="preference", learning_rate=2e-4), "learning_rate has no effect"),
     (dict(feedback_mode="direct", num_candidates=4), "num_candidates has no effect with feedback_mode=direct"),
     (dict(feedback_mode="direct", feedback_model_type="preference_model"), "needs scores"),
     (dict(feedback_model_type="reward_model", constitution=["Be kind."]), "constitution has no effect"),

@@ -212,6 +212,14 @@ def test_split_is_seeded_and_rows_that_ask_the_same_stay_on_one_side(row):
     assert common.split_dataset(rows, 0.0, seed=1)[1] == []
 
 
+@pytest.mark.parametrize("counts, share, wanted", [([95, 5], 0.05, 5), ([25] * 4, 0.05, 25), ([60, 30, 10], 0.3, 30), ([50, 1, 1, 1], 0.02, 2)])
+def test_a_prompt_with_many_rows_is_not_held_out_in_place_of_few(counts, share, wanted):
+    rows = [{"prompt": f"p{n}", "k": k} for n, count in enumerate(counts) for k in range(count)]
+    for seed in range(6):
+        train, held_out = common.split_dataset(rows, share, seed)
+        assert len(train) + len(held_out) == sum(counts) and 0 < len(held_out) <= wanted
+
+
 # -- mathematics ------------------------------------------------------------------------------------------------------
 
 
@@ -269,7 +277,7 @@ def test_a_packed_document_is_the_document_alone(tokenizer, model):
 
 def fitted(tmp_path, tokenizer, rows, held_out=(), model=None, **options):
     model = model or make_model(tokenizer)
-    settings = config(tmp_path, lora_r=0, learning_rate=1e-3, **options)
+    settings = config(tmp_path, **{"lora_r": 0, "learning_rate": 1e-3} | options)
     metrics = common.fit(settings, model, tokenizer, rows, list(held_out), sft.collate, sft.loss)
     lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     return model, metrics, lines
@@ -400,6 +408,26 @@ def test_best_model_early_stopping_and_the_learning_rate(tokenizer, tmp_path):
     assert metrics["steps"] < 60 and metrics["eval_token_accuracy"] == max(evaluations)
     rates = [line["learning_rate"] for line in lines if "loss" in line]
     assert rates[:3] == pytest.approx([0, 1e-3 / 30, 2e-3 / 30])
+
+
+def test_the_best_model_is_kept_wherever_checkpoints_fall(tokenizer, tmp_path):
+    """Steps 500 apart by default, and an accuracy of which more is better without being told."""
+    rows = rows_of(tokenizer, *LENGTHS)
+    (tmp_path / "out").mkdir()
+    options = dict(max_steps=6, eval_steps=1, save_steps=500, learning_rate=0.1, lr_scheduler_type="constant", load_best_model_at_end=True)
+    _, metrics, lines = fitted(tmp_path, tokenizer, rows[:4], rows[4:], metric_for_best_model="eval_loss", **options)
+    losses = [line["eval_loss"] for line in lines if "eval_loss" in line and line["step"]][:-1]  # the last is of what is kept
+    assert metrics["eval_loss"] == pytest.approx(min(losses)) and min(losses) < losses[-1]
+    _, metrics, lines = fitted(tmp_path, tokenizer, rows[:4], rows[4:], metric_for_best_model="eval_token_accuracy",
+                               resume_from_checkpoint=False, **options)
+    found = [line["eval_token_accuracy"] for line in lines if "eval_loss" in line and line["step"]]
+    assert metrics["eval_token_accuracy"] == max(found) > min(found)
+
+
+@pytest.mark.parametrize("figure, more", [("eval_loss", False), ("eval_kl", False), ("eval_calibration_error", False), ("eval_accuracy", True)])
+def test_which_figures_are_better_when_greater(tmp_path, figure, more):
+    assert config(tmp_path, metric_for_best_model=figure).greater_is_better is more
+    assert config(tmp_path, metric_for_best_model=figure, greater_is_better=not more).greater_is_better is not more
 
 
 def test_rows_that_lose_turns_are_counted(tokenizer, model, tmp_path, caplog):
