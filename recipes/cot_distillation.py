@@ -404,14 +404,14 @@ class CoTDistillationStage(BaseStage):
         self.teacher = Client(config, "teacher", config.teacher_model_path, config.teacher_model_type,
                               config.teacher_base_url, config.teacher_api_key)
         open_rows = [row for row in training if not row["rationale"]]
+        votes = config.generate_synthetic_data or any(row["answer"] is None for row in open_rows)
+        if votes and config.num_rationales < 2:
+            raise ConfigError("num_rationales=1 leaves nothing to vote on for questions without an answer; set it to 4")
         if open_rows or config.generate_synthetic_data or config.distillation_type != "response":
             self.teacher.check()
             self.lineage["teacher"] = {"model": config.teacher_model_path, "type": config.teacher_model_type}
         elif config.teacher_model_path:
             logger.info("the teacher is not asked: all rows have a rationale")
-        votes = config.generate_synthetic_data or any(row["answer"] is None for row in open_rows)
-        if votes and config.num_rationales < 2:
-            raise ConfigError("num_rationales=1 leaves nothing to vote on for questions without an answer; set it to 4")
         if config.answer_check == "numeric" and (wrong := [row["answer"] for row in training + evaluation if row[
                 "answer"] and not re.search(r"[\d\\]", row["answer"])]):
             raise ConfigError(f"the answer {wrong[0]!r} is not a number or formula; set answer_check=exact")
