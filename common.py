@@ -1115,7 +1115,7 @@ def cached(kind: str, files: Sequence[Path], build: Callable[[Path], None] | Non
     if not folder.exists():
         if build is None:
             return None
-        logger.info("%s %s once, kept in %s", kind, files[0].name, folder)
+        logger.info("%s %s once, kept in %s", kind, files[0].name, str(folder).replace(str(Path.home()), "~"))
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             with written_aside(folder) as aside:
                 build(aside)
