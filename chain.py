@@ -27,9 +27,8 @@ from ruamel.yaml.error import MarkedYAMLError
 import report
 from common import (
     BaseStage, ConfigError, ModelConfig, Names, Precision, StageConfig, StageResult, before_and_after, check_disk,
-    coerce_fields, describe, exit_on_signals, is_main_process, logger, option_help, prepare_tokenizer,
-    read_command_line, refusing, resolve_names, save_model, skeleton, start_logging, unknown, write_json,
-    written_aside,
+    coerce_fields, describe, exit_on_signals, is_main_process, logger, option_help, read_command_line, refusing,
+    resolve_names, save_model, skeleton, start_logging, unknown, write_json, written_aside,
 )
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
@@ -119,9 +118,10 @@ class Pipeline:
         here = {*self.folders, *(folder[3:] for folder in self.folders)}
         known = {Path(str(name)).stem for name in (*declared, *self.registry, *RECIPES.glob("*.py"))}
         known |= here | {f"{i:02d}_{Path(name).stem}" for i, name in enumerate(declared, 1)}
-        for name, valid in (*((name, known) for name in config.stage_configs), *((n, here) for n in self.overrides)):
-            if name not in valid:
-                raise ConfigError("stage_configs: " + unknown("stage", name, valid))
+        for source, names, valid in (("stage_configs: ", config.stage_configs, known), ("", self.overrides, here)):
+            for name in names:
+                if name not in valid:
+                    raise ConfigError(source + unknown("stage", name, valid))
         self.unused = sorted({*config.stage_configs} - here)
         self.stages = [self.stage(name, folder) for name, folder in zip(config.stages, self.folders)]
         self.enabled = [folder for folder, stage in zip(self.folders, self.stages) if stage.config.enabled]
@@ -195,8 +195,7 @@ class Pipeline:
                     stage.check()
                     if not isinstance(stage.config, ModelConfig):
                         continue
-                    loaded = loaded or skeleton(stage.config, stage.needs_chat_template)
-                    prepare_tokenizer(loaded[0], stage.config, stage.needs_chat_template)
+                    loaded = loaded or skeleton(stage.config)
                     more, size = describe(stage, *loaded)
                 except ConfigError as error:
                     raise ConfigError(f"stage {folder}: {error}") from None

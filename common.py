@@ -35,6 +35,7 @@ from concurrent.futures import ThreadPoolExecutor, TimeoutError as FutureTimeout
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Callable, ClassVar, Iterable, Literal, Mapping, Sequence, get_type_hints
 
 import torch
@@ -162,10 +163,10 @@ class StageConfig:
     def __post_init__(self):
         coerce_fields(self)
 
-    def refuse_unread(self, unread: bool, names: str, why: str) -> None:
-        """Raise ConfigError if one of `names` is given though it is `unread`."""
-        standard = type(self)()
-        for name in names.split() if unread else ():
+    def refuse_unread(self, unread: bool, names: str, why: str, **like) -> None:
+        """Raise ConfigError if one of `names` is `unread` and not as by default, beside the options `like`."""
+        standard = type(self)(**like) if unread else self
+        for name in names.split():
             if getattr(self, name) != getattr(standard, name):
                 raise ConfigError(f"{name} has no effect {why}")
 
@@ -390,7 +391,7 @@ class BaseStage:
             froms = [sys.modules.get(name) for name in re.findall(r"^from ([\w.]+) import", text, re.MULTILINE)]
             modules = (home, *froms, *filter(inspect.ismodule, vars(home).values()))
             loaded = (vars(module).get("__file__") for module in modules if module)
-            ours = {Path(__file__).parent, *(Path(file).parent for file in [vars(home).get("__file__")] if file)}
+            ours = (Path(__file__).parent, Path(vars(home).get("__file__", __file__)).parent)
             code = {Path(__file__)} | {Path(file) for file in loaded if file and Path(file).parent in ours}
             self.marks = {"options": options, "data": self.lineage.get("data", {}).get("sha256"), "start": self.start,
                           "files": {text: known for text, path in named.items() if (known := identity(Path(path)))},
@@ -404,11 +405,6 @@ class BaseStage:
             return "it is not finished"
         with refusing(f"{record} cannot be read; delete it to run the stage again"):
             return differences(json.loads(record.read_text(encoding="utf-8"))["fingerprint"], self.fingerprint())
-
-    def finished(self) -> bool:
-        """Whether a run with the same fingerprint is done, its weights are there, and it may be gone on from."""
-        kept = any(Path(self.config.output_dir).glob("*.safetensors"))
-        return kept and vars(self.config).get("resume_from_checkpoint") is True and not self.stale()
 
     def recorded(self) -> StageResult:
         """The result of a finished stage, by its stage.json."""
@@ -480,17 +476,16 @@ class BaseStage:
         started, folder = time.time(), Path(self.config.output_dir)
         try:
             self.check()
-            if self.once and self.finished():
+            resume = vars(self.config).get("resume_from_checkpoint") is True and any(folder.glob("*.safetensors"))
+            if self.once and resume and not self.stale():
                 self.logger.info("%s is finished already; resume_from_checkpoint=false: run it anew", folder)
                 return self.recorded()
             self.begin()
             handed = model, tokenizer, previous_result.model_path if previous_result else None
             if isinstance(self.config, ModelConfig):
-                start: dict[str, Any] = {"model_name_or_path": handed[2], "revision": None} if handed[2] else {}
-                words, shape = load_tokenizer(replace(self.config, **start), self.needs_chat_template) if (
-                    model is None) else (tokenizer, model.config)
-                prepare_tokenizer(words, self.config, self.needs_chat_template)
-                look(self, words, shape.max_position_embeddings)
+                at: dict[str, Any] = {"model_name_or_path": handed[2], "revision": None} if handed[2] else {}
+                loaded = load_tokenizer(replace(self.config, **at)) if model is None else (tokenizer, model.config)
+                look(self, loaded[0], loaded[1].max_position_embeddings)
             transformers.set_seed(self.config.seed)
             model, tokenizer = self.prepare_model_and_tokenizer(model, tokenizer, previous_result)
             metrics = self.train(model, tokenizer)
@@ -646,20 +641,15 @@ READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parque
 
 
 def read_text(file: Path) -> list[dict]:
-    """The rows of a .json, .jsonl or .csv file, its texts as they stand: `datasets` would make dates and numbers of
-    them."""
+    """The rows of a .json, .jsonl or .csv file, texts as they stand: `datasets` would make dates of some."""
     if file.suffix == ".csv":
         import pandas
 
-        cells = pandas.read_csv(file, dtype=str, keep_default_na=False) if file.stat().st_size else pandas.DataFrame()
-        return cells.to_dict("records")
-    text, rows = file.read_text(encoding="utf-8-sig"), []
-    if text.lstrip().startswith("["):
-        rows = json.loads(text)
-    else:
-        for number, line in enumerate(text.split("\n"), 1):
-            with refusing(f"data {file} cannot be read, line {number}"):
-                rows += [json.loads(line)] if line.strip() else []
+        return pandas.read_csv(file, dtype=str, keep_default_na=False).to_dict("records") if file.stat().st_size else []
+    text = file.read_text(encoding="utf-8-sig")
+    if text.lstrip()[:1] != "[":  # lines; so joined, an error names the right one
+        text = "[" + ",\n".join(line for line in text.split("\n") if line.strip()) + "]"
+    rows = json.loads(text)
     if not all(isinstance(row, dict) for row in rows):
         raise ConfigError(f"data {file}: a row has to be an object, {{\"column\": value, ...}}")
     return rows
@@ -734,11 +724,7 @@ def detect_format(columns: Sequence[str], formats: Mapping[str, Sequence[str]], 
     return fitting[0]
 
 
-@functools.cache
-def say_once(text: str) -> None:
-    logger.warning("%s", text)
-
-
+say_once = functools.cache(logger.warning)
 SPEAKERS = {"human": "user", "gpt": "assistant", **{role: role for role in ("user", "assistant", "system", "tool")}}
 
 
@@ -915,16 +901,6 @@ TROUBLES = {
 }
 
 
-@dataclass
-class Look:
-    """What a look at a stage's training data shows."""
-
-    lengths: list[int] = field(default_factory=list)  # tokens of a row
-    cut: int = 0  # rows that lose something
-    example: tuple[list[int], list[int] | None] = ([], None)
-    keys: set[int] = field(default_factory=set)
-
-
 def trouble(tokenizer, stops: Sequence[int], sequences: Sequence[tuple], cut: bool, context: int) -> str:
     """Which of TROUBLES a row has, whose sequences are (input_ids, labels, or None where nothing is imitated)."""
     if any(ids[:2] == [tokenizer.bos_token_id] * 2 for ids, _ in sequences):
@@ -943,10 +919,12 @@ def trouble(tokenizer, stops: Sequence[int], sequences: Sequence[tuple], cut: bo
     return "unstopped" if labels and not cut and labels[-1] not in stops else ""
 
 
-def look(stage: BaseStage, tokenizer, context: int) -> Look | None:
-    """Encode the first rows of a checked stage as its training will. Refuse what would teach nothing, or other than it
-    should. None for a stage that does not say what it makes of a row. Raises ConfigError with the remedy."""
-    found, stops = Look(), stop_tokens(tokenizer)
+def look(stage: BaseStage, tokenizer, context: int) -> SimpleNamespace | None:
+    """Encode the first rows of a checked stage as its training will: the tokens of each, how many lose something, an
+    example. None for a stage that does not say what it makes of a row. Raises ConfigError, with the remedy, for what
+    would teach nothing, or other than it should."""
+    prepare_tokenizer(tokenizer, stage.config, stage.needs_chat_template)
+    found, stops = SimpleNamespace(lengths=[], cut=0, example=None, keys=set()), stop_tokens(tokenizer)
     for side, rows in zip(("training", "evaluation"), stage.data or ()):
         for row in rows[:SEEN]:
             try:
@@ -965,7 +943,7 @@ def look(stage: BaseStage, tokenizer, context: int) -> Look | None:
                 found.keys |= keys
                 found.lengths.append(max(len(ids) for ids, _ in sequences))
                 found.cut += cut
-                found.example = sequences[0] if len(found.lengths) == 1 else found.example
+                found.example = found.example or sequences[0]
     if (share := found.cut / (len(found.lengths) or 1)) > 0.1:
         limit = vars(stage.config)["max_seq_length"]
         said = f"{100 * share:.0f}% of the training rows are cut at max_seq_length={limit}"
@@ -1052,11 +1030,11 @@ def check_disk(folder: str, needed: float) -> None:
                           "GB will be written; make room, save fewer checkpoints, or take another disk")
 
 
-def skeleton(config: ModelConfig, needs_chat_template: bool = True) -> tuple:
+def skeleton(config: ModelConfig) -> tuple:
     """(tokenizer, model on the meta device): all but the weights."""
     from transformers import AutoModelForCausalLM
 
-    tokenizer, shape = load_tokenizer(config, needs_chat_template)
+    tokenizer, shape = load_tokenizer(config)
     with torch.device("meta"):
         return tokenizer, AutoModelForCausalLM.from_config(shape, trust_remote_code=config.trust_remote_code)
 
@@ -1182,8 +1160,8 @@ def convert_gguf(file: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def load_tokenizer(config: ModelConfig, needs_chat_template: bool = True) -> tuple:
-    """(tokenizer, configuration) of `model_name_or_path`; no weights are read."""
+def load_tokenizer(config: ModelConfig) -> tuple:
+    """(tokenizer, configuration) of `model_name_or_path`, both as they lie there; no weights are read."""
     from transformers import AutoConfig, AutoTokenizer
 
     base, _, words = find_parts(config, weights=False)
@@ -1192,9 +1170,7 @@ def load_tokenizer(config: ModelConfig, needs_chat_template: bool = True) -> tup
             where, more = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
             return auto.from_pretrained(where, trust_remote_code=config.trust_remote_code, **more)
 
-        tokenizer = load(AutoTokenizer, words)
-        prepare_tokenizer(tokenizer, config, needs_chat_template)
-        return tokenizer, load(AutoConfig, base)
+        return load(AutoTokenizer, words), load(AutoConfig, base)
 
 
 def load_model_and_tokenizer(config: ModelConfig, needs_chat_template: bool = True, task: str = "CAUSAL_LM"):
@@ -1214,7 +1190,8 @@ def load_model_and_tokenizer(config: ModelConfig, needs_chat_template: bool = Tr
         return PeftModel.from_pretrained(model, adapter).merge_and_unload() if adapter else model
 
     base, adapter, _ = find_parts(config)
-    tokenizer, _ = load_tokenizer(config, needs_chat_template)
+    tokenizer, _ = load_tokenizer(config)
+    prepare_tokenizer(tokenizer, config, needs_chat_template)
     with refusing(f"model {config.model_name_or_path} cannot be loaded"):
         if not config.quantized:
             return load(base, adapter).to(default_device()), tokenizer
@@ -1275,10 +1252,8 @@ def stop_tokens(tokenizer) -> list[int]:
     stops = {tokenizer.eos_token_id}
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        try:
+        with refusing("the chat template cannot be learnt, give instruction_template instead: every turn is one"):
             stops.add(encode_turns(tokenizer, render_turns(tokenizer, turn))[0][-1])
-        except RowError as error:
-            raise ConfigError(f"the chat template makes of every turn one {error}; give instruction_template") from None
     return sorted(stops)
 
 
@@ -2305,9 +2280,8 @@ def read_command_line(arguments: Sequence[str]) -> tuple[list[str], dict[str, st
     import fire
 
     flags = Counter(word.partition("=")[0].strip("-").replace("-", "_") for word in arguments if word[:2] == "--")
-    for name, count in flags.items():
-        if count > 1 or not name:
-            raise ConfigError(f"--{name} stands {count} times" if name else "-- alone means nothing here; remove it")
+    if wrong := [f"--{name} stands {count} times" for name, count in flags.items() if count > 1 or not name]:
+        raise ConfigError(f"{wrong[0]}; an option is written once, as --name=value")
     found: list = []
     cli = fire.decorators.SetParseFn(str)(lambda *words, **options: found.extend((list(words), options)))
     fire.Fire(cli, command=list(arguments))
@@ -2345,7 +2319,7 @@ def main(stage_class: type[BaseStage], doc: str) -> None:
         if dry_run:
             with start_logging(config.log_level):
                 stage.check()
-                lines, size = describe(stage, *skeleton(stage.config, stage.needs_chat_template))
+                lines, size = describe(stage, *skeleton(stage.config))
                 check_disk(config.output_dir, size)
                 return logger.info("%s", "\n".join(lines))
         stage.once = True

@@ -17,7 +17,7 @@ import contextlib
 import copy
 import sys
 from collections import Counter
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -101,11 +101,10 @@ class DPOConfig(FitConfig):
             raise ConfigError("loss_type=kto judges single answers and cannot be mixed with losses of pairs")
         if "exo_pair" in self.loss_type and not self.label_smoothing:
             raise ConfigError("loss_type=exo_pair takes the logarithm of label_smoothing; set it to 1e-3")
-        for option in fields(self):
-            readers = [name for name, options in LOSSES.items() if option.name in options]
-            if readers and not {*readers} & {*self.loss_type} and getattr(self, option.name) != option.default:
-                raise ConfigError(f"{option.name} has no effect with loss_type={','.join(self.loss_type)}; it belongs "
-                                  f"to {', '.join(readers)}")
+        for name in sorted({option for options in LOSSES.values() for option in options}):
+            readers = [loss for loss, options in LOSSES.items() if name in options]
+            why = f"with loss_type={','.join(self.loss_type)}; it belongs to {', '.join(readers)}"
+            self.refuse_unread(not {*readers} & {*self.loss_type}, name, why)
 
     needs_reference = property(lambda self: any(LOSSES[name][-2:] == REFERENCE for name in self.loss_type))
 
@@ -328,16 +327,15 @@ def wins(margin: torch.Tensor) -> torch.Tensor:
 
 def frozen_reference(config: DPOConfig, model, tokenizer):
     """The reference as a model of its own; None where the policy without its adapter is the reference."""
-    if not config.needs_reference:
+    switched = hasattr(model, "peft_config") and config.lora_bias == "none"  # else biases outside it change too
+    if not config.needs_reference or (switched and not config.reference_model_path):
         return None
     if config.reference_model_path:
         settings = replace(config, model_name_or_path=config.reference_model_path, revision=None, lora_r=1)
         reference, words = load_model_and_tokenizer(settings)
         if words.get_vocab() != tokenizer.get_vocab():
             raise ConfigError(f"reference_model_path={config.reference_model_path}: its tokenizer is not the policy's")
-    elif hasattr(model, "peft_config") and config.lora_bias == "none":
-        return None
-    else:  # no adapter, or one that changes biases outside itself
+    else:
         reference = copy.deepcopy(model)
     return reference.requires_grad_(False).eval()
 
@@ -376,7 +374,7 @@ def train(config: DPOConfig, model, tokenizer, train_rows: list, eval_rows: list
     limits = replace(config, max_seq_length=min(config.max_seq_length, model.config.max_position_embeddings))
 
     def encoded(rows: list, what: str) -> list[dict]:
-        if rows and "label" in rows[0]:  # in the order of their prompts, and by as many as one prompt has at most
+        if rows and "label" in rows[0]:  # each with an answer to another prompt, for z0
             rows = sorted(rows, key=lambda row: str(row["prompt"]))
             most = max(Counter(str(row["prompt"]) for row in rows).values())
             rows = [row | {"mismatched": other["completion"]} for row, other in zip(rows, rows[most:] + rows[:most])]

@@ -91,9 +91,9 @@ class ScoringConfig(ModelConfig):
                 raise ConfigError(unknown("reward", name, [*REWARDS, "path/to/file.py:function"]))
             if name in REWARDS and (needs := REWARDS[name][1]) != "answer" and not getattr(self, needs):
                 raise ConfigError(f"reward={name} needs {needs}")
-        for option in ("reward_pattern", "reward_length"):
-            if getattr(self, option) and not any(REWARDS[name][1] == option for name in {*self.reward} & {*REWARDS}):
-                raise ConfigError(f"{option} has no effect with reward={','.join(self.reward)}")
+        read = {REWARDS[name][1] for name in {*self.reward} & {*REWARDS}}
+        for name in {"reward_pattern", "reward_length"} - read:
+            self.refuse_unread(True, name, f"with reward={','.join(self.reward)}")
         with refusing(f"reward_pattern={self.reward_pattern}"):
             re.compile(self.reward_pattern)
         if len(self.reward_weights or self.rewarding) != len(self.rewarding):
@@ -160,11 +160,9 @@ class RLConfig(DataConfig, ScoringConfig, TrainingConfig):
 
     def validate(self) -> None:
         super().validate()
-        standard = RLConfig(algorithm=self.algorithm, lora_r=self.lora_r)
         for name, readers in READERS.items():
-            if self.algorithm not in readers and getattr(self, name) != getattr(standard, name):
-                raise ConfigError(f"{name} has no effect with algorithm={self.algorithm}; it belongs to "
-                                  f"{', '.join(readers)}")
+            why = f"with algorithm={self.algorithm}; it belongs to {', '.join(readers)}"
+            self.refuse_unread(self.algorithm not in readers, name, why, algorithm=self.algorithm, lora_r=self.lora_r)
         if not self.rewarding:
             raise ConfigError(f"reward is missing: --reward=<{', '.join(REWARDS)} or path/to/file.py:function>, or "
                               "--reward_model_path=<folder>")
@@ -187,8 +185,6 @@ class RLConfig(DataConfig, ScoringConfig, TrainingConfig):
         if self.target_kl and not self.init_kl_coef:
             raise ConfigError("target_kl scales init_kl_coef, which is 0")
         self.refuse_unread(not self.target_kl, "kl_horizon", "without target_kl")
-        if self.kl_horizon < self.batch_size:
-            raise ConfigError(f"kl_horizon counts completions, and a step has batch_size={self.batch_size}; raise it")
         if self.lora_dropout:
             raise ConfigError("lora_dropout=0: with dropout the same weights give other ratios every time")
         if self.eval_freq and not self.validation_split:
@@ -201,9 +197,11 @@ class RLConfig(DataConfig, ScoringConfig, TrainingConfig):
 # -- data: rows to prompts ---------------------------------------------------------------------------------------------
 
 
-def convert(row: dict, form: str) -> dict:
-    """{"prompt": messages, "columns": what else the row has, for the reward}."""
+def convert(row: dict, form: str, answered: bool = False) -> dict:
+    """{"prompt": messages, "columns": what else the row has, for the reward}; `answered`: none without its answer."""
     source = FORMATS[form]
+    if answered and row.get("answer", "") is None:
+        raise RowError("without an answer")
     prompt = as_messages(row[source[0]], "user")
     if form == "instruction-input":
         prompt = as_messages("\n\n".join(str(part) for part in (row["instruction"], row["input"]) if part), "user")
@@ -455,8 +453,7 @@ def score(config: ScoringConfig, functions: dict[str, Callable], rows: list[dict
             logger.warning("%s is left out", text)
             return [float("nan")]
         if not isinstance(found, list) or len(found) != len(some):
-            raise RuntimeError(f"reward {name} has to return a list with a number or None for each of {len(some)} "
-                               f"completions, and returned {str(found)[:80]}")
+            raise RuntimeError(f"reward {name} has to return {len(some)} numbers or None, a list: {str(found)[:80]}")
         return values
 
     return torch.tensor([ask(name, range(len(rows))) for name in functions]).T
@@ -1004,13 +1001,7 @@ class RLStage(BaseStage):
         config = self.config
         self.functions = reward_functions(config)
         needs = [name for name in config.reward if name in REWARDS and REWARDS[name][1] == "answer"]
-
-        def answered(row, form):
-            if needs and row.get("answer", "") is None:
-                raise RowError("without an answer")
-            return convert(row, form)
-
-        *rows, self.lineage["data"] = load_rows(config, answered, None)
+        *rows, self.lineage["data"] = load_rows(config, lambda row, form: convert(row, form, bool(needs)), None)
         if needs and "answer" not in rows[0][0]["columns"]:
             raise ConfigError(f"reward={needs[0]} needs a column answer; found {', '.join(rows[0][0]['columns'])}")
         self.lineage["reference"] = "the model the stage starts from"

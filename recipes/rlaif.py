@@ -81,7 +81,6 @@ class RLAIFConfig(rl.RLConfig, JudgingConfig):
 
     def validate(self) -> None:
         super().validate()
-        standard = RLAIFConfig(algorithm=self.algorithm, lora_r=self.lora_r)
         mode, kind = f"feedback_mode={self.feedback_mode}", f"feedback_model_type={self.feedback_model_type}"
         if self.reward_model_path:
             raise ConfigError("reward_model_path: write feedback_model_type=reward_model and feedback_model_path")
@@ -96,9 +95,8 @@ class RLAIFConfig(rl.RLConfig, JudgingConfig):
             used -= {"learning_rate", "warmup_ratio", "lr_scheduler_type"}  # those of dpo.py are its own
             own = {f.name for f in fields(rl.RLConfig)} - used
             needs |= dict.fromkeys(own, False)
-        for name in (name for name, needed in needs.items() if not needed):
-            if getattr(self, name) != getattr(standard, name):
-                raise ConfigError(f"{name} has no effect with {mode} and {kind}")
+        unread, like = [name for name in needs if not needs[name]], {"algorithm": self.algorithm, "lora_r": self.lora_r}
+        self.refuse_unread(True, " ".join(unread), f"with {mode} and {kind}", **like)
         if self.feedback_mode == "direct" and self.feedback_model_type == "preference_model":
             raise ConfigError(f"{mode} needs scores, and a preference_model only compares; set "
                               "feedback_model_type=local or feedback_mode=preference")

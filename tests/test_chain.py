@@ -227,7 +227,7 @@ def test_the_command_line(pipeline, tmp_path):
 
 @pytest.mark.parametrize("arguments, words", [
     (["--sft.learnig_rate=1"], "did you mean 'learning_rate'"), (["--dryrun"], "did you mean 'dry_run'"),
-    (["--dpo.seed=1"], "unknown stage 'dpo'"), (["--sft.seed=1", "--sft.seed=2"], "--sft.seed stands 2 times"), (["--", "--dry_run"], "-- alone"),
+    (["--dpo.seed=1"], "unknown stage 'dpo'"), (["--sft.seed=1", "--sft.seed=2"], "--sft.seed stands 2 times"), (["--", "--dry_run"], "-- stands 1 times"),
     (["--stages", "sft", "dpoo"], "unknown stage 'dpoo'"), (["other.yaml"], "give one YAML file"),
 ])
 def test_mistakes_on_the_command_line_exit_with_status_2(pipeline, arguments, words):

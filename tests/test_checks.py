@@ -95,7 +95,7 @@ def test_a_prompt_that_has_other_tokens_before_its_answer_is_refused(tmp_path):
 
 def test_a_template_that_writes_more_before_an_answer_than_it_keeps_is_refused(words):
     words.chat_template = CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
-    with pytest.raises(ConfigError, match="without its generation prompt; give instruction_template"):
+    with pytest.raises(ConfigError, match="give instruction_template instead: every turn is one: which .* without its generation prompt"):
         common.stop_tokens(words)
 
 

@@ -155,7 +155,7 @@ def test_what_is_not_read_of_a_folder_is_said(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("text, words", [
-    ('{"a": 1}\n{"a": ', "line 2: Expecting value"), ("[1, 2]", "has to be an object"), ("", "has no rows"), ("\udce4", "can't decode"),
+    ('{"a": 1}\n{"a": ', "Expecting value: line 2 column"), ("[1, 2]", "has to be an object"), ("", "has no rows"), ("\udce4", "can't decode"),
 ])
 def test_a_file_that_cannot_be_read_is_refused(tmp_path, text, words):
     (tmp_path / "a.jsonl").write_bytes(text.encode(errors="surrogateescape"))

@@ -59,7 +59,6 @@ def rolled(run, rows, seed=0):
     (dict(reward=["regex"], reward_length=0), "reward=regex needs reward_pattern"),
     (dict(reward=["regex"], reward_length=0, reward_pattern="("), r"reward_pattern=\("),
     (dict(reward_pattern="a"), "reward_pattern has no effect"),
-    (dict(target_kl=6.0, kl_horizon=3), "kl_horizon counts completions, and a step has batch_size=8"),
     (dict(reward_weights=[1, 2]), "give one for each of length"),
     (dict(algorithm="a2c", clip_range=0.1), "clip_range has no effect with algorithm=a2c"),
     (dict(algorithm="grpo", gae_lambda=0.5), "gae_lambda has no effect with algorithm=grpo"),
@@ -669,7 +668,7 @@ def test_functions_of_a_file(tmp_path, caplog):
                     "def named(prompts, completions, **columns):\n    return {n: 0.0 for n in range(len(completions))}\n"
                     "def much(prompts, completions, **columns):\n    return [float('inf')] * len(completions)\n"
                     "def loud(prompts, completions, **columns):\n    import os\n    os.write(1, b'noise\\n')\n    return [1.0]\n")
-    for name, words in (("short", "a list with a number or None for each of 2"), ("named", "and returned {'0': 0.0"), ("much", "a reward is infinite")):
+    for name, words in (("short", "has to return 2 numbers or None, a list"), ("named", "a list: {'0': 0.0"), ("much", "a reward is infinite")):
         with pytest.raises(RuntimeError, match=words):
             rewarded(config(tmp_path, reward=[f"{file}:{name}"], reward_length=0), ["a", "b"])
     assert rewarded(config(tmp_path, reward=[f"{file}:loud"], reward_length=0), ["a"]).tolist() == [[1.0]]
