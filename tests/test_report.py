@@ -253,9 +253,8 @@ def command(*arguments):
 
 
 def test_the_command_line(tmp_path):
-    began = time.time()
     done = command(str(stage(tmp_path / "a")))
-    assert done.returncode == 0 and done.stdout == f"{tmp_path}/a/report.html\n" and not done.stderr and time.time() - began < 2
+    assert done.returncode == 0 and done.stdout == f"{tmp_path}/a/report.html\n" and not done.stderr
     done = command(str(tmp_path / "a"), str(stage(tmp_path / "b")))
     assert done.returncode == 0 and done.stdout == f"{tmp_path}/b/compare.html\n"
     assert command("--help").stdout == report.__doc__.strip() + "\n"

@@ -148,7 +148,7 @@ def test_a_checkpoint_of_the_last_step_is_the_end(interrupted):
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
 
 
-def test_a_finished_recipe_is_not_run_again_by_the_same_command(model_dir, data, tmp_path):
+def test_a_finished_recipe_is_not_run_again_by_the_same_command(model_dir, data, tmp_path, caplog):
     command = [sys.executable, "-W", "ignore", "recipes/sft.py", f"--model={model_dir}", f"--data={data}", f"--output_dir={tmp_path}/o"]
     again = lambda *more: subprocess.run([*command, "--max_steps=2", "--save_steps=1", *more], cwd=ROOT, capture_output=True, text=True)
     first = again()
@@ -157,9 +157,14 @@ def test_a_finished_recipe_is_not_run_again_by_the_same_command(model_dir, data,
     assert first.returncode == second.returncode == 0 and "finished already" in second.stdout and "step" not in second.stdout
     assert first.stdout.splitlines()[-1] == second.stdout.splitlines()[-1] and "eval_loss" in second.stdout
     assert (tmp_path / "o/stage.json").read_bytes() == record and (tmp_path / "o/model.safetensors").stat().st_mtime_ns == model
-    assert "step 2/2" in again("--learning_rate=1e-3").stdout  # with other options it runs,
-    (tmp_path / "o/model.safetensors").unlink()
-    assert "finished already" not in again("--learning_rate=1e-3").stdout  # and where its model is gone
+    stage = lambda **other: sft.SFTStage(sft.SFTConfig(model_name_or_path=model_dir, dataset_name_or_path=data, max_steps=2, save_steps=1,
+                                                       output_dir=str(tmp_path / "o"), **other))
+    for change in (lambda: None, (tmp_path / "o/model.safetensors").unlink):  # with other options it runs, and where its model is gone
+        change()
+        caplog.clear()
+        changed = stage(learning_rate=1e-3)
+        changed.once = True
+        assert changed.execute().success and "finished already" not in caplog.text and "step 2/2" in caplog.text
 
 
 def flip(file):
@@ -242,12 +247,15 @@ def test_a_checkpoint_whose_saving_fails_leaves_the_older_one(model_dir, data, t
 
 @pytest.mark.parametrize("recipe, number", [("sft", signal.SIGTERM), ("rl", signal.SIGINT)])
 def test_a_signal_saves_and_the_same_command_goes_on(model_dir, data, tmp_path, recipe, number):
-    own = {"sft": ["--max_steps=40", "--save_steps=0", "--learning_rate=1e-2"],
-           "rl": ["--reward=length", "--reward_length=3", "--num_training_steps=12", "--save_freq=0", "--batch_size=4",
-                  "--generation_kwargs={max_new_tokens: 24}", "--validation_split=0"]}[recipe]
-    command = [sys.executable, "-W", "ignore", f"recipes/{recipe}.py", f"--model={model_dir}", f"--data={data}", *own]
+    own = {"sft": dict(max_steps=40, save_steps=0, learning_rate=1e-2),
+           "rl": dict(reward="length", reward_length=3, num_training_steps=12, save_freq=0, batch_size=4,
+                      generation_kwargs={"max_new_tokens": 24}, validation_split=0)}[recipe]
+    command = [sys.executable, "-W", "ignore", f"recipes/{recipe}.py", f"--model={model_dir}", f"--data={data}",
+               *(f"--{name}={value}" for name, value in own.items())]
     out = {name: tmp_path / name for name in ("cut", "whole")}
-    subprocess.run([*command, f"--output_dir={out['whole']}"], cwd=ROOT, check=True, capture_output=True)
+    stage = {"sft": sft.SFTStage, "rl": rl.RLStage}[recipe]
+    options = dict(model=model_dir, data=data, output_dir=str(out["whole"])) | own
+    assert stage(stage.config_class(**common.resolve_names(stage.config_class, options))).execute().success
     process = subprocess.Popen([*command, f"--output_dir={out['cut']}"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("step  2/"):

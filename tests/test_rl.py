@@ -4,7 +4,6 @@ import copy
 import itertools
 import json
 import math
-import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -826,20 +825,22 @@ def test_recomputed_activations_change_nothing(model_dir, tmp_path):
 
 def test_two_processes_are_two_halves_of_one(model_dir, tmp_path):
     """Same rows, same random numbers, same curves and weights, whether one process takes the rollout or two."""
-    for algorithm in ("ppo", "grpo", "trpo"):
-        values = dict(model=model_dir, data=write_prompts(tmp_path), reward="length", reward_length=3, num_training_steps=3, save_freq=0,
-                      algorithm=algorithm, generation_kwargs="{max_new_tokens: 6}", validation_split=0.2, num_generations=2,
-                      **({"cg_damping": 0.1} if algorithm == "trpo" else {}))
-        folders = []
-        for processes in (1, 2):
-            folders.append(tmp_path / f"{algorithm}{processes}")
-            options = [f"--{name}={value}" for name, value in (values | {"batch_size": 8 // processes, "output_dir": folders[-1]}).items()]
-            start = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-            done = subprocess.run([*start, str(ROOT / "recipes/rl.py"), *options], capture_output=True, text=True, timeout=300,
-                                  env=os.environ | {"OMP_NUM_THREADS": "1"})
-            assert done.returncode == 0, done.stdout + done.stderr
-        one, two = map(steps_of, folders)
-        for first, second in zip(one, two, strict=True):
+    algorithms, folders = {"ppo": {}, "grpo": {}, "trpo": {"cg_damping": 0.1}}, {}
+    same = dict(model_name_or_path=model_dir, prompt_dataset_path=write_prompts(tmp_path), reward=["length"], reward_length=3, num_training_steps=3,
+                save_freq=0, generation_kwargs={"max_new_tokens": 6}, validation_split=0.2, num_generations=2)
+    for processes in (1, 2):
+        folders[processes] = [tmp_path / f"{algorithm}{processes}" for algorithm in algorithms]
+        runs = [same | own | {"algorithm": algorithm, "batch_size": 8 // processes, "output_dir": str(folder)}
+                for (algorithm, own), folder in zip(algorithms.items(), folders[processes])]
+        if processes == 1:
+            assert all(rl.RLStage(rl.RLConfig(**options)).execute().success for options in runs)
+    (tmp_path / "all.py").write_text(f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'recipes')]}; import common, rl; common.exit_on_signals()\n"
+                                     f"assert all(rl.RLStage(rl.RLConfig(**options)).execute().success for options in {runs})\n")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "all.py")],
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for one, two in zip(*folders.values()):
+        for first, second in zip(steps_of(one), steps_of(two), strict=True):
             assert first == pytest.approx(second, abs=1e-4, rel=1e-3)
 
 
