@@ -4,12 +4,14 @@ import copy
 import itertools
 import json
 import math
+import subprocess
+import sys
 
 import dpo
 import pytest
 import sft
 import torch
-from conftest import make_model
+from conftest import ROOT, make_model
 
 import common
 from common import IGNORE, ConfigError, RowError
@@ -494,20 +496,14 @@ def test_options_without_effect_are_refused(tmp_path, options, said):
 
 
 def test_two_processes_give_the_curve_of_one(model_dir, tmp_path):
-    import subprocess
-    import sys
-
-    from conftest import ROOT
-
     path = written(tmp_path, [{k: p[k] for k in ("prompt", "chosen", "rejected")} for p in PAIRS * 6])
-    command = ["recipes/dpo.py", f"--model={model_dir}", f"--data={path}", "--max_steps=4", "--learning_rate=1e-2", "--validation_split=0.25"]
-    curves = []
-    for launch, size, more in (([], 4, []), (["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"], 2, ["--precompute_ref_log_probs"])):
-        out = tmp_path / str(size)
-        done = subprocess.run([sys.executable, *launch, *command, *more, f"--per_device_train_batch_size={size}", f"--output_dir={out}"],
-                              cwd=ROOT, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stdout + done.stderr
-        logged = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        curves.append([line[key] for line in logged for key in ("loss", "margin", "eval_loss", "eval_kl") if key in line])
-        assert done.stdout.count("done:") == 1
+    options = dict(model_name_or_path=model_dir, preference_dataset_path=str(path), max_steps=4, learning_rate=1e-2, validation_split=0.25)
+    one, two = options | dict(per_device_train_batch_size=4, output_dir=str(tmp_path / "1")), options | dict(
+        per_device_train_batch_size=2, output_dir=str(tmp_path / "2"), precompute_ref_log_probs=True)
+    assert dpo.DPOStage(dpo.DPOConfig(**one)).execute().success
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "recipes/dpo.py",
+                           *(f"--{name}={value}" for name, value in two.items())], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0 and done.stdout.count("done:") == 1, done.stdout + done.stderr
+    logged = [[json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()] for folder in "12"]
+    curves = [[line[key] for line in lines for key in ("loss", "margin", "eval_loss", "eval_kl") if key in line] for lines in logged]
     assert len(curves[0]) == 12 and curves[1] == pytest.approx(curves[0], abs=1e-4)
