@@ -26,9 +26,9 @@ from ruamel.yaml.error import MarkedYAMLError
 
 import report
 from common import (
-    BaseStage, ConfigError, ModelConfig, Names, Precision, StageConfig, StageResult, before_and_after, check_disk,
-    coerce_fields, describe, exit_on_signals, is_main_process, logger, option_help, read_command_line, refusing,
-    resolve_names, save_model, skeleton, start_logging, unknown, write_json, written_aside,
+    BaseStage, ConfigError, Folder, ModelConfig, Names, Precision, StageConfig, StageResult, before_and_after,
+    check_disk, coerce_fields, describe, digest, exit_on_signals, is_main_process, logger, option_help, refusing,
+    read_command_line, resolve_names, save_model, skeleton, start_logging, unknown, write_json, written_aside,
 )
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
@@ -47,7 +47,7 @@ class PipelineConfig:
     trust_remote_code: bool = False  # true runs Python code that comes with the model
     use_auth_token: bool = False  # true: gated models, with your login (`hf auth login`, or the variable HF_TOKEN)
     log_level: Literal["debug", "info", "warning", "error"] = "info"  # of the lines on the screen
-    output_dir: str = "outputs"  # OUT/01_sft/, OUT/02_.../, OUT/final/, OUT/pipeline.json, OUT/pipeline_training.log
+    output_dir: Folder = "outputs"  # OUT/01_sft/, OUT/02_.../, OUT/final/, OUT/pipeline.json, OUT/pipeline_training.log
     stages: Names = field(default_factory=list)  # in order; a stage may stand twice
     stage_configs: dict[str, dict[str, Any] | None] = field(default_factory=dict)  # by name (sft) or by folder (02_sft)
     save_final_model: bool = True  # OUT/final has the last model
@@ -131,7 +131,11 @@ class Pipeline:
                 raise ConfigError(f"{option}: " + unknown("stage", name, self.places))
         if config.from_stage and config.until and self.places[config.until] < self.places[config.from_stage]:
             raise ConfigError(f"until={config.until} stands before from_stage={config.from_stage}: nothing would run")
+        saved = True  # whether the model that a stage is handed lies in a folder too
         for folder, stage in zip(self.folders, self.stages):
+            if stage.config.enabled and not saved and (stage.task == "SEQ_CLS" or stage.config.quantized):
+                raise ConfigError(f"stage {folder} starts from a folder: set save_intermediate in the stage before")
+            saved = stage.config.save_intermediate if stage.config.enabled and stage.hands_on else saved
             for option, name in links(stage.config).items():
                 if not any(name in (before, before[3:]) for before in self.enabled if before < folder):
                     raise ConfigError(f"stage {folder}: {option}=stage:{name}: no stage before it is named {name}")
@@ -165,7 +169,8 @@ class Pipeline:
         path = Path(name) if name.endswith(".py") else RECIPES / f"{name}.py"
         if not path.is_file():
             raise ConfigError(unknown("stage", name, [*self.registry, *(file.stem for file in RECIPES.glob("*.py"))]))
-        spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+        which = hashlib.sha256(f"{path.resolve()} {digest(path)}".encode()).hexdigest()  # a changed file is another one
+        spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}_{which[:12]}", path)
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # dataclasses look their module up there
         with refusing(f"stage {name} cannot be imported"):
@@ -174,7 +179,6 @@ class Pipeline:
         classes = [c for c in own if issubclass(c, BaseStage)]
         if len(classes) != 1:
             raise ConfigError(f"stage {name}: {path} must define one subclass of BaseStage, and defines {len(classes)}")
-        self.registry[name] = classes[0]
         return classes[0]
 
     def plan(self) -> str:
@@ -195,8 +199,7 @@ class Pipeline:
                     stage.check()
                     if not isinstance(stage.config, ModelConfig):
                         continue
-                    loaded = loaded or skeleton(stage.config)
-                    more, size = describe(stage, *loaded)
+                    more, size = describe(stage, *(loaded := loaded or skeleton(stage.config)))
                 except ConfigError as error:
                     raise ConfigError(f"stage {folder}: {error}") from None
                 lines += [f"\n{folder}", *more]
@@ -216,7 +219,7 @@ class Pipeline:
             if config.dry_run:
                 logger.info("%s", "\n".join(lines))
                 return []
-            finished = [*(known := self.finished())]
+            finished, self.results = [*(known := self.finished())], []
             result: StageResult | None = None
             for number, (folder, stage) in enumerate(zip(self.folders, self.stages), 1):
                 if not stage.config.enabled:
@@ -271,10 +274,9 @@ class Pipeline:
         anew = config.force_restart or not (config.auto_resume and config.enable_state_persistence)
         first = next((n for n, reason in enumerate(reasons) if reason or anew), len(running))
         if config.from_stage:
-            wanted = self.places[config.from_stage]
-            if first < wanted and not anew:
-                raise ConfigError(f"from_stage={config.from_stage}: {running[first][0]} has to run first: "
-                                  f"{reasons[first]}")
+            if first < (wanted := self.places[config.from_stage]) and not anew:
+                why = f"{running[first][0]} has to run first: {reasons[first]}"
+                raise ConfigError(f"from_stage={config.from_stage}: {why}")
             first, anew = wanted, True
         results = [stage.recorded() for _, stage in running[:first]]
         kept = lambda path: path and any(Path(path).glob("*.safetensors"))
@@ -326,8 +328,8 @@ class Pipeline:
         if is_main_process():
             results = [{k: v for k, v in vars(r).items() if k not in ("model", "tokenizer")} for r in self.results]
             plan = {folder: asdict(stage.config) for folder, stage in zip(self.folders, self.stages)}
-            state = {"state": state, "results": results, "config": asdict(self.config), "plan": plan}
-            write_json(Path(self.config.output_dir, "pipeline.json"), state)
+            said = {"state": state, "results": results, "config": asdict(self.config), "plan": plan}
+            write_json(Path(self.config.output_dir, "pipeline.json"), said)
             try:
                 report.write(self.config.output_dir)
             except Exception as error:  # a page must not cost a run

@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import copy
+import csv
 import ctypes
 import difflib
 import functools
@@ -42,7 +43,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from annotated_types import Ge, Gt, Lt
-from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -102,6 +103,7 @@ NonNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Lt(1)]
 comma_separated = BeforeValidator(lambda v: re.findall(r"[^,\s]+", v) if isinstance(v, str) else v or [])
 Names = Annotated[list[str], comma_separated]
+Folder = Annotated[str, AfterValidator(os.path.expanduser)]
 Trackers = Annotated[list[Literal["tensorboard", "wandb", "trackio"]], comma_separated]
 as_yaml = BeforeValidator(lambda v: yaml.safe_load(v) if isinstance(v, str) else v)
 Switch = Annotated[bool | str, as_yaml]
@@ -148,9 +150,10 @@ class StageConfig:
     """Options that every stage has. A stage of your own extends it: `@dataclass class MyConfig(StageConfig): ...`."""
 
     aliases: ClassVar[dict[str, str]] = {}  # short names, for the command line
+    quantized: ClassVar[Any] = False
 
     stage_name: str = ""  # name in logs and results; empty: the name of the recipe
-    output_dir: str = "outputs"  # folder of the stage: model, tokenizer, training.log, metrics.jsonl, stage.json
+    output_dir: Folder = "outputs"  # folder of the stage: model, tokenizer, training.log, metrics.jsonl, stage.json
     enabled: bool = True  # false: a chain skips the stage, and says so
     save_intermediate: bool = True  # false: write no weights, hand the model on in memory only
     seed: Natural = 42  # of initialisation, shuffling, splits and dropout
@@ -273,7 +276,9 @@ class DataConfig(StageConfig):
         if not getattr(self, name := self.aliases["data"]):
             raise ConfigError(f"{name} is missing: --data=<file, folder or hub name>")
         if self.dataset_format not in self.formats and (self.dataset_format, self.auto_detect_format) != ("auto", True):
-            raise ConfigError(f"auto_detect_format=false goes with dataset_format, one of: {', '.join(self.formats)}")
+            what = "auto_detect_format=false goes with dataset_format" if self.dataset_format == "auto" else (
+                f"dataset_format={self.dataset_format} is unknown")
+            raise ConfigError(f"{what}, one of: {', '.join(self.formats)}")
 
 
 @dataclass
@@ -353,7 +358,9 @@ class BaseStage:
         self.artifacts: dict[str, str] = {}
         self.start: str | None = None  # in a chain: the fingerprints of the stages before
         self.marks: dict[str, Any] = {}
+        self.edited: list[str] = []  # files of its code that are not what was imported
         self.once = False  # true: `execute` returns what is recorded of a finished run, as the command line wants it
+        self.used = False  # true: it ran, and what it read may have changed since
 
     def validate_config(self) -> None:
         self.config.validate()
@@ -389,13 +396,19 @@ class BaseStage:
             home = sys.modules[type(self).__module__]  # its code: of its recipe, of those this imports, and this
             text = inspect.getsource(home) if "__file__" in vars(home) else ""
             froms = [sys.modules.get(name) for name in re.findall(r"^from ([\w.]+) import", text, re.MULTILINE)]
-            modules = (home, *froms, *filter(inspect.ismodule, vars(home).values()))
-            loaded = (vars(module).get("__file__") for module in modules if module)
+            modules = {sys.modules[__name__], home, *froms, *filter(inspect.ismodule, vars(home).values())} - {None}
             ours = (Path(__file__).parent, Path(vars(home).get("__file__", __file__)).parent)
-            code = {Path(__file__)} | {Path(file) for file in loaded if file and Path(file).parent in ours}
+            loaded = {module: Path(file) for module in modules if (file := vars(module).get("__file__"))}
+            loaded = {module: file for module, file in loaded.items() if file.parent in ours}
+            code = {file.name: digest(file) for file in loaded.values()}
+            self.edited = sorted(file.name for module, file in loaded.items() if as_loaded(module) != code[file.name])
+            with contextlib.suppress(OSError):  # what is typed at a prompt has no source; a notebook's functions have
+                for name, call in vars(type(self)).items() if not text else ():
+                    if inspect.isfunction(call):
+                        code[f"{name}()"] = hashlib.sha256(inspect.getsource(call).encode()).hexdigest()
             self.marks = {"options": options, "data": self.lineage.get("data", {}).get("sha256"), "start": self.start,
                           "files": {text: known for text, path in named.items() if (known := identity(Path(path)))},
-                          "code": {file.name: digest(file) for file in sorted(code)}}
+                          "code": dict(sorted(code.items()))}
         return self.marks
 
     def stale(self) -> str:
@@ -413,15 +426,16 @@ class BaseStage:
 
     def begin(self) -> None:
         """Mark the folder as that of this run. Checkpoints of one with other options, or not wanted, are laid aside."""
-        folder = Path(self.config.output_dir)
+        folder, launch = Path(self.config.output_dir), f"{os.environ.get('WORLD_SIZE', 1)}{' sharded' * sharded()}"
+        marks = self.fingerprint() | {"launch": launch}  # other processes would take other rows, and read other files
+        if self.edited:
+            raise ConfigError(f"{', '.join(self.edited)} changed since it was imported here; start Python anew")
         if is_main_process():
             (folder / "stage.json").unlink(missing_ok=True)  # a stage is done when its stage.json says so
             mark, old = folder / "fingerprint.json", folder / "checkpoints"
             for left in (*folder.glob(".*.[0-9]*"), *folder.glob(".saving"), *old.glob(".*")):  # of a crash
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
             resume = vars(self.config).get("resume_from_checkpoint")
-            # Other processes would take other rows in a step, and read other files.
-            marks = self.fingerprint() | {"launch": f"{os.environ.get('WORLD_SIZE', 1)}{' sharded' * sharded()}"}
             if old.exists() and (resume is False or (resume is True and mark.exists())):
                 with refusing(f"{mark} cannot be read; move {old} away"):
                     theirs = json.loads(mark.read_text(encoding="utf-8")) if resume else {}
@@ -472,6 +486,11 @@ class BaseStage:
         becomes a failed result, its traceback in the log."""
         import transformers
 
+        if previous_result and not previous_result.success:
+            raise ConfigError(f"the stage before failed: {previous_result.error_message}")
+        if self.used:
+            self.data, self.marks = None, {}
+        self.used = True
         self.setup_logging()
         started, folder = time.time(), Path(self.config.output_dir)
         try:
@@ -517,6 +536,8 @@ class BaseStage:
                 print(f"process {os.environ['RANK']}: {traceback.format_exc()}", file=sys.stderr, flush=True)
             return result
         finally:
+            if hasattr(model, "peft_config"):  # of a stage that failed: what was handed over stays as it was
+                model.unload()
             self.cleanup_logging()
 
 
@@ -538,6 +559,9 @@ def identity(path: Path) -> Any:
 def digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+as_loaded = functools.cache(lambda module: digest(Path(module.__file__)))  # as it was when it was first asked for
 
 
 def differences(old: Mapping, new: Mapping) -> str:
@@ -643,13 +667,16 @@ READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parque
 def read_text(file: Path) -> list[dict]:
     """The rows of a .json, .jsonl or .csv file, texts as they stand: `datasets` would make dates of some."""
     if file.suffix == ".csv":
-        import pandas
-
-        return pandas.read_csv(file, dtype=str, keep_default_na=False).to_dict("records") if file.stat().st_size else []
+        csv.field_size_limit(2**31 - 1)  # an answer may be long
+        with open(file, encoding="utf-8-sig", newline="") as lines:
+            for number, row in enumerate(rows := [*csv.DictReader(lines, strict=True)], 1):
+                if None in row:
+                    raise ConfigError(f"data {file}: row {number} has more cells than the header; quote its commas")
+            return rows
     text = file.read_text(encoding="utf-8-sig")
     if text.lstrip()[:1] != "[":  # lines; so joined, an error names the right one
         text = "[" + ",\n".join(line for line in text.split("\n") if line.strip()) + "]"
-    rows = json.loads(text)
+    rows = json.loads(text, parse_constant=lambda name: None)  # NaN is no text
     if not all(isinstance(row, dict) for row in rows):
         raise ConfigError(f"data {file}: a row has to be an object, {{\"column\": value, ...}}")
     return rows
@@ -667,10 +694,13 @@ def load_dataset_from_path(path: str, config_name: str | None = None, split: str
             raise ConfigError(f"dataset_config_name={config_name}: data {path} has no configurations; remove it")
         if local.is_file() and local.suffix not in READERS:
             raise ConfigError(f"data {path}: expected a file of type {', '.join(READERS)}")
-        files = [local] if local.is_file() else sorted(
-            file for file in local.rglob("*") if file.suffix in READERS and not file.stem.startswith("dataset_info"))
+        files = [local] if local.is_file() else sorted(  # without .ipynb_checkpoints and the like
+            file for file in local.rglob("[!.]*") if file.suffix in READERS and not file.stem.startswith("dataset_info")
+            and not any(part.startswith(".") for part in file.relative_to(local).parts))
         name = re.compile(r"(^|[\W_])(test|testing|valid|validation|val|dev|eval|evaluation)([\W_]|$)")
         later = [file for file in files if len(files) > 1 and name.search(str(file.relative_to(local)))]
+        if (local / "dataset_dict.json").exists():
+            raise ConfigError(f"data {path} holds several data sets; give one's folder, such as {local / 'train'}")
         if (local / "state.json").exists():
             dataset = datasets.load_from_disk(str(local))
         elif len(kinds := {READERS[file.suffix] for file in files}) > 1:
@@ -680,8 +710,12 @@ def load_dataset_from_path(path: str, config_name: str | None = None, split: str
             names = dict.fromkeys(name for row in rows for name in row)
             columns = {name: [row.get(name) for row in rows] for name in names}
             dataset = datasets.Dataset.from_dict(columns, on_mixed_types="use_json")
-        elif local.is_file():
-            dataset = datasets.load_dataset("parquet", data_files=str(local), split="train")
+            mixed = {name: datasets.Json() for name in names if {int, float} <= {*map(type, columns[name])}}
+            if mixed:  # 7 stays 7 beside 7.5
+                dataset = datasets.Dataset.from_dict(columns, datasets.Features(dataset.features | mixed))
+        elif files and not config_name:
+            read = [str(file) for file in files if file not in later]
+            dataset = datasets.load_dataset("parquet", data_files=read, split="train")
         elif local.is_dir() or hub_answers("data", path):
             dataset = datasets.load_dataset(str(local) if local.is_dir() else path, config_name, split=split)
         else:
@@ -734,7 +768,8 @@ def as_messages(value, role: str) -> list[dict]:
     turns = [value] if isinstance(value, dict) else value or [{}]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise RowError("that has neither a text nor a list of messages")
-    if unused := {key for turn in turns for key, said in turn.items() if said} - {"role", "content", "from", "value"}:
+    unused = {key for turn in turns for key, said in turn.items() if said not in (None, "", [], {})}
+    if unused := unused - {"role", "content", "from", "value"}:
         say_once(f"of messages only role and content are read, not {', '.join(sorted(unused))}")
     turns = [(turn.get("role") or turn.get("from"), turn.get("content") or turn.get("value")) for turn in turns]
     if not all(isinstance(text, str) and text.strip() for _, text in turns):
@@ -744,9 +779,9 @@ def as_messages(value, role: str) -> list[dict]:
     return [{"role": SPEAKERS[speaker], "content": text} for speaker, text in turns]
 
 
-def usable_rows(rows: Iterable, convert: Callable, what: str) -> list:
+def usable_rows(rows: Iterable, convert: Callable, what: str, say: bool = True) -> list:
     """`[convert(row) for row in rows]` without the rows for which it raises RowError: those are counted, and the
-    counts said. Raises ConfigError when they are the majority, or nothing is there."""
+    counts said if `say`. Raises ConfigError when they are the majority, or nothing is there."""
     kept, reasons = [], Counter()
     for row in rows:
         try:
@@ -756,7 +791,7 @@ def usable_rows(rows: Iterable, convert: Callable, what: str) -> list:
     said = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common())
     if len(kept) < max(1, reasons.total()):
         raise ConfigError(f"{what}: {len(kept) or 'no'} usable rows ({said or 'it is empty'})")
-    if reasons:
+    if reasons and say:
         logger.warning("%s: %d of %d rows left out: %s", what, reasons.total(), reasons.total() + len(kept), said)
     return kept
 
@@ -789,7 +824,7 @@ def read_rows(config: DataConfig, convert: Callable, optional: Mapping[str, Sequ
     note, say = (f" (not used: {ignored})", logger.warning) if ignored else ("", logger.info)
     say("data %s: %s, %d rows: %s%s", path, form, len(dataset), used, note)
     rows = usable_rows(dataset, lambda row: convert(row, form), "data")
-    digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
     return rows, {"path": path, "format": form, "rows": len(rows), "sha256": digest}
 
 
@@ -822,6 +857,10 @@ def as_chat_template(text: str, tokenizer) -> str:
     space, prompt = " " * (len(prompt) - len(prompt.rstrip(" "))), prompt.rstrip(" ")
     if "{instruction}" not in prompt:
         raise ConfigError("instruction_template: {instruction} is missing, or stands after {response}")
+    places = [re.findall(r"\{\w+\}", part) for part in (prompt, after)]
+    if strange := {*places[0]} - {"{instruction}", "{input}"} | {*places[1]}:
+        raise ConfigError(f"instruction_template: {min(strange)} is none of its places {{instruction}}, {{input}} and, "
+                          "once and after them, {response}")
     value = {"{instruction}": "{{ message['content'] }}", "{input}": "{{ message['input'] }}"}
     quoted = lambda text: "{{ " + json.dumps(text, ensure_ascii=False) + " }}"
     parts = [part for part in re.split(r"(\{instruction\}|\{input\})", prompt) if part]
@@ -856,17 +895,32 @@ def render_turns(tokenizer, messages: list[dict]) -> list[tuple[str, bool]]:
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     stop = re.compile(f"(?:{'|'.join(map(re.escape, {*special, tokenizer.eos_token}))})(?=\\s*$)")
     template = training_template(tokenizer, tokenizer.chat_template)
-    render = functools.partial(tokenizer.apply_chat_template, tokenize=False, chat_template=template)
-    pieces, done = [], 0
+    squeeze = lambda text: "".join(text.split())
+
+    def render(turns: list[dict], prompt: bool) -> str:
+        try:
+            return tokenizer.apply_chat_template(turns, tokenize=False, chat_template=template,
+                                                 add_generation_prompt=prompt)
+        except Exception as error:  # of Jinja: a template may refuse what it does not know
+            raise RowError(f"which the chat template refuses: {error}") from error
+
+    pieces, done = [], ""
     for index in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
-        prompt, answered = render(messages[:index], add_generation_prompt=True), render(messages[: index + 1])
+        if not index:
+            raise RowError("that begins with the assistant")
+        prompt, answered = render(messages[:index], True), render(messages[: index + 1], False)
         if not answered.startswith(prompt):
             raise RowError("which the chat template renders without its generation prompt")
+        if not prompt.startswith(done):
+            raise RowError("whose earlier turns the chat template changes; instruction_template would leave them")
         found = stop.search(answered, len(prompt))
         end = found.end() if found else len(answered)
         target = answered[len(prompt) : end] + ("" if found else tokenizer.eos_token)
-        pieces += [(prompt[done:], False), (target, True), (answered[end:], False)]
-        done = len(answered)
+        kept = squeeze(answered[len(prompt) : found.start() if found else end])
+        if kept and squeeze(messages[index]["content"]) not in kept:
+            raise RowError("of whose answer the chat template leaves a part out")
+        pieces += [(prompt[len(done):], False), (target, True), (answered[end:], False)]
+        done = answered
     return pieces
 
 
@@ -901,53 +955,53 @@ TROUBLES = {
 }
 
 
-def trouble(tokenizer, stops: Sequence[int], sequences: Sequence[tuple], cut: bool, context: int) -> str:
-    """Which of TROUBLES a row has, whose sequences are (input_ids, labels, or None where nothing is imitated)."""
+def trouble(tokenizer, stops: Sequence[int], sequences: Sequence[tuple], cut: bool, context: int, chat: bool) -> str:
+    """Which of TROUBLES a row has, whose sequences are (input_ids, labels, or None where nothing is imitated). What no
+    prompt precedes is no `chat`: a piece of it may begin and end anywhere."""
     if any(ids[:2] == [tokenizer.bos_token_id] * 2 for ids, _ in sequences):
         return "doubled"
     if not cut and max(len(ids) for ids, _ in sequences) > context:
         return "beyond"
-    for ids, labels in sequences:
+    for ids, labels in sequences if chat else ():
         learnt = [t for t, label in enumerate(labels or ()) if label != IGNORE]
         if labels and not {ids[t] for t in learnt} - {*stops}:
             return "silent"
         text = lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         again = lambda ids: tokenizer(text(ids), add_special_tokens=False).input_ids
-        if learnt and again(ids) == ids and again(ids[: learnt[0]]) != ids[: learnt[0]]:
+        if learnt and not cut and again(ids) == ids and again(ids[: learnt[0]]) != ids[: learnt[0]]:
             return "moved"
     ids, labels = sequences[-1]
-    return "unstopped" if labels and not cut and labels[-1] not in stops else ""
+    return "unstopped" if chat and labels and not cut and labels[-1] not in stops else ""
 
 
-def look(stage: BaseStage, tokenizer, context: int) -> SimpleNamespace | None:
+def look(stage: BaseStage, tokenizer, context: int, say: bool = False) -> SimpleNamespace | None:
     """Encode the first rows of a checked stage as its training will: the tokens of each, how many lose something, an
     example. None for a stage that does not say what it makes of a row. Raises ConfigError, with the remedy, for what
-    would teach nothing, or other than it should."""
-    prepare_tokenizer(tokenizer, stage.config, stage.needs_chat_template)
-    found, stops = SimpleNamespace(lengths=[], cut=0, example=None, keys=set()), stop_tokens(tokenizer)
+    would teach nothing, or other than it should. `say`: how many are left out, as the training will."""
+    prepare_tokenizer(tokenizer, stage.config, chat := stage.needs_chat_template)
+    found, stops = SimpleNamespace(lengths=[], cut=0, whole=0, example=None, keys=set()), stop_tokens(tokenizer)
     for side, rows in zip(("training", "evaluation"), stage.data or ()):
-        for row in rows[:SEEN]:
-            try:
-                made = stage.sequences(row, tokenizer, context)
-            except RowError:  # counted where it is left out
-                continue
+        make = lambda row: (row, stage.sequences(row, tokenizer, context))
+        for row, made in usable_rows(rows[:SEEN], make, f"{side} data", say) if rows else ():
             if made is None:
                 return None
             sequences, cut = made
-            keys = {hash(tuple(ids)) for ids, _ in sequences}
+            keys = {hash(tuple(ids)) for ids, _ in sequences} if chat else {str(row)}
             leaked = side == "evaluation" and keys & found.keys
-            if wrong := "leaked" if leaked else trouble(tokenizer, stops, *made, context):
+            if wrong := "leaked" if leaked else trouble(tokenizer, stops, sequences, cut, context, chat):
                 raise ConfigError(f"a row of the {side} data: {TROUBLES[wrong].format(context=context)}. The row: "
                                   f"{tokenizer.decode(sequences[0][0])[:200]!r}")
             if side == "training":
                 found.keys |= keys
                 found.lengths.append(max(len(ids) for ids, _ in sequences))
                 found.cut += cut
+                found.whole += any(labels and labels[-1] in stops for _, labels in sequences)
                 found.example = found.example or sequences[0]
     if (share := found.cut / (len(found.lengths) or 1)) > 0.1:
-        limit = vars(stage.config)["max_seq_length"]
-        said = f"{100 * share:.0f}% of the training rows are cut at max_seq_length={limit}"
-        if share == 1:
+        limits = ("max_seq_length", "max_prompt_length")
+        given = [f"{name}={limit}" for name in limits if (limit := vars(stage.config).get(name))]
+        said = f"{100 * share:.0f}% of the training rows are cut at {' or '.join(given)}"
+        if not found.whole:
             raise ConfigError(f"{said}, so that none ends in a token that ends a turn; raise it")
         logger.warning("%s", said)
     return found
@@ -973,7 +1027,7 @@ def describe(stage: BaseStage, tokenizer, shape) -> tuple[list[str], float]:
         lines.append(f"data        {data['path']}: {data['rows']} rows, {len(stage.data[0])} to train on and "
                      f"{len(stage.data[1])} to evaluate on; format {data['format']}, since it has the columns "
                      f"{', '.join(config.formats[data['format']])}")
-    found = look(stage, tokenizer, shape.config.max_position_embeddings)
+    found = look(stage, tokenizer, shape.config.max_position_embeddings, say=True)
     if not found or not found.lengths:
         return lines, 0.0
     quantile = sorted(found.lengths)

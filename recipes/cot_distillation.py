@@ -124,6 +124,8 @@ def convert(row: dict, form: str) -> dict:
     """{"question", "rationale", "answer", "type"}; None where the row has none."""
     columns = dict(zip(("question", *("rationale", "answer")[-len(FORMATS[form]) + 1 :]), FORMATS[form]))
     found = {name: row[columns[name]] if name in columns else None for name in ("question", "rationale", "answer")}
+    if any(isinstance(value, list | dict) for value in found.values()):
+        raise RowError("with a list where a text is expected")
     question, rationale, answer = (None if v is None or not str(v).strip() else str(v).strip() for v in found.values())
     if form == "instruction-output" and row.get("input"):
         question = f"{question}\n\n{row['input']}"

@@ -131,6 +131,8 @@ def to_pair(row: dict, form: str) -> dict:
         first, second = (second, first) if winner in ("2", "b", second) else (first, second)
     answers = [as_messages(row[column], "assistant") for column in (first, second)]
     chosen, rejected = (prompt + side if side[0]["role"] == "assistant" else side for side in answers)
+    if not all(turn in side for turn in prompt for side in (chosen, rejected)):
+        raise RowError("whose prompt is not in its answers, which are whole conversations")
     if chosen == rejected:
         raise RowError("with identical answers")
     shared = next(n for n, (a, b) in enumerate(zip([*chosen, None], [*rejected, None])) if a != b)
@@ -177,7 +179,7 @@ def encode(row: dict, tokenizer, config: DPOConfig) -> dict:
     if room < 1:
         raise RowError(f"whose prompt leaves no room for an answer within {config.max_seq_length} tokens")
     texts, labels = ([side[:room] for side in column] for column in zip(*sides))
-    if texts[0] == texts[1] and "label" not in row:
+    if "label" not in row and texts[0] == texts[1]:
         raise RowError(f"whose answers are equal within {config.max_seq_length} tokens")
     cut = (limit < len(whole), *(len(ids) > room for ids, _ in sides))
     label = {"label": torch.tensor(row["label"])} if "label" in row else {}
@@ -423,10 +425,9 @@ class DPOStage(BaseStage):
         return rows
 
     def sequences(self, row, tokenizer, context):
-        answers = [row[side] for side in ("chosen", "rejected", "completion") if side in row]
-        prompt, sides = encode_answers(row["prompt"], answers, tokenizer)
-        whole = [(prompt + ids, [IGNORE] * len(prompt) + labels) for ids, labels in sides]
-        return whole, max(len(ids) for ids, _ in whole) > self.config.max_seq_length
+        made = encode(row, tokenizer, self.config)
+        before, sides = [IGNORE] * len(made["prompt"]), zip(made["answers"], made["labels"])
+        return [(made["prompt"] + ids, before + labels) for ids, labels in sides], any(made["cut"])
 
     def work(self, lengths):
         steps, tokens, passes, rows = super().work(lengths)

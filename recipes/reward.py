@@ -84,6 +84,8 @@ def to_pair(row: dict, form: str) -> dict:
         first, second = (second, first) if winner in ("2", "b", second) else (first, second)
     answers = [as_messages(row[column], "assistant") for column in (first, second)]
     chosen, rejected = (prompt + side if side[0]["role"] == "assistant" else side for side in answers)
+    if not all(turn in side for turn in prompt for side in (chosen, rejected)):
+        raise RowError("whose prompt is not in its answers, which are whole conversations")
     if chosen == rejected:
         raise RowError("with identical answers")
     shared = next(n for n, (a, b) in enumerate(zip([*chosen, None], [*rejected, None])) if a != b)
@@ -202,7 +204,7 @@ class RewardStage(BaseStage):
         return steps, 2 * tokens, passes, 2 * rows
 
     def prepare_model_and_tokenizer(self, model, tokenizer, previous_result=None):
-        if model is not None and not previous_result.model_path:
+        if model is not None and not (previous_result and previous_result.model_path):
             raise ConfigError("a reward model starts from a folder: set save_intermediate in the stage before")
         model, tokenizer = super().prepare_model_and_tokenizer(None, None, previous_result)
         # transformers takes the score at the last token that is not padding, so padding must not be what ends a turn

@@ -13,10 +13,11 @@ Run it on a laptop, and as QLoRA on a GPU:
     python recipes/sft.py --model=Qwen/Qwen3-8B --data=my_chats.jsonl --use_4bit --output_dir=outputs/qwen
 """
 
+import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -74,9 +75,10 @@ def to_messages(row: dict, form: str, separate_input: bool = False) -> list[dict
     *asked, answer = (row[column] for column in FORMATS[form])
     given = row.get("input") if form == "alpaca" else None
     asked += [given] if given and not separate_input else []
-    (question,) = as_messages(None if None in asked else "\n\n".join(map(str, asked)), "user")
-    return [question | ({"input": given or ""} if separate_input else {}),
-            *as_messages(None if answer is None else str(answer), "assistant")]
+    texts = all(isinstance(value, str | int | float) for value in asked)
+    turns = as_messages(asked[0] if len(asked) == 1 else "\n\n".join(map(str, asked)) if texts else None, "user")
+    turns[-1] |= {"input": given or ""} if separate_input else {}
+    return [*turns, *as_messages(answer, "assistant")]
 
 
 def to_text(row: dict) -> str:
@@ -91,8 +93,10 @@ def encode(row: list[dict] | str, tokenizer, max_length: int) -> tuple[list[dict
     as it takes."""
     shortened = False
     if isinstance(row, str):
-        ids, labels = encode_turns(tokenizer, [(row + tokenizer.eos_token, True)])
-        starts: Sequence[int] = range(0, len(ids), max_length)
+        begin = tokenizer.bos_token if tokenizer.bos_token_id in tokenizer("a").input_ids else ""
+        ids, labels = encode_turns(tokenizer, [(begin + row.removeprefix(begin) + tokenizer.eos_token, True)])
+        starts = [*range(0, len(ids), max_length)]
+        starts[-1] -= len(starts) > 1 and starts[-1] + 1 == len(ids)  # alone, the last token would not be learnt
     else:
         ids, labels = encode_turns(tokenizer, render_turns(tokenizer, row))
         fits = labels[:max_length]
@@ -102,7 +106,7 @@ def encode(row: list[dict] | str, tokenizer, max_length: int) -> tuple[list[dict
         shortened = ends[-1] < len(ids)
         ids, labels, starts = ids[: ends[-1]], labels[: ends[-1]], [0]
     labels = [IGNORE if t in starts else label for t, label in enumerate(labels)]  # nothing precedes a first token
-    pieces = ((ids[t : t + max_length], labels[t : t + max_length]) for t in starts)
+    pieces = ((ids[start:end], labels[start:end]) for start, end in itertools.pairwise([*starts, len(ids)]))
     as_tensor = lambda values: torch.tensor(values, dtype=torch.int32)
     learnt = [(i, y) for i, y in pieces if any(label != IGNORE for label in y)]
     return [{"input_ids": as_tensor(i), "labels": as_tensor(y)} for i, y in learnt], shortened

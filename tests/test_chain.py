@@ -173,6 +173,51 @@ def test_a_copied_recipe_runs_by_its_path(pipeline, tmp_path):
     assert [result.success for result in results] == [True, True] and (tmp_path / "out/02_my_sft/model.safetensors").exists()
 
 
+def test_in_one_process_a_changed_recipe_runs_as_it_is_now_and_two_of_one_name_are_two(pipeline, tmp_path):
+    paths, source = [tmp_path / name / "mine.py" for name in "ab"], (
+        "import sys; sys.path.insert(0, {!r})\nfrom common import BaseStage\n\n\nclass Mine(BaseStage):\n    stage_name = 'mine'\n\n"
+        "    def train(self, model, tokenizer):\n        return {{'which': {}}}\n\n"
+        "    def prepare_model_and_tokenizer(self, *_):\n        return None, None\n\n"
+        "    def save_model_and_tokenizer(self, model, tokenizer):\n        return self.config.output_dir\n")
+
+    def write(path, which):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(source.format(str(ROOT), which))
+
+    for number, path in enumerate(paths):
+        write(path, number)
+    run = lambda: Pipeline.from_yaml(pipeline([str(path) for path in paths], save_final_model=False)).run()
+    assert [result.metrics["which"] for result in run()] == [0, 1]
+    write(paths[1], 2)
+    assert [result.metrics["which"] for result in run()] == [0, 2]
+    again = Pipeline.from_yaml(pipeline([str(path) for path in paths], save_final_model=False))
+    assert [result.metrics["which"] for result in again.run()] == [result.metrics["which"] for result in again.run()] == [0, 2]
+    assert json.loads((tmp_path / "out/pipeline.json").read_text())["state"] == {"finished": True}
+
+
+def test_code_that_changed_after_it_was_imported_does_not_run(pipeline, tmp_path, monkeypatch):
+    """It would leave the old code's results under the new code's fingerprint."""
+    helper = tmp_path / "helper_that_changes.py"
+    helper.write_text("TAGS = 1\n")
+    source = (ROOT / "recipes/sft.py").read_text().replace("parents[1]", f"parents[1] / {str(ROOT)!r}")
+    (tmp_path / "my_sft.py").write_text(source.replace("import torch\n", "import torch\nfrom helper_that_changes import TAGS  # noqa\n", 1))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = pipeline([str(tmp_path / "my_sft.py")], {"my_sft": {"dataset_name_or_path": str(tmp_path / "data.jsonl"), "max_steps": 1}})
+    assert Pipeline.from_yaml(path).run()[0].success
+    helper.write_text("TAGS = 2\n")
+    result = Pipeline.from_yaml(path).run()[0]
+    assert not result.success and "helper_that_changes.py changed since it was imported here; start Python anew" in result.error_message
+
+
+def test_what_starts_from_a_folder_follows_what_leaves_one(pipeline, data):
+    unsaved = {"sft": {"dataset_name_or_path": data, "save_intermediate": False}}
+    for folder, stage, options in (("02_reward", "reward", {}), ("02_dpo", "dpo", {"use_4bit": True})):
+        configs = unsaved | {stage: {"preference_dataset_path": "examples/preferences.jsonl", **options}}
+        with pytest.raises(ConfigError, match=f"stage {folder} starts from a folder: set save_intermediate in the stage before"):
+            Pipeline.from_yaml(pipeline(["sft", stage], configs))
+        Pipeline.from_yaml(pipeline([stage], configs))
+
+
 def test_a_stage_that_cannot_be_imported_is_refused(pipeline, tmp_path):
     (tmp_path / "mine.py").write_text("import no_such_package\n")
     with pytest.raises(ConfigError, match="stage .*mine.py cannot be imported: No module named 'no_such_package'"):

@@ -123,6 +123,38 @@ def test_rows_beyond_the_context_are_refused_and_plain_text_is_not(tmp_path, wor
     assert common.look(stage_on(tmp_path, [{"text": "long " * 50}]), words, 64)
 
 
+def test_plain_text_may_begin_and_end_anywhere(tmp_path, words):
+    """Inside a character's bytes, after one token, with a piece that another text has too; but not twice."""
+    texts = ["\u00e9t\u00e9", "\u2192", "a", "Licence. " * 9 + "One.", "Licence. " * 9 + "Two.", *("ab" * n for n in range(2, 9))]
+    for length in (5, 6, 7, 512):
+        stage = stage_on(tmp_path, [{"text": text} for text in texts], max_seq_length=length, validation_split=0.3)
+        assert stage.data[1] and len(common.look(stage, words, 512).lengths) == len(stage.data[0])
+    stage.data[1].append(stage.data[0][0])
+    with pytest.raises(ConfigError, match="it is trained on too"):
+        common.look(stage, words, 512)
+
+
+def test_what_will_be_left_out_is_counted_before_and_refused_where_it_is_most(tmp_path, words, caplog):
+    long = [{"question": "long " * 50, "answer": "yes"}]
+    for say in (False, True):
+        common.look(stage_on(tmp_path, ROWS + long, max_seq_length=64), words, 512, say)
+        assert ("training data: 1 of 13 rows left out: 1 with no answer that ends within 64 tokens" in caplog.text) is say
+    with pytest.raises(ConfigError, match="training data: no usable rows .1 with no answer that ends within 64 tokens"):
+        common.look(stage_on(tmp_path, long, max_seq_length=64), words, 512)
+
+
+def test_prompts_and_answers_that_are_cut_are_seen_as_training_sees_them(tmp_path, words, caplog):
+    settings = dict(model_name_or_path="tiny", validation_split=0.0, output_dir=str(tmp_path))
+    pairs = [{"prompt": f"{n} " + "why " * 60, "chosen": "yes", "rejected": "no " * 60} for n in range(8)]
+    path = write(tmp_path / "pairs.jsonl", pairs)
+    stage = dpo.DPOStage(dpo.DPOConfig(preference_dataset_path=path, max_prompt_length=40, max_seq_length=80, **settings))
+    stage.check()
+    found = common.look(stage, words, 512)
+    assert found.cut == 8 and max(found.lengths) == 80 and "are cut at max_seq_length=80 or max_prompt_length=40" in caplog.text
+    chats = [{"messages": [{"role": role, "content": f"{n} {word}"} for word in ("a", "b " * 50) for role in ("user", "assistant")]} for n in range(8)]
+    assert common.look(stage_on(tmp_path, chats, max_seq_length=64), words, 512).cut == 8  # their first answers end
+
+
 def test_a_row_on_both_sides_is_refused(tmp_path, words):
     twice = [row | {"source": str(n)} for row in ROWS for n in range(2)]
     settings = rl.RLConfig(model_name_or_path="tiny", prompt_dataset_path=write(tmp_path / "twice.jsonl", twice), reward=["exact"],
@@ -142,10 +174,11 @@ def test_heavy_truncation_is_said_and_total_truncation_refused(tmp_path, words, 
     stage = dpo.DPOStage(dpo.DPOConfig(**settings, max_seq_length=60))
     stage.check()
     assert common.look(stage, words, 512).cut == 3 and "25% of the training rows are cut at max_seq_length=60" in caplog.text
-    stage = dpo.DPOStage(dpo.DPOConfig(**settings, max_seq_length=9))
-    stage.check()
-    with pytest.raises(ConfigError, match="100% of the training rows are cut at max_seq_length=9, so that none ends"):
-        common.look(stage, words, 512)
+    for length, said in ((17, "100% of the training rows are cut at max_seq_length=17, so that none ends"), (9, "no usable rows .12 whose prompt leaves no room")):
+        stage = dpo.DPOStage(dpo.DPOConfig(**settings, max_seq_length=length))
+        stage.check()
+        with pytest.raises(ConfigError, match=said):
+            common.look(stage, words, 512)
 
 
 def test_too_little_disk_is_refused(tmp_path):

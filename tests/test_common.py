@@ -13,6 +13,7 @@ import sft
 import torch
 from conftest import ROOT, make_model
 
+import chain
 import common
 from common import BaseStage, ConfigError, FitConfig, StageConfig, StageResult, TrainingConfig
 
@@ -550,3 +551,57 @@ def test_freed_tensors_leave_no_holes():
     held = [int(subprocess.run([sys.executable, "-c", HOLES], cwd=ROOT, capture_output=True, text=True, check=True,
                                env=os.environ | {"THP_MEM_ALLOC_ENABLE": flag}).stdout) for flag in ("0", "1")]
     assert held[1] < 0.7 * held[0]
+
+
+def test_the_same_stage_again_reads_its_options_and_data_again(tmp_path, model_dir, data):
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps({"question": f"{n}?", "answer": f"no {n}"}) + "\n" for n in range(9)))
+    stage = sft.SFTStage(sft.SFTConfig(model_name_or_path=model_dir, dataset_name_or_path=data, max_steps=1, output_dir=str(tmp_path / "o")))
+    assert stage.execute().success and stage.lineage["data"]["rows"] == 24
+    stage.config.dataset_name_or_path = str(tmp_path / "other.jsonl")
+    assert stage.execute().success
+    found = json.loads((tmp_path / "o/stage.json").read_text())
+    assert found["data"]["rows"] == 9 and found["fingerprint"]["options"]["dataset_name_or_path"].endswith("other.jsonl")
+
+
+def test_a_model_handed_to_a_stage_that_fails_is_as_it_was(tmp_path, model, tokenizer, data):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    stage = sft.SFTStage(sft.SFTConfig(model_name_or_path="tiny", dataset_name_or_path=data, max_steps=1, output_dir=str(tmp_path / "o")))
+    train, stage.train = stage.train, lambda *_: 1 / 0
+    failed = stage.execute(model, tokenizer)
+    assert not failed.success and "ZeroDivisionError" in failed.error_message
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items()) and before.keys() == model.state_dict().keys()
+    stage.train = train
+    assert stage.execute(model, tokenizer).success
+    with pytest.raises(ConfigError, match="the stage before failed: ZeroDivisionError"):
+        stage.execute(previous_result=failed)
+
+
+def test_a_home_folder_is_found_in_output_dir(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert sft.SFTConfig(output_dir="~/o").output_dir == chain.PipelineConfig(output_dir="~/o").output_dir == f"{tmp_path}/o"
+
+
+def test_a_stage_that_a_notebook_defines_anew_is_another(tmp_path):
+    import linecache
+    import types
+
+    def stage(number):
+        """As IPython runs a cell: in a module without a file, its source in linecache."""
+        source = f"from common import BaseStage, StageConfig\nclass Mine(BaseStage):\n    def train(self, model, tokenizer):\n        return {{'n': {number}}}\n"
+        module = sys.modules["a_notebook"] = types.ModuleType("a_notebook")
+        linecache.cache[f"<cell {number}>"] = (len(source), None, source.splitlines(True), f"<cell {number}>")
+        exec(compile(source, f"<cell {number}>", "exec"), vars(module))
+        return module.Mine(StageConfig(output_dir=str(tmp_path)))
+
+    one, two, three = (stage(number).fingerprint() for number in (1, 1, 2))
+    assert one == two != three and common.differences(two, three) == "train() changed"
+
+
+@pytest.mark.parametrize("template, said", [
+    ("{context} {instruction} {response}", "{context} is none of its places"), ("{instruction} {response} {response}", "{response} is none of its places"),
+    ("{response} {instruction}", "is missing, or stands after"),
+])
+def test_an_instruction_template_has_its_places_and_no_others(tokenizer, template, said):
+    with pytest.raises(ConfigError, match=said):
+        common.as_chat_template(template, tokenizer)
+    assert common.as_chat_template("{instruction} {input} {response} {}", tokenizer)

@@ -97,6 +97,7 @@ def test_messages_share_their_longest_prefix_and_optional_columns_join_the_promp
     ({"chosen": "b", "rejected": "c"}, "chosen-rejected", "follow one prompt"),
     ({"chosen": [USER, GOOD], "rejected": [USER]}, "chosen-rejected", "follow one prompt"),
     ({"chosen": [{"role": "dog", "content": "wow"}], "rejected": [BAD]}, "chosen-rejected", "unknown speaker"),
+    ({"prompt": [{"role": "system", "content": "Be brief."}, USER], "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "prompt-chosen-rejected", "prompt is not in"),
 ])
 def test_rows_that_show_no_preference_say_why(row, form, reason):
     with pytest.raises(RowError, match=reason):

@@ -172,3 +172,9 @@ def test_a_reward_model_is_never_lost(model_dir, model, tokenizer, pairs, tmp_pa
     stage = reward.RewardStage(config(tmp_path, model_name_or_path=model_dir, preference_dataset_path=pairs, max_steps=1))
     with pytest.raises(ConfigError, match="set save_intermediate in the stage before"):
         stage.execute(model, tokenizer, common.StageResult("sft", True))
+
+
+def test_a_model_in_memory_alone_is_refused_with_the_remedy(tmp_path, pairs, model, tokenizer):
+    stage = reward.RewardStage(config(tmp_path, preference_dataset_path=pairs))
+    with pytest.raises(ConfigError, match="a reward model starts from a folder: set save_intermediate"):
+        stage.execute(model, tokenizer)

@@ -2,7 +2,9 @@
 
 import json
 
+import cot_distillation
 import pytest
+import rl
 import sft
 import torch
 from conftest import make_model
@@ -103,6 +105,43 @@ def test_a_template_that_rewrites_earlier_turns_is_replaced_by_trls(tokenizer):
     assert encode_turns(tok, render_turns(tok, CHAT)) == encode_turns(tokenizer, render_turns(tokenizer, CHAT))
 
 
+MESSAGE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ CONTENT }}<|im_end|>\n{% endfor %}"
+PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+@pytest.mark.parametrize("template, turns, said", [
+    ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + MESSAGE, CHAT, "refuses: System role"),
+    (MESSAGE, CHAT[2:], "that begins with the assistant"),
+    (MESSAGE.replace("CONTENT", "m['content'].split('</think>')[-1]"), [*CHAT[1:2], {"role": "assistant", "content": "<think>long</think>Uno."}], "leaves a part out"),
+    (MESSAGE.replace("CONTENT", "m['content'] if loop.last or m['role'] == 'user' else m['content'].split('</think>')[-1]"),
+     [*CHAT[1:2], {"role": "assistant", "content": "<think>long</think>Uno."}, *CHAT[3:]], "earlier turns the chat template changes"),
+    (MESSAGE + "{% if not add_generation_prompt %}<|endoftext|>{% endif %}", CHAT, "earlier turns the chat template changes"),
+])
+def test_a_row_that_the_template_would_garble_is_left_out(tokenizer, template, turns, said, monkeypatch):
+    import copy
+
+    monkeypatch.setattr(common, "training_template", lambda tokenizer, template: template)  # as of a template that TRL does not know
+    tok = copy.deepcopy(tokenizer)
+    tok.chat_template = template.replace("CONTENT", "m['content']") + PROMPT
+    with pytest.raises(RowError, match=said):
+        render_turns(tok, turns)
+    render_turns(tok, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+
+
+def test_several_turns_by_phi_are_left_out_and_one_is_learnt(tokenizer):
+    """Its template, and TRL's version of it, end every conversation in a token that is not there when another turn follows."""
+    import copy
+    from pathlib import Path
+
+    import trl
+
+    tok = copy.deepcopy(tokenizer)
+    tok.chat_template = (Path(trl.__file__).parent / "chat_templates/phi3.jinja").read_text()
+    assert "Uno." in targets(tok, *encode_turns(tok, render_turns(tok, CHAT[1:3])))[0]
+    with pytest.raises(RowError, match="earlier turns the chat template changes"):
+        render_turns(tok, CHAT[1:])
+
+
 def test_an_answer_that_merges_with_its_prompt_is_refused(tokenizer):
     with pytest.raises(RowError, match="inside a token"):
         encode_turns(tokenizer, [("Remind m", False), ("e to", True)])
@@ -125,6 +164,26 @@ def test_long_text_is_split_and_nothing_is_lost(tokenizer):
     assert not shortened
     assert all(len(piece["input_ids"]) <= 32 for piece in pieces) and all(p["labels"][0] == IGNORE for p in pieces)
     assert tokenizer.decode(torch.cat([piece["input_ids"] for piece in pieces])) == text + "<|endoftext|>"
+    count = sum(len(piece["input_ids"]) for piece in pieces)
+    for length in range(3, 40):  # its end is learnt too, also where it would stand alone
+        pieces, _ = sft.encode(text, tokenizer, length)
+        assert sum(len(piece["input_ids"]) for piece in pieces) == count and pieces[-1]["labels"][-1] == tokenizer.eos_token_id != IGNORE
+        assert all(len(piece["input_ids"]) <= length for piece in pieces)
+
+
+def test_text_begins_as_the_tokenizer_begins_texts(tokenizer):
+    import copy
+
+    from tokenizers.processors import TemplateProcessing
+
+    tok = copy.deepcopy(tokenizer)
+    tok.bos_token = "<|im_start|>"
+    bos = tok.bos_token_id
+    assert sft.encode("hello", tok, 99)[0][0]["input_ids"][0] != bos
+    tok.backend_tokenizer.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", bos)])
+    for text in ("hello", "<|im_start|>hello"):
+        (piece,), _ = sft.encode(text, tok, 99)
+        assert piece["input_ids"].tolist() == tok("hello<|endoftext|>").input_ids and (piece["labels"] == IGNORE).tolist() == [True] + [False] * (len(piece["labels"]) - 1)
 
 
 # -- data formats -----------------------------------------------------------------------------------------------------
@@ -155,6 +214,63 @@ def test_alpaca_input_and_context(tmp_path):
     row = {"context": "Numbers.", "question": "1+2?", "answer": "3"}
     assert common.detect_format(list(row), sft.FORMATS) == "context-question-answer"
     assert sft.to_messages(row, "context-question-answer")[0]["content"] == "Numbers.\n\n1+2?"
+
+
+def test_prompt_and_completion_may_be_messages_and_nothing_else_that_is_no_text():
+    asked, answer = ROWS["messages"]["messages"]
+    system = {"role": "system", "content": "Be brief."}
+    assert sft.to_messages({"prompt": [system, asked], "completion": [answer]}, "prompt-completion") == [system, asked, answer]
+    for form, row in (("question-answer", {"question": "Where?", "answer": ["Paris", "paris"]}), ("alpaca", ALPACA | {"output": {"text": "3"}}),
+                      ("alpaca", ALPACA | {"input": ["1", "2"]}), ("context-question-answer", {"context": {"a": 1}, "question": "b", "answer": "c"})):
+        with pytest.raises(RowError):
+            sft.to_messages(row, form)
+    with pytest.raises(RowError):
+        cot_distillation.convert({"question": [asked], "answer": "3"}, "question-answer")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_every_file_of_a_folder_is_read_but_hidden_ones(tmp_path, kind):
+    import datasets
+
+    folder = tmp_path / "rows"
+    (folder / ".ipynb_checkpoints").mkdir(parents=True)
+    for n, name in enumerate(("train", "extra", "._train", ".ipynb_checkpoints/train")):
+        rows = datasets.Dataset.from_list([{"question": f"{n}?", "answer": str(n)}])
+        getattr(rows, "to_json" if kind == "jsonl" else "to_parquet")(folder / f"{name}.{kind}")
+    assert sorted(common.load_dataset_from_path(str(folder))["answer"]) == ["0", "1"]
+    datasets.DatasetDict(train=rows).save_to_disk(tmp_path / "dict")
+    with pytest.raises(ConfigError, match="holds several data sets; give one's folder, such as .*train"):
+        common.load_dataset_from_path(str(tmp_path / "dict"))
+
+
+def test_texts_and_numbers_are_as_they_stand(tmp_path):
+    read = lambda name, text: (tmp_path / name).write_text(text) and [*common.load_dataset_from_path(str(tmp_path / name))]
+    numbers = read("a.jsonl", '{"question": "a", "answer": 7}\n{"question": "b", "answer": 7.5}\n{"question": NaN, "answer": null}\n')
+    assert [str(row["answer"]) for row in numbers] == ["7", "7.5", "None"] and numbers[2]["question"] is None
+    assert read("a.csv", 'question,answer\n"a, b",007\n"c\nd",NA\n') == [{"question": "a, b", "answer": "007"}, {"question": "c\nd", "answer": "NA"}]
+    with pytest.raises(ConfigError, match="row 1 has more cells than the header"):
+        read("b.csv", "question,answer\nHello, world,foo\na,b\n")
+    with pytest.raises(ConfigError, match="c.csv cannot be read"):
+        read("c.csv", 'question,answer\n"a,b\n')
+
+
+def test_dates_of_a_parquet_file_do_not_stop_a_run(tmp_path):
+    import datetime
+
+    import datasets
+
+    rows = [{"question": f"{n}?", "answer": str(n), "when": datetime.datetime(2026, 1, n + 1)} for n in range(3)]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    stage = rl.RLStage(rl.RLConfig(model_name_or_path="tiny", prompt_dataset_path=str(tmp_path / "rows.parquet"), reward="length", reward_length=3))
+    stage.check()
+    stage.functions["length"].stop()
+    assert stage.lineage["data"]["rows"] == 3
+
+
+def test_marks_on_a_message_that_are_not_read_are_said(caplog):
+    common.say_once.cache_clear()
+    common.as_messages([{"role": "user", "content": "a", "weight": 0, "tool_calls": None, "name": ""}], "user")
+    assert "not weight" in caplog.text and "tool_calls" not in caplog.text
 
 
 def test_unknown_and_ambiguous_columns_are_refused():
