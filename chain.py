@@ -133,7 +133,7 @@ class Pipeline:
             raise ConfigError(f"until={config.until} stands before from_stage={config.from_stage}: nothing would run")
         saved = True  # whether the model that a stage is handed lies in a folder too
         for folder, stage in zip(self.folders, self.stages):
-            if stage.config.enabled and not saved and (stage.task == "SEQ_CLS" or stage.config.quantized):
+            if stage.config.enabled and not saved and (stage.needs_folder or stage.config.quantized):
                 raise ConfigError(f"stage {folder} starts from a folder: set save_intermediate in the stage before")
             saved = stage.config.save_intermediate if stage.config.enabled and stage.hands_on else saved
             for option, name in links(stage.config).items():
@@ -253,7 +253,7 @@ class Pipeline:
                     return self.results
                 result = current
             if len(self.results) == len(self.enabled):
-                kept = len(known) == len(self.results) and any((out / "final").glob("*.safetensors"))
+                kept = len(known) == len(self.results) and self.has_final()
                 if config.save_final_model and result and not kept and (result.model or result.model_path):
                     self.save_final(result, out / "final")
                 if config.cleanup_intermediate and is_main_process():
@@ -280,11 +280,12 @@ class Pipeline:
             first, anew = wanted, True
         results = [stage.recorded() for _, stage in running[:first]]
         kept = lambda path: path and any(Path(path).glob("*.safetensors"))
-        if first < len(running) or not kept(str(Path(config.output_dir, "final"))):
+        if first < len(running) or not self.has_final():
             while first and not kept(results[first - 1].model_path) and any(s.hands_on for _, s in running[:first]):
                 first -= 1  # its weights were not kept
         if 0 < first < len(running) or (first < len(running) and Path(running[0][1].config.output_dir).exists()):
-            logger.info("from %s on: %s", running[first][0], reasons[first] or "as asked")
+            why = reasons[first] or ("as asked" if anew else "its weights are gone")
+            logger.info("from %s on: %s", running[first][0], why)
         for _, stage in running[first:]:
             if anew and "resume_from_checkpoint" in vars(stage.config):
                 stage.config.resume_from_checkpoint = False
@@ -299,15 +300,23 @@ class Pipeline:
             raise ConfigError(f"stage {stage} leaves no {name}, but {', '.join(result.artifacts) or 'nothing'}")
         return left[0]
 
+    def marks(self) -> list[Path]:
+        """What tells whose model OUT/final has, and whose the last stage that hands one on has left."""
+        makers = [stage.config.output_dir for stage in self.stages if stage.config.enabled and stage.hands_on]
+        return [Path(folder, "fingerprint.json") for folder in (f"{self.config.output_dir}/final", *makers[-1:])]
+
+    def has_final(self) -> bool:
+        return all(file.exists() for file in self.marks()) and len({file.read_bytes() for file in self.marks()}) == 1
+
     def save_final(self, result: StageResult, folder: Path) -> None:
         """OUT/final: the last stage's model, by hard links where the file system has them."""
         if result.model_path is None:
             save_model(result.model, result.tokenizer, str(folder))
+            shutil.copy(*self.marks()[::-1])
             return
         if not is_main_process():
             return
-        names = ("adapter", "checkpoints*", "runs", "wandb", "stage*", "fingerprint.json", "*.jsonl", "*.log", ".*")
-        records = shutil.ignore_patterns(*names)
+        records = shutil.ignore_patterns("adapter", "checkpoints*", "runs", "wandb", "stage*", "*.jsonl", "*.log", ".*")
         with written_aside(folder) as aside:
             try:
                 shutil.copytree(result.model_path, aside, ignore=records, copy_function=os.link, dirs_exist_ok=True)

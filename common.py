@@ -255,6 +255,9 @@ class TrainingConfig(ModelConfig):
             raise ConfigError("lora_r=0 trains all weights, and quantized ones cannot train; set lora_r=16")
         names = "lora_alpha lora_dropout lora_target_modules lora_bias use_dora use_rslora"
         self.refuse_unread(not self.lora_r, names, "with lora_r=0")
+        self.refuse_unread(self.lr_scheduler_type == "constant", "warmup_ratio", "with lr_scheduler_type=constant")
+        if self.use_dora and self.use_8bit and default_device().type == "cpu":
+            raise ConfigError("use_dora and use_8bit do not go together on a CPU; use_4bit does")
         if self.torch_dtype == "float16" and not self.lora_r:
             raise ConfigError("torch_dtype=float16 with lora_r=0 underflows; write auto, bfloat16 or float32")
         if isinstance(named := self.resume_from_checkpoint, str) and (wrong := damage(Path(named))):
@@ -307,6 +310,8 @@ class FitConfig(DataConfig, TrainingConfig):
 
     def validate(self) -> None:
         super().validate()
+        if self.torch_dtype == "float16" and default_device().type == "cpu":
+            raise ConfigError("torch_dtype=float16 does not train on a CPU; write auto, bfloat16 or float32")
         best = self.load_best_model_at_end or self.early_stopping_patience
         if best and not self.eval_steps:
             raise ConfigError("load_best_model_at_end and early_stopping_patience compare evaluations; set eval_steps")
@@ -346,6 +351,7 @@ class BaseStage:
     config_class: type[StageConfig] = StageConfig
     needs_chat_template: bool = True  # false: the data is plain text
     task: str = "CAUSAL_LM"  # PEFT's name of what the model does; SEQ_CLS: it gives one score
+    needs_folder: bool = False  # true: it takes no model that lies in memory alone
     hands_on: bool = True  # false: what it makes is not for the next stage, which gets what this one was handed
     config: Any  # an instance of config_class
 
@@ -458,15 +464,16 @@ class BaseStage:
         config, folder = self.config, previous_result.model_path if previous_result else None
         if folder:
             config = replace(config, model_name_or_path=folder, revision=None)
-        elif model is not None and config.quantized:
-            raise ConfigError("use_4bit and use_8bit load from a folder: set save_intermediate in the stage before")
+        elif model is not None and (config.quantized or self.needs_folder):
+            what = "use_4bit and use_8bit load" if config.quantized else f"{self.stage_name} starts"
+            raise ConfigError(f"{what} from a folder: set save_intermediate in the stage before")
         self.lineage["parent"] = {"model": config.model_name_or_path, "revision": config.revision}
         if model is None or config.quantized:
             model, tokenizer = load_model_and_tokenizer(config, self.needs_chat_template, self.task)
         else:
             prepare_tokenizer(tokenizer, config, self.needs_chat_template)
             dtype, model = weight_dtype(config), merge_adapter(model)  # it is handed on as it was, if it is handed on
-            model = (model if self.hands_on or model.dtype == dtype else copy.deepcopy(model)).to(dtype)
+            model = cast(model if self.hands_on or model.dtype == dtype else copy.deepcopy(model), dtype)
         if self.task == "CAUSAL_LM":  # generation stops at the token that ends a turn
             model.generation_config.update(eos_token_id=stop_tokens(tokenizer), pad_token_id=tokenizer.pad_token_id)
         transformers.set_seed(config.seed)  # the adapter is the same, wherever the model came from
@@ -1127,6 +1134,13 @@ def weight_dtype(config: ModelConfig) -> torch.dtype:
     return compute_dtype("float32" if config.torch_dtype == "auto" and all_train else config.torch_dtype)
 
 
+def cast(model, dtype: torch.dtype):
+    """`model` with all weights in `dtype`; buffers, such as rotary frequencies, stay as precise as they are."""
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
+    return model
+
+
 @contextlib.contextmanager
 def written_aside(folder: Path):
     """A folder beside `folder` that takes its place when the block ends without an error."""
@@ -1235,23 +1249,29 @@ def load_model_and_tokenizer(config: ModelConfig, needs_chat_template: bool = Tr
     from transformers import BitsAndBytesConfig
 
     code, scores = {"trust_remote_code": config.trust_remote_code}, task == "SEQ_CLS"
-    auto = transformers.AutoModelForSequenceClassification if scores else transformers.AutoModelForCausalLM
-    label = {"num_labels": 1} if scores else {}
 
-    def load(base: Path, adapter: Path | None = None, **quantized):
+    def load(base: Path, adapter: Path | None = None, task: str = task, **quantized):
         rest = {"dtype": weight_dtype(config), "attn_implementation": config.attn_implementation, **code, **quantized}
-        model = auto.from_pretrained(base, use_safetensors=True, **label, **rest)
+        if task == "SEQ_CLS":
+            auto, rest = transformers.AutoModelForSequenceClassification, rest | {"num_labels": 1}
+        else:
+            auto = transformers.AutoModelForCausalLM
+        model = auto.from_pretrained(base, use_safetensors=True, **rest)
         return PeftModel.from_pretrained(model, adapter).merge_and_unload() if adapter else model
 
     base, adapter, _ = find_parts(config)
-    tokenizer, _ = load_tokenizer(config)
+    tokenizer, shape = load_tokenizer(config)
+    if not scores and any(name.endswith("ForSequenceClassification") for name in shape.architectures or ()):
+        raise ConfigError(f"model {config.model_name_or_path} gives scores and writes nothing; give a language model")
     prepare_tokenizer(tokenizer, config, needs_chat_template)
     with refusing(f"model {config.model_name_or_path} cannot be loaded"):
+        if adapter and (config.quantized or scores):  # they cannot take a merge, it has its own kind of model
+            parts, kind = [*sorted(base.glob("*.safetensors")), *sorted(adapter.glob("adapter_*"))], json.loads(
+                (adapter / "adapter_config.json").read_text())["task_type"]
+            merge = functools.partial(load, base, adapter, kind or task)
+            base, adapter = cached("merging", parts, lambda folder: merge().save_pretrained(folder)), None
         if not config.quantized:
             return load(base, adapter).to(default_device()), tokenizer
-        if adapter:  # quantized weights cannot take a merge
-            parts = [*sorted(base.glob("*.safetensors")), *sorted(adapter.glob("adapter_*"))]
-            base = cached("merging", parts, lambda folder: load(base, adapter).save_pretrained(folder))
         precision = config.torch_dtype if config.bnb_4bit_compute_dtype == "auto" else config.bnb_4bit_compute_dtype
         model = load(base, device_map={"": default_device()}, quantization_config=BitsAndBytesConfig(
             load_in_4bit=config.use_4bit, load_in_8bit=config.use_8bit, bnb_4bit_quant_type=config.bnb_4bit_quant_type,
@@ -1263,6 +1283,9 @@ def load_model_and_tokenizer(config: ModelConfig, needs_chat_template: bool = Tr
         # On some CPUs an evaluation repacks 4-bit weights: then no gradient passes, and dequantizing gives noise.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+        # On a CPU 8-bit weights are multiplied otherwise in training than in evaluation; what is merged is the former.
+        if type(module).__name__ == "Linear8bitLt" and default_device().type == "cpu":
+            module.train = lambda mode=True, module=module: module
     return model, tokenizer
 
 
@@ -1296,6 +1319,7 @@ def merge_adapter(model):
         adapter, lora = get_peft_model_state_dict(model), model.peft_config["default"]
         base = model.unload().dequantize()
         base.is_loaded_in_4bit = base.is_loaded_in_8bit = False  # dequantize() leaves the mark on
+        cast(base, next(part for part in base.modules() if isinstance(part, torch.nn.Linear)).weight.dtype)
         model = get_peft_model(base, lora)
         set_peft_model_state_dict(model, adapter)
     return model.merge_and_unload().requires_grad_(True)
@@ -1781,6 +1805,8 @@ def fit(config: FitConfig, model, tokenizer, train_rows: Sequence[dict], eval_ro
                 totals.update({k: float(v) * items for k, v in {"loss": value, **metrics}.items()}, items=items)
             *found, items = self.accelerator.reduce(torch.tensor([*totals.values()], device=device), "sum").tolist()
             means = {f"{metric_key_prefix}_{name}": total / items for name, total in zip(totals, found)}
+            if not {name := config.metric_for_best_model, f"eval_{name}"} & {*means}:
+                raise ConfigError(f"metric_for_best_model={name}: there are {', '.join(sorted(means))}")
             return EvalLoopOutput(None, None, means, len(eval_rows))
 
         def log(self, logs, start_time=None):
@@ -1865,6 +1891,7 @@ def fit(config: FitConfig, model, tokenizer, train_rows: Sequence[dict], eval_ro
         "eval_on_start": bool(eval_rows and not checkpoint), "save_strategy": "steps" if config.save_steps else "no",
         "save_steps": config.save_steps or 500, "logging_nan_inf_filter": False, "disable_tqdm": True,
         "ddp_find_unused_parameters": False,  # what trains has a part in every loss
+        "restore_callback_states_from_checkpoint": True,  # how long early stopping has waited
         "bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16, "use_cpu": device.type == "cpu",
         "dataloader_pin_memory": device.type == "cuda", "remove_unused_columns": False, "gradient_checkpointing": None,
     })

@@ -181,7 +181,7 @@ def calibration(config: RewardConfig, model, rows: list[dict], batches) -> float
 
 
 class RewardStage(BaseStage):
-    stage_name, config_class, task, hands_on = "reward", RewardConfig, "SEQ_CLS", False
+    stage_name, config_class, task, hands_on, needs_folder = "reward", RewardConfig, "SEQ_CLS", False, True
 
     def load_data(self):
         def convert(row, form):

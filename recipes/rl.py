@@ -91,6 +91,8 @@ class ScoringConfig(ModelConfig):
                 raise ConfigError(unknown("reward", name, [*REWARDS, "path/to/file.py:function"]))
             if name in REWARDS and (needs := REWARDS[name][1]) != "answer" and not getattr(self, needs):
                 raise ConfigError(f"reward={name} needs {needs}")
+        if len({*self.reward}) < len(self.reward):
+            raise ConfigError("reward names a function twice; give it another weight by reward_weights")
         read = {REWARDS[name][1] for name in {*self.reward} & {*REWARDS}}
         for name in {"reward_pattern", "reward_length"} - read:
             self.refuse_unread(True, name, f"with reward={','.join(self.reward)}")
@@ -174,7 +176,7 @@ class RLConfig(DataConfig, ScoringConfig, TrainingConfig):
         for whole, part in (("batch_size", "mini_batch_size"), ("mini_batch_size", "num_generations")):
             if getattr(self, whole) % getattr(self, part):
                 raise ConfigError(f"{whole}={getattr(self, whole)} must be a multiple of {part}={getattr(self, part)}")
-        if (self.batch_size // self.mini_batch_size) % self.gradient_accumulation_steps:
+        if self.climbs and (self.batch_size // self.mini_batch_size) % self.gradient_accumulation_steps:
             raise ConfigError("gradient_accumulation_steps must divide batch_size / mini_batch_size")
         if self.algorithm == "trpo" and compute_dtype(self.torch_dtype) == torch.float16:
             raise ConfigError("algorithm=trpo needs torch_dtype=float32 or bfloat16; float16 underflows in it")
@@ -185,11 +187,12 @@ class RLConfig(DataConfig, ScoringConfig, TrainingConfig):
         if self.target_kl and not self.init_kl_coef:
             raise ConfigError("target_kl scales init_kl_coef, which is 0")
         self.refuse_unread(not self.target_kl, "kl_horizon", "without target_kl")
-        if self.lora_dropout:
+        if self.climbs and self.lora_dropout:
             raise ConfigError("lora_dropout=0: with dropout the same weights give other ratios every time")
         if self.eval_freq and not self.validation_split:
             raise ConfigError("eval_freq needs held-out rows; set validation_split above 0")
 
+    climbs = True  # false: what learns from the rewards is another recipe (rlaif)
     sampling = property(lambda self: SAMPLING | self.generation_kwargs)
     critic = property(lambda self: self.algorithm in CRITICS)
 
@@ -839,6 +842,8 @@ def save_checkpoint(run: Run) -> None:
         tensors = {f"policy.{n}": parameter for n, parameter in enumerate(run.policy)}
         tensors |= {f"head.{name}": value for name, value in run.head.state_dict().items()}
         entries = {f"optimizer.{n}.{name}": value for n, e in state["state"].items() for name, value in e.items()}
+        inner = {name: entries.pop(name) for name in [*entries] if isinstance(entries[name], dict)}  # of 8-bit ones
+        entries |= {f"{name}/{key}": value.clone() for name, held in inner.items() for key, value in held.items()}
         tensors |= {name: value for name, value in entries.items() if torch.is_tensor(value)}
         with written_aside(home / f"step-{run.step:06d}") as aside:
             on_cpu = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
@@ -863,7 +868,9 @@ def load_checkpoint(run: Run, folder: Path) -> None:
     for name, value in (tensors | values["optimizer"]).items():
         kind, n, *key = name.split(".", 2)
         if kind == "optimizer":
-            kept.setdefault(int(n), {})[key[0]] = value
+            outer, _, inner = key[0].rpartition("/")
+            place = kept.setdefault(int(n), {})
+            (place.setdefault(outer, {}) if outer else place)[inner] = value
     run.optimizer.load_state_dict({"state": kept, "param_groups": state["param_groups"]})
     run.scaler.load_state_dict(values["scaler"])
     run.step, run.kl_coef, run.before = values["step"], values["kl_coef"], values["before"]

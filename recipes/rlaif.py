@@ -75,6 +75,7 @@ class RLAIFConfig(rl.RLConfig, JudgingConfig):
     reward_kwargs: Options = field(default_factory=dict)  # `reward_model`: options of recipes/reward.py
     preference_kwargs: Options = field(default_factory=dict)  # `preference`: options of recipes/dpo.py
 
+    climbs = property(lambda self: self.feedback_mode != "preference")
     rewarding = property(lambda self: [*self.reward, "feedback"])
     labelling = property(lambda self: self.feedback_mode == "preference" or (
         self.feedback_mode == "reward_model" and self.feedback_model_type != "reward_model"))
@@ -373,7 +374,7 @@ def train(config: RLAIFConfig, model, tokenizer, train_rows: list, eval_rows: li
 
 
 class RLAIFStage(BaseStage):
-    stage_name, config_class = "rlaif", RLAIFConfig
+    stage_name, config_class, needs_folder = "rlaif", RLAIFConfig, True
 
     def load_data(self):
         config = self.config

@@ -8,9 +8,11 @@ import sys
 from dataclasses import dataclass
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT
 
+import common
 from chain import Pipeline, load_yaml
 from common import BaseStage, ConfigError, StageConfig, TrainingConfig
 
@@ -450,3 +452,48 @@ def test_every_option_of_the_pipeline_reaches_the_stages_that_have_it(pipeline):
     config = Pipeline.from_yaml(path).stages[0].config
     assert isinstance(config, TrainingConfig) and config.torch_dtype == "float32"
     assert config.use_auth_token and config.trust_remote_code
+
+
+def test_a_chain_in_16_bit_in_one_go_is_the_chain_stage_by_stage(pipeline, model_dir, tmp_path):
+    """A model handed over in memory is the one that its folder gives: its rotary frequencies are as precise."""
+    stages, weights = ["sft", "sft"], {}
+    path = pipeline(stages, torch_dtype="bfloat16")
+    for name, untils in (("one", [None]), ("two", ["01_sft", None])):
+        for until in untils:
+            results = Pipeline.from_yaml(path, output_dir=str(tmp_path / name), until=until).run()
+            assert all(result.success for result in results)
+        weights[name] = (tmp_path / name / "final/model.safetensors").read_bytes()
+    assert weights["one"] == weights["two"]
+    model = common.cast(common.load_model_and_tokenizer(common.ModelConfig(model_name_or_path=model_dir))[0], torch.bfloat16)
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16} and model.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_final_is_the_model_of_the_last_stage_that_there_is_now(pipeline, tmp_path):
+    configs = {"02_sft": {"learning_rate": 1e-2}}
+    path = pipeline(["sft", "sft"], configs)
+    read = lambda folder: (tmp_path / "out" / folder / "model.safetensors").read_bytes()
+    Pipeline.from_yaml(path).run()
+    assert read("final") == read("02_sft") != read("01_sft")
+    Pipeline.from_yaml(path, stages=["sft"]).run()  # nothing runs, but the last stage is another
+    assert read("final") == read("01_sft")
+    Pipeline.from_yaml(path, **{"02_sft.enabled": True}).run()
+    assert read("final") == read("02_sft")
+    before = read("final")
+    Pipeline.from_yaml(path, save_final_model=False, **{"02_sft.learning_rate": 1e-3}).run()
+    Pipeline.from_yaml(path, **{"02_sft.learning_rate": 1e-3}).run()
+    assert read("final") == read("02_sft") != before
+    Pipeline.from_yaml(path, cleanup_intermediate=True, **{"02_sft.learning_rate": 1e-3}).run()
+    kept = (tmp_path / "out/final/model.safetensors").stat().st_mtime_ns
+    Pipeline.from_yaml(path, **{"02_sft.learning_rate": 1e-3}).run()
+    assert not (tmp_path / "out/02_sft/model.safetensors").exists() and (tmp_path / "out/final/model.safetensors").stat().st_mtime_ns == kept
+    Pipeline.from_yaml(path, stages=["sft"]).run()  # whose weights are gone: it runs again
+    assert read("final") == read("01_sft")
+
+
+def test_final_of_a_model_that_was_never_saved_is_known_too(pipeline, data, tmp_path):
+    path = pipeline(["sft"], {"sft": {"dataset_name_or_path": data, "max_steps": 1, "save_intermediate": False}})
+    Pipeline.from_yaml(path).run()
+    first = (tmp_path / "out/01_sft/stage.json").read_bytes()
+    assert Pipeline.from_yaml(path).has_final()
+    Pipeline.from_yaml(path).run()
+    assert (tmp_path / "out/01_sft/stage.json").read_bytes() == first

@@ -352,3 +352,18 @@ def test_after_a_cleanup_nothing_is_run_again_until_something_changes(pipeline, 
     Pipeline.from_yaml(path, **options, **{"dpo.beta": 0.3}).run()
     screen = ran(capsys)[1]
     assert "1/2 01_sft" in screen and "2/2 02_dpo" in screen  # what dpo starts from was not kept
+
+
+def test_early_stopping_has_waited_as_long_after_an_interruption(model_dir, data, tmp_path):
+    options = dict(model_name_or_path=model_dir, dataset_name_or_path=data, max_steps=8, eval_steps=1, save_steps=1, validation_split=0.2,
+                   early_stopping_patience=4, learning_rate=1e-12)
+    whole = sft.SFTStage(sft.SFTConfig(**options, output_dir=str(tmp_path / "whole"))).execute()
+    cut = sft.SFTStage(sft.SFTConfig(**options, output_dir=str(tmp_path / "cut")))
+    seal, common.seal = common.seal, lambda folder, config: seal(folder, config) if folder.name[-1] < "4" else 1 / 0
+    try:
+        assert not cut.execute().success
+    finally:
+        common.seal = seal
+    again = sft.SFTStage(sft.SFTConfig(**options, output_dir=str(tmp_path / "cut"))).execute()
+    assert again.metrics["steps"] == whole.metrics["steps"] < 8
+    assert (tmp_path / "cut/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()

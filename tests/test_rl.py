@@ -751,11 +751,12 @@ def write_prompts(tmp_path, count=12):
     return str(path)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_a_run_that_was_cut_off_goes_on_exactly(model_dir, tmp_path, algorithm):
+@pytest.mark.parametrize("algorithm, more", [*((algorithm, {}) for algorithm in ALGORITHMS), ("grpo", {"optim": "adamw_8bit", "lora_r": 64})])
+def test_a_run_that_was_cut_off_goes_on_exactly(model_dir, tmp_path, algorithm, more):
+    """8-bit optimizers quantize the states of 4096 weights and more, and nest them."""
     values = dict(model_name_or_path=model_dir, prompt_dataset_path=write_prompts(tmp_path), reward=["length"], reward_length=3, batch_size=8,
                   generation_kwargs={"max_new_tokens": 6}, num_training_steps=4, save_freq=2, algorithm=algorithm, target_kl=0.01,
-                  validation_split=0.2, kl_horizon=50, cg_damping=0.1, seed=3)
+                  validation_split=0.2, kl_horizon=50, cg_damping=0.1, seed=3, **more)
     whole = rl.RLStage(rl.RLConfig(**values, output_dir=str(tmp_path / "whole"))).execute()
     cut = rl.RLStage(rl.RLConfig(**values, output_dir=str(tmp_path / "cut")))
     keep, rl.save_checkpoint = rl.save_checkpoint, lambda run: (keep(run), 1 / 0)
@@ -773,6 +774,11 @@ def test_a_run_that_was_cut_off_goes_on_exactly(model_dir, tmp_path, algorithm):
     samples = [json.loads(line) for line in (tmp_path / "whole/samples.jsonl").read_text().splitlines()]
     assert {sample["step"] for sample in samples} == {0, 4} and samples[0].keys() >= {"prompt", "completion", "reward", "answer"}
     assert whole.metrics["eval_reward_before"] is not None and "eval_reward" in whole.metrics
+
+
+def test_a_reward_is_named_once():
+    with pytest.raises(ConfigError, match="names a function twice; give it another weight"):
+        rl.RLConfig(model_name_or_path="m", prompt_dataset_path="d", reward=["length", "length"], reward_length=2, reward_weights=[1, 2]).validate()
 
 
 def test_the_figures_of_a_step(model_dir, tmp_path):

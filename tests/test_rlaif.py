@@ -51,6 +51,20 @@ def prefers(word):
 # -- configuration -----------------------------------------------------------------------------------------------------
 
 
+def test_what_rl_alone_cannot_take_goes_to_the_other_recipe(tmp_path):
+    settings = config(tmp_path, feedback_mode="preference", gradient_accumulation_steps=3, lora_dropout=0.1)
+    assert settings.preferring("start", 1).gradient_accumulation_steps == 3 and settings.preferring("start", 1).lora_dropout == 0.1
+    for options in (dict(gradient_accumulation_steps=3), dict(lora_dropout=0.1)):
+        with pytest.raises(ConfigError):
+            config(tmp_path, feedback_mode="direct", **options)
+
+
+def test_a_model_in_memory_alone_is_refused(tmp_path, model, tokenizer):
+    """The answers that are kept, and the parts that are finished, are those of a model that has a name."""
+    stage = rlaif.RLAIFStage(config(tmp_path))
+    with pytest.raises(ConfigError, match="rlaif starts from a folder: set save_intermediate in the stage before"):
+        stage.prepare_model_and_tokenizer(model, tokenizer)
+
 @pytest.mark.parametrize("options, words", [
     (dict(reward_model_path="x"), "write feedback_model_type=reward_model"),
     (dict(num_rounds=2), "num_rounds has no effect with feedback_mode=reward_model"),
