@@ -1252,10 +1252,9 @@ def load_model_and_tokenizer(config: ModelConfig, needs_chat_template: bool = Tr
 
     def load(base: Path, adapter: Path | None = None, task: str = task, **quantized):
         rest = {"dtype": weight_dtype(config), "attn_implementation": config.attn_implementation, **code, **quantized}
+        auto: Any = transformers.AutoModelForCausalLM
         if task == "SEQ_CLS":
             auto, rest = transformers.AutoModelForSequenceClassification, rest | {"num_labels": 1}
-        else:
-            auto = transformers.AutoModelForCausalLM
         model = auto.from_pretrained(base, use_safetensors=True, **rest)
         return PeftModel.from_pretrained(model, adapter).merge_and_unload() if adapter else model
 
