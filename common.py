@@ -467,7 +467,8 @@ class BaseStage:
         elif model is not None and (config.quantized or self.needs_folder):
             what = "use_4bit and use_8bit load" if config.quantized else f"{self.stage_name} starts"
             raise ConfigError(f"{what} from a folder: set save_intermediate in the stage before")
-        self.lineage["parent"] = {"model": config.model_name_or_path, "revision": config.revision}
+        name = config.model_name_or_path if folder or model is None else "a model in memory"
+        self.lineage["parent"] = {"model": name, "revision": config.revision}
         if model is None or config.quantized:
             model, tokenizer = load_model_and_tokenizer(config, self.needs_chat_template, self.task)
         else:
@@ -495,6 +496,8 @@ class BaseStage:
 
         if previous_result and not previous_result.success:
             raise ConfigError(f"the stage before failed: {previous_result.error_message}")
+        if model is not None and tokenizer is None:
+            raise ConfigError("a model is handed over with its tokenizer: execute(model, tokenizer)")
         if self.used:
             self.data, self.marks = None, {}
         self.used = True
@@ -1659,8 +1662,10 @@ def damage(folder: Path) -> str:
 
 def newest_checkpoint(config: TrainingConfig) -> Path | None:
     """The checkpoint to go on from, as resume_from_checkpoint says. A broken one is named and passed over."""
-    if isinstance(config.resume_from_checkpoint, str):
-        return Path(config.resume_from_checkpoint)
+    if isinstance(named := config.resume_from_checkpoint, str):
+        if json.loads(Path(named, "options.json").read_text(encoding="utf-8")).keys() != options_of(config).keys():
+            raise ConfigError(f"resume_from_checkpoint={named} is of another recipe")
+        return Path(named)
     found = Path(config.output_dir, "checkpoints").glob("[a-z]*-*") if config.resume_from_checkpoint else ()
     for folder in sorted(found, key=lambda folder: -int(folder.name.rpartition("-")[2])):
         if not (wrong := damage(folder)):

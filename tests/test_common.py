@@ -574,8 +574,15 @@ def test_a_model_handed_to_a_stage_that_fails_is_as_it_was(tmp_path, model, toke
     assert all(value.equal(before[name]) for name, value in model.state_dict().items()) and before.keys() == model.state_dict().keys()
     stage.train = train
     assert stage.execute(model, tokenizer).success
+    assert json.loads((tmp_path / "o/stage.json").read_text())["parent"]["model"] == "a model in memory"  # not the one of the options
     with pytest.raises(ConfigError, match="the stage before failed: ZeroDivisionError"):
         stage.execute(previous_result=failed)
+
+
+def test_a_model_without_its_tokenizer_is_refused(tmp_path, model, data):
+    stage = sft.SFTStage(sft.SFTConfig(model_name_or_path="tiny", dataset_name_or_path=data, output_dir=str(tmp_path)))
+    with pytest.raises(ConfigError, match="handed over with its tokenizer"):
+        stage.execute(model)
 
 
 def test_a_home_folder_is_found_in_output_dir(tmp_path, monkeypatch):

@@ -197,6 +197,8 @@ def test_a_checkpoint_that_is_named_has_to_be_whole(interrupted):
     flip(folder / "checkpoints/checkpoint-2/optimizer.pt")
     with pytest.raises(ConfigError, match="checkpoint-2: optimizer.pt is damaged"):
         run("cut", resume_from_checkpoint=str(folder / "checkpoints/checkpoint-2"))
+    with pytest.raises(ConfigError, match="checkpoint-4 is of another recipe"):
+        common.newest_checkpoint(rl.RLConfig(resume_from_checkpoint=str(folder / "checkpoints/checkpoint-4")))
     assert run("cut", resume_from_checkpoint=str(folder / "checkpoints/checkpoint-4")).success
     assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
