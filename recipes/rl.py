@@ -841,9 +841,10 @@ def save_checkpoint(run: Run) -> None:
     if is_main_process():
         tensors = {f"policy.{n}": parameter for n, parameter in enumerate(run.policy)}
         tensors |= {f"head.{name}": value for name, value in run.head.state_dict().items()}
-        entries = {f"optimizer.{n}.{name}": value for n, e in state["state"].items() for name, value in e.items()}
-        inner = {name: entries.pop(name) for name in [*entries] if isinstance(entries[name], dict)}  # of 8-bit ones
-        entries |= {f"{name}/{key}": value.clone() for name, held in inner.items() for key, value in held.items()}
+        inner = lambda entry: {name: value.clone() for held in entry.values() if isinstance(held, dict)
+                               for name, value in held.items()}  # 8-bit optimizers nest their states, and share maps
+        entries = {f"optimizer.{n}.{name}": value for n, entry in state["state"].items()
+                   for name, value in (entry | inner(entry)).items() if not isinstance(value, dict)}
         tensors |= {name: value for name, value in entries.items() if torch.is_tensor(value)}
         with written_aside(home / f"step-{run.step:06d}") as aside:
             on_cpu = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
@@ -868,9 +869,7 @@ def load_checkpoint(run: Run, folder: Path) -> None:
     for name, value in (tensors | values["optimizer"]).items():
         kind, n, *key = name.split(".", 2)
         if kind == "optimizer":
-            outer, _, inner = key[0].rpartition("/")
-            place = kept.setdefault(int(n), {})
-            (place.setdefault(outer, {}) if outer else place)[inner] = value
+            kept.setdefault(int(n), {})[key[0]] = value
     run.optimizer.load_state_dict({"state": kept, "param_groups": state["param_groups"]})
     run.scaler.load_state_dict(values["scaler"])
     run.step, run.kl_coef, run.before = values["step"], values["kl_coef"], values["before"]

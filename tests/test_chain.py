@@ -191,7 +191,9 @@ def test_in_one_process_a_changed_recipe_runs_as_it_is_now_and_two_of_one_name_a
     run = lambda: Pipeline.from_yaml(pipeline([str(path) for path in paths], save_final_model=False)).run()
     assert [result.metrics["which"] for result in run()] == [0, 1]
     write(paths[1], 2)
-    assert [result.metrics["which"] for result in run()] == [0, 2]
+    marks = lambda: json.loads((tmp_path / "out/01_mine/stage.json").read_text())["fingerprint"]
+    before = marks()
+    assert [result.metrics["which"] for result in run()] == [0, 2] and marks() == before  # of the other file, which is as it was
     again = Pipeline.from_yaml(pipeline([str(path) for path in paths], save_final_model=False))
     assert [result.metrics["which"] for result in again.run()] == [result.metrics["which"] for result in again.run()] == [0, 2]
     assert json.loads((tmp_path / "out/pipeline.json").read_text())["state"] == {"finished": True}
