@@ -306,15 +306,17 @@ class Pipeline:
         return [Path(folder, "fingerprint.json") for folder in (f"{self.config.output_dir}/final", *makers[-1:])]
 
     def has_final(self) -> bool:
-        return all(file.exists() for file in self.marks()) and len({file.read_bytes() for file in self.marks()}) == 1
+        same = all(file.exists() for file in self.marks()) and len({file.read_bytes() for file in self.marks()}) == 1
+        return same and any(self.marks()[0].parent.glob("*.safetensors"))
 
     def save_final(self, result: StageResult, folder: Path) -> None:
         """OUT/final: the last stage's model, by hard links where the file system has them."""
         if result.model_path is None:
             save_model(result.model, result.tokenizer, str(folder))
-            shutil.copy(*self.marks()[::-1])
-            return
         if not is_main_process():
+            return
+        if result.model_path is None:
+            shutil.copy(*self.marks()[::-1])
             return
         records = shutil.ignore_patterns("adapter", "checkpoints*", "runs", "wandb", "stage*", "*.jsonl", "*.log", ".*")
         with written_aside(folder) as aside:

@@ -12,6 +12,7 @@ import csv
 import ctypes
 import difflib
 import functools
+import glob
 import hashlib
 import importlib.util
 import inspect
@@ -255,7 +256,8 @@ class TrainingConfig(ModelConfig):
             raise ConfigError("lora_r=0 trains all weights, and quantized ones cannot train; set lora_r=16")
         names = "lora_alpha lora_dropout lora_target_modules lora_bias use_dora use_rslora"
         self.refuse_unread(not self.lora_r, names, "with lora_r=0")
-        self.refuse_unread(self.lr_scheduler_type == "constant", "warmup_ratio", "with lr_scheduler_type=constant")
+        flat = self.lr_scheduler_type == "constant" and self.warmup_ratio > 0
+        self.refuse_unread(flat, "warmup_ratio", "with lr_scheduler_type=constant; constant_with_warmup has it")
         if self.use_dora and self.use_8bit and default_device().type == "cpu":
             raise ConfigError("use_dora and use_8bit do not go together on a CPU; use_4bit does")
         if self.torch_dtype == "float16" and not self.lora_r:
@@ -366,7 +368,8 @@ class BaseStage:
         self.marks: dict[str, Any] = {}
         self.edited: list[str] = []  # files of its code that are not what was imported
         self.once = False  # true: `execute` returns what is recorded of a finished run, as the command line wants it
-        self.used = False  # true: it ran, and what it read may have changed since
+        self.used = False  # true: it ran, and what it `read` may have changed since
+        self.read: Any = None
 
     def validate_config(self) -> None:
         self.config.validate()
@@ -390,7 +393,7 @@ class BaseStage:
         """All that can be refused before a model is loaded; raises ConfigError."""
         self.validate_config()
         if self.data is None:
-            self.data = self.load_data()
+            self.data = self.read = self.load_data()
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides what comes out, once checked: options, data, files and models they name, code, and the start."""
@@ -434,7 +437,7 @@ class BaseStage:
         """Mark the folder as that of this run. Checkpoints of one with other options, or not wanted, are laid aside."""
         folder, launch = Path(self.config.output_dir), f"{os.environ.get('WORLD_SIZE', 1)}{' sharded' * sharded()}"
         marks = self.fingerprint() | {"launch": launch}  # other processes would take other rows, and read other files
-        if self.edited:
+        if self.edited and not self.once:  # a part of a run goes on with the code that the run began with
             raise ConfigError(f"{', '.join(self.edited)} changed since it was imported here; start Python anew")
         if is_main_process():
             (folder / "stage.json").unlink(missing_ok=True)  # a stage is done when its stage.json says so
@@ -499,8 +502,8 @@ class BaseStage:
         if model is not None and tokenizer is None:
             raise ConfigError("a model is handed over with its tokenizer: execute(model, tokenizer)")
         if self.used:
-            self.data, self.marks = None, {}
-        self.used = True
+            self.data, self.marks = None if self.data is self.read else self.data, {}
+        self.used, handed = True, (model, tokenizer, previous_result.model_path if previous_result else None)
         self.setup_logging()
         started, folder = time.time(), Path(self.config.output_dir)
         try:
@@ -510,7 +513,6 @@ class BaseStage:
                 self.logger.info("%s is finished already; resume_from_checkpoint=false: run it anew", folder)
                 return self.recorded()
             self.begin()
-            handed = model, tokenizer, previous_result.model_path if previous_result else None
             if isinstance(self.config, ModelConfig):
                 at: dict[str, Any] = {"model_name_or_path": handed[2], "revision": None} if handed[2] else {}
                 loaded = load_tokenizer(replace(self.config, **at)) if model is None else (tokenizer, model.config)
@@ -546,7 +548,7 @@ class BaseStage:
                 print(f"process {os.environ['RANK']}: {traceback.format_exc()}", file=sys.stderr, flush=True)
             return result
         finally:
-            if hasattr(model, "peft_config"):  # of a stage that failed: what was handed over stays as it was
+            if model is not handed[0] and hasattr(model, "peft_config"):  # it failed: what it was handed is as it was
                 model.unload()
             self.cleanup_logging()
 
@@ -679,9 +681,12 @@ def read_text(file: Path) -> list[dict]:
     if file.suffix == ".csv":
         csv.field_size_limit(2**31 - 1)  # an answer may be long
         with open(file, encoding="utf-8-sig", newline="") as lines:
-            for number, row in enumerate(rows := [*csv.DictReader(lines, strict=True)], 1):
+            table = csv.DictReader(itertools.dropwhile(lambda line: not line.strip(), lines), strict=True)
+            for number, row in enumerate(rows := [*table], 1):
                 if None in row:
                     raise ConfigError(f"data {file}: row {number} has more cells than the header; quote its commas")
+            if twice := [name for name, count in Counter(table.fieldnames).items() if count > 1]:
+                raise ConfigError(f"data {file}: several columns are named {twice[0]}")
             return rows
     text = file.read_text(encoding="utf-8-sig")
     if text.lstrip()[:1] != "[":  # lines; so joined, an error names the right one
@@ -709,6 +714,8 @@ def load_dataset_from_path(path: str, config_name: str | None = None, split: str
             and not any(part.startswith(".") for part in file.relative_to(local).parts))
         name = re.compile(r"(^|[\W_])(test|testing|valid|validation|val|dev|eval|evaluation)([\W_]|$)")
         later = [file for file in files if len(files) > 1 and name.search(str(file.relative_to(local)))]
+        if files and len(later) == len(files):
+            raise ConfigError(f"data {path}: by their names none of its files is for training; give one of them")
         if (local / "dataset_dict.json").exists():
             raise ConfigError(f"data {path} holds several data sets; give one's folder, such as {local / 'train'}")
         if (local / "state.json").exists():
@@ -723,8 +730,8 @@ def load_dataset_from_path(path: str, config_name: str | None = None, split: str
             mixed = {name: datasets.Json() for name in names if {int, float} <= {*map(type, columns[name])}}
             if mixed:  # 7 stays 7 beside 7.5
                 dataset = datasets.Dataset.from_dict(columns, datasets.Features(dataset.features | mixed))
-        elif files and not config_name:
-            read = [str(file) for file in files if file not in later]
+        elif files and not config_name and split == "train":
+            read = [glob.escape(str(file)) for file in files if file not in later]
             dataset = datasets.load_dataset("parquet", data_files=read, split="train")
         elif local.is_dir() or hub_answers("data", path):
             dataset = datasets.load_dataset(str(local) if local.is_dir() else path, config_name, split=split)
@@ -869,8 +876,8 @@ def as_chat_template(text: str, tokenizer) -> str:
         raise ConfigError("instruction_template: {instruction} is missing, or stands after {response}")
     places = [re.findall(r"\{\w+\}", part) for part in (prompt, after)]
     if strange := {*places[0]} - {"{instruction}", "{input}"} | {*places[1]}:
-        raise ConfigError(f"instruction_template: {min(strange)} is none of its places {{instruction}}, {{input}} and, "
-                          "once and after them, {response}")
+        say_once(f"instruction_template: {', '.join(sorted(strange))} is text there; its places are {{instruction}}, "
+                 "{input} and, once and after them, {response}")
     value = {"{instruction}": "{{ message['content'] }}", "{input}": "{{ message['input'] }}"}
     quoted = lambda text: "{{ " + json.dumps(text, ensure_ascii=False) + " }}"
     parts = [part for part in re.split(r"(\{instruction\}|\{input\})", prompt) if part]
@@ -926,8 +933,9 @@ def render_turns(tokenizer, messages: list[dict]) -> list[tuple[str, bool]]:
         found = stop.search(answered, len(prompt))
         end = found.end() if found else len(answered)
         target = answered[len(prompt) : end] + ("" if found else tokenizer.eos_token)
-        kept = squeeze(answered[len(prompt) : found.start() if found else end])
-        if kept and squeeze(messages[index]["content"]) not in kept:
+        before, whole = answered[: found.start() if found else end], squeeze(messages[index]["content"])
+        begun = squeeze(before).endswith(whole)  # by the generation prompt, with <think>
+        if before[len(prompt) :].strip() and whole not in squeeze(answered[len(prompt) : end]) and not begun:
             raise RowError("of whose answer the chat template leaves a part out")
         pieces += [(prompt[len(done):], False), (target, True), (answered[end:], False)]
         done = answered
@@ -996,7 +1004,7 @@ def look(stage: BaseStage, tokenizer, context: int, say: bool = False) -> Simple
             if made is None:
                 return None
             sequences, cut = made
-            keys = {hash(tuple(ids)) for ids, _ in sequences} if chat else {str(row)}
+            keys = {hash(tuple(ids)) for ids, _ in sequences} if chat and not cut else {str(row)}
             leaked = side == "evaluation" and keys & found.keys
             if wrong := "leaked" if leaked else trouble(tokenizer, stops, sequences, cut, context, chat):
                 raise ConfigError(f"a row of the {side} data: {TROUBLES[wrong].format(context=context)}. The row: "
@@ -1139,6 +1147,8 @@ def weight_dtype(config: ModelConfig) -> torch.dtype:
 
 def cast(model, dtype: torch.dtype):
     """`model` with all weights in `dtype`; buffers, such as rotary frequencies, stay as precise as they are."""
+    if not all(weight.is_floating_point() for weight in model.parameters()):
+        raise ConfigError("a quantized model cannot be handed over; give its folder, and use_4bit or use_8bit")
     for weight in model.parameters():
         weight.data = weight.data.to(dtype)
     return model
@@ -1157,9 +1167,9 @@ def written_aside(folder: Path):
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def cached(kind: str, files: Sequence[Path], build: Callable[[Path], None] | None) -> Path | None:
+def cached(kind: str, files: Sequence[Path], build: Callable[[Path], None] | None, how: str = "") -> Path | None:
     """A folder that `build(folder)` fills once for the content of `files`; without `build` None where it is not."""
-    content = hashlib.sha256(b"".join(bytes.fromhex(digest(file)) for file in files)).hexdigest()
+    content = hashlib.sha256(b"".join(bytes.fromhex(digest(file)) for file in files) + how.encode()).hexdigest()
     folder = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "recipes" / kind / content[:32]
     if not folder.exists():
         if build is None:
@@ -1263,15 +1273,17 @@ def load_model_and_tokenizer(config: ModelConfig, needs_chat_template: bool = Tr
 
     base, adapter, _ = find_parts(config)
     tokenizer, shape = load_tokenizer(config)
-    if not scores and any(name.endswith("ForSequenceClassification") for name in shape.architectures or ()):
+    kind = json.loads((adapter / "adapter_config.json").read_text())["task_type"] or "CAUSAL_LM" if adapter else task
+    classifies = any(name.endswith("ForSequenceClassification") for name in shape.architectures or ())
+    if not scores and (classifies or kind == "SEQ_CLS"):
         raise ConfigError(f"model {config.model_name_or_path} gives scores and writes nothing; give a language model")
     prepare_tokenizer(tokenizer, config, needs_chat_template)
     with refusing(f"model {config.model_name_or_path} cannot be loaded"):
         if adapter and (config.quantized or scores):  # they cannot take a merge, it has its own kind of model
-            parts, kind = [*sorted(base.glob("*.safetensors")), *sorted(adapter.glob("adapter_*"))], json.loads(
-                (adapter / "adapter_config.json").read_text())["task_type"]
-            merge = functools.partial(load, base, adapter, kind or task)
-            base, adapter = cached("merging", parts, lambda folder: merge().save_pretrained(folder)), None
+            parts = [*sorted(base.glob("*.safetensors")), *sorted(adapter.glob("adapter_*"))]
+            merge = functools.partial(load, base, adapter, kind)
+            how = f"{kind} {weight_dtype(config)}"
+            base, adapter = cached("merging", parts, lambda folder: merge().save_pretrained(folder), how), None
         if not config.quantized:
             return load(base, adapter).to(default_device()), tokenizer
         precision = config.torch_dtype if config.bnb_4bit_compute_dtype == "auto" else config.bnb_4bit_compute_dtype

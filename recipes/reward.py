@@ -84,7 +84,8 @@ def to_pair(row: dict, form: str) -> dict:
         first, second = (second, first) if winner in ("2", "b", second) else (first, second)
     answers = [as_messages(row[column], "assistant") for column in (first, second)]
     chosen, rejected = (prompt + side if side[0]["role"] == "assistant" else side for side in answers)
-    if not all(turn in side for turn in prompt for side in (chosen, rejected)):
+    said = lambda turns: {turn["content"].strip() for turn in turns}
+    if not said(prompt) <= said(chosen) & said(rejected):
         raise RowError("whose prompt is not in its answers, which are whole conversations")
     if chosen == rejected:
         raise RowError("with identical answers")

@@ -96,7 +96,7 @@ def encode(row: list[dict] | str, tokenizer, max_length: int) -> tuple[list[dict
         begin = tokenizer.bos_token if tokenizer.bos_token_id in tokenizer("a").input_ids else ""
         ids, labels = encode_turns(tokenizer, [(begin + row.removeprefix(begin) + tokenizer.eos_token, True)])
         starts = [*range(0, len(ids), max_length)]
-        starts[-1] -= len(starts) > 1 and starts[-1] + 1 == len(ids)  # alone, the last token would not be learnt
+        starts[-1] -= starts[-1] + 1 == len(ids) and 1 < max_length < len(ids)  # alone, the last would not be learnt
     else:
         ids, labels = encode_turns(tokenizer, render_turns(tokenizer, row))
         fits = labels[:max_length]
@@ -105,10 +105,13 @@ def encode(row: list[dict] | str, tokenizer, max_length: int) -> tuple[list[dict
             raise RowError(f"with no answer that ends within {max_length} tokens")
         shortened = ends[-1] < len(ids)
         ids, labels, starts = ids[: ends[-1]], labels[: ends[-1]], [0]
-    labels = [IGNORE if t in starts else label for t, label in enumerate(labels)]  # nothing precedes a first token
+    for start in starts:
+        labels[start] = IGNORE  # nothing precedes a first token
     pieces = ((ids[start:end], labels[start:end]) for start, end in itertools.pairwise([*starts, len(ids)]))
     as_tensor = lambda values: torch.tensor(values, dtype=torch.int32)
     learnt = [(i, y) for i, y in pieces if any(label != IGNORE for label in y)]
+    if not learnt:
+        raise RowError("of which no token would be learnt")
     return [{"input_ids": as_tensor(i), "labels": as_tensor(y)} for i, y in learnt], shortened
 
 

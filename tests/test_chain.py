@@ -484,6 +484,9 @@ def test_final_is_the_model_of_the_last_stage_that_there_is_now(pipeline, tmp_pa
     Pipeline.from_yaml(path, save_final_model=False, **{"02_sft.learning_rate": 1e-3}).run()
     Pipeline.from_yaml(path, **{"02_sft.learning_rate": 1e-3}).run()
     assert read("final") == read("02_sft") != before
+    (tmp_path / "out/final/model.safetensors").unlink()
+    Pipeline.from_yaml(path, **{"02_sft.learning_rate": 1e-3}).run()
+    assert read("final") == read("02_sft")
     Pipeline.from_yaml(path, cleanup_intermediate=True, **{"02_sft.learning_rate": 1e-3}).run()
     kept = (tmp_path / "out/final/model.safetensors").stat().st_mtime_ns
     Pipeline.from_yaml(path, **{"02_sft.learning_rate": 1e-3}).run()

@@ -151,6 +151,9 @@ def test_prompts_and_answers_that_are_cut_are_seen_as_training_sees_them(tmp_pat
     stage.check()
     found = common.look(stage, words, 512)
     assert found.cut == 8 and max(found.lengths) == 80 and "are cut at max_seq_length=80 or max_prompt_length=40" in caplog.text
+    split = dpo.DPOStage(dpo.DPOConfig(preference_dataset_path=path, max_prompt_length=40, max_seq_length=80, **settings | {"validation_split": 0.3}))
+    split.check()
+    assert split.data[1] and common.look(split, words, 512)  # equal ends of other prompts are not the same rows
     chats = [{"messages": [{"role": role, "content": f"{n} {word}"} for word in ("a", "b " * 50) for role in ("user", "assistant")]} for n in range(8)]
     assert common.look(stage_on(tmp_path, chats, max_seq_length=64), words, 512).cut == 8  # their first answers end
 

@@ -142,6 +142,22 @@ def test_several_turns_by_phi_are_left_out_and_one_is_learnt(tokenizer):
         render_turns(tok, CHAT[1:])
 
 
+@pytest.mark.parametrize("template, answer, said", [
+    ("qwen3_5_think.jinja", "<think>\nlong\n</think>\n\nUno.", "long\n</think>\n\nUno."), ("qwen3_5_nothink.jinja", "<think>\n\n</think>\n\nUno.", "Uno."),
+    ("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}", "Uno.<|endoftext|>", "Uno."),
+])
+def test_what_the_generation_prompt_or_the_answer_itself_has_is_not_missed(tokenizer, template, answer, said):
+    import copy
+    from pathlib import Path
+
+    import trl
+
+    tok = copy.deepcopy(tokenizer)
+    tok.chat_template = (Path(trl.__file__).parent / "chat_templates" / template).read_text() if template.endswith("jinja") else template
+    learnt = targets(tok, *encode_turns(tok, render_turns(tok, [CHAT[1], {"role": "assistant", "content": answer}])))
+    assert len(learnt) == 1 and learnt[0].strip().startswith(said)
+
+
 def test_an_answer_that_merges_with_its_prompt_is_refused(tokenizer):
     with pytest.raises(RowError, match="inside a token"):
         encode_turns(tokenizer, [("Remind m", False), ("e to", True)])
@@ -251,6 +267,9 @@ def test_texts_and_numbers_are_as_they_stand(tmp_path):
     assert read("a.csv", 'question,answer\n"a, b",007\n"c\nd",NA\n') == [{"question": "a, b", "answer": "007"}, {"question": "c\nd", "answer": "NA"}]
     with pytest.raises(ConfigError, match="row 1 has more cells than the header"):
         read("b.csv", "question,answer\nHello, world,foo\na,b\n")
+    assert read("d.csv", "\n\nquestion,answer\na,b\n") == [{"question": "a", "answer": "b"}]
+    with pytest.raises(ConfigError, match="several columns are named answer"):
+        read("e.csv", "answer,question,answer\na,b,c\n")
     with pytest.raises(ConfigError, match="c.csv cannot be read"):
         read("c.csv", 'question,answer\n"a,b\n')
 
