@@ -978,7 +978,7 @@ def trouble(tokenizer, stops: Sequence[int], sequences: Sequence[tuple], cut: bo
     prompt precedes is no `chat`: a piece of it may begin and end anywhere."""
     if any(ids[:2] == [tokenizer.bos_token_id] * 2 for ids, _ in sequences):
         return "doubled"
-    if not cut and max(len(ids) for ids, _ in sequences) > context:
+    if max(len(ids) for ids, _ in sequences) > context:
         return "beyond"
     for ids, labels in sequences if chat else ():
         learnt = [t for t, label in enumerate(labels or ()) if label != IGNORE]
@@ -1273,9 +1273,9 @@ def load_model_and_tokenizer(config: ModelConfig, needs_chat_template: bool = Tr
 
     base, adapter, _ = find_parts(config)
     tokenizer, shape = load_tokenizer(config)
-    kind = json.loads((adapter / "adapter_config.json").read_text())["task_type"] or "CAUSAL_LM" if adapter else task
+    kind = json.loads((adapter / "adapter_config.json").read_text()).get("task_type") if adapter else task
     classifies = any(name.endswith("ForSequenceClassification") for name in shape.architectures or ())
-    if not scores and (classifies or kind == "SEQ_CLS"):
+    if not scores and (classifies or kind == "SEQ_CLS"):  # as weights, or as an adapter
         raise ConfigError(f"model {config.model_name_or_path} gives scores and writes nothing; give a language model")
     prepare_tokenizer(tokenizer, config, needs_chat_template)
     with refusing(f"model {config.model_name_or_path} cannot be loaded"):

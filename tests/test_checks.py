@@ -151,6 +151,8 @@ def test_prompts_and_answers_that_are_cut_are_seen_as_training_sees_them(tmp_pat
     stage.check()
     found = common.look(stage, words, 512)
     assert found.cut == 8 and max(found.lengths) == 80 and "are cut at max_seq_length=80 or max_prompt_length=40" in caplog.text
+    with pytest.raises(ConfigError, match="longer than the model's context of 64 tokens"):
+        common.look(stage, words, 64)
     split = dpo.DPOStage(dpo.DPOConfig(preference_dataset_path=path, max_prompt_length=40, max_seq_length=80, **settings | {"validation_split": 0.3}))
     split.check()
     assert split.data[1] and common.look(split, words, 512)  # equal ends of other prompts are not the same rows
