@@ -311,11 +311,10 @@ class Pipeline:
 
     def save_final(self, result: StageResult, folder: Path) -> None:
         """OUT/final: the last stage's model, by hard links where the file system has them."""
-        if result.model_path is None:
-            save_model(result.model, result.tokenizer, str(folder))
         if not is_main_process():
             return
         if result.model_path is None:
+            save_model(result.model, result.tokenizer, str(folder))
             shutil.copy(*self.marks()[::-1])
             return
         records = shutil.ignore_patterns("adapter", "checkpoints*", "runs", "wandb", "stage*", "*.jsonl", "*.log", ".*")
@@ -339,8 +338,8 @@ class Pipeline:
         if is_main_process():
             results = [{k: v for k, v in vars(r).items() if k not in ("model", "tokenizer")} for r in self.results]
             plan = {folder: asdict(stage.config) for folder, stage in zip(self.folders, self.stages)}
-            said = {"state": state, "results": results, "config": asdict(self.config), "plan": plan}
-            write_json(Path(self.config.output_dir, "pipeline.json"), said)
+            state = {"state": state, "results": results, "config": asdict(self.config), "plan": plan}
+            write_json(Path(self.config.output_dir, "pipeline.json"), state)
             try:
                 report.write(self.config.output_dir)
             except Exception as error:  # a page must not cost a run

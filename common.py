@@ -151,7 +151,7 @@ class StageConfig:
     """Options that every stage has. A stage of your own extends it: `@dataclass class MyConfig(StageConfig): ...`."""
 
     aliases: ClassVar[dict[str, str]] = {}  # short names, for the command line
-    quantized: ClassVar[Any] = False
+    quantized: ClassVar[Any] = False  # whether the model's weights are: see ModelConfig
 
     stage_name: str = ""  # name in logs and results; empty: the name of the recipe
     output_dir: Folder = "outputs"  # folder of the stage: model, tokenizer, training.log, metrics.jsonl, stage.json
@@ -353,7 +353,7 @@ class BaseStage:
     config_class: type[StageConfig] = StageConfig
     needs_chat_template: bool = True  # false: the data is plain text
     task: str = "CAUSAL_LM"  # PEFT's name of what the model does; SEQ_CLS: it gives one score
-    needs_folder: bool = False  # true: it takes no model that lies in memory alone
+    needs_folder: str = ""  # what it is called, if it takes no model that lies in memory alone
     hands_on: bool = True  # false: what it makes is not for the next stage, which gets what this one was handed
     config: Any  # an instance of config_class
 
@@ -407,8 +407,8 @@ class BaseStage:
             froms = [sys.modules.get(name) for name in re.findall(r"^from ([\w.]+) import", text, re.MULTILINE)]
             modules = {sys.modules[__name__], home, *froms, *filter(inspect.ismodule, vars(home).values())} - {None}
             ours = (Path(__file__).parent, Path(vars(home).get("__file__", __file__)).parent)
-            loaded = {module: Path(file) for module in modules if (file := vars(module).get("__file__"))}
-            loaded = {module: file for module, file in loaded.items() if file.parent in ours}
+            loaded = {module: Path(file) for module in modules
+                      if (file := vars(module).get("__file__")) and Path(file).parent in ours}
             code = {file.name: digest(file) for file in loaded.values()}
             self.edited = sorted(file.name for module, file in loaded.items() if as_loaded(module) != code[file.name])
             with contextlib.suppress(OSError):  # what is typed at a prompt has no source; a notebook's functions have
@@ -468,7 +468,7 @@ class BaseStage:
         if folder:
             config = replace(config, model_name_or_path=folder, revision=None)
         elif model is not None and (config.quantized or self.needs_folder):
-            what = "use_4bit and use_8bit load" if config.quantized else f"{self.stage_name} starts"
+            what = "use_4bit and use_8bit load" if config.quantized else f"{self.needs_folder} starts"
             raise ConfigError(f"{what} from a folder: set save_intermediate in the stage before")
         name = config.model_name_or_path if folder or model is None else "a model in memory"
         self.lineage["parent"] = {"model": name, "revision": config.revision}
@@ -934,10 +934,10 @@ def render_turns(tokenizer, messages: list[dict]) -> list[tuple[str, bool]]:
         end = found.end() if found else len(answered)
         target = answered[len(prompt) : end] + ("" if found else tokenizer.eos_token)
         before, whole = answered[: found.start() if found else end], squeeze(messages[index]["content"])
-        begun = squeeze(before).endswith(whole)  # by the generation prompt, with <think>
-        if before[len(prompt) :].strip() and whole not in squeeze(answered[len(prompt) : end]) and not begun:
+        if before[len(prompt) :].strip() and whole not in squeeze(answered[len(prompt) : end]) and not (
+                squeeze(before).endswith(whole)):  # the generation prompt may begin the answer, with <think>
             raise RowError("of whose answer the chat template leaves a part out")
-        pieces += [(prompt[len(done):], False), (target, True), (answered[end:], False)]
+        pieces += [(prompt[len(done) :], False), (target, True), (answered[end:], False)]
         done = answered
     return pieces
 

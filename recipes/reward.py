@@ -182,7 +182,8 @@ def calibration(config: RewardConfig, model, rows: list[dict], batches) -> float
 
 
 class RewardStage(BaseStage):
-    stage_name, config_class, task, hands_on, needs_folder = "reward", RewardConfig, "SEQ_CLS", False, True
+    stage_name, config_class, task, hands_on = "reward", RewardConfig, "SEQ_CLS", False
+    needs_folder = "a reward model"
 
     def load_data(self):
         def convert(row, form):
@@ -205,9 +206,8 @@ class RewardStage(BaseStage):
         return steps, 2 * tokens, passes, 2 * rows
 
     def prepare_model_and_tokenizer(self, model, tokenizer, previous_result=None):
-        if model is not None and not (previous_result and previous_result.model_path):
-            raise ConfigError("a reward model starts from a folder: set save_intermediate in the stage before")
-        model, tokenizer = super().prepare_model_and_tokenizer(None, None, previous_result)
+        policy = None if previous_result and previous_result.model_path else model  # of its folder only the backbone
+        model, tokenizer = super().prepare_model_and_tokenizer(policy, tokenizer, previous_result)
         # transformers takes the score at the last token that is not padding, so padding must not be what ends a turn
         if tokenizer.pad_token_id in (stops := stop_tokens(tokenizer)):
             spare = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special} - {*stops}

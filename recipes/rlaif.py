@@ -374,7 +374,7 @@ def train(config: RLAIFConfig, model, tokenizer, train_rows: list, eval_rows: li
 
 
 class RLAIFStage(BaseStage):
-    stage_name, config_class, needs_folder = "rlaif", RLAIFConfig, True
+    stage_name, config_class, needs_folder = "rlaif", RLAIFConfig, "rlaif"
 
     def load_data(self):
         config = self.config

@@ -75,8 +75,9 @@ def to_messages(row: dict, form: str, separate_input: bool = False) -> list[dict
     *asked, answer = (row[column] for column in FORMATS[form])
     given = row.get("input") if form == "alpaca" else None
     asked += [given] if given and not separate_input else []
-    texts = all(isinstance(value, str | int | float) for value in asked)
-    turns = as_messages(asked[0] if len(asked) == 1 else "\n\n".join(map(str, asked)) if texts else None, "user")
+    if len(asked) > 1:  # they make one text, or are none
+        asked = ["\n\n".join(map(str, asked)) if all(isinstance(part, str | int | float) for part in asked) else None]
+    turns = as_messages(asked[0], "user")
     turns[-1] |= {"input": given or ""} if separate_input else {}
     return [*turns, *as_messages(answer, "assistant")]
 

@@ -14,7 +14,7 @@ from conftest import ROOT
 
 import common
 from chain import Pipeline, load_yaml
-from common import BaseStage, ConfigError, StageConfig, TrainingConfig
+from common import BaseStage, ConfigError, StageConfig, StageResult, TrainingConfig
 
 
 @dataclass
@@ -211,6 +211,10 @@ def test_code_that_changed_after_it_was_imported_does_not_run(pipeline, tmp_path
     helper.write_text("TAGS = 2\n")
     result = Pipeline.from_yaml(path).run()[0]
     assert not result.success and "helper_that_changes.py changed since it was imported here; start Python anew" in result.error_message
+    (part,) = Pipeline.from_yaml(path).stages
+    part.check()
+    part.once = True  # as a part of a run that began before
+    assert part.execute().success
 
 
 def test_what_starts_from_a_folder_follows_what_leaves_one(pipeline, data):
@@ -495,10 +499,14 @@ def test_final_is_the_model_of_the_last_stage_that_there_is_now(pipeline, tmp_pa
     assert read("final") == read("01_sft")
 
 
-def test_final_of_a_model_that_was_never_saved_is_known_too(pipeline, data, tmp_path):
+def test_final_of_a_model_that_was_never_saved_is_known_too(pipeline, data, tmp_path, monkeypatch):
     path = pipeline(["sft"], {"sft": {"dataset_name_or_path": data, "max_steps": 1, "save_intermediate": False}})
     Pipeline.from_yaml(path).run()
     first = (tmp_path / "out/01_sft/stage.json").read_bytes()
-    assert Pipeline.from_yaml(path).has_final()
+    assert (again := Pipeline.from_yaml(path)).has_final()
+    monkeypatch.setenv("RANK", "1")
+    again.save_final(StageResult("sft", True), tmp_path / "elsewhere")  # that is the first process's
+    assert not (tmp_path / "elsewhere").exists()
+    monkeypatch.delenv("RANK")
     Pipeline.from_yaml(path).run()
     assert (tmp_path / "out/01_sft/stage.json").read_bytes() == first

@@ -637,3 +637,49 @@ def test_a_quantized_model_cannot_be_handed_over(tmp_path, model_dir, data):
     model, tokenizer = common.load_model_and_tokenizer(training_config(model_dir, use_4bit=True))
     with pytest.raises(ConfigError, match="a quantized model cannot be handed over"):
         sft.SFTStage(sft.SFTConfig(model_name_or_path="tiny", dataset_name_or_path=data, output_dir=str(tmp_path))).execute(model, tokenizer)
+
+
+@pytest.mark.parametrize("bits", ["use_4bit", "use_8bit"])
+def test_what_a_quantized_stage_in_16_bit_hands_on_runs(model_dir, data, tmp_path, bits):
+    result = sft.SFTStage(sft.SFTConfig(model_name_or_path=model_dir, dataset_name_or_path=data, max_steps=1, torch_dtype="bfloat16",
+                                        output_dir=str(tmp_path), **{bits: True})).execute()
+    assert result.success and {weight.dtype for weight in result.model.parameters()} == {torch.bfloat16}
+    assert result.model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
+def test_8_bit_weights_are_multiplied_alike_in_training_and_evaluation(model_dir):
+    model, _ = common.load_model_and_tokenizer(training_config(model_dir, use_8bit=True))
+    with torch.no_grad():
+        assert torch.equal(*(mode()(torch.tensor([[1, 2, 3]])).logits for mode in (model.train, model.eval)))
+
+
+def test_a_classifier_writes_nothing_and_may_start_from_a_language_models_adapter(model_dir, data, tmp_path):
+    import reward
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    AutoModelForSequenceClassification.from_pretrained(model_dir, num_labels=1).save_pretrained(tmp_path / "rm")
+    AutoTokenizer.from_pretrained(model_dir).save_pretrained(tmp_path / "rm")
+    with pytest.raises(ConfigError, match="rm gives scores and writes nothing"):
+        common.load_model_and_tokenizer(training_config(str(tmp_path / "rm")))
+    tuned = sft.SFTStage(sft.SFTConfig(model_name_or_path=model_dir, dataset_name_or_path=data, max_steps=3, learning_rate=1e-2,
+                                       output_dir=str(tmp_path / "sft"))).execute()
+    scorer = common.add_adapter(AutoModelForSequenceClassification.from_pretrained(model_dir, num_labels=1), training_config(model_dir), "SEQ_CLS")
+    scorer.save_pretrained(tmp_path / "scorer")
+    with pytest.raises(ConfigError, match="scorer gives scores and writes nothing"):
+        common.load_model_and_tokenizer(training_config(str(tmp_path / "scorer")))
+    for dtype in (torch.bfloat16, torch.float32):  # each merge is kept apart
+        half = reward.RewardConfig(model_name_or_path=tuned.artifacts["adapter"], preference_dataset_path="d", torch_dtype=str(dtype)[6:])
+        assert common.load_model_and_tokenizer(half, task="SEQ_CLS")[0].dtype == dtype
+    config = reward.RewardConfig(model_name_or_path=tuned.artifacts["adapter"], preference_dataset_path="d")
+    model, _ = common.load_model_and_tokenizer(config, task="SEQ_CLS")
+    merged = AutoModelForCausalLM.from_pretrained(tuned.model_path)
+    assert model.score.weight.shape[0] == 1 and all(torch.allclose(value, merged.model.state_dict()[name], atol=1e-6)
+                                                    for name, value in model.model.state_dict().items())
+
+
+def test_a_metric_that_no_evaluation_gives_is_refused_before_the_first_step(model_dir, data, tmp_path):
+    config = sft.SFTConfig(model_name_or_path=model_dir, dataset_name_or_path=data, max_steps=4, eval_steps=2, save_steps=2, validation_split=0.2,
+                           load_best_model_at_end=True, metric_for_best_model="exact_match", output_dir=str(tmp_path))
+    with pytest.raises(ConfigError, match="metric_for_best_model=exact_match: there are eval_loss, eval_token_accuracy"):
+        sft.SFTStage(config).execute()
+    assert not (tmp_path / "metrics.jsonl").exists() or "loss" not in (tmp_path / "metrics.jsonl").read_text()

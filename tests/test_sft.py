@@ -181,6 +181,8 @@ def test_long_text_is_split_and_nothing_is_lost(tokenizer):
     assert all(len(piece["input_ids"]) <= 32 for piece in pieces) and all(p["labels"][0] == IGNORE for p in pieces)
     assert tokenizer.decode(torch.cat([piece["input_ids"] for piece in pieces])) == text + "<|endoftext|>"
     for text in ("abcde " * n for n in range(1, 9)):  # its end is learnt too, also where it would stand alone
+        with pytest.raises(RowError, match="of which no token would be learnt"):
+            sft.encode(text, tokenizer, 1)
         whole = tokenizer(text + "<|endoftext|>").input_ids
         for length in range(3, len(whole) + 2):
             pieces, _ = sft.encode(text, tokenizer, length)
@@ -255,6 +257,12 @@ def test_every_file_of_a_folder_is_read_but_hidden_ones(tmp_path, kind):
         rows = datasets.Dataset.from_list([{"question": f"{n}?", "answer": str(n)}])
         getattr(rows, "to_json" if kind == "jsonl" else "to_parquet")(folder / f"{name}.{kind}")
     assert sorted(common.load_dataset_from_path(str(folder))["answer"]) == ["0", "1"]
+    (folder / f"extra.{kind}").rename(folder / f"a[1].{kind}")
+    assert sorted(common.load_dataset_from_path(str(folder))["answer"]) == ["0", "1"]
+    for name, later in (("train", "valid"), ("a[1]", "test")):
+        (folder / f"{name}.{kind}").rename(folder / f"{later}.{kind}")
+    with pytest.raises(ConfigError, match="by their names none of its files is for training; give one of them"):
+        common.load_dataset_from_path(str(folder))
     datasets.DatasetDict(train=rows).save_to_disk(tmp_path / "dict")
     with pytest.raises(ConfigError, match="holds several data sets; give one's folder, such as .*train"):
         common.load_dataset_from_path(str(tmp_path / "dict"))
