@@ -505,8 +505,10 @@ def test_final_of_a_model_that_was_never_saved_is_known_too(pipeline, data, tmp_
     first = (tmp_path / "out/01_sft/stage.json").read_bytes()
     assert (again := Pipeline.from_yaml(path)).has_final()
     monkeypatch.setenv("RANK", "1")
-    again.save_final(StageResult("sft", True), tmp_path / "elsewhere")  # that is the first process's
-    assert not (tmp_path / "elsewhere").exists()
+    mark = (tmp_path / "out/final/fingerprint.json").rename(tmp_path / "mark")
+    again.save_final(StageResult("sft", True), tmp_path / "out/final")  # that is the first process's work
+    assert not (tmp_path / "out/final/fingerprint.json").exists()
+    mark.rename(tmp_path / "out/final/fingerprint.json")
     monkeypatch.delenv("RANK")
     Pipeline.from_yaml(path).run()
     assert (tmp_path / "out/01_sft/stage.json").read_bytes() == first
