@@ -112,7 +112,7 @@ Options = Annotated[dict[str, Any], as_yaml]
 Sentences = Annotated[list[str], as_yaml]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Optimizer = Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd"]
-Scheduler = Literal["linear", "cosine", "polynomial", "constant", "constant_with_warmup", "cosine_with_restarts"]
+Scheduler = Literal["linear", "cosine", "polynomial", "constant", "constant_with_warmup"]
 
 
 def coerce_fields(config) -> None:
@@ -256,6 +256,8 @@ class TrainingConfig(ModelConfig):
             raise ConfigError("lora_r=0 trains all weights, and quantized ones cannot train; set lora_r=16")
         names = "lora_alpha lora_dropout lora_target_modules lora_bias use_dora use_rslora"
         self.refuse_unread(not self.lora_r, names, "with lora_r=0")
+        if not self.lora_r and self.learning_rate == self.default_rates[0]:  # as `replace(config, lora_r=0)` leaves it
+            say_once("learning_rate=%g is the default for an adapter; for all weights it is %g" % self.default_rates)
         flat = self.lr_scheduler_type == "constant" and self.warmup_ratio > 0
         self.refuse_unread(flat, "warmup_ratio", "with lr_scheduler_type=constant; constant_with_warmup has it")
         if self.use_dora and self.use_8bit and default_device().type == "cpu":
@@ -690,7 +692,7 @@ def read_text(file: Path) -> list[dict]:
             return rows
     text = file.read_text(encoding="utf-8-sig")
     if text.lstrip()[:1] != "[":  # lines; so joined, an error names the right one
-        text = "[" + ",\n".join(line for line in text.split("\n") if line.strip()) + "]"
+        text = "[" + re.sub(r"(?<=\S)(?=\s*\n\s*\S)", ",", text) + "]"
     rows = json.loads(text, parse_constant=lambda name: None)  # NaN is no text
     if not all(isinstance(row, dict) for row in rows):
         raise ConfigError(f"data {file}: a row has to be an object, {{\"column\": value, ...}}")
@@ -738,8 +740,7 @@ def load_dataset_from_path(path: str, config_name: str | None = None, split: str
         else:
             raise ConfigError(f"data {path}: no such file or folder here, and the hub cannot be reached")
         if later:
-            left = ", ".join(file.name for file in later)
-            logger.warning("data %s: not read, since by their names not for training: %s", path, left)
+            logger.warning("data %s: not read, by name not for training: %s", path, ", ".join(f.name for f in later))
     if not len(dataset):
         raise ConfigError(f"data {path} has no rows")
     return dataset
@@ -2203,7 +2204,7 @@ class Subprocess:
         self.process: Any = None  # a Popen while it runs
         self.reader = ThreadPoolExecutor(1)
 
-    def __call__(self, *args, **kwargs) -> Any:
+    def __call__(self, /, *args, **kwargs) -> Any:  # a column may be named self
         self.start()
         self.process.stdin.write(json.dumps([args, kwargs], default=str) + "\n")
         self.process.stdin.flush()

@@ -127,7 +127,8 @@ def to_pair(row: dict, form: str) -> dict:
     if "preference" in FORMATS[form]:
         winner = str(row["preference"]).lower().removesuffix(".0")
         if winner not in ("1", "2", "a", "b", first, second):
-            raise RowError(f"whose preference is {row['preference']!r}, not one of 1, 2, a, b, {first}, {second}")
+            why = f"whose preference is {row['preference']!r}, not one of 1, 2, a, b, {first}, {second}"
+            raise ConfigError(f"a row {why}") if winner == "0" else RowError(why)  # beside 0, a 1 may be the second
         first, second = (second, first) if winner in ("2", "b", second) else (first, second)
     answers = [as_messages(row[column], "assistant") for column in (first, second)]
     chosen, rejected = (prompt + side if side[0]["role"] == "assistant" else side for side in answers)
@@ -174,8 +175,7 @@ def encode(row: dict, tokenizer, config: DPOConfig) -> dict:
     whole, sides = encode_answers(prompt, answers, tokenizer)
     bos = whole[: int(whole[0] == tokenizer.bos_token_id)]  # stays: models lean on their first token
     limit = min(config.max_prompt_length or len(whole), len(whole))
-    left = config.truncation_side == "left"
-    kept = bos + whole[len(whole) - limit + len(bos) :] if left else whole[:limit]
+    kept = bos + whole[len(whole) - limit + len(bos) :] if config.truncation_side == "left" else whole[:limit]
     room = config.max_seq_length - len(kept)
     if room < 1:
         raise RowError(f"whose prompt leaves no room for an answer within {config.max_seq_length} tokens")

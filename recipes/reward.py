@@ -80,7 +80,8 @@ def to_pair(row: dict, form: str) -> dict:
     if "preference" in FORMATS[form]:
         winner = str(row["preference"]).lower().removesuffix(".0")
         if winner not in ("1", "2", "a", "b", first, second):
-            raise RowError(f"whose preference is {row['preference']!r}, not one of 1, 2, a, b, {first}, {second}")
+            why = f"whose preference is {row['preference']!r}, not one of 1, 2, a, b, {first}, {second}"
+            raise ConfigError(f"a row {why}") if winner == "0" else RowError(why)  # beside 0, a 1 may be the second
         first, second = (second, first) if winner in ("2", "b", second) else (first, second)
     answers = [as_messages(row[column], "assistant") for column in (first, second)]
     chosen, rejected = (prompt + side if side[0]["role"] == "assistant" else side for side in answers)
@@ -182,8 +183,7 @@ def calibration(config: RewardConfig, model, rows: list[dict], batches) -> float
 
 
 class RewardStage(BaseStage):
-    stage_name, config_class, task, hands_on = "reward", RewardConfig, "SEQ_CLS", False
-    needs_folder = "a reward model"
+    stage_name, config_class, task, hands_on, needs_folder = "reward", RewardConfig, "SEQ_CLS", False, "a reward model"
 
     def load_data(self):
         def convert(row, form):

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -131,6 +131,7 @@ READING = {
     "a.csv": ("code,said\n019,None\n7,\n", [{"code": "019", "said": "None"}, {"code": "7", "said": ""}]),
     "b.jsonl": ('{"a": "2024-05-20T10:00:00", "b": 1}\n{"a": "x\u2028y", "c": "z"}\n',
                 [{"a": "2024-05-20T10:00:00", "b": 1, "c": None}, {"a": "x\u2028y", "b": None, "c": "z"}]),
+    "d.jsonl": ('\n{"a": 1} \r\n\n\t\n{"a": 2}\n \n{"a": 3}', [{"a": 1}, {"a": 2}, {"a": 3}]),
     "c.json": ('\ufeff[{"a": [1, "x"]}, {"a": "t"}]', [{"a": [1, "x"]}, {"a": "t"}]),
 }
 
@@ -158,7 +159,7 @@ def test_what_is_not_read_of_a_folder_is_said(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("text, words", [
-    ('{"a": 1}\n{"a": ', "Expecting value: line 2 column"), ("[1, 2]", "has to be an object"), ("", "has no rows"), ("\udce4", "can't decode"),
+    ('{"a": 1}\n{"a": ', "Expecting value: line 2 column"), ('\n{"a": 1}\n\n \n{"a": ', "Expecting value: line 5 column"), ("[1, 2]", "has to be an object"), ("", "has no rows"), ("\udce4", "can't decode"),
 ])
 def test_a_file_that_cannot_be_read_is_refused(tmp_path, text, words):
     (tmp_path / "a.jsonl").write_bytes(text.encode(errors="surrogateescape"))
@@ -301,6 +302,16 @@ def test_full_training_thaws_what_a_stage_before_froze(model_dir):
 def test_the_default_learning_rate_goes_with_what_trains():
     assert [TrainingConfig(lora_r=r).learning_rate for r in (16, 0)] == [5e-4, 5e-5]
     assert TrainingConfig(learning_rate="1e-3", lora_r=0).learning_rate == 1e-3
+
+
+def test_an_adapters_rate_that_a_changed_config_keeps_for_all_weights_is_said(caplog):
+    common.say_once.cache_clear()
+    adapter = TrainingConfig(model_name_or_path="x")
+    adapter.validate()
+    replace(adapter, lora_r=0, learning_rate=1e-4).validate()
+    assert not caplog.text
+    replace(adapter, lora_r=0).validate()
+    assert "learning_rate=0.0005 is the default for an adapter" in caplog.text and "for all weights it is 5e-05" in caplog.text
 
 
 @pytest.mark.parametrize("bits", [{}, {"use_4bit": True}])

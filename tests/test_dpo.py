@@ -92,7 +92,7 @@ def test_messages_share_their_longest_prefix_and_optional_columns_join_the_promp
     ({"prompt": "a", "chosen": None, "rejected": "b"}, "prompt-chosen-rejected", "empty or missing"),
     ({"prompt": "a", "chosen": [], "rejected": "b"}, "prompt-chosen-rejected", "empty or missing"),
     ({"question": "a", "answer_a": "b", "answer_b": "c", "preference": "tie"}, "question-answers-preference", "preference is 'tie'"),
-    ({"question": "a", "answer_a": "b", "answer_b": "c", "preference": 0}, "question-answers-preference", "preference is 0"),
+    ({"question": "a", "answer_a": "b", "answer_b": "c", "preference": -1}, "question-answers-preference", "preference is -1"),
     ({"chosen": [USER, GOOD], "rejected": [{"role": "user", "content": "4 pm?"}, BAD]}, "chosen-rejected", "follow one prompt"),
     ({"chosen": "b", "rejected": "c"}, "chosen-rejected", "follow one prompt"),
     ({"chosen": [USER, GOOD], "rejected": [USER]}, "chosen-rejected", "follow one prompt"),
@@ -102,6 +102,12 @@ def test_messages_share_their_longest_prefix_and_optional_columns_join_the_promp
 def test_rows_that_show_no_preference_say_why(row, form, reason):
     with pytest.raises(RowError, match=reason):
         dpo.to_pair(row, form)
+
+
+def test_preferences_coded_by_0_and_1_are_refused_since_their_1_is_the_other_answer(tmp_path):
+    rows = [{"question": f"a{n}", "answer_a": "b", "answer_b": "c", "preference": int(n == 5)} for n in range(6)]
+    with pytest.raises(ConfigError, match="a row whose preference is 0, not one of 1, 2"):
+        dpo.DPOStage(dpo.DPOConfig(model_name_or_path="x", preference_dataset_path=written(tmp_path, rows))).load_data()
 
 
 def test_bad_rows_are_counted_and_a_majority_of_them_is_refused(tmp_path, caplog):

@@ -673,7 +673,7 @@ def test_functions_of_a_file(tmp_path, caplog):
     assert rewarded(config(tmp_path, reward=[f"{file}:loud"], reward_length=0), ["a"]).tolist() == [[1.0]]
     settings = config(tmp_path, reward=[f"{file}:judge"], reward_length=0)
     settings.validate()
-    levels = [{"level": 10, "other": "x"}] * 3
+    levels = [{"level": 10, "other": "x", "self": 1}] * 3
     found = rewarded(settings, ["ab", "none", "c"], levels)[:, 0]
     assert found[0] == 13 and found[1].isnan() and found[2] == 12
     with pytest.raises(RuntimeError, match=r"I cannot read bad.*ask 1.*on_reward_error=skip"):
