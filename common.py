@@ -431,9 +431,16 @@ class BaseStage:
             return differences(json.loads(record.read_text(encoding="utf-8"))["fingerprint"], self.fingerprint())
 
     def recorded(self) -> StageResult:
-        """The result of a finished stage, by its stage.json."""
+        """The result of a finished stage, by its stage.json; its folder may have been moved or copied since."""
         done = json.loads(Path(self.config.output_dir, "stage.json").read_text(encoding="utf-8"))
-        return StageResult(done["stage"], True, path := done["model_path"], path, done["metrics"], done["artifacts"])
+
+        def moved(path: str) -> str:
+            way = Path(os.path.relpath(path, done["folder"]))
+            outside = way.parts[:2] == ("..", "..")  # neither in the folder nor in one beside it
+            return path if outside else os.path.normpath(Path(self.config.output_dir, way))
+
+        artifacts, path = {name: moved(at) for name, at in done["artifacts"].items()}, done["model_path"]
+        return StageResult(done["stage"], True, path := path and moved(path), path, done["metrics"], artifacts)
 
     def begin(self) -> None:
         """Mark the folder as that of this run. Checkpoints of one with other options, or not wanted, are laid aside."""
@@ -2365,9 +2372,9 @@ def write_stage_json(config: StageConfig, result: StageResult, lineage: dict) ->
     if is_main_process():
         (folder / "stage_config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
         write_json(folder / "stage.json", {
-            "stage": result.stage_name, "success": result.success, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            **lineage, "model_path": result.model_path, "metrics": result.metrics, "artifacts": result.artifacts,
-            "device": str(default_device()),
+            "stage": result.stage_name, "folder": str(folder), "success": result.success,
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **lineage, "model_path": result.model_path,
+            "metrics": result.metrics, "artifacts": result.artifacts, "device": str(default_device()),
             "versions": {"python": sys.version.split()[0], **{name: version(name) for name in packages}},
         })
 

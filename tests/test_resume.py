@@ -6,6 +6,7 @@ KILLS=20 python -m pytest tests/test_resume.py -k random    # more of them
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -146,6 +147,25 @@ def test_a_checkpoint_of_the_last_step_is_the_end(interrupted):
     assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_copied_run_goes_on_from_its_own_folders_and_leaves_the_others_alone(pipeline, tmp_path, monkeypatch, relative):
+    """Also where a relative output_dir is continued from another working directory, by its absolute path."""
+    path = pipeline(sft={"max_steps": 1}, dpo={"max_steps": 1}, reward={"max_steps": 1}, rl={"num_training_steps": 1})
+    monkeypatch.chdir(tmp_path)
+    first = Pipeline.from_yaml(path, output_dir="a" if relative else str(tmp_path / "a"), until="reward").run()
+    assert all(result.success for result in first)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    before = sorted((tmp_path / "a").rglob("*"))
+    results = Pipeline.from_yaml(path, output_dir=str(tmp_path / "b"), cleanup_intermediate=True).run()
+    assert [result.success for result in results] == [True] * 4 and sorted((tmp_path / "a").rglob("*")) == before
+    assert results[2].artifacts["reward_model"] == str(tmp_path / "b/03_reward") and results[1].artifacts["adapter"].startswith(str(tmp_path / "b/02_dpo"))
+    record = json.loads((tmp_path / "b/04_rl/stage.json").read_text())
+    assert record["parent"]["model"] == str(tmp_path / "b/02_dpo")
+    assert not (tmp_path / "b/02_dpo/model.safetensors").exists() and (tmp_path / "b/final/model.safetensors").exists()
 
 
 def test_a_finished_recipe_is_not_run_again_by_the_same_command(model_dir, data, tmp_path, caplog):
