@@ -14,6 +14,7 @@ import difflib
 import functools
 import glob
 import hashlib
+import http.client
 import importlib.util
 import inspect
 import itertools
@@ -330,7 +331,7 @@ class FitConfig(DataConfig, TrainingConfig):
 # Options that do not change what comes out of a stage: with others, a run goes on from the same checkpoints.
 OUTSIDE = frozenset("""stage_name output_dir enabled save_intermediate log_level report_to use_wandb wandb_project
     wandb_run_name resume_from_checkpoint save_steps save_freq save_total_limit use_auth_token max_calls max_cost
-    input_price output_price call_timeout""".split())
+    input_price output_price call_timeout max_missing""".split())
 
 
 @dataclass
@@ -1979,6 +1980,14 @@ class AskingConfig(StageConfig):
         super().validate()
         if self.max_cost and not (self.input_price or self.output_price):
             raise ConfigError("max_cost needs input_price and output_price, dollars for a million tokens")
+        for name in (name for name in vars(self) if name.endswith("_api_key") and vars(self)[name]):
+            if not os.environ.get(vars(self)[name]):
+                raise ConfigError(f"{name} names the environment variable that holds the key, and is not set. A key "
+                                  "itself is refused: options are written to files and shown in the list of processes")
+        for role in (name.removesuffix("_base_url") for name in vars(self) if name.endswith("_base_url")):
+            if (kind := vars(self)[f"{role}_model_type"]) not in ("api", *PROVIDERS):
+                servers = f"{role}_base_url {role}_api_key max_calls max_cost call_timeout"
+                self.refuse_unread(True, servers, f"with {role}_model_type={kind}: it is for servers")
 
 
 class Client:
@@ -2004,18 +2013,12 @@ class Client:
         if not self.path:
             raise ConfigError(f"{role}_model_path is missing: a folder, hub name or .gguf file; of a server, the "
                               "model's name there")
-        for name, value in (("base_url", self.url), ("api_key", self.variable)):
-            if value and not self.remote:
-                raise ConfigError(f"{role}_{name} has no effect with {role}_model_type={self.kind}")
-        for limit in ("max_calls", "max_cost", "call_timeout"):
-            if getattr(self.config, limit) != getattr(AskingConfig, limit) and not self.remote:
-                raise ConfigError(f"{limit} is for servers; it has no effect with {role}_model_type={self.kind}")
-        if self.variable and not self.secret:
-            known = f": {self.variable} is not set" if self.variable in (v for _, v in PROVIDERS.values()) else ""
-            raise ConfigError(f"{role}_api_key names the environment variable that holds the key{known}. A key itself "
-                              "is refused: options are written to files and shown in the list of processes")
         if not self.remote:
             return check_model(self.path)
+        if self.variable and not re.fullmatch("[!-~]+", self.secret):
+            wrong = "has a space, a line break or a letter beyond ASCII in it" if self.secret else "is not set"
+            usual = f" {self.variable}" * (self.variable in (known for _, known in PROVIDERS.values()))  # or a key?
+            raise ConfigError(f"{role}_api_key names the environment variable that holds the key, and{usual} {wrong}")
         if not re.match("https?://", self.url or ""):
             raise ConfigError(f"{role}_base_url says where the server is, for example http://localhost:8000/v1")
         if re.search(r"//[^/]*@|[?]", self.url):
@@ -2023,7 +2026,7 @@ class Client:
             raise ConfigError(f"{role}_base_url has a {kind} in it; name its environment variable by {role}_api_key")
         try:
             urllib.request.urlopen(self.url, timeout=10).close()
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             if not hasattr(error, "code"):  # an HTTPError has one: something answers
                 raise ConfigError(f"{role}_base_url={self.url} does not answer: {error}") from None
 
@@ -2038,6 +2041,7 @@ class Client:
         wanted = {key: request for key, request in zip(keys, requests) if key not in known}
         spent = self.spent(known)
         room = self.config.max_calls - len(known) if self.remote and self.config.max_calls else len(wanted)
+        room = 0 if 0 < self.config.max_cost < spent else room
         todo = dict([*wanted.items()][: max(0, room)])
         logger.info("%s: %d answers, %d of them known from before", what, len(requests), len(requests) - len(wanted))
         self.figures.update(calls_cached=len({*keys}) - len(wanted))
@@ -2061,7 +2065,7 @@ class Client:
         again = "What came is kept; run the same command to go on"
         if self.refusal:
             raise AskingError(f"{self.url} {self.refusal}. {again}")
-        if 0 < self.config.max_cost < spent:
+        if 0 < self.config.max_cost < spent and not {*keys} <= known.keys():
             raise AskingError(f"max_cost={self.config.max_cost:g} is reached: {spent:.2f} dollars. {again}, with more")
         if len(todo) < len(wanted):
             raise AskingError(f"max_calls={self.config.max_calls} is reached. {again}, with more")
@@ -2081,16 +2085,18 @@ class Client:
         return found
 
     def key(self, request: list) -> str:
-        whole = [self.role, self.path, self.url, [] if self.remote else identity(Path(self.path)), *request]
+        options = ("seed", "instruction_template", "torch_dtype", "use_4bit", "use_8bit", "revision")
+        here = [] if self.remote else [identity(Path(self.path)), *map(vars(self.config).get, options)]
+        whole = [self.role, self.path, self.url, here, *request]
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:32]
 
     def read_calls(self) -> dict[str, dict]:
-        """{key: answer} of OUT/calls.jsonl, from which a line that a crash cut off is removed."""
+        """{key: answer} of OUT/calls.jsonl, those of other processes too; a line that a crash cut off is removed."""
         self.calls.touch()
-        whole = self.calls.read_bytes()
-        if (end := whole.rfind(b"\n") + 1) < len(whole):
-            os.truncate(self.calls, end)
-        lines = map(json.loads, whole[:end].splitlines())
+        files = {file: file.read_bytes() for file in self.calls.parent.glob("calls*.jsonl")}
+        ends = {file: whole.rfind(b"\n") + 1 for file, whole in files.items()}
+        os.truncate(self.calls, ends[self.calls])  # others may be writing at theirs
+        lines = (json.loads(line) for file, whole in files.items() for line in whole[: ends[file]].splitlines())
         return {line.pop("key"): line for line in lines if line["role"] == self.role}
 
     def spent(self, answers: Mapping[str, dict]) -> float:
@@ -2110,7 +2116,7 @@ class Client:
             "max_completion_tokens" if self.kind == "openai" else "max_tokens")
         options = {"temperature": sampling["temperature"], limit: sampling["max_new_tokens"]}
         options |= {"top_p": sampling["top_p"]} if sampling["top_p"] < 1 else {}
-        clean = lambda text: text.replace(self.secret, "***") if self.secret else text  # servers may send the key back
+        clean = lambda text: text.replace(self.secret, "***") if len(self.secret) > 7 else text  # a server may send it
 
         def call(messages: list[dict]) -> dict | None:
             for attempt in range(8):
@@ -2118,15 +2124,20 @@ class Client:
                     return None
                 try:
                     answer = json.loads(clean(create(model=self.path, messages=messages, **options).text))
+                    if answer.get("error"):
+                        raise ValueError(answer["error"])
                     used = answer.get("usage") or {}  # what is charged for is an answer, also without a text
-                    text = answer["choices"][0]["message"]["content"] if answer.get("choices") or not used else None
+                    said = answer["choices"][0]["message"] if answer.get("choices") or not used else {}
+                    text = said["content"] if not used else said.get("content")
+                    if isinstance(text, list):  # of parts
+                        text = "".join(part.get("text", "") for part in text)
                     if text is None:
-                        self.trouble = "an answer has no text"
+                        self.trouble = "an answer has no text; it stays in calls.jsonl and is not asked again"
                     return {"text": text and text.encode("utf-8", "replace").decode(),
                             "tokens_in": int(used.get("prompt_tokens") or 0),
                             "tokens_out": int(used.get("completion_tokens") or 0)}
                 except (ValueError, LookupError, TypeError, AttributeError) as error:  # half an answer, or another page
-                    self.trouble = f"not an answer: {error}"
+                    self.trouble = f"not an answer: {str(error)[:200]}"
                     time.sleep(min(8, 0.5 * 2**attempt))
                 except openai.APIStatusError as error:
                     words = " ".join(clean(error.response.text).split())[:300]  # error.message has OpenAI's form alone
@@ -2145,6 +2156,7 @@ class Client:
             for future in as_completed(futures):
                 yield futures[future], future.result()
         finally:
+            self.halted = True  # what is under way is not tried again
             pool.shutdown(wait=False, cancel_futures=True)
 
     def ask_here(self, todo: Mapping[str, tuple], sampling: Mapping, choices: Sequence[str]):

@@ -10,7 +10,9 @@ import threading
 import time
 from collections import Counter
 
+import cot_distillation
 import pytest
+import rlaif
 from conftest import ROOT
 
 import common
@@ -157,7 +159,7 @@ def test_limits_hold_over_all_runs(server, tmp_path):
 
 @pytest.mark.parametrize("answer", [
     {"usage": {"prompt_tokens": None, "completion_tokens": None}}, {"usage": [1]}, {"choices": [{"message": {"content": [{"text": "a"}]}}]},
-    {"choices": [{"message": {"content": "\ud800"}}]}, {"choices": "none"},
+    {"choices": [{"message": {"content": "\ud800"}}]}, {"choices": "none"}, {"error": {"message": "overloaded, not an answer"}},
 ])
 def test_odd_answers_are_missing_or_text_and_break_nothing(server, tmp_path, monkeypatch, answer):
     monkeypatch.setattr(common.time, "sleep", lambda seconds: None)
@@ -165,13 +167,14 @@ def test_odd_answers_are_missing_or_text_and_break_nothing(server, tmp_path, mon
     for _ in range(2):  # also of those that are kept
         try:
             found = client(server, tmp_path, concurrency=1).ask("x", asked("q0", "q1"), GREEDY, "1", str)
-            assert found in (["answer to q0", "answer to q1"], ["?", "?"])
+            assert found in (["answer to q0", "answer to q1"], ["?", "?"], ["a", "a"])
         except common.AskingError as error:
             assert "not an answer" in str(error)
 
 
-def test_what_a_server_charges_without_a_text_counts(server, tmp_path):
-    server.instead = {"choices": []}
+@pytest.mark.parametrize("choices", [[], [{"message": {"role": "assistant"}}]])
+def test_what_a_server_charges_without_a_text_counts(server, tmp_path, choices):
+    server.instead = {"choices": choices}
     one = client(server, tmp_path, max_calls=4, concurrency=1)
     with pytest.raises(RuntimeError, match="max_calls=4 is reached"):
         one.ask("x", asked(*(f"q{n}" for n in range(20))), GREEDY, "1", str)
@@ -239,23 +242,59 @@ def test_a_line_that_a_crash_cut_off_is_asked_again(server, tmp_path):
     ("api", "http://127.0.0.1:9/v1", None, "teacher_base_url=http://127.0.0.1:9/v1 does not answer"),
     ("api", "http://me:secret@127.0.0.1:9/v1", None, "has a password in it"),
     ("api", "http://127.0.0.1:9/v1", CANARY, "names the environment variable"),
+    ("api", "http://127.0.0.1:9/v1", "LINE", "a line break or a letter beyond ASCII"),
+    ("api", "http://127.0.0.1:PORT/v1", None, "does not answer: nonnumeric port"),
     ("openai", None, None, "OPENAI_API_KEY is not set"),
     ("anthropic", None, None, "ANTHROPIC_API_KEY is not set"),
-    ("local", "http://127.0.0.1:9/v1", None, "teacher_base_url has no effect with teacher_model_type=local"),
 ])
 def test_what_cannot_be_asked_is_refused_before(tmp_path, monkeypatch, kind, url, variable, words):
     for name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LINE", f"{CANARY}\r")
     with pytest.raises(ConfigError, match=words) as refusal:
         common.Client(common.AskingConfig(output_dir=str(tmp_path)), "teacher", "big", kind, url, variable).check()
     assert CANARY not in str(refusal.value) and "secret" not in str(refusal.value)
 
 
-def test_limits_of_servers_have_no_effect_on_a_model_run_here(tmp_path):
-    with pytest.raises(ConfigError, match="max_calls is for servers"):
-        common.Client(common.AskingConfig(output_dir=str(tmp_path), max_calls=3), "teacher", "big", "local").check()
-    with pytest.raises(ConfigError, match="max_cost needs input_price"):
-        common.AskingConfig(max_cost=1.0).validate()
+@pytest.mark.parametrize("options, words", [
+    ({"max_calls": 3}, "max_calls has no effect with teacher_model_type=local: it is for servers"),
+    ({"teacher_base_url": "http://127.0.0.1:9/v1"}, "teacher_base_url has no effect with teacher_model_type=local"),
+    ({"teacher_api_key": CANARY}, "names the environment variable"),
+    ({"max_cost": 1.0}, "max_cost needs input_price"),
+])
+def test_options_of_servers_are_refused_for_a_model_run_here_even_if_it_is_not_asked(options, words):
+    """A key that was given by mistake would stand in stage.json and in the report of a run whose rows are all ready."""
+    with pytest.raises(ConfigError, match=words) as refusal:
+        cot_distillation.CoTConfig(model_name_or_path="x", reasoning_dataset_path="y", **options).validate()
+    assert CANARY not in str(refusal.value)
+    with pytest.raises(ConfigError, match=words.replace("teacher_", "feedback_")):
+        options = {name.replace("teacher_", "feedback_"): value for name, value in options.items()}
+        rlaif.RLAIFConfig(model_name_or_path="x", prompt_dataset_path="y", feedback_model_path="z", **options).validate()
+
+
+def test_a_cost_limit_holds_over_all_runs_and_what_is_known_is_free(server, tmp_path):
+    requests, prices = asked(*(f"q{n}" for n in range(4))), {"input_price": 1e5, "output_price": 1e5, "concurrency": 1}
+    ask = lambda some, **more: client(server, tmp_path, **prices, **more).ask("x", some, GREEDY, "1", str)
+    ask(requests[:2])  # 3 dollars
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="max_cost=2 is reached: 3.00 dollars"):
+            ask(requests, max_cost=2)
+    assert server.asked.total() == 2 and ask(requests[:2], max_cost=2) == ["answer to q0", "answer to q1"]
+
+
+def test_answers_of_other_processes_count_and_are_known(server, tmp_path):
+    client(server, tmp_path).ask("x", asked("q0", "q1"), GREEDY, "1", str)
+    (tmp_path / "calls.jsonl").rename(tmp_path / "calls-1.jsonl")
+    with open(tmp_path / "calls-1.jsonl", "a") as file:
+        file.write('{"half": ')  # it may be writing right now
+    with pytest.raises(RuntimeError, match="max_calls=3 is reached"):
+        client(server, tmp_path, max_calls=3).ask("x", asked("q0", "q1", "q2", "q3"), GREEDY, "1", str)
+    assert server.asked.total() == 3 and (tmp_path / "calls-1.jsonl").read_text().endswith('{"half": ')
+
+
+def test_other_options_of_a_model_run_here_make_other_answers(tmp_path):
+    key = lambda **options: common.Client(cot_distillation.CoTConfig(output_dir=str(tmp_path), **options), "teacher", "x", "local").key(["a"])
+    assert len({key(), key(seed=1), key(torch_dtype="bfloat16"), key(instruction_template="{instruction}")}) == 4 and key() == key(learning_rate=1)
 
 
 def test_a_model_run_here_answers_by_its_own_random_numbers(model_dir, tmp_path):

@@ -17,7 +17,7 @@ from conftest import ROOT
 import chain
 import common
 
-BUDGETS = {"chain.py": 411, "common.py": 2439, "report.py": 255, "recipes/sft.py": 231, "recipes/dpo.py": 442, "recipes/reward.py": 226,
+BUDGETS = {"chain.py": 411, "common.py": 2458, "report.py": 253, "recipes/sft.py": 231, "recipes/dpo.py": 442, "recipes/reward.py": 226,
            "recipes/rl.py": 1035, "recipes/rlaif.py": 402, "recipes/cot_distillation.py": 434,
            "recipes/evaluate.py": 246}
 CONFIGS = (sft.SFTConfig, dpo.DPOConfig, reward.RewardConfig, rl.RLConfig, rlaif.RLAIFConfig,
