@@ -2290,15 +2290,39 @@ def serve(path: str, name: str) -> None:
             say(error=f"{type(error).__name__}: {error}")
 
 
+NO_NUMBER = re.compile(r"\d:\d|\d-\d+-\d|(?<![\\\w])[^\W\d_]\d")  # a time, a date, a code: texts with numbers in them
+
+
+def formula(text: str) -> list:
+    """What math-verify makes of a number or formula, or of the last one in a sentence; empty without one. It looks for
+    formulas between dollars, and of one without them would take the last number: so they are put around it."""
+    from math_verify import parse
+
+    text = re.sub(r"\*\*|`|(?<=\d)\.$", "", text.strip()).strip()  # marks of emphasis, the end of a sentence
+    text = f"{float(text):f}" if re.fullmatch(r"[-+]?\d+(\.\d+)?[eE][-+]?\d+", text) else text  # 1e6
+    text = re.sub(r"(?<![\w.])(\d+) (\d+/\d+)$", r"(\1+\2)", text)  # 3 1/2
+    if re.fullmatch(r"[-+\s\\$€£]*[\d,]*\.?\d+%?", text):
+        return parse(re.sub(r"[\s\\$€£]", "", text), parsing_timeout=None)
+    sentence = re.search(r"\$|\\boxed|\\[\[(]|: |(?<!\\)\b[^\W\d_]{2,}", text)
+    return parse(text if sentence else f"${text}$", parsing_timeout=None)
+
+
+def expected_number(gold: str) -> list:
+    """`formula` of an expected answer (of "... #### 72" what follows the hashes); empty if it is none, but a text that
+    has numbers in it."""
+    gold = gold.split("####")[-1].strip()
+    return [] if NO_NUMBER.search(gold) or not re.search(r"[\d\\]", gold) else formula(gold)
+
+
 def numeric(prompts: list, completions: list[str], answer: list, **_) -> list[float]:
     """1.0 where the final answer of a completion equals the number or formula `answer` (of "... #### 72" what follows
     the hashes), else 0.0. To be called by `Subprocess`: some formulas take for ever."""
-    from math_verify import parse, verify
+    from math_verify import verify
 
     def equal(text: str, gold: str) -> float:
-        if not (wanted := parse(str(gold).split("####")[-1].strip(), parsing_timeout=None)):
+        if not (wanted := expected_number(str(gold))):
             raise ValueError(f"the answer {gold!r} is not a number or formula")
-        return float(verify(wanted, parse(text, parsing_timeout=None), timeout_seconds=None))
+        return float(verify(wanted, formula(text.rpartition("####")[2]), timeout_seconds=None))
 
     return [equal(text, gold) for text, gold in zip(completions, answer)]
 

@@ -27,7 +27,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -108,6 +108,8 @@ class CoTConfig(FitConfig, AskingConfig):
             raise ConfigError("cot_template needs {rationale}, then some mark, then {answer}, as in "
                               r"'{rationale}\n#### {answer}'")
         check_sampling("generation_kwargs", self.generation_kwargs)
+        if self.generation_kwargs.get("top_k") and not local:
+            raise ConfigError("generation_kwargs: top_k has no effect on a teacher behind a server")
         for task in self.eval_reasoning_tasks:
             if not Path(task).exists() and not common.importlib.util.find_spec("lm_eval"):
                 raise ConfigError(f"eval_reasoning_tasks={task}: no such file; tasks of the harness need: "
@@ -140,15 +142,16 @@ def convert(row: dict, form: str) -> dict:
     return {"question": question, "rationale": rationale, "answer": answer, "type": row.get("reasoning_type")}
 
 
-def of_types(config: CoTConfig, rows: list[dict]) -> list[dict]:
-    """The rows of the wanted `reasoning_types`, if rows have any; raises ConfigError when none is left."""
-    types = Counter(row["type"] for row in rows if row["type"])
+def of_types(config: CoTConfig, *sides: list[dict]) -> Sequence[list[dict]]:
+    """The rows of the wanted `reasoning_types`, if rows have any; raises ConfigError when none is left to train on."""
+    types = Counter(row["type"] for rows in sides for row in rows if row["type"])
     if not config.reasoning_types or not types:
-        return rows
-    kept = [row for row in rows if row["type"] in config.reasoning_types]
-    if not kept:
-        raise ConfigError(f"reasoning_types={','.join(config.reasoning_types)}: the data has {', '.join(types)}")
-    logger.info("%d of %d rows are of reasoning_types=%s", len(kept), len(rows), ",".join(config.reasoning_types))
+        return sides
+    kept = [[row for row in rows if row["type"] in config.reasoning_types] for rows in sides]
+    wanted = ",".join(config.reasoning_types)
+    if not kept[0]:
+        raise ConfigError(f"reasoning_types={wanted}: no row to train on is; the data has {', '.join(types)}")
+    logger.info("%d of %d rows are of reasoning_types=%s", sum(map(len, kept)), sum(map(len, sides)), wanted)
     return kept
 
 
@@ -160,11 +163,10 @@ def ending(text: str, mark: str = "####") -> str:
 def final(prompts: list, completions: list[str], **_) -> list[str | None]:
     """The number or formula that a completion ends with, in one notation; None without. For `Subprocess`."""
     import sympy
-    from math_verify import parse
 
-    found = [parse(ending(text), parsing_timeout=None)[:1] for text in completions]
-    notation = lambda value: f"{float(value):.10g}" if isinstance(value, sympy.Expr) and value.is_real else str(value)
-    return [notation(*values) if values else None for values in found]
+    found = [common.formula(ending(text))[:1] for text in completions]
+    exact = lambda value: sympy.nsimplify(value, rational=True) if isinstance(value, sympy.Expr) else value
+    return [str(*map(exact, values)) if values else None for values in found]
 
 
 CHECK_SECONDS = 10.0  # that a comparison of two answers may take
@@ -236,10 +238,12 @@ def collect(config: CoTConfig, teacher: Client, rows: list[dict]) -> list[dict]:
     for number, row in enumerate(open_rows):
         chains = [text for text in texts[number * config.num_rationales :][: config.num_rationales] if text]
         answer = row["answer"]
-        if answer is None:
-            answer = vote([notation(text) for text in chains])
+        if answer is None:  # as a chain wrote it
+            finals = [notation(text) for text in chains]
+            answer = next((ending(t) for t, said in zip(chains, finals) if said and said == vote(finals)), None)
         right = correct(config, [ending(text) for text in chains], [answer] * len(chains)) if answer else []
-        good = {normal(text): text for text, is_right in reversed([*zip(chains, right)]) if is_right}
+        good = {normal(text): text for text, is_right in reversed([*zip(chains, right)])
+                if is_right and not text.startswith("####")}  # an answer alone is no chain
         counts.update(chains=len(chains), right=sum(filter(None, right)), kept=len(good), questions=bool(good))
         kept += [row | {"answer": answer, "rationale": text.rpartition("####")[0].strip() or text}
                  for text in reversed(good.values())]
@@ -397,7 +401,7 @@ class CoTDistillationStage(BaseStage):
     def load_data(self):
         config = self.config
         training, evaluation, self.lineage["data"] = load_rows(config, convert, OPTIONAL)
-        training, evaluation = (of_types(config, rows) if rows else [] for rows in (training, evaluation))
+        training, evaluation = of_types(config, training, evaluation)
         asked = {row["question"] for row in training}
         for name, rows in load_tasks(config).items():
             if leaked := sorted(asked & {row["question"] for row in rows}):
@@ -414,8 +418,9 @@ class CoTDistillationStage(BaseStage):
             self.lineage["teacher"] = {"model": config.teacher_model_path, "type": config.teacher_model_type}
         elif config.teacher_model_path:
             logger.info("the teacher is not asked: all rows have a rationale")
+        numbers = lambda text: re.search(r"[\d\\]", text) and not common.NO_NUMBER.search(text)
         if config.answer_check == "numeric" and (wrong := [row["answer"] for row in training + evaluation if row[
-                "answer"] and not re.search(r"[\d\\]", row["answer"])]):
+                "answer"] and not numbers(row["answer"])]):
             raise ConfigError(f"the answer {wrong[0]!r} is not a number or formula; set answer_check=exact")
         return training, evaluation
 

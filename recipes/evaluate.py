@@ -121,7 +121,8 @@ def perplexity(logps: Sequence[float], lengths: Sequence[int]) -> dict[str, floa
 def is_number(text: str) -> bool:
     """Whether an expected answer is a number or a formula, alone or after ####, not a text with a number in it."""
     text = text.split("####")[-1]
-    return bool(re.search(r"\d", text)) and not re.search(r"(?<!\\)\b[^\W\d_]{2,}", text)
+    words = re.search(r"(?<!\\)\b[^\W\d_]{2,}", text) or common.NO_NUMBER.search(text)
+    return bool(re.search(r"\d", text)) and not words
 
 
 @torch.no_grad()

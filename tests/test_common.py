@@ -694,3 +694,20 @@ def test_a_metric_that_no_evaluation_gives_is_refused_before_the_first_step(mode
     with pytest.raises(ConfigError, match="metric_for_best_model=exact_match: there are eval_loss, eval_token_accuracy"):
         sft.SFTStage(config).execute()
     assert not (tmp_path / "metrics.jsonl").exists() or "loss" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("gold, text, right", [
+    ("72", "So it is 72.", 1), ("72", "**72**", 1), ("18", "$18", 1), ("18", r"\$18", 1), ("18", "€18", 1), ("-3", "- 3", 1), ("1e6", "1000000", 1),
+    ("3.5", "3 1/2", 1), ("3 1/2", "3", 0), ("0.5", "1/2", 1), ("1,234", "1234", 1), ("5", r"\[5\]", 1), ("5", "A: 5", 1), ("12", "at 7:30 I have 12", 1),
+    ("12", "12:45", 0), ("(1, 2)", "(7, 2)", 0), ("(1, 2)", "(1,2)", 1), ("x=2, y=3", "x=7, y=3", 0), (r"2\sqrt{3}", r"2\sqrt{5}", 0), (r"$2\sqrt{3}$", r"2\sqrt{3}", 1),
+    ("2x+1", "2x+5", 0), ("2x+1", "1 + 2x", 1), (r"\sqrt{2}", r"\sqrt{2}", 1), (r"\frac{\pi}{2}", r"#### \pi/2", 1), ("{1,2}", "{2,1}", 1), ("10, 20", "20", 0),
+    ("12345678901234", "12345678901235", 0), ("5", "", 0), ("5", "five", 0),
+])
+def test_answers_are_compared_whole_as_numbers_and_formulas(gold, text, right):
+    assert common.numeric([""], [text], [gold]) == [right]
+
+
+@pytest.mark.parametrize("gold", ["12:30", "7:30 pm", "2024-05-01", "A0", "B33", "x", "five"])
+def test_a_text_with_numbers_in_it_is_no_number(gold):
+    with pytest.raises(ValueError, match="is not a number or formula"):
+        common.numeric([""], [gold], [gold])

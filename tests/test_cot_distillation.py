@@ -38,6 +38,7 @@ def write(path, rows):
     (dict(cot_template="{answer} {rationale}"), "cot_template needs"),
     (dict(cot_template="{rationale} {answer}"), "then some mark"),
     (dict(generation_kwargs={"max_tokens": 3}), "did you mean 'max_new_tokens'"),
+    (dict(generation_kwargs={"top_k": 5}, teacher_model_type="openai"), "top_k has no effect on a teacher behind a server"),
     (dict(eval_reasoning_tasks=["gsm8k"]), "no such file; tasks of the harness need: pip install lm-eval"),
 ])
 def test_bad_options_are_refused_with_the_remedy(tmp_path, options, words, monkeypatch):
@@ -69,7 +70,7 @@ def test_rows_that_cannot_be_used():
 
 def test_types_select_rows_or_are_refused(tmp_path):
     rows = [{"type": "time"}, {"type": "money"}, {"type": None}]
-    assert cot.of_types(config(tmp_path, reasoning_types=["money"]), rows) == [{"type": "money"}]
+    assert [*cot.of_types(config(tmp_path, reasoning_types=["money"]), rows, rows[:1])] == [[{"type": "money"}], []]
     with pytest.raises(ConfigError, match="the data has time, money"):
         cot.of_types(config(tmp_path, reasoning_types=["space"]), rows)
     assert "by space reasoning" in cot.ask_rationale(config(tmp_path, reasoning_types=["space"]), "q")[0]["content"]
@@ -122,6 +123,13 @@ def test_exact_answers(server, tmp_path):  # noqa: F811
                         answer_check="exact", num_rationales=3)
     assert [(row["question"], row["rationale"], row["answer"]) for row in kept] == [
         ("capital", "France.", "Paris"), ("vote", "a", "x"), ("vote", "b", "x")]
+
+
+def test_a_voted_answer_is_learnt_as_a_chain_wrote_it_and_an_answer_alone_is_no_chain(server, tmp_path):  # noqa: F811
+    texts = {"big": ["n\n#### 12345678901234", "m\n#### 12345678901234"], "root": [r"a####\frac{1}{3}", r"b#### \frac{1}{3}"],
+             "bare": ["#### 5", "#### 5"], "time": ["a\n#### 12:30", "b\n#### 12:30"]}
+    kept, teacher = collected(server, tmp_path, [({"question": name}, "question") for name in texts], texts, num_rationales=2)
+    assert {(row["question"], row["answer"]) for row in kept if row["question"] != "time"} == {("big", "12345678901234"), ("root", r"\frac{1}{3}")}
 
 
 def test_a_hanging_check_is_no_answer(tmp_path, monkeypatch, caplog):
