@@ -137,8 +137,12 @@ class Pipeline:
                 raise ConfigError(f"stage {folder} starts from a folder: set save_intermediate in the stage before")
             saved = stage.config.save_intermediate if stage.config.enabled and stage.hands_on else saved
             for option, name in links(stage.config).items():
-                if not any(name in (before, before[3:]) for before in self.enabled if before < folder):
-                    raise ConfigError(f"stage {folder}: {option}=stage:{name}: no stage before it is named {name}")
+                named = [s for f, s in zip(self.folders, self.stages) if f in self.enabled and f < folder
+                         and name in (f, f[3:])]
+                if not named or not named[-1].config.save_intermediate:
+                    why = "sets save_intermediate=false" if named else f"is named {name}"
+                    raise ConfigError(f"stage {folder}: {option}=stage:{name}: "
+                                      f"{'it' if named else 'no stage before it'} {why}")
 
     def stage(self, name: str, folder: str) -> BaseStage:
         """The stage of a name, with its config: command line over stage over pipeline over default."""
@@ -166,7 +170,7 @@ class Pipeline:
         """The class registered under `name`, or defined by the recipe of that name or path."""
         if name in self.registry:
             return self.registry[name]
-        path = Path(name) if name.endswith(".py") else RECIPES / f"{name}.py"
+        path = Path(name).expanduser() if name.endswith(".py") else RECIPES / f"{name}.py"
         if not path.is_file():
             raise ConfigError(unknown("stage", name, [*self.registry, *(file.stem for file in RECIPES.glob("*.py"))]))
         which = hashlib.sha256(f"{path.resolve()} {digest(path)}".encode()).hexdigest()  # a changed file is another one
@@ -182,7 +186,7 @@ class Pipeline:
         return classes[0]
 
     def plan(self) -> str:
-        source, rows = self.config.model_name_or_path, []
+        source, rows = vars(self.stages[0].config).get("model_name_or_path", self.config.model_name_or_path), []
         for folder, stage in zip(self.folders, self.stages):
             enabled, hands_on = stage.config.enabled, stage.config.enabled and stage.hands_on
             rows.append((folder, source if enabled else "skipped: enabled is false", stage.config.output_dir))

@@ -44,7 +44,7 @@ from typing import Annotated, Any, Callable, ClassVar, Iterable, Literal, Mappin
 import torch
 import torch.nn.functional as F
 import yaml
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Lt, MinLen
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -105,7 +105,7 @@ NonNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Lt(1)]
 comma_separated = BeforeValidator(lambda v: re.findall(r"[^,\s]+", v) if isinstance(v, str) else v or [])
 Names = Annotated[list[str], comma_separated]
-Folder = Annotated[str, AfterValidator(os.path.expanduser)]
+Folder = Annotated[str, MinLen(1), AfterValidator(os.path.expanduser)]
 Trackers = Annotated[list[Literal["tensorboard", "wandb", "trackio"]], comma_separated]
 as_yaml = BeforeValidator(lambda v: yaml.safe_load(v) if isinstance(v, str) else v)
 Switch = Annotated[bool | str, as_yaml]
@@ -436,7 +436,7 @@ class BaseStage:
         done = json.loads(Path(self.config.output_dir, "stage.json").read_text(encoding="utf-8"))
 
         def moved(path: str) -> str:
-            way = Path(os.path.relpath(path, done["folder"]))
+            way = Path(os.path.relpath(path, done["output_dir"]))
             outside = way.parts[:2] == ("..", "..")  # neither in the folder nor in one beside it
             return path if outside else os.path.normpath(Path(self.config.output_dir, way))
 
@@ -485,6 +485,7 @@ class BaseStage:
         if model is None or config.quantized:
             model, tokenizer = load_model_and_tokenizer(config, self.needs_chat_template, self.task)
         else:
+            tokenizer = tokenizer if self.hands_on else copy.deepcopy(tokenizer)
             prepare_tokenizer(tokenizer, config, self.needs_chat_template)
             dtype, model = weight_dtype(config), merge_adapter(model)  # it is handed on as it was, if it is handed on
             model = cast(model if self.hands_on or model.dtype == dtype else copy.deepcopy(model), dtype)
@@ -571,6 +572,7 @@ def options_of(config: StageConfig) -> dict[str, Any]:
 
 def identity(path: Path) -> Any:
     """What tells whether a file or the folder of a model is still the same one; None for what is not there."""
+    path = path.expanduser()
     kinds = ("*.safetensors", "*config.json", "tokenizer*", "chat_template*", "vocab*", "*.model")  # not its records
     files = sorted(file for kind in kinds for file in path.glob(kind)) if path.is_dir() else [path] * path.is_file()
     if path.is_file() and path.stat().st_size < 2**24:
@@ -1005,7 +1007,8 @@ def look(stage: BaseStage, tokenizer, context: int, say: bool = False) -> Simple
     """Encode the first rows of a checked stage as its training will: the tokens of each, how many lose something, an
     example. None for a stage that does not say what it makes of a row. Raises ConfigError, with the remedy, for what
     would teach nothing, or other than it should. `say`: how many are left out, as the training will."""
-    prepare_tokenizer(tokenizer, stage.config, chat := stage.needs_chat_template)
+    tokenizer, chat = copy.deepcopy(tokenizer), stage.needs_chat_template  # it may be handed on as it is
+    prepare_tokenizer(tokenizer, stage.config, chat)
     found, stops = SimpleNamespace(lengths=[], cut=0, whole=0, example=None, keys=set()), stop_tokens(tokenizer)
     for side, rows in zip(("training", "evaluation"), stage.data or ()):
         make = lambda row: (row, stage.sequences(row, tokenizer, context))
@@ -2235,7 +2238,7 @@ class Subprocess:
             path, _, name = self.spec.rpartition(":")
             code = "import sys; sys.path.insert(0, sys.argv[1]); import common; common.serve(*sys.argv[2:])"
             self.process = subprocess.Popen(
-                [sys.executable, "-c", code, str(Path(__file__).parent), path, name],
+                [sys.executable, "-c", code, str(Path(__file__).parent), os.path.expanduser(path), name],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8", start_new_session=True)
             with refusing(f"{self.spec} cannot be called"):
                 self.read(300)
@@ -2333,7 +2336,7 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, 
     n, mean, z = len(values), statistics.fmean(values), statistics.NormalDist().inv_cdf((1 + confidence) / 2)
     if 0 <= min(values) and max(values) <= 1:
         centre, spread = mean + z * z / (2 * n), z * math.sqrt(mean * (1 - mean) / n + (z / (2 * n)) ** 2)
-        return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
+        return max(0.0, (centre - spread) / (1 + z * z / n)), min(1.0, (centre + spread) / (1 + z * z / n))
     error = z * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.inf
     return mean - error, mean + error
 
@@ -2408,7 +2411,7 @@ def write_stage_json(config: StageConfig, result: StageResult, lineage: dict) ->
     if is_main_process():
         (folder / "stage_config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
         write_json(folder / "stage.json", {
-            "stage": result.stage_name, "folder": str(folder), "success": result.success,
+            "stage": result.stage_name, "output_dir": str(folder), "success": result.success,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **lineage, "model_path": result.model_path,
             "metrics": result.metrics, "artifacts": result.artifacts, "device": str(default_device()),
             "versions": {"python": sys.version.split()[0], **{name: version(name) for name in packages}},

@@ -94,7 +94,7 @@ def read_run(folder: Path) -> tuple[list[Stage], list[tuple]]:
 
 
 def shown(value: float | None) -> str:
-    return "–" if value is None else (f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}").replace("-", "−")
+    return "–" if value is None else f"{value:{',.0f' if 1e4 <= abs(value) < 1e15 else '.4g'}}".replace("-", "−")
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -104,11 +104,11 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return f"<div class=box><table><thead><tr>{cells('th', map(escape, head))}<tbody>{body}</table></div>" * bool(rows)
 
 
-def ticks(low: float, high: float) -> list[float]:
-    """Round numbers from below `low` to above `high`, 1, 2 or 5 times a power of ten apart."""
-    step = next(m * 10**e for e in range(-99, 99) for m in (1, 2, 5) if 4.1 * m * 10**e > (high - low or abs(low) or 1))
+def ticks(low: float, top: float) -> list[float]:
+    """Round numbers from below `low` to above `top`, 1, 2 or 5 times a power of ten apart."""
+    step = next(m * 10**e for e in range(-99, 308) for m in (1, 2, 5) if 4.1 * m * 10**e > (top - low or abs(low) or 1))
     first = math.floor(low / step + 1e-6)
-    return [step * n for n in range(first, max(first + 1, math.ceil(high / step - 1e-6)) + 1)]
+    return [step * n for n in range(first, max(first + 1, math.ceil(top / step - 1e-6)) + 1)]
 
 
 def chart(title: str, lines: list[tuple[str, str, list]]) -> str:
@@ -174,7 +174,9 @@ def answers(stages: dict[str, Stage]) -> str:
             turns, expected = row.get("prompt", row.get("question", "")), row.get("expected", row.get("answer"))
             turns = turns if isinstance(turns, list) else [{"role": "user", "content": turns}]
             asked = "\n\n".join(f"{turn['role']}: " * (len(turns) > 1) + turn["content"] for turn in turns)
-            texts = cards.setdefault(turns[-1]["content"].strip(), (name, asked, expected, {}))[3]
+            last = turns[-1]["content"].strip()  # a system turn before it may be a stage's own; chats may end alike
+            known = len(turns) == 1 or cards.get(last, ("", asked))[1] in (asked, last)
+            texts = cards.setdefault(last if known else asked, (name, asked, expected, {}))[3]
             said = ", ".join(f"{k} {shown(x)}" for k, x in row.items() if isinstance(x, int | float) and k != "step")
             for key in (key for key in ANSWERS if key in row and (key != "answer" or "expected" in row)):
                 when = row.get("when", f"step {row['step']}" if key == "completion" else key)
@@ -212,7 +214,7 @@ def write(*folders: str | Path) -> Path:
         start = run[0].lineage.get("parent", {}).get("model", run[0].config.get("model_name_or_path", ""))
         top += f"<p><b>{escape(label)}</b> <bdi class=soft>{escape(str(start))}</bdi>"
         for stage in run:  # stages of one name go together, and two runs of one stage
-            groups.setdefault(stage.name.replace(name, title, stage.name.startswith(name)), {})[label] = stage
+            groups.setdefault(stage.name.replace(name, title, stage.name.split("/")[0] == name), {})[label] = stage
             stages[label if label == stage.name else f"{label} {stage.name}".strip()] = stage
             top += f" → <span class='state {stage.state}'>{escape(stage.name)} {stage.state}</span>"
         alarms += "".join(f"<p class=alarm>{escape(' '.join((*e, label)))}\n{escape(text)}" for *e, text in said)

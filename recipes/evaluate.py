@@ -86,7 +86,7 @@ def convert(row: dict, form: str) -> dict:
         return {"prompt": pair["prompt"], "answers": [pair["chosen"], pair["rejected"]], "columns": columns}
     if form in ANSWERED or (form == "messages" and as_messages(row["messages"], "user")[-1]["role"] == "assistant"):
         *prompt, answer = sft.to_messages(row, form)
-        return {"prompt": prompt, "answers": [[answer]], "columns": columns | {"answer": answer["content"]}}
+        return {"prompt": prompt, "answers": [[answer]], "columns": {"answer": answer["content"]} | columns}
     return rl.convert(row, "instruction-input" if form == "instruction" and "input" in row else form) | {"answers": []}
 
 
@@ -147,14 +147,22 @@ def answer_logps(model, rows: list[dict], batch_size: int) -> list[list[tuple[fl
 # -- evaluation --------------------------------------------------------------------------------------------------------
 
 
-def scorecard(config: EvaluateConfig, rows: list[dict], functions: dict, model, tokenizer) -> tuple[dict, list[dict]]:
-    """(figures with their intervals, a sample for each row: prompt, answer and what was found) of rows by `convert`."""
-    model.eval()
-    limit = min(config.max_seq_length, model.config.max_position_embeddings)
-    rows = usable_rows(rows, lambda row: encode(row, tokenizer, limit, config.max_new_tokens), "data")
+def usable(config: EvaluateConfig, rows: list[dict], *models: tuple) -> list[dict]:
+    """The rows by `convert` that all the (model, tokenizer) have room for, `num_eval_samples` of them at most."""
+    for model, tokenizer in models:
+        limit = min(config.max_seq_length, model.config.max_position_embeddings)
+        rows = usable_rows(rows, lambda row: encode(row, tokenizer, limit, config.max_new_tokens) and row, "data")
     if config.num_eval_samples and config.num_eval_samples < len(rows):
         logger.info("of %d rows %d are drawn (num_eval_samples)", len(rows), config.num_eval_samples)
         rows = random.Random(config.seed).sample(rows, config.num_eval_samples)
+    return rows
+
+
+def scorecard(config: EvaluateConfig, rows: list[dict], functions: dict, model, tokenizer) -> tuple[dict, list[dict]]:
+    """(figures with their intervals, a sample for each row: prompt, answer and what was found) of `usable` rows."""
+    model.eval()
+    limit = min(config.max_seq_length, model.config.max_position_embeddings)
+    rows = [encode(row, tokenizer, limit, config.max_new_tokens) for row in rows]
     logps = answer_logps(model, rows, config.batch_size)
     known = [sides[0] for sides in logps if sides]
     figures = perplexity(*zip(*known)) if known else {}
@@ -198,11 +206,13 @@ class EvaluateStage(BaseStage):
         if config.feedback_model_path:
             self.judge.check()
         rows, self.lineage["data"] = read_rows(config, convert, None)
+        if (needs := rl.reading_answers(config)) and "answer" not in (columns := rows[0]["columns"]):
+            raise ConfigError(f"reward={needs[0]} needs a column answer; found {', '.join(columns) or 'none'}")
         return [], rows
 
     def sequences(self, row, tokenizer, context):
         room = self.config.max_new_tokens
-        sides = encode(row, tokenizer, self.config.max_seq_length, room)["sides"]
+        sides = encode(row, tokenizer, min(self.config.max_seq_length, context), room)["sides"]
         return [(side["prompt"] + side["answers"][0], None) for side in sides] or [
             (prompt_ids(tokenizer, row["prompt"]), None)], False
 
@@ -213,13 +223,16 @@ class EvaluateStage(BaseStage):
             self.functions["reward_model"] = rl.reward_model(config)
 
         def make() -> list[dict]:
-            old = None
+            old, models = None, [(model, tokenizer)]
             if config.baseline:
                 other = replace(config, model_name_or_path=config.baseline, revision=None)
-                figures, old = scorecard(config, self.data[1], self.functions, *load_model_and_tokenizer(other))
+                models.append(load_model_and_tokenizer(other))
+            rows = usable(config, self.data[1], *models)
+            if config.baseline:
+                figures, old = scorecard(config, rows, self.functions, *models.pop())
                 metrics.update({re.sub(r"(_low|_high|_n)?$", r"_before\1", name, count=1): value
                                 for name, value in figures.items()})
-            figures, samples = scorecard(config, self.data[1], self.functions, model, tokenizer)
+            figures, samples = scorecard(config, rows, self.functions, model, tokenizer)
             metrics.update(figures)
             for sample, before in zip(samples, old or []):
                 sample["baseline"] = {key: value for key, value in before.items() if key not in ("prompt", "expected")}

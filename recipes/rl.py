@@ -408,6 +408,11 @@ def reward_model(config: ScoringConfig) -> Callable:
     return score
 
 
+def reading_answers(config: ScoringConfig) -> list[str]:
+    """The rewards that read the column answer."""
+    return [name for name in config.reward if name in REWARDS and REWARDS[name][1] == "answer"]
+
+
 def reward_functions(config: ScoringConfig) -> dict[str, Callable]:
     """{name: function(prompts, completions, **columns) -> list of numbers or None} of `reward`, and a first look at the
     reward model, which is loaded later; raises ConfigError."""
@@ -1006,7 +1011,7 @@ class RLStage(BaseStage):
     def load_data(self):
         config = self.config
         self.functions = reward_functions(config)
-        needs = [name for name in config.reward if name in REWARDS and REWARDS[name][1] == "answer"]
+        needs = reading_answers(config)
         *rows, self.lineage["data"] = load_rows(config, lambda row, form: convert(row, form, bool(needs)), None)
         if needs and "answer" not in rows[0][0]["columns"]:
             raise ConfigError(f"reward={needs[0]} needs a column answer; found {', '.join(rows[0][0]['columns'])}")

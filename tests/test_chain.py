@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -239,8 +241,6 @@ def test_options_of_stages_that_do_not_run_are_said(pipeline, capsys):
 
 def test_what_a_stage_is_made_of_counts(pipeline, model_dir, tmp_path, monkeypatch):
     """The chat template of its model, and a file of its own from which it imports."""
-    import shutil
-
     shutil.copytree(model_dir, tmp_path / "model")
     (tmp_path / "helper_of_mine.py").write_text("TAGS = 1\n")
     source = (ROOT / "recipes/sft.py").read_text().replace("parents[1]", f"parents[1] / {str(ROOT)!r}")
@@ -512,3 +512,29 @@ def test_final_of_a_model_that_was_never_saved_is_known_too(pipeline, data, tmp_
     monkeypatch.delenv("RANK")
     Pipeline.from_yaml(path).run()
     assert (tmp_path / "out/01_sft/stage.json").read_bytes() == first
+
+
+def test_a_template_of_a_stage_that_hands_nothing_on_is_its_own(pipeline, data, tmp_path, tokenizer):
+    template = {"instruction_template": "Q: {instruction} A: {response}", "dataset_name_or_path": data, "max_new_tokens": 4}
+    results = Pipeline.from_yaml(pipeline(["sft", "evaluate", "sft"], {"02_evaluate": template, "sft": {
+        "dataset_name_or_path": data, "validation_split": 0.2, "max_steps": 1}})).run()
+    assert all(result.success for result in results)
+    assert (tmp_path / "out/03_sft/chat_template.jinja").read_text() == tokenizer.chat_template == results[-1].tokenizer.chat_template
+
+
+def test_a_link_to_a_stage_that_saves_nothing_is_refused(pipeline, data):
+    configs = {"sft": {"dataset_name_or_path": data, "save_intermediate": False}, "evaluate": {"dataset_name_or_path": data, "baseline": "stage:sft"}}
+    with pytest.raises(ConfigError, match="stage 02_evaluate: baseline=stage:sft: it sets save_intermediate=false"):
+        Pipeline.from_yaml(pipeline(["sft", "evaluate"], configs))
+
+
+def test_paths_of_the_home_folder(pipeline, model_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(model_dir, tmp_path / "tiny")
+    shutil.copy(ROOT / "recipes/sft.py", tmp_path / "my_sft.py")
+    chain_of = Pipeline.from_yaml(pipeline(["~/my_sft.py"], {"my_sft": {"dataset_name_or_path": "~/data.jsonl"}}, model_name_or_path="~/tiny"))
+    first = chain_of.stages[0].fingerprint()["files"]
+    (tmp_path / "tiny/config.json").write_text((tmp_path / "tiny/config.json").read_text() + "\n")
+    assert first["~/tiny"] and common.identity(Path("~/tiny")) != first["~/tiny"]
+    with pytest.raises(ConfigError, match="output_dir=''"):
+        Pipeline.from_yaml(pipeline(["sft"]), output_dir="")

@@ -200,3 +200,30 @@ def test_the_more_probable_answer_ranks_first_and_a_tie_is_half(tmp_path, model_
     monkeypatch.setattr(evaluate, "answer_logps", lambda *_: logps)
     result, _ = judged(tmp_path, model_dir, PAIRS[:4])
     assert result.metrics["ranking_accuracy"] == pytest.approx((1 + 0 + 0.5 + 1) / 4)
+
+
+def test_two_models_answer_the_same_prompts_though_one_has_room_for_fewer(tmp_path, model_dir, tokenizer):
+    make_model(tokenizer, seed=1, max_position_embeddings=64).save_pretrained(tmp_path / "short")
+    tokenizer.save_pretrained(tmp_path / "short")
+    rows = [{"question": f"q {n} " + "word " * (90 * (n in (0, 3))), "answer": str(n)} for n in range(8)]
+    result, samples = judged(tmp_path, model_dir, rows, baseline=str(tmp_path / "short"))
+    assert [sample["expected"] for sample in samples] == ["1", "2", "4", "5", "6", "7"]
+    assert result.metrics["stopped_n"] == result.metrics["stopped_before_n"] == 6
+    alone, answers = judged(tmp_path, str(tmp_path / "short"), rows)
+    assert [sample["baseline"]["answer"] for sample in samples] == [sample["answer"] for sample in answers]
+
+
+def test_what_cannot_be_scored_is_refused_before_a_model_is_loaded(tmp_path, model_dir, tokenizer):
+    data = write(tmp_path / "data.jsonl", PAIRS)
+    with pytest.raises(ConfigError, match="reward=numeric needs a column answer; found none"):
+        evaluate.EvaluateStage(config(tmp_path, dataset_name_or_path=data, reward=["numeric"])).check()
+    stage = evaluate.EvaluateStage(config(tmp_path, model_name_or_path=model_dir, dataset_name_or_path=data, max_new_tokens=600))
+    stage.check()
+    with pytest.raises(ConfigError, match="no room for 600 tokens within 512"):
+        common.look(stage, tokenizer, 512)
+
+
+def test_an_answer_beside_messages_is_the_expected_one_and_a_time_is_no_number():
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "It is 7"}], "answer": "7"}
+    assert evaluate.convert(row, "messages")["columns"]["answer"] == "7"
+    assert [evaluate.is_number(text) for text in ("7", "x #### 1/2", "15:00", "A0", "2024-05-01", r"\\frac{1}{2}")] == [True, True, False, False, False, True]

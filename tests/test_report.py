@@ -275,3 +275,25 @@ def test_the_page_holds_its_budget_and_imports_nothing_of_the_project():
     nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom)]
     imported = {name.split(".")[0] for node in nodes for name in [getattr(node, "module", None) or node.names[0].name, *(alias.name for alias in node.names if isinstance(node, ast.Import))]}
     assert imported - sys.stdlib_module_names == {"yaml"}
+
+
+def test_other_chats_that_end_in_the_same_words_are_other_prompts(tmp_path):
+    ask = lambda system: [{"role": "system", "content": system}, {"role": "user", "content": "Hello!"}]
+    stage(tmp_path)
+    rows(tmp_path / "samples.jsonl", *({"prompt": ask(f"In {place}."), "expected": place, "answer": f"from {place}"} for place in ("Rome", "Oslo")))
+    cards = re.findall("<article class=box><div class=text>(.*?)</article>", page(tmp_path), re.S)
+    assert len(cards) == 2 and "In Rome." in cards[0] and "from Rome" in cards[0] and "from Oslo" in cards[1] and "Rome" not in cards[1]
+
+
+def test_huge_figures_and_curves_are_shown_short():
+    assert report.shown(1.014e304) == "1.014e+304" and report.shown(123456.0) == "123,456"
+    assert len(report.ticks(0.0, 1e200)) < 8 and report.ticks(0.0, 1e200)[-1] >= 1e200
+
+
+def test_folders_that_are_named_like_the_beginning_of_a_stage_are_compared(tmp_path):
+    for name in ("01", "02"):
+        (tmp_path / name).mkdir()
+        stage(tmp_path / name / "01_sft")
+        chain(tmp_path / name, {"finished": True}, [{"success": True}], {"01_sft": {"enabled": True}})
+    text = report.write(tmp_path / "01", tmp_path / "02").read_text()
+    assert "01 / 02_sft" not in text and "01_sft" in text
