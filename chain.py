@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import sys
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Sequence, get_type_hints
 
@@ -242,12 +242,18 @@ class Pipeline:
                     for option, name in links(stage.config).items():
                         setattr(stage.config, option, self.artifact(name, option.removesuffix("_path")))
                     current = stage.execute(result and result.model, result and result.tokenizer, result)
-                except ConfigError as error:  # seen only once the model was there
+                    if not isinstance(current, StageResult):
+                        raise TypeError(f"its execute() returned {current!r}, not a StageResult")
+                except Exception as error:  # seen only once the model was there, or of an execute() of its own
+                    logger.debug("the failure in full", exc_info=True)
                     logger.error("%s: %s", folder, error)
-                    current = StageResult(stage.stage_name, False, error_message=f"ConfigError: {error}")
+                    current = StageResult(stage.stage_name, False, error_message=f"{type(error).__name__}: {error}")
                 except SystemExit:  # by a signal
                     self.write_state(interrupted=folder)
                     raise
+                if result and not (current.model or current.model_path):  # it says nothing of a model: it left it alone
+                    current = replace(current, model_path=result.model_path, model=result.model,
+                                      tokenizer=result.tokenizer)
                 if result:
                     result.model = result.tokenizer = None  # one model in memory at a time
                 self.results.append(current)

@@ -2373,7 +2373,8 @@ def write_rows(path: Path, rows: Iterable[dict]) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     with replacing(path) as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
+        number = lambda value: float(value) if hasattr(value, "__float__") else str(value)  # of NumPy or torch
+        json.dump(value, file, indent=2, ensure_ascii=False, default=number)
 
 
 def made_by_main(path: Path, make: Callable[[], list[dict]]) -> list[dict]:
@@ -2482,4 +2483,5 @@ def main(stage_class: type[BaseStage], doc: str) -> None:
 def before_and_after(metrics: Mapping[str, float]) -> dict[str, str]:
     """{name: "before -> after"} of the metrics taken both before and after training."""
     pairs = {name: (metrics[f"{name}_before"], value) for name, value in metrics.items() if f"{name}_before" in metrics}
-    return {name: f"{before:.3f} -> {after:.3f}" for name, (before, after) in pairs.items()}
+    return {name: f"{before:.3f} -> {after:.3f}" for name, (before, after) in pairs.items()
+            if isinstance(before, int | float) and isinstance(after, int | float)}

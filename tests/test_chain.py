@@ -538,3 +538,23 @@ def test_paths_of_the_home_folder(pipeline, model_dir, tmp_path, monkeypatch):
     assert first["~/tiny"] and common.identity(Path("~/tiny")) != first["~/tiny"]
     with pytest.raises(ConfigError, match="output_dir=''"):
         Pipeline.from_yaml(pipeline(["sft"]), output_dir="")
+
+
+@pytest.mark.parametrize("made, words", [("raise KeyError('gone')", "KeyError: 'gone'"), ("return None", "returned None, not a StageResult")])
+def test_an_execute_of_ones_own_that_goes_wrong_is_a_failed_stage(pipeline, tmp_path, made, words):
+    (tmp_path / "mine.py").write_text("from common import BaseStage, StageResult\nclass Mine(BaseStage):\n    stage_name = 'mine'\n"
+                                      f"    def execute(self, model=None, tokenizer=None, previous_result=None):\n        {made}\n")
+    results = Pipeline.from_yaml(pipeline(["sft", str(tmp_path / "mine.py")])).run()
+    assert [result.success for result in results] == [True, False] and words in results[1].error_message
+    state = json.loads((tmp_path / "out/pipeline.json").read_text())["state"]
+    assert state == {"failed": "02_mine"} and "Traceback" in (tmp_path / "out/pipeline_training.log").read_text()
+
+
+def test_a_result_that_names_no_model_leaves_the_model_as_it_was(pipeline, tmp_path):
+    (tmp_path / "mine.py").write_text("import numpy\nfrom common import BaseStage, StageResult\nclass Mine(BaseStage):\n    stage_name = 'mine'\n"
+                                      "    def execute(self, model=None, tokenizer=None, previous_result=None):\n"
+                                      "        return StageResult('mine', True, metrics={'a': numpy.float32(0.5), 'a_before': None})\n")
+    results = Pipeline.from_yaml(pipeline(["sft", str(tmp_path / "mine.py"), "sft"], {"03_sft": {"max_steps": 1}})).run()
+    assert all(result.success for result in results)
+    assert json.loads((tmp_path / "out/03_sft/stage.json").read_text())["parent"]["model"] == str(tmp_path / "out/01_sft")
+    assert json.loads((tmp_path / "out/pipeline.json").read_text())["results"][1]["metrics"] == {"a": 0.5, "a_before": None}
