@@ -32,9 +32,9 @@ from typing import Any, Callable, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import (
-    SAMPLING, AskingConfig, BaseStage, Client, ConfigError, Count, DataConfig, FitConfig, Options, Sentences,
-    StageResult, TrainingConfig, generate, is_main_process, load_model_and_tokenizer, load_rows, logger, made_by_main,
-    main, resolve_names, usable_rows, with_interval, write_rows,
+    SAMPLING, AskingConfig, AskingError, BaseStage, Client, ConfigError, Count, DataConfig, FitConfig, Options,
+    Sentences, StageResult, TrainingConfig, generate, is_main_process, load_model_and_tokenizer, load_rows, logger,
+    made_by_main, main, resolve_names, usable_rows, with_interval, write_rows,
 )
 from recipes import dpo, reward, rl
 
@@ -366,7 +366,11 @@ def train(config: RLAIFConfig, model, tokenizer, train_rows: list, eval_rows: li
 
     if asked:
         both = [*zip(asked, answer(model), before, strict=True)]
-        verdicts, wins = judge.win_rate(both)
+        try:
+            verdicts, wins = judge.win_rate(both)
+        except (AskingError, ValueError) as error:  # what was learnt is not lost for it
+            logger.error("no win rate, but the model is saved: %s. evaluate.py takes it too, of two models", error)
+            verdicts, wins = [None] * len(both), {}
         write_rows(folder / "win_rate.jsonl", [{"prompt": prompt, "new": new, "old": old, "win": verdict}
                                                for (prompt, new, old), verdict in zip(both, verdicts)])
         metrics |= wins
