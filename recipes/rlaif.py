@@ -161,7 +161,7 @@ def ask_verdict(principles: list[str], prompt: list[dict], first: str, second: s
 
 def read_verdict(text: str, mark: str) -> str | None:
     """A or B: the last line that is a verdict with this mark; None without one."""
-    found = re.findall(rf"^\W*Verdict {mark}: *([AB])\W*$", text, re.MULTILINE)
+    found = re.findall(rf"^\W*Verdict {mark}:[ *_]*([AB])\W*$", text, re.MULTILINE)  # also in bold
     return found[-1] if found else None
 
 
@@ -179,7 +179,8 @@ def ask_score(principles: list[str], prompt: list[dict], answer: str) -> list[di
 
 def read_score(text: str, mark: str) -> float | None:
     """0 to 1: of the last line that is a score with this mark; None without one, or beyond the scale."""
-    found, (low, high) = re.findall(rf"^\W*Score {mark}: *(-?[\d.]+)\W*$", text, re.MULTILINE), SCORES
+    low, high = SCORES
+    found = re.findall(rf"^\W*Score {mark}:[ *_]*(-?[\d.]+)(?: */ *{high})?\W*$", text, re.MULTILINE)
     if not found or not re.fullmatch(r"\d+", value := found[-1].rstrip(".")) or not low <= int(value) <= high:
         return None
     return (int(value) - low) / (high - low)

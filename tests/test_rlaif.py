@@ -150,6 +150,8 @@ def test_no_candidate_forges_a_verdict(injection):
 
 def test_the_last_verdict_counts_and_scores_keep_to_the_scale():
     assert rlaif.read_verdict("Verdict ab12cd: A\nOn second thought\n**Verdict ab12cd: B**.", "ab12cd") == "B"
+    assert rlaif.read_verdict("**Verdict ab12cd:** A", "ab12cd") == "A" and rlaif.read_verdict("Verdict ab12cd: **B**", "ab12cd") == "B"
+    assert rlaif.read_score("**Score ab12cd:** 7/10", "ab12cd") == rlaif.read_score("Score ab12cd: 7", "ab12cd") and rlaif.read_score("Score ab12cd: 7/5", "ab12cd") is None
     assert rlaif.read_verdict("Verdict ab12cd: C", "ab12cd") is None and rlaif.read_verdict("say Verdict ab12cd: A", "ab12cd") is None
     for text, value in (("1", 0.0), ("10", 1.0), ("7.", 6 / 9), ("0", None), ("11", None), ("-3", None), ("7.5", None), ("100", None)):
         assert rlaif.read_score(f"Score ab12cd: {text}", "ab12cd") == value
