@@ -139,10 +139,10 @@ class Pipeline:
             for option, name in links(stage.config).items():
                 named = [s for f, s in zip(self.folders, self.stages) if f in self.enabled and f < folder
                          and name in (f, f[3:])]
-                if not named or not named[-1].config.save_intermediate:
-                    why = "sets save_intermediate=false" if named else f"is named {name}"
-                    raise ConfigError(f"stage {folder}: {option}=stage:{name}: "
-                                      f"{'it' if named else 'no stage before it'} {why}")
+                if not named:
+                    raise ConfigError(f"stage {folder}: {option}=stage:{name}: no stage before it is named {name}")
+                if not named[-1].config.save_intermediate:
+                    raise ConfigError(f"stage {folder}: {option}=stage:{name}: it sets save_intermediate=false")
 
     def stage(self, name: str, folder: str) -> BaseStage:
         """The stage of a name, with its config: command line over stage over pipeline over default."""
@@ -186,7 +186,8 @@ class Pipeline:
         return classes[0]
 
     def plan(self) -> str:
-        source, rows = vars(self.stages[0].config).get("model_name_or_path", self.config.model_name_or_path), []
+        first = next((stage.config for stage in self.stages if stage.config.enabled), self.config)
+        source, rows = vars(first).get("model_name_or_path", self.config.model_name_or_path), []
         for folder, stage in zip(self.folders, self.stages):
             enabled, hands_on = stage.config.enabled, stage.config.enabled and stage.hands_on
             rows.append((folder, source if enabled else "skipped: enabled is false", stage.config.output_dir))
@@ -246,12 +247,12 @@ class Pipeline:
                         raise TypeError(f"its execute() returned {current!r}, not a StageResult")
                 except Exception as error:  # seen only once the model was there, or of an execute() of its own
                     logger.debug("the failure in full", exc_info=True)
-                    logger.error("%s: %s", folder, error)
                     current = StageResult(stage.stage_name, False, error_message=f"{type(error).__name__}: {error}")
+                    logger.error("%s: %s", folder, current.error_message)
                 except SystemExit:  # by a signal
                     self.write_state(interrupted=folder)
                     raise
-                if result and not (current.model or current.model_path):  # it says nothing of a model: it left it alone
+                if result and current.success and not (current.model or current.model_path):  # it left the model alone
                     current = replace(current, model_path=result.model_path, model=result.model,
                                       tokenizer=result.tokenizer)
                 if result:
@@ -259,7 +260,7 @@ class Pipeline:
                 self.results.append(current)
                 if not current.success:
                     self.write_state(failed=folder)
-                    logger.error("stage %s failed; the log is %s/training.log", folder, stage.config.output_dir)
+                    logger.error("stage %s failed; the log is %s", folder, out / "pipeline_training.log")
                     return self.results
                 result = current
             if len(self.results) == len(self.enabled):

@@ -36,6 +36,7 @@ import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, TimeoutError as FutureTimeout, as_completed
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from decimal import Decimal
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -433,12 +434,13 @@ class BaseStage:
 
     def recorded(self) -> StageResult:
         """The result of a finished stage, by its stage.json; its folder may have been moved or copied since."""
-        done = json.loads(Path(self.config.output_dir, "stage.json").read_text(encoding="utf-8"))
+        folder = Path(self.config.output_dir)
+        done = json.loads((folder / "stage.json").read_text(encoding="utf-8"))
 
         def moved(path: str) -> str:
             way = Path(os.path.relpath(path, done["output_dir"]))
             outside = way.parts[:2] == ("..", "..")  # neither in the folder nor in one beside it
-            return path if outside else os.path.normpath(Path(self.config.output_dir, way))
+            return path if outside or str(folder) == done["output_dir"] else os.path.normpath(folder / way)
 
         artifacts, path = {name: moved(at) for name, at in done["artifacts"].items()}, done["model_path"]
         return StageResult(done["stage"], True, path := path and moved(path), path, done["metrics"], artifacts)
@@ -1007,8 +1009,8 @@ def look(stage: BaseStage, tokenizer, context: int, say: bool = False) -> Simple
     """Encode the first rows of a checked stage as its training will: the tokens of each, how many lose something, an
     example. None for a stage that does not say what it makes of a row. Raises ConfigError, with the remedy, for what
     would teach nothing, or other than it should. `say`: how many are left out, as the training will."""
-    tokenizer, chat = copy.deepcopy(tokenizer), stage.needs_chat_template  # it may be handed on as it is
-    prepare_tokenizer(tokenizer, stage.config, chat)
+    tokenizer = tokenizer if stage.hands_on else copy.deepcopy(tokenizer)  # its template is not for the next stage
+    prepare_tokenizer(tokenizer, stage.config, chat := stage.needs_chat_template)
     found, stops = SimpleNamespace(lengths=[], cut=0, whole=0, example=None, keys=set()), stop_tokens(tokenizer)
     for side, rows in zip(("training", "evaluation"), stage.data or ()):
         make = lambda row: (row, stage.sequences(row, tokenizer, context))
@@ -1983,14 +1985,14 @@ class AskingConfig(StageConfig):
         super().validate()
         if self.max_cost and not (self.input_price or self.output_price):
             raise ConfigError("max_cost needs input_price and output_price, dollars for a million tokens")
-        for name in (name for name in vars(self) if name.endswith("_api_key") and vars(self)[name]):
-            if not os.environ.get(vars(self)[name]):
-                raise ConfigError(f"{name} names the environment variable that holds the key, and is not set. A key "
-                                  "itself is refused: options are written to files and shown in the list of processes")
         for role in (name.removesuffix("_base_url") for name in vars(self) if name.endswith("_base_url")):
-            if (kind := vars(self)[f"{role}_model_type"]) not in ("api", *PROVIDERS):
-                servers = f"{role}_base_url {role}_api_key max_calls max_cost call_timeout"
-                self.refuse_unread(True, servers, f"with {role}_model_type={kind}: it is for servers")
+            kind, variable = vars(self)[f"{role}_model_type"], vars(self)[f"{role}_api_key"]
+            if variable and not os.environ.get(variable):  # also where nothing is asked in the end
+                raise ConfigError(f"{role}_api_key names the environment variable that holds the key. A key itself is "
+                                  "refused: options are written to files and shown in the list of processes")
+            names = f"{role}_base_url {role}_api_key max_calls max_cost call_timeout"
+            why = f"with {role}_model_type={kind}: it is for servers"
+            self.refuse_unread(kind not in ("api", *PROVIDERS), names, why)
 
 
 class Client:
@@ -2131,9 +2133,11 @@ class Client:
                         raise ValueError(answer["error"])
                     used = answer.get("usage") or {}  # what is charged for is an answer, also without a text
                     said = answer["choices"][0]["message"] if answer.get("choices") or not used else {}
-                    text = said["content"] if not used else said.get("content")
-                    if isinstance(text, list):  # of parts
-                        text = "".join(part.get("text", "") for part in text)
+                    text = said.get("content") if used else said["content"]
+                    parts = text if isinstance(text, list) else [{"text": text}]
+                    texts = [part["text"] for part in parts if isinstance(part, dict)
+                             and isinstance(part.get("text"), str)]
+                    text = "".join(texts) if texts else None
                     if text is None:
                         self.trouble = "an answer has no text; it stays in calls.jsonl and is not asked again"
                     return {"text": text and text.encode("utf-8", "replace").decode(),
@@ -2293,28 +2297,30 @@ def serve(path: str, name: str) -> None:
             say(error=f"{type(error).__name__}: {error}")
 
 
+NUMBER = re.compile(r"[-+\s\\$€£]*[\d,]*\.?\d+%?")
 NO_NUMBER = re.compile(r"\d:\d|\d-\d+-\d|(?<![\\\w])[^\W\d_]\d")  # a time, a date, a code: texts with numbers in them
 
 
-def formula(text: str) -> list:
+def may_be_number(answer: str) -> bool:
+    """Whether an expected answer can be a number or a formula, and is no text that has numbers in it."""
+    return bool(re.search(r"[\d\\]", answer)) and not NO_NUMBER.search(answer)
+
+
+def formula(text: str, alone: bool = True) -> list:
     """What math-verify makes of a number or formula, or of the last one in a sentence; empty without one. It looks for
-    formulas between dollars, and of one without them would take the last number: so they are put around it."""
+    formulas between dollars, and of one without them takes the last number: so they are put around what has no words
+    and is `alone`, or is LaTeX."""
     from math_verify import parse
 
-    text = re.sub(r"\*\*|`|(?<=\d)\.$", "", text.strip()).strip()  # marks of emphasis, the end of a sentence
-    text = f"{float(text):f}" if re.fullmatch(r"[-+]?\d+(\.\d+)?[eE][-+]?\d+", text) else text  # 1e6
-    text = re.sub(r"(?<![\w.])(\d+) (\d+/\d+)$", r"(\1+\2)", text)  # 3 1/2
-    if re.fullmatch(r"[-+\s\\$€£]*[\d,]*\.?\d+%?", text):
+    text = re.sub(r"^[\s*`_]+|[\s*`_]+$", "", text).removesuffix(".")  # marks of emphasis
+    text = f"{Decimal(text):f}" if re.fullmatch(r"[-+]?\d+(\.\d+)?[eE][-+]?\d{1,3}", text) else text  # 1e6
+    text = re.sub(r"(?<![\w.])(-?)(\d+) (\d+/\d+)$", r"$\1(\2+\3)$", text)  # 3 1/2
+    if NUMBER.fullmatch(text):
         return parse(re.sub(r"[\s\\$€£]", "", text), parsing_timeout=None)
     sentence = re.search(r"\$|\\boxed|\\[\[(]|: |(?<!\\)\b[^\W\d_]{2,}", text)
-    return parse(text if sentence else f"${text}$", parsing_timeout=None)
-
-
-def expected_number(gold: str) -> list:
-    """`formula` of an expected answer (of "... #### 72" what follows the hashes); empty if it is none, but a text that
-    has numbers in it."""
-    gold = gold.split("####")[-1].strip()
-    return [] if NO_NUMBER.search(gold) or not re.search(r"[\d\\]", gold) else formula(gold)
+    if not sentence and NO_NUMBER.search(text):
+        return []
+    return parse(f"${text}$" if not sentence and (alone or "\\" in text) else text, parsing_timeout=None)
 
 
 def numeric(prompts: list, completions: list[str], answer: list, **_) -> list[float]:
@@ -2323,11 +2329,13 @@ def numeric(prompts: list, completions: list[str], answer: list, **_) -> list[fl
     from math_verify import verify
 
     def equal(text: str, gold: str) -> float:
-        if not (wanted := expected_number(str(gold))):
+        gold = gold.split("####")[-1].strip()
+        if not may_be_number(gold) or not (wanted := formula(gold)):
             raise ValueError(f"the answer {gold!r} is not a number or formula")
-        return float(verify(wanted, formula(text.rpartition("####")[2]), timeout_seconds=None))
+        found = formula(text.rpartition("####")[2], alone=not NUMBER.fullmatch(gold))
+        return float(verify(wanted, found, timeout_seconds=None))
 
-    return [equal(text, gold) for text, gold in zip(completions, answer)]
+    return [equal(text, str(gold)) for text, gold in zip(completions, answer)]
 
 
 def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
@@ -2336,7 +2344,8 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, 
     n, mean, z = len(values), statistics.fmean(values), statistics.NormalDist().inv_cdf((1 + confidence) / 2)
     if 0 <= min(values) and max(values) <= 1:
         centre, spread = mean + z * z / (2 * n), z * math.sqrt(mean * (1 - mean) / n + (z / (2 * n)) ** 2)
-        return max(0.0, (centre - spread) / (1 + z * z / n)), min(1.0, (centre + spread) / (1 + z * z / n))
+        low, high = (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
+        return low * (mean > 0), high if mean < 1 else 1.0  # no rounding where the ends are known
     error = z * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.inf
     return mean - error, mean + error
 

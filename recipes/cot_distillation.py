@@ -240,7 +240,7 @@ def collect(config: CoTConfig, teacher: Client, rows: list[dict]) -> list[dict]:
         answer = row["answer"]
         if answer is None:  # as a chain wrote it
             finals = [notation(text) for text in chains]
-            answer = next((ending(t) for t, said in zip(chains, finals) if said and said == vote(finals)), None)
+            answer = ending(chains[finals.index(winner)]) if (winner := vote(finals)) else None
         right = correct(config, [ending(text) for text in chains], [answer] * len(chains)) if answer else []
         good = {normal(text): text for text, is_right in reversed([*zip(chains, right)])
                 if is_right and not text.startswith("####")}  # an answer alone is no chain
@@ -418,9 +418,8 @@ class CoTDistillationStage(BaseStage):
             self.lineage["teacher"] = {"model": config.teacher_model_path, "type": config.teacher_model_type}
         elif config.teacher_model_path:
             logger.info("the teacher is not asked: all rows have a rationale")
-        numbers = lambda text: re.search(r"[\d\\]", text) and not common.NO_NUMBER.search(text)
         if config.answer_check == "numeric" and (wrong := [row["answer"] for row in training + evaluation if row[
-                "answer"] and not numbers(row["answer"])]):
+                "answer"] and not common.may_be_number(row["answer"])]):
             raise ConfigError(f"the answer {wrong[0]!r} is not a number or formula; set answer_check=exact")
         return training, evaluation
 

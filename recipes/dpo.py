@@ -128,7 +128,7 @@ def to_pair(row: dict, form: str) -> dict:
         winner = str(row["preference"]).lower().removesuffix(".0")
         if winner not in ("1", "2", "a", "b", first, second):
             why = f"whose preference is {row['preference']!r}, not one of 1, 2, a, b, {first}, {second}"
-            raise ConfigError(f"a row {why}") if winner == "0" else RowError(why)  # beside 0, a 1 may be the second
+            raise ConfigError(f"a row {why}; beside 0 a 1 may be the second") if winner == "0" else RowError(why)
         first, second = (second, first) if winner in ("2", "b", second) else (first, second)
     answers = [as_messages(row[column], "assistant") for column in (first, second)]
     chosen, rejected = (prompt + side if side[0]["role"] == "assistant" else side for side in answers)

@@ -121,8 +121,7 @@ def perplexity(logps: Sequence[float], lengths: Sequence[int]) -> dict[str, floa
 def is_number(text: str) -> bool:
     """Whether an expected answer is a number or a formula, alone or after ####, not a text with a number in it."""
     text = text.split("####")[-1]
-    words = re.search(r"(?<!\\)\b[^\W\d_]{2,}", text) or common.NO_NUMBER.search(text)
-    return bool(re.search(r"\d", text)) and not words
+    return common.may_be_number(text) and not re.search(r"(?<!\\)\b[^\W\d_]{2,}", text)
 
 
 @torch.no_grad()
@@ -147,22 +146,21 @@ def answer_logps(model, rows: list[dict], batch_size: int) -> list[list[tuple[fl
 # -- evaluation --------------------------------------------------------------------------------------------------------
 
 
-def usable(config: EvaluateConfig, rows: list[dict], *models: tuple) -> list[dict]:
-    """The rows by `convert` that all the (model, tokenizer) have room for, `num_eval_samples` of them at most."""
-    for model, tokenizer in models:
-        limit = min(config.max_seq_length, model.config.max_position_embeddings)
-        rows = usable_rows(rows, lambda row: encode(row, tokenizer, limit, config.max_new_tokens) and row, "data")
+def encode_for(config: EvaluateConfig, rows: list[dict], *models: tuple) -> list[list[dict]]:
+    """For each (model, tokenizer) the rows by `convert`, encoded: those that all have room for, `num_eval_samples` of
+    them at most."""
+    limits = [min(config.max_seq_length, model.config.max_position_embeddings) for model, _ in models]
+    rows = usable_rows(rows, lambda row: [encode(row, tokenizer, limit, config.max_new_tokens)
+                                          for (_, tokenizer), limit in zip(models, limits)], "data")
     if config.num_eval_samples and config.num_eval_samples < len(rows):
         logger.info("of %d rows %d are drawn (num_eval_samples)", len(rows), config.num_eval_samples)
         rows = random.Random(config.seed).sample(rows, config.num_eval_samples)
-    return rows
+    return [[*each] for each in zip(*rows)]
 
 
 def scorecard(config: EvaluateConfig, rows: list[dict], functions: dict, model, tokenizer) -> tuple[dict, list[dict]]:
-    """(figures with their intervals, a sample for each row: prompt, answer and what was found) of `usable` rows."""
+    """(figures with their intervals, a sample for each row: prompt, answer and what was found) of encoded rows."""
     model.eval()
-    limit = min(config.max_seq_length, model.config.max_position_embeddings)
-    rows = [encode(row, tokenizer, limit, config.max_new_tokens) for row in rows]
     logps = answer_logps(model, rows, config.batch_size)
     known = [sides[0] for sides in logps if sides]
     figures = perplexity(*zip(*known)) if known else {}
@@ -206,8 +204,7 @@ class EvaluateStage(BaseStage):
         if config.feedback_model_path:
             self.judge.check()
         rows, self.lineage["data"] = read_rows(config, convert, None)
-        if (needs := rl.reading_answers(config)) and "answer" not in (columns := rows[0]["columns"]):
-            raise ConfigError(f"reward={needs[0]} needs a column answer; found {', '.join(columns) or 'none'}")
+        rl.check_answers(config, rows[0]["columns"])
         return [], rows
 
     def sequences(self, row, tokenizer, context):
@@ -227,9 +224,9 @@ class EvaluateStage(BaseStage):
             if config.baseline:
                 other = replace(config, model_name_or_path=config.baseline, revision=None)
                 models.append(load_model_and_tokenizer(other))
-            rows = usable(config, self.data[1], *models)
-            if config.baseline:
-                figures, old = scorecard(config, rows, self.functions, *models.pop())
+            rows, *others = encode_for(config, self.data[1], *models)
+            if others:
+                figures, old = scorecard(config, others[0], self.functions, *models.pop())
                 metrics.update({re.sub(r"(_low|_high|_n)?$", r"_before\1", name, count=1): value
                                 for name, value in figures.items()})
             figures, samples = scorecard(config, rows, self.functions, model, tokenizer)

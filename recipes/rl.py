@@ -413,6 +413,12 @@ def reading_answers(config: ScoringConfig) -> list[str]:
     return [name for name in config.reward if name in REWARDS and REWARDS[name][1] == "answer"]
 
 
+def check_answers(config: ScoringConfig, columns: dict) -> None:
+    """Refuse rows of these columns for a reward that reads an answer, and there is none; raises ConfigError."""
+    if (needs := reading_answers(config)) and "answer" not in columns:
+        raise ConfigError(f"reward={needs[0]} needs a column answer; found {', '.join(columns) or 'none'}")
+
+
 def reward_functions(config: ScoringConfig) -> dict[str, Callable]:
     """{name: function(prompts, completions, **columns) -> list of numbers or None} of `reward`, and a first look at the
     reward model, which is loaded later; raises ConfigError."""
@@ -1011,10 +1017,9 @@ class RLStage(BaseStage):
     def load_data(self):
         config = self.config
         self.functions = reward_functions(config)
-        needs = reading_answers(config)
-        *rows, self.lineage["data"] = load_rows(config, lambda row, form: convert(row, form, bool(needs)), None)
-        if needs and "answer" not in rows[0][0]["columns"]:
-            raise ConfigError(f"reward={needs[0]} needs a column answer; found {', '.join(rows[0][0]['columns'])}")
+        answered = bool(reading_answers(config))
+        *rows, self.lineage["data"] = load_rows(config, lambda row, form: convert(row, form, answered), None)
+        check_answers(config, rows[0][0]["columns"])
         self.lineage["reference"] = "the model the stage starts from"
         return rows
 

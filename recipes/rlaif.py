@@ -370,7 +370,7 @@ def train(config: RLAIFConfig, model, tokenizer, train_rows: list, eval_rows: li
         try:
             verdicts, wins = judge.win_rate(both)
         except (AskingError, ValueError) as error:  # what was learnt is not lost for it
-            logger.error("no win rate, but the model is saved: %s. evaluate.py takes it too, of two models", error)
+            logger.error("no win rate: %s. What was learnt is kept; recipes/evaluate.py compares two models too", error)
             verdicts, wins = [None] * len(both), {}
         write_rows(folder / "win_rate.jsonl", [{"prompt": prompt, "new": new, "old": old, "win": verdict}
                                                for (prompt, new, old), verdict in zip(both, verdicts)])

@@ -528,11 +528,20 @@ def test_a_link_to_a_stage_that_saves_nothing_is_refused(pipeline, data):
         Pipeline.from_yaml(pipeline(["sft", "evaluate"], configs))
 
 
+def test_the_plan_starts_from_the_first_stages_own_model(pipeline, data):
+    plan = lambda **first: Pipeline.from_yaml(pipeline(["sft", "sft"], {"01_sft": first, "sft": {"dataset_name_or_path": data}})).plan()
+    assert "01_sft  other" in plan(model_name_or_path="other") and "the model of 01_sft" in plan(model_name_or_path="other")
+    assert "other" not in plan() and "other" not in plan(model_name_or_path="other", enabled=False)
+
+
 def test_paths_of_the_home_folder(pipeline, model_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     shutil.copytree(model_dir, tmp_path / "tiny")
     shutil.copy(ROOT / "recipes/sft.py", tmp_path / "my_sft.py")
     chain_of = Pipeline.from_yaml(pipeline(["~/my_sft.py"], {"my_sft": {"dataset_name_or_path": "~/data.jsonl"}}, model_name_or_path="~/tiny"))
+    (tmp_path / "my_reward.py").write_text("def one(prompts, completions, **_):\n    return [1.0] * len(completions)\n")
+    reward = common.Subprocess("~/my_reward.py:one", 60)
+    assert reward([None], ["a"]) == [1.0] and reward.stop() is None
     first = chain_of.stages[0].fingerprint()["files"]
     (tmp_path / "tiny/config.json").write_text((tmp_path / "tiny/config.json").read_text() + "\n")
     assert first["~/tiny"] and common.identity(Path("~/tiny")) != first["~/tiny"]
@@ -545,7 +554,7 @@ def test_an_execute_of_ones_own_that_goes_wrong_is_a_failed_stage(pipeline, tmp_
     (tmp_path / "mine.py").write_text("from common import BaseStage, StageResult\nclass Mine(BaseStage):\n    stage_name = 'mine'\n"
                                       f"    def execute(self, model=None, tokenizer=None, previous_result=None):\n        {made}\n")
     results = Pipeline.from_yaml(pipeline(["sft", str(tmp_path / "mine.py")])).run()
-    assert [result.success for result in results] == [True, False] and words in results[1].error_message
+    assert [result.success for result in results] == [True, False] and words in results[1].error_message and results[1].model_path is None
     state = json.loads((tmp_path / "out/pipeline.json").read_text())["state"]
     assert state == {"failed": "02_mine"} and "Traceback" in (tmp_path / "out/pipeline_training.log").read_text()
 

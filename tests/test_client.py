@@ -172,7 +172,7 @@ def test_odd_answers_are_missing_or_text_and_break_nothing(server, tmp_path, mon
             assert "not an answer" in str(error)
 
 
-@pytest.mark.parametrize("choices", [[], [{"message": {"role": "assistant"}}]])
+@pytest.mark.parametrize("choices", [[], [{"message": {"role": "assistant"}}], [{"message": {"content": ["a", {"type": "image"}]}}], [{"message": {"content": 7}}]])
 def test_what_a_server_charges_without_a_text_counts(server, tmp_path, choices):
     server.instead = {"choices": choices}
     one = client(server, tmp_path, max_calls=4, concurrency=1)

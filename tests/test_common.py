@@ -541,7 +541,8 @@ def test_libraries_do_not_warn_of_what_is_meant(caplog):
 
 
 def test_intervals():
-    """Wilson's by hand, also where all are right; the normal one beyond 0 and 1."""
+    """Wilson's by hand, also where all are right; the normal one beyond 0 and 1. The ends 0 and 1 are exact."""
+    assert all(common.interval([0.0] * n)[0] == 0.0 and common.interval([1.0] * n)[1] == 1.0 for n in range(1, 40))
     assert common.interval([1.0] * 5 + [0.0] * 5) == pytest.approx((0.2366, 0.7634), abs=1e-4)
     assert common.interval([1.0] * 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
     assert common.interval([2.0, 4.0]) == pytest.approx((3 - 1.96, 3 + 1.96), abs=1e-3)
@@ -701,7 +702,8 @@ def test_a_metric_that_no_evaluation_gives_is_refused_before_the_first_step(mode
     ("3.5", "3 1/2", 1), ("3 1/2", "3", 0), ("0.5", "1/2", 1), ("1,234", "1234", 1), ("5", r"\[5\]", 1), ("5", "A: 5", 1), ("12", "at 7:30 I have 12", 1),
     ("12", "12:45", 0), ("(1, 2)", "(7, 2)", 0), ("(1, 2)", "(1,2)", 1), ("x=2, y=3", "x=7, y=3", 0), (r"2\sqrt{3}", r"2\sqrt{5}", 0), (r"$2\sqrt{3}$", r"2\sqrt{3}", 1),
     ("2x+1", "2x+5", 0), ("2x+1", "1 + 2x", 1), (r"\sqrt{2}", r"\sqrt{2}", 1), (r"\frac{\pi}{2}", r"#### \pi/2", 1), ("{1,2}", "{2,1}", 1), ("10, 20", "20", 0),
-    ("12345678901234", "12345678901235", 0), ("5", "", 0), ("5", "five", 0),
+    ("12345678901234", "12345678901235", 0), ("5", "", 0), ("5", "five", 0), ("7", "3 + 4", 1), ("12", "3 4", 0), ("8", "2**3", 1), ("0", "1e-7", 0),
+    ("-3.5", "It is -3 1/2.", 1), ("0.5", r"\frac{1}{2}", 1),
 ])
 def test_answers_are_compared_whole_as_numbers_and_formulas(gold, text, right):
     assert common.numeric([""], [text], [gold]) == [right]

@@ -17,9 +17,9 @@ from conftest import ROOT
 import chain
 import common
 
-BUDGETS = {"chain.py": 421, "common.py": 2487, "report.py": 255, "recipes/sft.py": 231, "recipes/dpo.py": 442, "recipes/reward.py": 226,
-           "recipes/rl.py": 1040, "recipes/rlaif.py": 407, "recipes/cot_distillation.py": 439,
-           "recipes/evaluate.py": 260}
+BUDGETS = {"chain.py": 422, "common.py": 2496, "report.py": 255, "recipes/sft.py": 231, "recipes/dpo.py": 442, "recipes/reward.py": 226,
+           "recipes/rl.py": 1045, "recipes/rlaif.py": 407, "recipes/cot_distillation.py": 438,
+           "recipes/evaluate.py": 257}
 CONFIGS = (sft.SFTConfig, dpo.DPOConfig, reward.RewardConfig, rl.RLConfig, rlaif.RLAIFConfig,
            cot_distillation.CoTConfig, evaluate.EvaluateConfig, chain.PipelineConfig)
 CONTAINS = {"evaluate": {"dpo", "recipes", "rl", "rlaif", "sft"}, "rlaif": {"dpo", "recipes", "reward", "rl"}, "cot_distillation": {"recipes", "sft"}}  # as a part of itself

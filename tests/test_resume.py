@@ -132,6 +132,17 @@ def interrupted(model_dir, data, tmp_path):
     return run, tmp_path / "cut", tmp_path / "whole"
 
 
+def test_the_best_checkpoint_of_a_run_that_was_moved_is_in_its_folder_now(interrupted, tmp_path):
+    run, options = interrupted[0], dict(eval_steps=1, save_steps=1, load_best_model_at_end=True, learning_rate=0.3, max_steps=4)
+    assert run("kept", **options).success and not run("here", fails=True, **options).success
+    state = json.loads((tmp_path / "here/checkpoints/checkpoint-3/trainer_state.json").read_text())
+    assert state["best_global_step"] < 3 and state["best_model_checkpoint"].startswith(str(tmp_path / "here"))
+    shutil.rmtree(tmp_path / "here/checkpoints/checkpoint-4")
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert run("there", **options).success
+    assert (tmp_path / "there/model.safetensors").read_bytes() == (tmp_path / "kept/model.safetensors").read_bytes()
+
+
 def cut(file):
     file.write_bytes(file.read_bytes()[:-9])
 
