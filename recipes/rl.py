@@ -18,7 +18,6 @@ Run it on a laptop, and against a reward model on a GPU:
 import contextlib
 import copy
 import json
-import re
 import shutil
 import signal
 import statistics
@@ -31,19 +30,53 @@ from typing import Annotated, Any, Callable, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from annotated_types import Ge, Le
-from torch.nn.utils.rnn import pad_sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import common
-from common import (
-    IGNORE, SAMPLING, BaseStage, ConfigError, Count, DataConfig, ModelConfig, Names, Natural, NonNegative, Options,
-    Positive, RowError, Scheduler, Share, Subprocess, TokenLogps, TrainingConfig, answer_logits, as_messages,
-    check_sampling, collate_answers, comma_separated, compute_dtype, default_device, deferred_signals, encode_turns,
-    is_main_process, keep_steps, load_rows, logger, main, newest_checkpoint, prompt_ids, random_numbers, read,
-    refusing, render_turns, sample, say_step, seal, sharing_is_exact, unknown, usable_rows, without_adapter,
-    write_json, written_aside,
+from common import BaseStage, main
+from core.chat import IGNORE, as_messages, prompt_ids
+from core.checkpoints import find_checkpoint, seal_checkpoint
+from core.config import (
+    Count,
+    DataConfig,
+    Natural,
+    NonNegative,
+    Options,
+    Positive,
+    Scheduler,
+    Share,
+    TrainingConfig,
 )
+from core.data import load_rows, usable_rows
+from core.errors import ConfigError, RowError
+from core.files import atomic_folder, write_json
+from core.logprobs import (
+    TokenLogps,
+    answer_logits,
+    collate_answers,
+    sharing_is_exact,
+    without_adapter,
+)
+from core.rewards import (
+    REWARDS,
+    ScoringConfig,
+    check_answer_column,
+    load_reward_model,
+    rewards_reading_answers,
+    score_completions,
+    start_reward_functions,
+    stopping_functions,
+    weighted_total,
+)
+from core.runtime import compute_dtype, deferred_signals, is_main_process, logger
+from core.sampling import (
+    SAMPLING_DEFAULTS,
+    check_sampling,
+    decode_completions,
+    sample_completions,
+    uniform_numbers,
+)
+from core.training import log_step, truncate_metrics
 
 # -- configuration -----------------------------------------------------------------------------------------------------
 
@@ -56,51 +89,23 @@ FORMATS = {  # name: the columns that make it; of those that fit, the one with m
 }
 CRITICS = ("ppo", "a2c", "trpo")  # the algorithms with a value function
 READERS = {  # which algorithms read an option; it is refused with the others
-    "ppo_epochs": ("ppo", "grpo", "rloo", "trpo"), "clip_range": ("ppo", "grpo", "rloo"), "clip_range_value": ("ppo",),
-    "gamma": CRITICS, "gae_lambda": CRITICS, "value_loss_coef": ("ppo", "a2c"), "value_learning_rate": CRITICS,
-    "whiten_rewards": CRITICS, "whiten_advantages": CRITICS, "max_kl": ("ppo", "trpo"), "cg_iterations": ("trpo",),
-    "cg_damping": ("trpo",), "scale_rewards": ("grpo",), "learning_rate": ("ppo", "a2c", "grpo", "rloo"),
-    "entropy_coef": ("ppo", "a2c", "grpo", "rloo"), "gradient_accumulation_steps": ("ppo", "grpo", "rloo"),
+    "ppo_epochs": ("ppo", "grpo", "rloo", "trpo"),
+    "clip_range": ("ppo", "grpo", "rloo"),
+    "clip_range_value": ("ppo",),
+    "gamma": CRITICS,
+    "gae_lambda": CRITICS,
+    "value_loss_coef": ("ppo", "a2c"),
+    "value_learning_rate": CRITICS,
+    "whiten_rewards": CRITICS,
+    "whiten_advantages": CRITICS,
+    "max_kl": ("ppo", "trpo"),
+    "cg_iterations": ("trpo",),
+    "cg_damping": ("trpo",),
+    "scale_rewards": ("grpo",),
+    "learning_rate": ("ppo", "a2c", "grpo", "rloo"),
+    "entropy_coef": ("ppo", "a2c", "grpo", "rloo"),
+    "gradient_accumulation_steps": ("ppo", "grpo", "rloo"),
 }
-REWARDS = {  # built-in verifiers: the function, and the column or option it reads
-    "numeric": (f"{common.__file__}:numeric", "answer"), "exact": (f"{common.__file__}:exact", "answer"),
-    "regex": (f"{__file__}:regex", "reward_pattern"), "format": (f"{__file__}:format", "reward_pattern"),
-    "length": (f"{__file__}:length", "reward_length"),
-}
-
-
-@dataclass
-class ScoringConfig(ModelConfig):
-    """Options of rewards."""
-
-    reward: Names = field(default_factory=list)  # numeric, exact, regex, format, length, or path/to/file.py:function
-    reward_weights: Annotated[list[float], comma_separated] = field(default_factory=list)  # of their sum; none: 1
-    reward_model_path: str | None = None  # folder of a sequence classifier, or stage:NAME; added to the sum
-    reward_model_type: Literal["regression", "classification"] = "regression"  # its score; or its last label's chance
-    reward_pattern: str = ""  # regular expression: `regex` finds it in a completion, `format` wants the whole to match
-    reward_length: Natural = 0  # words, for `length`: 1 up to so many, falling to 0 at twice as many
-    reward_timeout: Positive = 60.0  # seconds that a function may take for a batch
-    on_reward_error: Literal["stop", "skip"] = "stop"  # a reward raises or times out: stop, or leave the row out
-
-    rewarding = property(lambda self: [*self.reward, *(["reward_model"] if self.reward_model_path else [])])
-
-    def validate(self) -> None:
-        super().validate()
-        for name in self.reward:
-            if name not in REWARDS and not re.fullmatch(r".+\.py:\w+", name):
-                raise ConfigError(unknown("reward", name, [*REWARDS, "path/to/file.py:function"]))
-            if name in REWARDS and (needs := REWARDS[name][1]) != "answer" and not getattr(self, needs):
-                raise ConfigError(f"reward={name} needs {needs}")
-        if len({*self.reward}) < len(self.reward):
-            raise ConfigError("reward names a function twice; give it another weight by reward_weights")
-        read = {REWARDS[name][1] for name in {*self.reward} & {*REWARDS}}
-        for name in {"reward_pattern", "reward_length"} - read:
-            self.refuse_unread(True, name, f"with reward={','.join(self.reward)}")
-        with refusing(f"reward_pattern={self.reward_pattern}"):
-            re.compile(self.reward_pattern)
-        if len(self.reward_weights or self.rewarding) != len(self.rewarding):
-            raise ConfigError(f"reward_weights: give one for each of {', '.join(self.rewarding)}")
-        self.refuse_unread(not self.reward_model_path, "reward_model_type", "without reward_model_path")
 
 
 @dataclass
@@ -111,27 +116,43 @@ class RLConfig(DataConfig, ScoringConfig, TrainingConfig):
     formats: ClassVar = FORMATS
     default_rates: ClassVar = (1e-4, 1e-6)
 
-    prompt_dataset_path: str = ""  # .json, .jsonl, .csv or .parquet file, a folder of them, or a hub name
+    prompt_dataset_path: str = (
+        ""  # .json, .jsonl, .csv or .parquet file, a folder of them, or a hub name
+    )
     validation_split: Share = 0.05  # share of the rows held out for evaluation
-    max_seq_length: Count = 1024  # of prompt and completion; prompts that leave no room are left out and counted
+    max_seq_length: Count = (
+        1024  # of prompt and completion; prompts that leave no room are left out and counted
+    )
     algorithm: Literal["ppo", "a2c", "trpo", "grpo", "rloo"] = "ppo"  # how to climb
     # reward
-    missing_stop_penalty: NonNegative = 0.0  # taken from the reward of a completion that never stops
+    missing_stop_penalty: NonNegative = (
+        0.0  # taken from the reward of a completion that never stops
+    )
     whiten_rewards: bool = False  # divide the rewards of a batch by their standard deviation
     # rollout
     batch_size: Count = 16  # completions a step and process
-    num_generations: Count | None = None  # completions a prompt; none: 4 for grpo and rloo, 1 for the others
-    generation_kwargs: Options = field(default_factory=dict)  # {max_new_tokens: 64, temperature: 1, top_k: 0, top_p: 1}
+    num_generations: Count | None = (
+        None  # completions a prompt; none: 4 for grpo and rloo, 1 for the others
+    )
+    generation_kwargs: Options = field(
+        default_factory=dict
+    )  # {max_new_tokens: 64, temperature: 1, top_k: 0, top_p: 1}
     num_training_steps: Count = 100  # rollouts
     warmup_ratio: Share = 0.0  # share of the steps over which the learning rate rises
     lr_scheduler_type: Scheduler = "linear"  # its course after that; trpo's max_kl takes it too
     # policy
     mini_batch_size: Natural = 0  # completions in a forward and backward pass; 0: all of the batch
-    ppo_epochs: Count | None = None  # passes over a batch; none: 4 for ppo and for the critic of trpo, else 1
+    ppo_epochs: Count | None = (
+        None  # passes over a batch; none: 4 for ppo and for the critic of trpo, else 1
+    )
     clip_range: Positive = 0.2  # ratios are clipped to 1 - clip_range ... 1 + clip_range
     entropy_coef: NonNegative = 0.0  # weight of the entropy in the objective
-    scale_rewards: bool = True  # grpo: divide by the group's standard deviation; it moves the optimum
-    max_kl: Positive | None = None  # nats a token: trpo's region (none: 0.01); where ppo's epochs end (none: nowhere)
+    scale_rewards: bool = (
+        True  # grpo: divide by the group's standard deviation; it moves the optimum
+    )
+    max_kl: Positive | None = (
+        None  # nats a token: trpo's region (none: 0.01); where ppo's epochs end (none: nowhere)
+    )
     cg_iterations: Count = 10  # of trpo's conjugate gradient
     cg_damping: NonNegative = 0.1  # added to the diagonal of the Fisher matrix
     # critic
@@ -145,7 +166,9 @@ class RLConfig(DataConfig, ScoringConfig, TrainingConfig):
     init_kl_coef: NonNegative = 0.05  # beta; 0: no pull towards the reference
     target_kl: Positive | None = None  # nats a completion to which beta is steered; none: it stays
     kl_horizon: Positive = 10000.0  # completions over which beta may double or so
-    kl_penalty: Literal["kl", "abs", "mse", "k3", "full"] = "kl"  # k1, |k1|, k2, k3, or exact over the vocabulary
+    kl_penalty: Literal["kl", "abs", "mse", "k3", "full"] = (
+        "kl"  # k1, |k1|, k2, k3, or exact over the vocabulary
+    )
     kl_in: Literal["reward", "loss"] = "reward"  # where it is subtracted, token by token
     # evaluation, checkpoints
     eval_freq: Natural = 0  # answer held-out prompts every so many steps; 0: before the first and after the last only
@@ -154,7 +177,9 @@ class RLConfig(DataConfig, ScoringConfig, TrainingConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.num_generations = self.num_generations or (4 if self.algorithm in ("grpo", "rloo") else 1)
+        self.num_generations = self.num_generations or (
+            4 if self.algorithm in ("grpo", "rloo") else 1
+        )
         self.ppo_epochs = self.ppo_epochs or (4 if self.algorithm in ("ppo", "trpo") else 1)
         self.mini_batch_size = self.mini_batch_size or self.batch_size
         if self.algorithm == "trpo" and self.max_kl is None:
@@ -164,36 +189,64 @@ class RLConfig(DataConfig, ScoringConfig, TrainingConfig):
         super().validate()
         for name, readers in READERS.items():
             why = f"with algorithm={self.algorithm}; it belongs to {', '.join(readers)}"
-            self.refuse_unread(self.algorithm not in readers, name, why, algorithm=self.algorithm, lora_r=self.lora_r)
+            self.refuse_unread(
+                self.algorithm not in readers,
+                name,
+                why,
+                algorithm=self.algorithm,
+                lora_r=self.lora_r,
+            )
         if not self.rewarding:
-            raise ConfigError(f"reward is missing: --reward=<{', '.join(REWARDS)} or path/to/file.py:function>, or "
-                              "--reward_model_path=<folder>")
+            raise ConfigError(
+                f"reward is missing: --reward=<{', '.join(REWARDS)} or path/to/file.py:function>, or "
+                "--reward_model_path=<folder>"
+            )
         check_sampling("generation_kwargs", self.generation_kwargs)
         if self.sampling["max_new_tokens"] >= self.max_seq_length:
-            raise ConfigError(f"max_seq_length={self.max_seq_length} leaves no room for a prompt before max_new_tokens")
+            raise ConfigError(
+                f"max_seq_length={self.max_seq_length} leaves no room for a prompt before max_new_tokens"
+            )
         if self.algorithm in ("grpo", "rloo") and self.num_generations < 2:
-            raise ConfigError(f"algorithm={self.algorithm} compares completions of one prompt; set num_generations=4")
-        for whole, part in (("batch_size", "mini_batch_size"), ("mini_batch_size", "num_generations")):
+            raise ConfigError(
+                f"algorithm={self.algorithm} compares completions of one prompt; set num_generations=4"
+            )
+        for whole, part in (
+            ("batch_size", "mini_batch_size"),
+            ("mini_batch_size", "num_generations"),
+        ):
             if getattr(self, whole) % getattr(self, part):
-                raise ConfigError(f"{whole}={getattr(self, whole)} must be a multiple of {part}={getattr(self, part)}")
-        if self.climbs and (self.batch_size // self.mini_batch_size) % self.gradient_accumulation_steps:
-            raise ConfigError("gradient_accumulation_steps must divide batch_size / mini_batch_size")
+                raise ConfigError(
+                    f"{whole}={getattr(self, whole)} must be a multiple of {part}={getattr(self, part)}"
+                )
+        if (
+            self.climbs
+            and (self.batch_size // self.mini_batch_size) % self.gradient_accumulation_steps
+        ):
+            raise ConfigError(
+                "gradient_accumulation_steps must divide batch_size / mini_batch_size"
+            )
         if self.algorithm == "trpo" and compute_dtype(self.torch_dtype) == torch.float16:
-            raise ConfigError("algorithm=trpo needs torch_dtype=float32 or bfloat16; float16 underflows in it")
+            raise ConfigError(
+                "algorithm=trpo needs torch_dtype=float32 or bfloat16; float16 underflows in it"
+            )
         if self.kl_in == "loss" and self.algorithm == "trpo":
             raise ConfigError("algorithm=trpo takes the KL in the reward: kl_in=reward")
         if self.kl_in == "reward" and self.kl_penalty == "full":
-            raise ConfigError("kl_penalty=full does not depend on the token sampled: set kl_in=loss")
+            raise ConfigError(
+                "kl_penalty=full does not depend on the token sampled: set kl_in=loss"
+            )
         if self.target_kl and not self.init_kl_coef:
             raise ConfigError("target_kl scales init_kl_coef, which is 0")
         self.refuse_unread(not self.target_kl, "kl_horizon", "without target_kl")
         if self.climbs and self.lora_dropout:
-            raise ConfigError("lora_dropout=0: with dropout the same weights give other ratios every time")
+            raise ConfigError(
+                "lora_dropout=0: with dropout the same weights give other ratios every time"
+            )
         if self.eval_freq and not self.validation_split:
             raise ConfigError("eval_freq needs held-out rows; set validation_split above 0")
 
     climbs = True  # false: what learns from the rewards is another recipe (rlaif)
-    sampling = property(lambda self: SAMPLING | self.generation_kwargs)
+    sampling = property(lambda self: SAMPLING_DEFAULTS | self.generation_kwargs)
     critic = property(lambda self: self.algorithm in CRITICS)
 
 
@@ -207,19 +260,26 @@ def convert(row: dict, form: str, answered: bool = False) -> dict:
         raise RowError("without an answer")
     prompt = as_messages(row[source[0]], "user")
     if form == "instruction-input":
-        prompt = as_messages("\n\n".join(str(part) for part in (row["instruction"], row["input"]) if part), "user")
+        prompt = as_messages(
+            "\n\n".join(str(part) for part in (row["instruction"], row["input"]) if part), "user"
+        )
     while prompt and prompt[-1]["role"] == "assistant":  # an answer that is already there
         prompt.pop()
     if not prompt:
         raise RowError("without a prompt")
-    return {"prompt": prompt, "columns": {name: value for name, value in row.items() if name not in source}}
+    return {
+        "prompt": prompt,
+        "columns": {name: value for name, value in row.items() if name not in source},
+    }
 
 
 def encode(row: dict, tokenizer, limit: int) -> dict:
     """The row with the token ids of its prompt, up to where the assistant begins to write."""
     ids = prompt_ids(tokenizer, row["prompt"])
     if len(ids) > limit:
-        raise RowError(f"whose prompt is longer than {limit} tokens, the room that the completion leaves")
+        raise RowError(
+            f"whose prompt is longer than {limit} tokens, the room that the completion leaves"
+        )
     return row | {"ids": ids}
 
 
@@ -245,10 +305,17 @@ def k3(logps: torch.Tensor, ref_logps: torch.Tensor) -> torch.Tensor:
     return torch.expm1(ref_logps - logps) - (ref_logps - logps)
 
 
-ESTIMATORS = {"kl": k1, "abs": lambda logps, ref_logps: (logps - ref_logps).abs(), "mse": k2, "k3": k3}
+ESTIMATORS = {
+    "kl": k1,
+    "abs": lambda logps, ref_logps: (logps - ref_logps).abs(),
+    "mse": k2,
+    "k3": k3,
+}
 
 
-def kl_loss(name: str, logps: torch.Tensor, old_logps: torch.Tensor | None, ref_logps: torch.Tensor) -> torch.Tensor:
+def kl_loss(
+    name: str, logps: torch.Tensor, old_logps: torch.Tensor | None, ref_logps: torch.Tensor
+) -> torch.Tensor:
     """An estimate whose gradient is that of KL(pi || pi_ref) at each token: k2 as it is; k1 and k3, whose own gradients
     are others, times pi/pi_old, which turns means over pi_old into means over pi (DeepSeek-AI 2025, "DeepSeek-V3.2",
     section 3.1). No old_logps: they are logps. What a token does to the KL of later ones is not in it, other than in
@@ -268,12 +335,16 @@ def next_kl_coef(kl_coef: float, kl: float, target: float, share: float) -> floa
     return kl_coef * (1 + min(max(kl / target - 1, -0.2), 0.2) * min(share, 1))
 
 
-def whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean=True, reduce=lambda total: total) -> torch.Tensor:
+def whiten(
+    values: torch.Tensor, mask: torch.Tensor, shift_mean=True, reduce=lambda total: total
+) -> torch.Tensor:
     """Mean 0 and variance 1 over the mask; the mean stays if `shift_mean` is false. `reduce` adds up a sum over
     processes (Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO": reward and advantage whitening)."""
     count = reduce(mask.sum()).clamp(min=1)
     mean = reduce((values * mask).sum()) / count
-    white = (values - mean) * torch.rsqrt(reduce(((values - mean) ** 2 * mask).sum()) / count + 1e-8)
+    white = (values - mean) * torch.rsqrt(
+        reduce(((values - mean) ** 2 * mask).sum()) / count + 1e-8
+    )
     return (white if shift_mean else white + mean) * mask
 
 
@@ -352,132 +423,6 @@ def conjugate_gradient(product: Callable, b: torch.Tensor, iterations: int) -> t
 # -- rewards -----------------------------------------------------------------------------------------------------------
 
 
-def regex(prompts: list, completions: list[str], reward_pattern: str, **_) -> list[float]:
-    """1.0 where the pattern is found."""
-    return [float(bool(re.search(reward_pattern, text, re.DOTALL))) for text in completions]
-
-
-def format(prompts: list, completions: list[str], reward_pattern: str, **_) -> list[float]:
-    """1.0 where the whole completion has the form of the pattern."""
-    return [float(bool(re.fullmatch(reward_pattern, text.strip(), re.DOTALL))) for text in completions]
-
-
-def length(prompts: list, completions: list[str], reward_length: int, **_) -> list[float]:
-    """1.0 up to so many words, falling to 0.0 at twice as many."""
-    return [min(1.0, max(0.0, 2 - len(text.split()) / reward_length)) for text in completions]
-
-
-def check_reward_model(path: str) -> None:
-    """Refuse a folder whose model has no trained head: transformers would make one of random numbers."""
-    with refusing(f"reward_model_path={path} is not the folder of a model"):
-        kind = json.loads(Path(path, "config.json").read_text(encoding="utf-8"))["architectures"]
-    if not any(name.endswith("ForSequenceClassification") for name in kind):
-        raise ConfigError(f"reward_model_path={path} is a {', '.join(kind)}; train one with recipes/reward.py")
-
-
-def reward_model(config: ScoringConfig) -> Callable:
-    """function(prompts, completions) -> rewards by the classifier at `reward_model_path`, with its own tokenizer."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    path = config.reward_model_path
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        path, dtype=compute_dtype(config.torch_dtype), use_safetensors=True).to(default_device()).eval()
-    if (config.reward_model_type == "regression") != (model.config.num_labels == 1):
-        raise ConfigError(f"reward_model_type={config.reward_model_type}: it has {model.config.num_labels} labels")
-
-    def ids(prompt: list[dict], completion: str) -> list[int]:
-        if tokenizer.chat_template:
-            chat = [*prompt, {"role": "assistant", "content": completion}]
-            return encode_turns(tokenizer, render_turns(tokenizer, chat))[0]
-        return tokenizer("\n".join(message["content"] for message in prompt), completion).input_ids
-
-    @torch.no_grad()
-    def score(prompts: list, completions: list[str], **_) -> list[float]:
-        texts = [ids(prompt, completion) for prompt, completion in zip(prompts, completions)]
-        if max(map(len, texts)) > model.config.max_position_embeddings:
-            raise ValueError(f"longer than the reward model's {model.config.max_position_embeddings} tokens")
-        # Models score the last token that is not padding: so pad with one that none of the texts has.
-        model.config.pad_token_id = min({*range(model.config.vocab_size)} - {*sum(texts, [])})
-        batch = [torch.tensor(text, device=model.device) for text in texts]
-        padded = pad_sequence(batch, True, model.config.pad_token_id)
-        mask = pad_sequence([torch.ones_like(text) for text in batch], True, 0)
-        logits = model(input_ids=padded, attention_mask=mask).logits.float()
-        return (logits[:, 0] if logits.shape[1] == 1 else logits.softmax(-1)[:, -1]).tolist()
-
-    return score
-
-
-def reading_answers(config: ScoringConfig) -> list[str]:
-    """The rewards that read the column answer."""
-    return [name for name in config.reward if name in REWARDS and REWARDS[name][1] == "answer"]
-
-
-def check_answers(config: ScoringConfig, columns: dict) -> None:
-    """Refuse rows of these columns for a reward that reads an answer, and there is none; raises ConfigError."""
-    if (needs := reading_answers(config)) and "answer" not in columns:
-        raise ConfigError(f"reward={needs[0]} needs a column answer; found {', '.join(columns) or 'none'}")
-
-
-def reward_functions(config: ScoringConfig) -> dict[str, Callable]:
-    """{name: function(prompts, completions, **columns) -> list of numbers or None} of `reward`, and a first look at the
-    reward model, which is loaded later; raises ConfigError."""
-    if config.reward_model_path and not config.reward_model_path.startswith("stage:"):
-        check_reward_model(config.reward_model_path)
-    functions: dict[str, Callable] = {}
-    for name in config.reward:
-        functions[name] = function = Subprocess(REWARDS.get(name, (name,))[0], config.reward_timeout)
-        function.start()
-    return functions
-
-
-@contextlib.contextmanager
-def stopping(functions: dict[str, Callable]):
-    """After it no process of the functions runs."""
-    try:
-        yield
-    finally:
-        for function in functions.values():
-            if isinstance(function, Subprocess):
-                function.stop()
-
-
-def score(config: ScoringConfig, functions: dict[str, Callable], rows: list[dict], completions: list) -> torch.Tensor:
-    """(B, R): what each function says of each completion; NaN is no verdict. A function that fails is asked row by row
-    for the one it fails at; `on_reward_error` decides whether that stops the run."""
-
-    def ask(name: str, some: range) -> list[float]:
-        asked, texts = [rows[i]["prompt"] for i in some], [completions[i] for i in some]
-        columns = {key: [rows[i]["columns"][key] for i in some] for key in rows[0]["columns"]}
-        options = {option: getattr(config, option) for option in ("reward_pattern", "reward_length") if name in REWARDS}
-        try:
-            found = functions[name](asked, texts, **columns | options)
-            values = [float("nan") if value is None else float(value) for value in found]
-            if float("inf") in map(abs, values):
-                raise ValueError("a reward is infinite")
-        except common.AskingError:  # what a judge's server says is about no single row
-            raise
-        except Exception as error:
-            if len(some) > 1:
-                return [value for i in some for value in ask(name, range(i, i + 1))]
-            row = {"completion": texts[0], "prompt": asked[0], **rows[some[0]]["columns"]}
-            text = f"reward {name}: {type(error).__name__}: {error}; the row: {json.dumps(row, default=str)}"
-            if config.on_reward_error == "stop":
-                raise RuntimeError(text + ". Mend the reward, or leave such rows out: on_reward_error=skip") from error
-            logger.warning("%s is left out", text)
-            return [float("nan")]
-        if not isinstance(found, list) or len(found) != len(some):
-            raise RuntimeError(f"reward {name} has to return {len(some)} numbers or None, a list: {str(found)[:80]}")
-        return values
-
-    return torch.tensor([ask(name, range(len(rows))) for name in functions]).T
-
-
-def total(config: ScoringConfig, each: torch.Tensor) -> torch.Tensor:
-    """(B,): the weighted sum of the rewards (B, R); NaN where one of them has no verdict."""
-    return each @ torch.tensor(config.reward_weights or [1.0] * each.shape[1])
-
-
 # -- rollout -----------------------------------------------------------------------------------------------------------
 
 
@@ -488,9 +433,13 @@ class Run:
     config: RLConfig
     model: Any
     tokenizer: Any
-    reference: Any  # a frozen model; or None: the policy without its adapter, or no reference at all
+    reference: (
+        Any  # a frozen model; or None: the policy without its adapter, or no reference at all
+    )
     adapter: bool  # whether the policy without its adapter is the model the run starts from
-    head: torch.nn.Linear  # V(s) = head(last hidden state): of the backbone without its adapter if there is one
+    head: (
+        torch.nn.Linear
+    )  # V(s) = head(last hidden state): of the backbone without its adapter if there is one
     functions: dict[str, Callable]
     share: bool  # whether one pass over a prompt serves all its completions
     accelerator: Any
@@ -499,10 +448,14 @@ class Run:
     schedule: Any = None
     scaler: Any = None
     step: int = 0
-    before: dict[str, float] = field(default_factory=dict)  # the figures of the first step and evaluation
+    before: dict[str, float] = field(
+        default_factory=dict
+    )  # the figures of the first step and evaluation
 
     def __post_init__(self):
-        self.policy = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.policy = [
+            parameter for parameter in self.model.parameters() if parameter.requires_grad
+        ]
 
     def autocast(self):
         dtype = compute_dtype(self.config.torch_dtype)
@@ -513,13 +466,19 @@ class Run:
         return self.accelerator.reduce(value, "sum")
 
 
-def forward(run: Run, rows: list[dict], mask: torch.Tensor, *wanted: str, reference: bool = False) -> dict:
+def forward(
+    run: Run, rows: list[dict], mask: torch.Tensor, *wanted: str, reference: bool = False
+) -> dict:
     """One pass over rows of a prompt with its completions: "logps" (B, T), and if wanted "entropy" (B, T), the last
     "hidden" states (B, T, H), and "dist", the log-probabilities (N, V) of all tokens at the N places of the mask."""
-    batch = {name: value.to(run.model.device) for name, value in collate_answers(rows, run.share).items()}
+    batch = {
+        name: value.to(run.model.device) for name, value in collate_answers(rows, run.share).items()
+    }
     off = without_adapter(run.model) if reference and run.adapter else contextlib.nullcontext()
     with run.autocast(), off:
-        logits, hidden = answer_logits(run.reference if reference and not run.adapter else run.model, batch)
+        logits, hidden = answer_logits(
+            run.reference if reference and not run.adapter else run.model, batch
+        )
     targets = batch["targets"][batch["targets"] != IGNORE]  # (N,)
     if run.config.sampling["temperature"] != 1:  # the policy is what samples (Huang et al. 2024)
         logits = logits / run.config.sampling["temperature"]
@@ -531,7 +490,10 @@ def forward(run: Run, rows: list[dict], mask: torch.Tensor, *wanted: str, refere
     else:
         logps = TokenLogps.apply(logits, targets)
     if "entropy" in wanted:  # in parts, unless a gradient is to pass
-        parts = (part.float().log_softmax(-1) for part in logits.detach().split(TokenLogps.at_once(logits)))
+        parts = (
+            part.float().log_softmax(-1)
+            for part in logits.detach().split(TokenLogps.at_once(logits))
+        )
         dists = [found["dist"]] if "dist" in wanted else parts
         found["entropy"] = spread(torch.cat([-(dist.exp() * dist).sum(-1) for dist in dists]))
     return found | {"logps": spread(logps)}
@@ -540,8 +502,10 @@ def forward(run: Run, rows: list[dict], mask: torch.Tensor, *wanted: str, refere
 def mini_batches(config: RLConfig, order: torch.Tensor) -> list[tuple[list[int], torch.Tensor]]:
     """[(prompts, completions)]: which prompts, in this order, and where their completions stand in the tensors."""
     repeats = config.num_generations
-    return [(mini.tolist(), (mini[:, None] * repeats + torch.arange(repeats)).flatten())
-            for mini in order.split(config.mini_batch_size // repeats)]
+    return [
+        (mini.tolist(), (mini[:, None] * repeats + torch.arange(repeats)).flatten())
+        for mini in order.split(config.mini_batch_size // repeats)
+    ]
 
 
 @torch.no_grad()
@@ -550,28 +514,54 @@ def rollout(run: Run, rows: list[dict], chances: torch.Tensor) -> dict[str, Any]
     config, repeats = run.config, run.config.num_generations
     with run.autocast():
         prompts = [row["ids"] for row in rows]
-        completions, sampled = sample(run.model, run.tokenizer, prompts, config.sampling, chances, repeats)
-    texts, stopped = read(run.tokenizer, completions)
+        completions, sampled = sample_completions(
+            run.model, run.tokenizer, prompts, config.sampling, chances, repeats
+        )
+    texts, stopped = decode_completions(run.tokenizer, completions)
     asked = [row for row in rows for _ in range(repeats)]
-    each = score(config, run.functions, asked, texts)  # (B, R)
-    scores = total(config, each)  # (B,)
+    each = score_completions(config, run.functions, asked, texts)  # (B, R)
+    scores = weighted_total(config, each)  # (B,)
     groups = (completions[n : n + repeats] for n in range(0, len(completions), repeats))
-    data: dict[str, Any] = {"rows": [{"prompt": row["ids"], "answers": answers, "labels": answers}
-                                     for row, answers in zip(rows, groups)]}
+    data: dict[str, Any] = {
+        "rows": [
+            {"prompt": row["ids"], "answers": answers, "labels": answers}
+            for row, answers in zip(rows, groups)
+        ]
+    }
     lengths = torch.tensor([len(ids) for ids in completions])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    data |= {"mask": mask, "texts": texts, "asked": asked, "each": each, "scores": scores,
-             "stopped": torch.tensor(stopped), "lengths": lengths}
-    data |= {name: value.to(run.model.device) for name, value in data.items() if torch.is_tensor(value)}
-    several = config.ppo_epochs > 1 or len(rows) * repeats > config.mini_batch_size * config.gradient_accumulation_steps
+    data |= {
+        "mask": mask,
+        "texts": texts,
+        "asked": asked,
+        "each": each,
+        "scores": scores,
+        "stopped": torch.tensor(stopped),
+        "lengths": lengths,
+    }
+    data |= {
+        name: value.to(run.model.device) for name, value in data.items() if torch.is_tensor(value)
+    }
+    several = (
+        config.ppo_epochs > 1
+        or len(rows) * repeats > config.mini_batch_size * config.gradient_accumulation_steps
+    )
     passes = {}
     if several or config.critic or config.init_kl_coef and config.kl_in == "reward":
         passes["old"] = ["entropy"] + ["hidden"] * (config.critic and not run.adapter)
     if config.init_kl_coef or config.critic and run.adapter:
         passes["ref"] = ["hidden"] * (config.critic and run.adapter)
     for name, wanted in passes.items():
-        outputs = [forward(run, [data["rows"][n] for n in some], data["mask"][index], *wanted, reference=name == "ref")
-                   for some, index in mini_batches(config, torch.arange(len(rows)))]
+        outputs = [
+            forward(
+                run,
+                [data["rows"][n] for n in some],
+                data["mask"][index],
+                *wanted,
+                reference=name == "ref",
+            )
+            for some, index in mini_batches(config, torch.arange(len(rows)))
+        ]
         data[f"{name}_logps"] = torch.cat([output.pop("logps") for output in outputs])
         data |= {what: torch.cat([output[what] for output in outputs]) for what in wanted}
     if config.critic:
@@ -581,7 +571,9 @@ def rollout(run: Run, rows: list[dict], chances: torch.Tensor) -> dict[str, Any]
         given[data["mask"]] = torch.tensor(sum(sampled, []), device=given.device)
         gap = float((given - data["old_logps"]).abs().max())
         if gap > (1e-2 if run.model.dtype == torch.float32 else 1.0):
-            raise RuntimeError(f"sampling and training disagree on a token's log-probability by {gap:.2g}")
+            raise RuntimeError(
+                f"sampling and training disagree on a token's log-probability by {gap:.2g}"
+            )
     return data
 
 
@@ -590,10 +582,14 @@ def judge(run: Run, data: dict[str, Any]) -> None:
     completions that have no verdict."""
     config, mask, repeats = run.config, data["mask"].float(), run.config.num_generations
     data["used"] = mask * ~data["scores"].isnan()[:, None]
-    scores = data["scores"] - config.missing_stop_penalty * ~data["stopped"]  # (Huang et al. 2024: no stop token)
+    scores = (
+        data["scores"] - config.missing_stop_penalty * ~data["stopped"]
+    )  # (Huang et al. 2024: no stop token)
     penalty = torch.zeros_like(mask)
     if config.init_kl_coef and config.kl_in == "reward":
-        penalty = run.kl_coef * ESTIMATORS[config.kl_penalty](data["old_logps"], data["ref_logps"]) * mask
+        penalty = (
+            run.kl_coef * ESTIMATORS[config.kl_penalty](data["old_logps"], data["ref_logps"]) * mask
+        )
     if not config.critic:
         groups = (scores - penalty.sum(1)).view(-1, repeats)
         grpo = config.algorithm == "grpo"
@@ -619,7 +615,10 @@ def objective(run: Run, output: dict, part: dict) -> tuple[torch.Tensor, torch.T
     config, logps, used = run.config, output["logps"], part["used"]
     old_logps, advantages = part.get("old_logps", logps.detach()), part["advantages"]
     if config.algorithm == "rloo":
-        weights, collect = used.amax(1, keepdim=True), lambda tokens: (tokens * part["mask"]).sum(1, keepdim=True)
+        weights, collect = (
+            used.amax(1, keepdim=True),
+            lambda tokens: (tokens * part["mask"]).sum(1, keepdim=True),
+        )
         logps, old_logps, advantages = collect(logps), collect(old_logps), advantages[:, :1]
     else:
         weights, collect = used, lambda tokens: tokens
@@ -628,14 +627,24 @@ def objective(run: Run, output: dict, part: dict) -> tuple[torch.Tensor, torch.T
     else:
         losses = clipped_surrogate(logps, old_logps, advantages, config.clip_range)
     ratio = torch.exp((logps - old_logps).detach())
-    beyond = torch.where(advantages > 0, ratio > 1 + config.clip_range, ratio < 1 - config.clip_range)
-    metrics = {"ratio": ratio, "clip_fraction": beyond.float(), "policy_kl": k3(old_logps, logps.detach()),
-               "policy_loss": losses.detach()}
+    beyond = torch.where(
+        advantages > 0, ratio > 1 + config.clip_range, ratio < 1 - config.clip_range
+    )
+    metrics = {
+        "ratio": ratio,
+        "clip_fraction": beyond.float(),
+        "policy_kl": k3(old_logps, logps.detach()),
+        "policy_loss": losses.detach(),
+    }
     if config.kl_in == "loss" and config.init_kl_coef:
         if config.kl_penalty == "full":
-            kl = torch.zeros_like(used).index_put((part["mask"],), exact_kl(output["dist"], part["ref_dist"]))
+            kl = torch.zeros_like(used).index_put(
+                (part["mask"],), exact_kl(output["dist"], part["ref_dist"])
+            )
         else:
-            kl = kl_loss(config.kl_penalty, output["logps"], part.get("old_logps"), part["ref_logps"])
+            kl = kl_loss(
+                config.kl_penalty, output["logps"], part.get("old_logps"), part["ref_logps"]
+            )
         losses = losses + run.kl_coef * collect(kl)
     if config.entropy_coef:
         losses = losses - config.entropy_coef * collect(output["entropy"])
@@ -651,18 +660,29 @@ def update(run: Run, data: dict[str, Any]) -> dict[str, float]:
     """PPO, A2C, GRPO, RLOO: `ppo_epochs` passes over the rollout, an optimizer step every few mini-batches; returns the
     means of `objective`'s metrics over the last pass."""
     config, rows = run.config, data["rows"]
-    parameters = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
+    parameters = [
+        parameter for group in run.optimizer.param_groups for parameter in group["params"]
+    ]
     tensors = {name: value for name, value in data.items() if torch.is_tensor(value)}
-    unseen = {name: torch.zeros_like(data["used"]) for name in ("old_logps", "entropy") if name not in data}
+    unseen = {
+        name: torch.zeros_like(data["used"])
+        for name in ("old_logps", "entropy")
+        if name not in data
+    }
     exact = config.kl_in == "loss" and config.kl_penalty == "full" and config.init_kl_coef
-    wanted = [*["dist"] * bool(exact or config.entropy_coef), *["entropy"] * bool(unseen or config.entropy_coef),
-              *["hidden"] * (config.critic and not run.adapter)]
+    wanted = [
+        *["dist"] * bool(exact or config.entropy_coef),
+        *["entropy"] * bool(unseen or config.entropy_coef),
+        *["hidden"] * (config.critic and not run.adapter),
+    ]
     shuffled = torch.Generator().manual_seed(config.seed + run.step)
     for epoch in range(config.ppo_epochs):
         whole = config.mini_batch_size == config.batch_size
         order = torch.arange(len(rows)) if whole else torch.randperm(len(rows), generator=shuffled)
         minis = mini_batches(config, order)
-        accumulated = len(minis) if config.algorithm == "a2c" else config.gradient_accumulation_steps
+        accumulated = (
+            len(minis) if config.algorithm == "a2c" else config.gradient_accumulation_steps
+        )
         sums, total = {}, 0.0
         for start in range(0, len(minis), accumulated):
             group = minis[start : start + accumulated]
@@ -672,10 +692,15 @@ def update(run: Run, data: dict[str, Any]) -> dict[str, float]:
                 logger.warning("no completion has a verdict: step %d learns nothing", run.step + 1)
                 continue
             for those, index in group:
-                part, some = {name: value[index] for name, value in tensors.items()}, [rows[n] for n in those]
+                part, some = (
+                    {name: value[index] for name, value in tensors.items()},
+                    [rows[n] for n in those],
+                )
                 if exact:
                     with torch.no_grad():
-                        part["ref_dist"] = forward(run, some, part["mask"], "dist", reference=True)["dist"]
+                        part["ref_dist"] = forward(run, some, part["mask"], "dist", reference=True)[
+                            "dist"
+                        ]
                 output = forward(run, some, part["mask"], *wanted)
                 for name, values in unseen.items():
                     values[index] = output[name.removeprefix("old_")].detach()
@@ -687,8 +712,13 @@ def update(run: Run, data: dict[str, Any]) -> dict[str, float]:
             optimizer_step(run, parameters)
         if not total:
             return {}
-        found = {name: float(value) / total for name, value in zip(sums, run.sum(torch.stack([*sums.values()])))}
-        if config.max_kl and found["policy_kl"] > config.max_kl:  # the samples say little about a policy so far away
+        found = {
+            name: float(value) / total
+            for name, value in zip(sums, run.sum(torch.stack([*sums.values()])))
+        }
+        if (
+            config.max_kl and found["policy_kl"] > config.max_kl
+        ):  # the samples say little about a policy so far away
             break
     data |= unseen  # where there is one step, it was taken at the old policy
     return found | {"epochs": epoch + 1}
@@ -701,9 +731,13 @@ def optimizer_step(run: Run, parameters: list) -> None:
     # Now that the sum is there: a gradient that overflows in one process skips the step in all of them.
     run.scaler.unscale_(run.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(parameters, run.config.max_grad_norm or float("inf"))
-    if not run.scaler.is_enabled() and not torch.isfinite(norm):  # float16's scaler skips such steps itself
-        raise FloatingPointError(f"the gradient's norm is {float(norm)} at step {run.step + 1}; the weights are as "
-                                 "before it. Lower learning_rate")
+    if not run.scaler.is_enabled() and not torch.isfinite(
+        norm
+    ):  # float16's scaler skips such steps itself
+        raise FloatingPointError(
+            f"the gradient's norm is {float(norm)} at step {run.step + 1}; the weights are as "
+            "before it. Lower learning_rate"
+        )
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad()
@@ -718,8 +752,10 @@ def trpo(run: Run, data: dict[str, Any]) -> dict[str, float]:
         logger.warning("no completion has a verdict: step %d learns nothing", run.step + 1)
         return {}
     tensors = [data[name] for name in ("mask", "used", "advantages", "old_logps")]
-    parts = [([data["rows"][n] for n in some], *(tensor[index] for tensor in tensors))
-             for some, index in mini_batches(config, torch.arange(len(data["rows"])))]
+    parts = [
+        ([data["rows"][n] for n in some], *(tensor[index] for tensor in tensors))
+        for some, index in mini_batches(config, torch.arange(len(data["rows"])))
+    ]
 
     def surrogate(output, used, advantages, old_logps):  # eq. 14: to be raised
         return (torch.exp(output["logps"] - old_logps) * advantages * used).sum() / weight
@@ -734,21 +770,29 @@ def trpo(run: Run, data: dict[str, Any]) -> dict[str, float]:
     gradient, before = run.sum(gradient), float(run.sum(reached))
 
     some, mask, used, *_ = parts[0]
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # others have no second derivative
+    with torch.nn.attention.sdpa_kernel(
+        torch.nn.attention.SDPBackend.MATH
+    ):  # others have no second derivative
         kl = exact_kl(old_dists[0], forward(run, some, mask, "dist")["dist"])  # (N,)
         kl = (kl * used[mask]).sum() / run.sum(used.sum()).clamp(min=1)
         slope = flat(torch.autograd.grad(kl, parameters, create_graph=True))
 
-        damped = lambda vector: run.sum(fisher_product(slope, parameters, vector)) + config.cg_damping * vector
+        damped = lambda vector: (
+            run.sum(fisher_product(slope, parameters, vector)) + config.cg_damping * vector
+        )
         direction = conjugate_gradient(damped, gradient, config.cg_iterations)
         curvature = direction @ damped(direction)
-    region = config.max_kl * run.schedule.get_last_lr()[0] / config.value_learning_rate  # annealed as the learning rate
+    region = (
+        config.max_kl * run.schedule.get_last_lr()[0] / config.value_learning_rate
+    )  # annealed as the learning rate
     longest = torch.sqrt(2 * region / curvature.clamp(min=1e-20)) * direction
 
     @torch.no_grad()
     def at(vector) -> tuple[float, float]:
         """(surrogate, mean KL from the old policy) with these parameters."""
-        for parameter, values in zip(parameters, vector.split([parameter.numel() for parameter in parameters])):
+        for parameter, values in zip(
+            parameters, vector.split([parameter.numel() for parameter in parameters])
+        ):
             parameter.copy_(values.view_as(parameter))
         found = torch.zeros(2, device=weight.device)
         for (some, mask, used, *rest), old in zip(parts, old_dists):
@@ -766,18 +810,26 @@ def trpo(run: Run, data: dict[str, Any]) -> dict[str, float]:
         at(flat(start))
         value, distance, tries = before, 0.0, -1
     for _ in range(config.ppo_epochs):
-        errors = clipped_value_loss(run.head(data["hidden"])[..., 0], data["values"], data["returns"], float("inf"))
+        errors = clipped_value_loss(
+            run.head(data["hidden"])[..., 0], data["values"], data["returns"], float("inf")
+        )
         loss = (errors * data["used"]).sum() / weight
         run.scaler.scale(loss).backward()
         optimizer_step(run, [*run.head.parameters()])
-    return {"policy_kl": distance, "improvement": value - before, "line_search": tries,
-            "value_loss": float(run.sum(loss.detach()))}
+    return {
+        "policy_kl": distance,
+        "improvement": value - before,
+        "line_search": tries,
+        "value_loss": float(run.sum(loss.detach())),
+    }
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
 
-LEFT_TO_THE_FILE = ("reward_.*|ratio|.*_loss|epochs|kl_coef|policy_kl|improvement|grad_norm|zero_variance|"
-                    "clip_fraction|line_search|entropy|seconds_.*")
+LEFT_TO_THE_FILE = (
+    "reward_.*|ratio|.*_loss|epochs|kl_coef|policy_kl|improvement|grad_norm|zero_variance|"
+    "clip_fraction|line_search|entropy|seconds_.*"
+)
 
 
 def figures(run: Run, data: dict[str, Any]) -> dict[str, float]:
@@ -787,32 +839,63 @@ def figures(run: Run, data: dict[str, Any]) -> dict[str, float]:
     judged = scores[~scores.isnan()]
     found = {"reward": judged.mean(), "reward_std": judged.std(correction=0)}
     if data["each"].shape[1] > 1:
-        found |= dict(zip((f"reward_{Path(name).name}" for name in run.functions), gather(data["each"]).nanmean(0)))
+        found |= dict(
+            zip(
+                (f"reward_{Path(name).name}" for name in run.functions),
+                gather(data["each"]).nanmean(0),
+            )
+        )
     if "ref_logps" in data:
-        found["kl"] = gather((k3(data["old_logps"], data["ref_logps"]) * used).sum(1)).sum() / max(1, len(judged))
+        found["kl"] = gather((k3(data["old_logps"], data["ref_logps"]) * used).sum(1)).sum() / max(
+            1, len(judged)
+        )
     found["entropy"] = run.sum((data["entropy"] * used).sum()) / mask.sum().clamp(min=1)
     if run.config.critic:
         error, returns = data["returns"] - data["values"], data["returns"]
-        moments = [(values * used).sum() for values in (torch.ones_like(used), error, error**2, returns, returns**2)]
+        moments = [
+            (values * used).sum()
+            for values in (torch.ones_like(used), error, error**2, returns, returns**2)
+        ]
         count, e, ee, r, rr = run.sum(torch.stack(moments))
-        found["explained_variance"] = 1 - (ee - e * e / count) / (rr - r * r / count).clamp(min=1e-8)
+        found["explained_variance"] = 1 - (ee - e * e / count) / (rr - r * r / count).clamp(
+            min=1e-8
+        )
     if run.config.num_generations > 1:
         centred = group_advantages(scores.view(-1, run.config.num_generations), scale=False)
         found["zero_variance"] = (centred.abs().amax(1) < 1e-6).float().mean()
-    found |= {"length": gather(data["lengths"]).float().mean(), "stopped": gather(data["stopped"]).float().mean()}
+    found |= {
+        "length": gather(data["lengths"]).float().mean(),
+        "stopped": gather(data["stopped"]).float().mean(),
+    }
     return {name: float(value) for name, value in found.items()} | {"kl_coef": run.kl_coef}
 
 
 def alarms(run: Run, history: list[dict]) -> None:
     """Say, once each, what goes wrong in the curves, and what to do."""
-    now, first, equal = history[-1], run.before, [entry.get("zero_variance") == 1 for entry in history[-3:]]
+    now, first, equal = (
+        history[-1],
+        run.before,
+        [entry.get("zero_variance") == 1 for entry in history[-3:]],
+    )
     for name, sign, remedy in (
-        ("kl", now.get("kl", 0) > 10 * (run.config.target_kl or 2.0), "the policy leaves the reference: KL {:.1f} "
-         "nats a completion. Raise init_kl_coef, set target_kl, or lower learning_rate"),
-        ("entropy", now["entropy"] < 0.1 * first["entropy"], "the policy has almost stopped to explore: entropy "
-         "{:.3f} nats a token. Lower learning_rate, raise init_kl_coef or entropy_coef"),
-        ("zero_variance", len(equal) == 3 and all(equal), "all completions of a prompt got the same reward, three "
-         "steps running: nothing to learn from. Take prompts neither too easy nor too hard, or raise num_generations"),
+        (
+            "kl",
+            now.get("kl", 0) > 10 * (run.config.target_kl or 2.0),
+            "the policy leaves the reference: KL {:.1f} "
+            "nats a completion. Raise init_kl_coef, set target_kl, or lower learning_rate",
+        ),
+        (
+            "entropy",
+            now["entropy"] < 0.1 * first["entropy"],
+            "the policy has almost stopped to explore: entropy "
+            "{:.3f} nats a token. Lower learning_rate, raise init_kl_coef or entropy_coef",
+        ),
+        (
+            "zero_variance",
+            len(equal) == 3 and all(equal),
+            "all completions of a prompt got the same reward, three "
+            "steps running: nothing to learn from. Take prompts neither too easy nor too hard, or raise num_generations",
+        ),
     ):
         if sign and not any(name in entry["said"] for entry in history):
             now["said"].append(name)
@@ -829,18 +912,35 @@ def evaluate(run: Run, rows: list[dict]) -> dict[str, float]:
     for start in range(0, len(own), config.batch_size):
         part = own[start : start + config.batch_size]
         with run.autocast():
-            completions, _ = sample(run.model, run.tokenizer, [row["ids"] for row in part], config.sampling)
-        texts, stopped = read(run.tokenizer, completions)
-        rewards = total(config, score(config, run.functions, part, texts)).tolist()
+            completions, _ = sample_completions(
+                run.model, run.tokenizer, [row["ids"] for row in part], config.sampling
+            )
+        texts, stopped = decode_completions(run.tokenizer, completions)
+        rewards = weighted_total(
+            config, score_completions(config, run.functions, part, texts)
+        ).tolist()
         for row, text, stop, ids, reward in zip(part, texts, stopped, completions, rewards):
-            found.append({"step": run.step, "prompt": row["prompt"], "completion": text, "reward": reward,
-                          "length": len(ids), "stopped": stop, **row["columns"]})
+            found.append(
+                {
+                    "step": run.step,
+                    "prompt": row["prompt"],
+                    "completion": text,
+                    "reward": reward,
+                    "length": len(ids),
+                    "stopped": stop,
+                    **row["columns"],
+                }
+            )
     found = gather_object(found)
     if is_main_process():
         with open(Path(config.output_dir, "samples.jsonl"), "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(answer, ensure_ascii=False, default=str) + "\n" for answer in found)
+            file.writelines(
+                json.dumps(answer, ensure_ascii=False, default=str) + "\n" for answer in found
+            )
     column = lambda name: torch.tensor([float(answer[name]) for answer in found])
-    return {f"eval_{name}": float(column(name).nanmean()) for name in ("reward", "length", "stopped")}
+    return {
+        f"eval_{name}": float(column(name).nanmean()) for name in ("reward", "length", "stopped")
+    }
 
 
 def save_checkpoint(run: Run) -> None:
@@ -852,18 +952,35 @@ def save_checkpoint(run: Run) -> None:
     if is_main_process():
         tensors = {f"policy.{n}": parameter for n, parameter in enumerate(run.policy)}
         tensors |= {f"head.{name}": value for name, value in run.head.state_dict().items()}
-        inner = lambda entry: {name: value.clone() for held in entry.values() if isinstance(held, dict)
-                               for name, value in held.items()}  # 8-bit optimizers nest their states, and share maps
-        entries = {f"optimizer.{n}.{name}": value for n, entry in state["state"].items()
-                   for name, value in (entry | inner(entry)).items() if not isinstance(value, dict)}
+        inner = lambda entry: {
+            name: value.clone()
+            for held in entry.values()
+            if isinstance(held, dict)
+            for name, value in held.items()
+        }  # 8-bit optimizers nest their states, and share maps
+        entries = {
+            f"optimizer.{n}.{name}": value
+            for n, entry in state["state"].items()
+            for name, value in (entry | inner(entry)).items()
+            if not isinstance(value, dict)
+        }
         tensors |= {name: value for name, value in entries.items() if torch.is_tensor(value)}
-        with written_aside(home / f"step-{run.step:06d}") as aside:
+        with atomic_folder(home / f"step-{run.step:06d}") as aside:
             on_cpu = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
             save_file(on_cpu, aside / "state.safetensors")
-            write_json(aside / "state.json", {
-                "step": run.step, "kl_coef": run.kl_coef, "before": run.before, "scaler": run.scaler.state_dict(),
-                "optimizer": {name: value for name, value in entries.items() if not torch.is_tensor(value)}})
-            seal(aside, run.config)
+            write_json(
+                aside / "state.json",
+                {
+                    "step": run.step,
+                    "kl_coef": run.kl_coef,
+                    "before": run.before,
+                    "scaler": run.scaler.state_dict(),
+                    "optimizer": {
+                        name: value for name, value in entries.items() if not torch.is_tensor(value)
+                    },
+                },
+            )
+            seal_checkpoint(aside, run.config)
         for old in sorted(home.glob("step-*"))[: -run.config.save_total_limit]:
             shutil.rmtree(old)
 
@@ -871,7 +988,10 @@ def save_checkpoint(run: Run) -> None:
 def load_checkpoint(run: Run, folder: Path) -> None:
     from safetensors.torch import load_file
 
-    tensors, values = load_file(folder / "state.safetensors"), json.loads((folder / "state.json").read_text())
+    tensors, values = (
+        load_file(folder / "state.safetensors"),
+        json.loads((folder / "state.json").read_text()),
+    )
     with torch.no_grad():
         for n, parameter in enumerate(run.policy):
             parameter.copy_(tensors[f"policy.{n}"])
@@ -901,83 +1021,153 @@ def start(config: RLConfig, model, tokenizer, functions: dict[str, Callable], ro
             module.attention_dropout = 0.0
     model.train(config.gradient_checkpointing > 0)
     if config.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=config.gradient_checkpointing)
+        model.activation_checkpointing_enable(
+            {"use_reentrant": False}, every_n_layers=config.gradient_checkpointing
+        )
         model.enable_input_require_grads()
     adapter = hasattr(model, "peft_config") and config.lora_bias == "none"
-    reference = copy.deepcopy(model).requires_grad_(False).eval() if config.init_kl_coef and not adapter else None
+    reference = (
+        copy.deepcopy(model).requires_grad_(False).eval()
+        if config.init_kl_coef and not adapter
+        else None
+    )
     head = torch.nn.Linear(model.get_output_embeddings().weight.shape[1], 1, device=model.device)
     torch.nn.init.zeros_(head.weight), torch.nn.init.zeros_(head.bias)
     probe = {"prompt": row["ids"], "answers": [row["ids"][:8]] * 2, "labels": [row["ids"][:8]] * 2}
     share = config.num_generations > 1 and sharing_is_exact(model, probe)
-    arguments = TrainingArguments(optim=config.optim, use_cpu=model.device.type == "cpu", report_to="none")
+    arguments = TrainingArguments(
+        optim=config.optim, use_cpu=model.device.type == "cpu", report_to="none"
+    )
     kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
-    accelerator = Accelerator(cpu=model.device.type == "cpu", log_with=config.report_to or None,
-                              project_dir=config.output_dir)
+    accelerator = Accelerator(
+        cpu=model.device.type == "cpu",
+        log_with=config.report_to or None,
+        project_dir=config.output_dir,
+    )
     unset_hf_deepspeed_config()  # under DeepSpeed too the policy is whole, and so is what is loaded later
     if config.report_to:
-        accelerator.init_trackers(config.wandb_project or "rl", init_kwargs={"wandb": {"name": config.wandb_run_name}})
-    run = Run(config, model, tokenizer, reference, adapter, head, functions, share, accelerator, config.init_kl_coef)
+        accelerator.init_trackers(
+            config.wandb_project or "rl", init_kwargs={"wandb": {"name": config.wandb_run_name}}
+        )
+    run = Run(
+        config,
+        model,
+        tokenizer,
+        reference,
+        adapter,
+        head,
+        functions,
+        share,
+        accelerator,
+        config.init_kl_coef,
+    )
     if not run.policy:
         raise RuntimeError("no parameter of the model trains: everything is frozen")
-    groups = [{"params": run.policy, "lr": config.learning_rate, "weight_decay": config.weight_decay}]
+    groups = [
+        {"params": run.policy, "lr": config.learning_rate, "weight_decay": config.weight_decay}
+    ]
     groups = [] if config.algorithm == "trpo" else groups  # it steps by itself
     if config.critic:
-        groups.append({"params": [*head.parameters()], "lr": config.value_learning_rate, "weight_decay": 0.0})
+        groups.append(
+            {"params": [*head.parameters()], "lr": config.value_learning_rate, "weight_decay": 0.0}
+        )
     run.optimizer = kind(groups, **options | {"lr": config.learning_rate})
     warmup = round(config.warmup_ratio * config.num_training_steps)
-    run.schedule = get_scheduler(config.lr_scheduler_type, run.optimizer, warmup, config.num_training_steps)
-    run.scaler = torch.amp.GradScaler(model.device.type, enabled=compute_dtype(config.torch_dtype) == torch.float16)
+    run.schedule = get_scheduler(
+        config.lr_scheduler_type, run.optimizer, warmup, config.num_training_steps
+    )
+    run.scaler = torch.amp.GradScaler(
+        model.device.type, enabled=compute_dtype(config.torch_dtype) == torch.float16
+    )
     return run
 
 
 def prompts_of(config: RLConfig, rows: list[dict], step: int, count: int) -> list[dict]:
     """The prompts of a step: the rows over and over, in a new order each time, a function of seed and step alone."""
-    order = lambda epoch: torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed + epoch))
-    orders = {epoch: order(epoch) for epoch in range(step * count // len(rows), (step + 1) * count // len(rows) + 1)}
-    return [rows[orders[n // len(rows)][n % len(rows)]] for n in range(step * count, (step + 1) * count)]
+    order = lambda epoch: torch.randperm(
+        len(rows), generator=torch.Generator().manual_seed(config.seed + epoch)
+    )
+    orders = {
+        epoch: order(epoch)
+        for epoch in range(step * count // len(rows), (step + 1) * count // len(rows) + 1)
+    }
+    return [
+        rows[orders[n // len(rows)][n % len(rows)]] for n in range(step * count, (step + 1) * count)
+    ]
 
 
-def train(config: RLConfig, model, tokenizer, train_rows: list, eval_rows: list, functions: dict) -> dict[str, float]:
+def train(
+    config: RLConfig, model, tokenizer, train_rows: list, eval_rows: list, functions: dict
+) -> dict[str, float]:
     """Train `model` in place on prompts {"prompt": messages, "columns": {...}} with the rewards of `functions`, each
     called as function(prompts, completions, **columns); returns the metrics."""
     from peft.helpers import disable_input_dtype_casting
 
-    limit = min(config.max_seq_length, model.config.max_position_embeddings) - config.sampling["max_new_tokens"]
-    encoded = lambda rows, what: usable_rows(rows, lambda row: encode(row, tokenizer, limit), what) if rows else []
-    training, evaluation = encoded(train_rows, "training data"), encoded(eval_rows, "evaluation data")
+    limit = (
+        min(config.max_seq_length, model.config.max_position_embeddings)
+        - config.sampling["max_new_tokens"]
+    )
+    encoded = lambda rows, what: (
+        usable_rows(rows, lambda row: encode(row, tokenizer, limit), what) if rows else []
+    )
+    training, evaluation = (
+        encoded(train_rows, "training data"),
+        encoded(eval_rows, "evaluation data"),
+    )
     if len(evaluation) > config.num_eval_prompts:
-        logger.info("of %d held-out prompts the first %d are answered in an evaluation (num_eval_prompts)",
-                    len(evaluation), config.num_eval_prompts)
+        logger.info(
+            "of %d held-out prompts the first %d are answered in an evaluation (num_eval_prompts)",
+            len(evaluation),
+            config.num_eval_prompts,
+        )
         evaluation = evaluation[: config.num_eval_prompts]
     run = start(config, model, tokenizer, functions, max(training, key=lambda row: len(row["ids"])))
     world, rank = run.accelerator.num_processes, run.accelerator.process_index
     folder, count = Path(config.output_dir), config.batch_size // config.num_generations
-    if checkpoint := newest_checkpoint(config):
+    if checkpoint := find_checkpoint(config):
         load_checkpoint(run, checkpoint)
-    counts = (f"{count:,}" for count in (sum(parameter.numel() for parameter in run.policy), model.num_parameters()))
-    logger.info("training %s of %s parameters by %s on %d prompts, on %s in %s", *counts, config.algorithm,
-                len(training), model.device.type, str(compute_dtype(config.torch_dtype)).removeprefix("torch."))
+    counts = (
+        f"{count:,}"
+        for count in (sum(parameter.numel() for parameter in run.policy), model.num_parameters())
+    )
+    logger.info(
+        "training %s of %s parameters by %s on %d prompts, on %s in %s",
+        *counts,
+        config.algorithm,
+        len(training),
+        model.device.type,
+        str(compute_dtype(config.torch_dtype)).removeprefix("torch."),
+    )
     if is_main_process():
         for name in ("metrics.jsonl", "samples.jsonl"):
-            keep_steps(folder / name, run.step)
+            truncate_metrics(folder / name, run.step)
     history: list[dict[str, Any]] = []
 
     def report(logs: dict[str, float]) -> dict[str, float]:
         if is_main_process():
-            say_step(folder, run.step, config.num_training_steps, logs, LEFT_TO_THE_FILE)
+            log_step(folder, run.step, config.num_training_steps, logs, LEFT_TO_THE_FILE)
         if config.report_to:
             run.accelerator.log(logs, step=run.step)
         return logs
 
     if evaluation and not run.step:
         run.before |= report(evaluate(run, evaluation))
-    with deferred_signals() as signals, disable_input_dtype_casting(model):  # autocast does it, with fewer copies
+    with (
+        deferred_signals() as signals,
+        disable_input_dtype_casting(model),
+    ):  # autocast does it, with fewer copies
         while run.step < config.num_training_steps:
             began = time.perf_counter()
-            rows = prompts_of(config, training, run.step, count * world)[rank * count : (rank + 1) * count]
+            rows = prompts_of(config, training, run.step, count * world)[
+                rank * count : (rank + 1) * count
+            ]
             # Every completion has its own random numbers, whatever the number of processes.
-            chances = random_numbers(config.batch_size * world, config.sampling, config.seed * 1_000_003 + run.step)
-            chances = chances[rank * config.batch_size : (rank + 1) * config.batch_size].to(model.device)
+            chances = uniform_numbers(
+                config.batch_size * world, config.sampling, config.seed * 1_000_003 + run.step
+            )
+            chances = chances[rank * config.batch_size : (rank + 1) * config.batch_size].to(
+                model.device
+            )
             data = rollout(run, rows, chances)
             sampled = time.perf_counter() - began
             judge(run, data)
@@ -986,14 +1176,20 @@ def train(config: RLConfig, model, tokenizer, train_rows: list, eval_rows: list,
             if config.target_kl:
                 share = config.batch_size * world / config.kl_horizon
                 run.kl_coef = next_kl_coef(run.kl_coef, logs["kl"], config.target_kl, share)
-            run.before = {name: logs[name] for name in ("reward", "length", "stopped", "entropy")} | run.before
+            run.before = {
+                name: logs[name] for name in ("reward", "length", "stopped", "entropy")
+            } | run.before
             run.schedule.step()
             run.step += 1
             speed = config.batch_size * world / (time.perf_counter() - began)
-            report(logs | {"completions_per_s": round(speed, 3), "seconds_rollout": round(sampled, 2)})
+            report(
+                logs | {"completions_per_s": round(speed, 3), "seconds_rollout": round(sampled, 2)}
+            )
             history.append({**logs, "said": []})
             alarms(run, history)
-            if run.sum(torch.tensor(len(signals), device=model.device)):  # of one process or of all: they end together
+            if run.sum(
+                torch.tensor(len(signals), device=model.device)
+            ):  # of one process or of all: they end together
                 signals or signals.append(signal.SIGTERM)
                 save_checkpoint(run)
                 break
@@ -1006,9 +1202,15 @@ def train(config: RLConfig, model, tokenizer, train_rows: list, eval_rows: list,
     after = report(evaluate(run, evaluation)) if evaluation else {}
     if config.report_to:
         run.accelerator.end_training()
-    names = ("kl",) if evaluation else ("kl", "reward", "length")  # one batch says less than what was held out
+    names = (
+        ("kl",) if evaluation else ("kl", "reward", "length")
+    )  # one batch says less than what was held out
     after |= {name: entry[name] for entry in history[-1:] for name in names if name in entry}
-    return after | {f"{name}_before": run.before[name] for name in after if name in run.before} | {"steps": run.step}
+    return (
+        after
+        | {f"{name}_before": run.before[name] for name in after if name in run.before}
+        | {"steps": run.step}
+    )
 
 
 class RLStage(BaseStage):
@@ -1016,10 +1218,12 @@ class RLStage(BaseStage):
 
     def load_data(self):
         config = self.config
-        self.functions = reward_functions(config)
-        answered = bool(reading_answers(config))
-        *rows, self.lineage["data"] = load_rows(config, lambda row, form: convert(row, form, answered), None)
-        check_answers(config, rows[0][0]["columns"])
+        self.functions = start_reward_functions(config)
+        answered = bool(rewards_reading_answers(config))
+        *rows, self.lineage["data"] = load_rows(
+            config, lambda row, form: convert(row, form, answered), None
+        )
+        check_answer_column(config, rows[0][0]["columns"])
         self.lineage["reference"] = "the model the stage starts from"
         return rows
 
@@ -1029,15 +1233,19 @@ class RLStage(BaseStage):
 
     def work(self, lengths):
         config, new = self.config, self.config.sampling["max_new_tokens"]
-        each = statistics.fmean(lengths) / config.num_generations + new  # a prompt is read once for its completions
+        each = (
+            statistics.fmean(lengths) / config.num_generations + new
+        )  # a prompt is read once for its completions
         completions = config.num_training_steps * config.batch_size
-        passes = 2 + bool(config.init_kl_coef) + 2 * config.ppo_epochs  # sampled, scored, by the reference too, learnt
+        passes = (
+            2 + bool(config.init_kl_coef) + 2 * config.ppo_epochs
+        )  # sampled, scored, by the reference too, learnt
         return config.num_training_steps, completions * each, passes, config.mini_batch_size
 
     def train(self, model, tokenizer):
         if self.config.reward_model_path:
-            self.functions["reward_model"] = reward_model(self.config)
-        with stopping(self.functions):
+            self.functions["reward_model"] = load_reward_model(self.config)
+        with stopping_functions(self.functions):
             return train(self.config, model, tokenizer, *self.data, self.functions)
 
 

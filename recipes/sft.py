@@ -25,10 +25,16 @@ from torch.nn.utils.rnn import pad_sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import (
-    IGNORE, BaseStage, ConfigError, Count, FitConfig, Natural, RowError, TokenLogps, as_messages, encode_turns, fit,
-    generate, is_main_process, load_rows, logger, logits_at, main, render_turns, usable_rows, write_rows,
-)
+from common import BaseStage, main
+from core.chat import IGNORE, as_messages, encode_turns, render_turns
+from core.config import Count, FitConfig, Natural
+from core.data import load_rows, usable_rows
+from core.errors import ConfigError, RowError
+from core.files import write_jsonl
+from core.logprobs import TokenLogps, logits_at
+from core.runtime import is_main_process, logger
+from core.sampling import generate
+from core.training import fit
 
 # -- configuration ----------------------------------------------------------------------------------------------------
 
@@ -51,10 +57,16 @@ class SFTConfig(FitConfig):
 
     formats: ClassVar = FORMATS
 
-    dataset_name_or_path: str = ""  # .json, .jsonl, .csv or .parquet file, a folder of them, or a hub name
-    max_seq_length: Count = 2048  # in tokens; answers beyond it are left out, and the rows counted; text is split
+    dataset_name_or_path: str = (
+        ""  # .json, .jsonl, .csv or .parquet file, a folder of them, or a hub name
+    )
+    max_seq_length: Count = (
+        2048  # in tokens; answers beyond it are left out, and the rows counted; text is split
+    )
     packing: bool = False  # several rows in one sequence, isolated from each other
-    num_eval_samples: Natural = 0  # held-out prompts answered before and after training, into samples.jsonl
+    num_eval_samples: Natural = (
+        0  # held-out prompts answered before and after training, into samples.jsonl
+    )
     max_new_tokens: Count = 128  # length of those answers
 
     def validate(self) -> None:
@@ -76,7 +88,11 @@ def to_messages(row: dict, form: str, separate_input: bool = False) -> list[dict
     given = row.get("input") if form == "alpaca" else None
     asked += [given] if given and not separate_input else []
     if len(asked) > 1:  # they make one text, or are none
-        asked = ["\n\n".join(map(str, asked)) if all(isinstance(part, str | int | float) for part in asked) else None]
+        asked = [
+            "\n\n".join(map(str, asked))
+            if all(isinstance(part, str | int | float) for part in asked)
+            else None
+        ]
     turns = as_messages(asked[0], "user")
     turns[-1] |= {"input": given or ""} if separate_input else {}
     return [*turns, *as_messages(answer, "assistant")]
@@ -95,20 +111,31 @@ def encode(row: list[dict] | str, tokenizer, max_length: int) -> tuple[list[dict
     shortened = False
     if isinstance(row, str):
         begin = tokenizer.bos_token if tokenizer.bos_token_id in tokenizer("a").input_ids else ""
-        ids, labels = encode_turns(tokenizer, [(begin + row.removeprefix(begin) + tokenizer.eos_token, True)])
+        ids, labels = encode_turns(
+            tokenizer, [(begin + row.removeprefix(begin) + tokenizer.eos_token, True)]
+        )
         starts = [*range(0, len(ids), max_length)]
-        starts[-1] -= starts[-1] + 1 == len(ids) and 1 < max_length < len(ids)  # alone, the last would not be learnt
+        starts[-1] -= starts[-1] + 1 == len(ids) and 1 < max_length < len(
+            ids
+        )  # alone, the last would not be learnt
     else:
         ids, labels = encode_turns(tokenizer, render_turns(tokenizer, row))
         fits = labels[:max_length]
-        ends = [t for t in range(1, len(fits) + 1) if fits[t - 1] != IGNORE and labels[t : t + 1] in ([], [IGNORE])]
+        ends = [
+            t
+            for t in range(1, len(fits) + 1)
+            if fits[t - 1] != IGNORE and labels[t : t + 1] in ([], [IGNORE])
+        ]
         if not ends:
             raise RowError(f"with no answer that ends within {max_length} tokens")
         shortened = ends[-1] < len(ids)
         ids, labels, starts = ids[: ends[-1]], labels[: ends[-1]], [0]
     for start in starts:
         labels[start] = IGNORE  # nothing precedes a first token
-    pieces = ((ids[start:end], labels[start:end]) for start, end in itertools.pairwise([*starts, len(ids)]))
+    pieces = (
+        (ids[start:end], labels[start:end])
+        for start, end in itertools.pairwise([*starts, len(ids)])
+    )
     as_tensor = lambda values: torch.tensor(values, dtype=torch.int32)
     learnt = [(i, y) for i, y in pieces if any(label != IGNORE for label in y)]
     if not learnt:
@@ -137,10 +164,17 @@ def collate(rows: list[dict], padding_side: str = "right") -> dict[str, torch.Te
             ([torch.ones_like(row["labels"]) for row in rows], 0),
         )
     )
-    batch = {"input_ids": ids, "labels": labels, "num_tokens": mask.sum(), "num_items": (labels[:, 1:] != IGNORE).sum()}
+    batch = {
+        "input_ids": ids,
+        "labels": labels,
+        "num_tokens": mask.sum(),
+        "num_items": (labels[:, 1:] != IGNORE).sum(),
+    }
     if "seq_lengths" not in rows[0]:
         return batch | {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0), "attention_mask": mask}
-    starts = [torch.cat([torch.arange(length) for length in row["seq_lengths"].tolist()]) for row in rows]
+    starts = [
+        torch.cat([torch.arange(length) for length in row["seq_lengths"].tolist()]) for row in rows
+    ]
     return batch | {"position_ids": pad_sequence(starts, True, 0)}
 
 
@@ -154,9 +188,15 @@ def sft_loss(logps: torch.Tensor) -> torch.Tensor:
 
 def loss(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """(loss, metrics) of a batch. Only positions that predict a target go through the vocabulary projection."""
-    predicts = F.pad(batch["labels"][:, 1:] != IGNORE, (0, 1))  # (B, T): position t predicts token t + 1
+    predicts = F.pad(
+        batch["labels"][:, 1:] != IGNORE, (0, 1)
+    )  # (B, T): position t predicts token t + 1
     targets = batch["labels"][:, 1:][predicts[:, :-1]]  # (N,)
-    inputs = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask") if name in batch}
+    inputs = {
+        name: batch[name]
+        for name in ("input_ids", "position_ids", "attention_mask")
+        if name in batch
+    }
     logits, _ = logits_at(model, predicts, **inputs)  # (N, V)
     metrics = {"token_accuracy": (logits.argmax(-1) == targets).float().mean()}
     return sft_loss(TokenLogps.apply(logits, targets)), metrics
@@ -165,19 +205,32 @@ def loss(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str,
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
-def train(config: SFTConfig, model, tokenizer, train_rows: list, eval_rows: list) -> dict[str, float]:
+def train(
+    config: SFTConfig, model, tokenizer, train_rows: list, eval_rows: list
+) -> dict[str, float]:
     """Fine-tune `model` in place on conversations (lists of messages) or texts; returns the metrics."""
     length = min(config.max_seq_length, model.config.max_position_embeddings)
 
     def encoded(rows: list, what: str) -> list[dict]:
-        results = usable_rows(rows, lambda row: encode(row, tokenizer, length), what) if rows else []
+        results = (
+            usable_rows(rows, lambda row: encode(row, tokenizer, length), what) if rows else []
+        )
         if cut := sum(shortened for _, shortened in results):
-            logger.warning("%s: %d of %d rows lose the turns beyond %d tokens", what, cut, len(results), length)
+            logger.warning(
+                "%s: %d of %d rows lose the turns beyond %d tokens", what, cut, len(results), length
+            )
         return [sequence for sequences, _ in results for sequence in sequences]
 
-    training, evaluation = encoded(train_rows, "training data"), encoded(eval_rows, "evaluation data")
+    training, evaluation = (
+        encoded(train_rows, "training data"),
+        encoded(eval_rows, "evaluation data"),
+    )
     training = pack(training, length) if config.packing else training
-    asked = [row for row in eval_rows if not isinstance(row, str) and len(row) > 1 and row[-1]["role"] == "assistant"]
+    asked = [
+        row
+        for row in eval_rows
+        if not isinstance(row, str) and len(row) > 1 and row[-1]["role"] == "assistant"
+    ]
     asked = asked[: config.num_eval_samples]
     prompts = [row[:-1] for row in asked]
     before = generate(model, tokenizer, prompts, config.max_new_tokens)
@@ -186,17 +239,28 @@ def train(config: SFTConfig, model, tokenizer, train_rows: list, eval_rows: list
     return metrics | compare(config, asked, before, after)
 
 
-def compare(config: SFTConfig, rows: list[list[dict]], before: list, after: list) -> dict[str, float]:
+def compare(
+    config: SFTConfig, rows: list[list[dict]], before: list, after: list
+) -> dict[str, float]:
     """Write samples.jsonl, show the first of it, and return the shares of answers that are exactly the expected ones,
     and of those that ended in a stop token."""
-    texts = [(row[-2]["content"], row[-1]["content"], old, new)
-             for row, (old, _), (new, _) in zip(rows, before, after, strict=True)]
-    samples = [dict(zip(("prompt", "expected", "before", "after"), map(str.strip, text))) for text in texts]
+    texts = [
+        (row[-2]["content"], row[-1]["content"], old, new)
+        for row, (old, _), (new, _) in zip(rows, before, after, strict=True)
+    ]
+    samples = [
+        dict(zip(("prompt", "expected", "before", "after"), map(str.strip, text))) for text in texts
+    ]
     if not samples or not is_main_process():
         return {}
-    write_rows(Path(config.output_dir, "samples.jsonl"), samples)
+    write_jsonl(Path(config.output_dir, "samples.jsonl"), samples)
     for sample in samples[:3]:
-        logger.info("\n%s", "\n".join(f"  {name:9} {' '.join(text.split())[:160]}" for name, text in sample.items()))
+        logger.info(
+            "\n%s",
+            "\n".join(
+                f"  {name:9} {' '.join(text.split())[:160]}" for name, text in sample.items()
+            ),
+        )
     share = lambda values: sum(values) / len(samples)
     return {
         "exact_match_before": share(s["before"] == s["expected"] for s in samples),
@@ -211,16 +275,22 @@ class SFTStage(BaseStage):
 
     def load_data(self):
         separate = "{input}" in (self.config.instruction_template or "")
-        convert = lambda row, form: to_text(row) if form == "text" else to_messages(row, form, separate)
+        convert = lambda row, form: (
+            to_text(row) if form == "text" else to_messages(row, form, separate)
+        )
         *rows, self.lineage["data"] = load_rows(self.config, convert, {"alpaca": ["input"]})
         self.needs_chat_template = self.lineage["data"]["format"] != "text"
         if self.config.num_eval_samples and not self.needs_chat_template:
-            raise ConfigError("num_eval_samples answers prompts, and plain text has none; set it to 0")
+            raise ConfigError(
+                "num_eval_samples answers prompts, and plain text has none; set it to 0"
+            )
         return rows
 
     def sequences(self, row, tokenizer, context):
         length = self.config.max_seq_length
-        pieces, cut = encode(row, tokenizer, min(length, context) if isinstance(row, str) else length)
+        pieces, cut = encode(
+            row, tokenizer, min(length, context) if isinstance(row, str) else length
+        )
         return [(piece["input_ids"].tolist(), piece["labels"].tolist()) for piece in pieces], cut
 
     def train(self, model, tokenizer):

@@ -10,8 +10,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks the network is broken
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the tests are of float32 on a CPU; test_gpu.py says what is not
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # on so small a model threads only wait for each other
+os.environ.setdefault(
+    "CUDA_VISIBLE_DEVICES", ""
+)  # the tests are of float32 on a CPU; test_gpu.py says what is not
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # on so small a model threads only wait for each other
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -32,13 +36,21 @@ def tokenizer(own_cache):
     from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.pre_tokenizer, bpe.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     bpe.train_from_iterator((ROOT / "examples/sample_data.jsonl").read_text().splitlines(), trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|endoftext|>", pad_token="<|endoftext|>", chat_template=CHATML
+        tokenizer_object=bpe,
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHATML,
     )
 
 
@@ -47,10 +59,22 @@ def make_model(tokenizer, seed=0, **changes):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                 tie_word_embeddings=False, max_position_embeddings=512)
-    config = LlamaConfig(vocab_size=len(tokenizer), eos_token_id=0, pad_token_id=0,
-                         bos_token_id=None, **sizes | changes)
+    sizes = dict(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+        max_position_embeddings=512,
+    )
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        eos_token_id=0,
+        pad_token_id=0,
+        bos_token_id=None,
+        **sizes | changes,
+    )
     return LlamaForCausalLM(config)
 
 
@@ -71,7 +95,10 @@ def model_dir(tokenizer, tmp_path_factory):
 @pytest.fixture
 def data(tmp_path):
     """A .jsonl of 24 question-answer rows of different lengths."""
-    rows = [{"question": f"Say {'x' * (n % 7)} {n}", "answer": f"{'y' * (1 + n % 5)} {n}."} for n in range(24)]
+    rows = [
+        {"question": f"Say {'x' * (n % 7)} {n}", "answer": f"{'y' * (1 + n % 5)} {n}."}
+        for n in range(24)
+    ]
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)

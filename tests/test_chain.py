@@ -11,12 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from conftest import ROOT
 
 import common
+import core.checkpoints
+import core.config
+import core.rewards
+import yaml
 from chain import Pipeline, load_yaml
-from common import BaseStage, ConfigError, StageConfig, StageResult, TrainingConfig
+from common import BaseStage, StageResult
+from core.config import StageConfig, TrainingConfig
+from core.errors import ConfigError
 
 
 @dataclass
@@ -57,9 +62,19 @@ def pipeline(model_dir, data, tmp_path):
     """A function that writes a pipeline's YAML and returns its path."""
 
     def write(stages, configs=None, **top):
-        sft = {"dataset_name_or_path": data, "validation_split": 0.2, "max_steps": 2, "learning_rate": 1e-3}
+        sft = {
+            "dataset_name_or_path": data,
+            "validation_split": 0.2,
+            "max_steps": 2,
+            "learning_rate": 1e-3,
+        }
         configs = {**({"sft": sft} if "sft" in stages else {}), **(configs or {})}
-        values = {"model_name_or_path": model_dir, "output_dir": str(tmp_path / "out"), "stages": stages, "stage_configs": configs}
+        values = {
+            "model_name_or_path": model_dir,
+            "output_dir": str(tmp_path / "out"),
+            "stages": stages,
+            "stage_configs": configs,
+        }
         path = tmp_path / "pipeline.yaml"
         path.write_text(yaml.safe_dump(values | top))
         return str(path)
@@ -68,22 +83,41 @@ def pipeline(model_dir, data, tmp_path):
 
 
 def test_stages_run_in_order_each_on_the_model_of_the_one_before(pipeline, tmp_path, capsys):
-    results = Pipeline.from_yaml(pipeline(["sft", "note", "sft"], {"note": {"note": "hello"}})).run()
-    assert [result.stage_name for result in results] == ["sft", "note", "sft"] and all(r.success for r in results)
+    results = Pipeline.from_yaml(
+        pipeline(["sft", "note", "sft"], {"note": {"note": "hello"}})
+    ).run()
+    assert [result.stage_name for result in results] == ["sft", "note", "sft"] and all(
+        r.success for r in results
+    )
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {
-        "01_sft", "02_note", "03_sft", "final", "pipeline.json", "pipeline_training.log", "report.html",
+        "01_sft",
+        "02_note",
+        "03_sft",
+        "final",
+        "pipeline.json",
+        "pipeline_training.log",
+        "report.html",
     }
     assert results[1].metrics["length"] == 5
     state = json.loads((out / "pipeline.json").read_text())
-    assert state["state"] == {"finished": True} and len(state["results"]) == 3 and state["plan"]["03_sft"]["max_steps"] == 2
+    assert (
+        state["state"] == {"finished": True}
+        and len(state["results"]) == 3
+        and state["plan"]["03_sft"]["max_steps"] == 2
+    )
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     losses = [result.metrics["eval_loss"] for result in (results[0], results[2])]
-    assert results[2].metrics["eval_loss_before"] == pytest.approx(losses[0], abs=1e-5)  # it took the trained model
+    assert results[2].metrics["eval_loss_before"] == pytest.approx(
+        losses[0], abs=1e-5
+    )  # it took the trained model
     final = AutoModelForCausalLM.from_pretrained(out / "final").state_dict()
     last = AutoModelForCausalLM.from_pretrained(out / "03_sft").state_dict()
-    assert all((final[name] == last[name]).all() for name in last) and AutoTokenizer.from_pretrained(out / "final").chat_template
+    assert (
+        all((final[name] == last[name]).all() for name in last)
+        and AutoTokenizer.from_pretrained(out / "final").chat_template
+    )
     assert not (out / "final/stage.json").exists()
     screen = capsys.readouterr().out
     assert "before -> after" in screen and "3/3 03_sft" in screen
@@ -92,20 +126,31 @@ def test_stages_run_in_order_each_on_the_model_of_the_one_before(pipeline, tmp_p
 def test_numbered_options_and_overrides_win(pipeline, tmp_path):
     path = pipeline(["sft", "sft"], {"02_sft": {"max_steps": 1, "seed": 5}}, log_level="warning")
     stages = Pipeline.from_yaml(path, **{"sft.learning_rate": "1e-4", "02_sft.seed": 6}).stages
-    assert [s.config.max_steps for s in stages] == [2, 1] and [s.config.seed for s in stages] == [42, 6]
-    assert [s.config.learning_rate for s in stages] == [1e-4, 1e-4] and stages[0].config.log_level == "warning"
+    assert [s.config.max_steps for s in stages] == [2, 1] and [s.config.seed for s in stages] == [
+        42,
+        6,
+    ]
+    assert [s.config.learning_rate for s in stages] == [1e-4, 1e-4] and stages[
+        0
+    ].config.log_level == "warning"
 
 
 def test_a_stage_that_is_not_enabled_is_skipped_and_said_so(pipeline, tmp_path, capsys):
-    results = Pipeline.from_yaml(pipeline(["note", "sft"], {"sft": {"enabled": False, "data": "none"}})).run()
+    results = Pipeline.from_yaml(
+        pipeline(["note", "sft"], {"sft": {"enabled": False, "data": "none"}})
+    ).run()
     assert len(results) == 1 and "02_sft skipped: enabled is false" in capsys.readouterr().out
 
 
 def test_a_failing_stage_stops_the_chain_and_deletes_nothing(pipeline, tmp_path, capsys):
-    path = pipeline(["sft", "note", "sft"], {"note": {"break_down": True}}, cleanup_intermediate=True)
+    path = pipeline(
+        ["sft", "note", "sft"], {"note": {"break_down": True}}, cleanup_intermediate=True
+    )
     results = Pipeline.from_yaml(path).run()
     out = tmp_path / "out"
-    assert [result.success for result in results] == [True, False] and results[1].error_message == "RuntimeError: the note broke"
+    assert [result.success for result in results] == [True, False] and results[
+        1
+    ].error_message == "RuntimeError: the note broke"
     assert (out / "01_sft/model.safetensors").exists() and (out / "01_sft/stage.json").exists()
     assert not (out / "final").exists() and not (out / "02_note/stage.json").exists()
     assert json.loads((out / "pipeline.json").read_text())["state"] == {"failed": "02_note"}
@@ -117,7 +162,9 @@ def test_a_failing_stage_stops_the_chain_and_deletes_nothing(pipeline, tmp_path,
 def test_cleanup_deletes_weights_and_keeps_records(pipeline, tmp_path):
     Pipeline.from_yaml(pipeline(["sft", "sft"], cleanup_intermediate=True)).run()
     out = tmp_path / "out"
-    assert [str(path.relative_to(out)) for path in out.rglob("*.safetensors")] == ["final/model.safetensors"]
+    assert [str(path.relative_to(out)) for path in out.rglob("*.safetensors")] == [
+        "final/model.safetensors"
+    ]
     assert (out / "01_sft/stage.json").exists() and (out / "01_sft/metrics.jsonl").exists()
 
 
@@ -125,7 +172,9 @@ def test_a_model_kept_in_memory_reaches_final(pipeline, tmp_path):
     path = pipeline(["sft"])
     (result,) = Pipeline.from_yaml(path, **{"sft.save_intermediate": False}).run()
     assert result.model_path is None and (tmp_path / "out/final/model.safetensors").exists()
-    (result,) = Pipeline.from_yaml(path, save_final_model=False, output_dir=str(tmp_path / "b")).run()
+    (result,) = Pipeline.from_yaml(
+        path, save_final_model=False, output_dir=str(tmp_path / "b")
+    ).run()
     assert not (tmp_path / "b/final").exists()
 
 
@@ -138,17 +187,50 @@ def test_a_dry_run_opens_the_data_and_writes_nothing(pipeline, tmp_path, capsys)
         Pipeline.from_yaml(path, **{"02_sft.data": "./gone.jsonl"}, dry_run=True).run()
 
 
-@pytest.mark.parametrize("top, words", [
-    ({"stage": ["sft"]}, "unknown option 'stage'; did you mean 'stages'"), ({"stages": ["sfd"]}, "did you mean 'sft'"),
-    ({"stages": []}, "stages is missing"), ({"push_to_hub": True, "hub_repo_id": "me/it"}, "not built yet.*hf upload me/it .*/final --private"), ({"stages": ["no/such.py"]}, "unknown stage"),
-    ({"stage_configs": {"sft": {"data": "d", "output_dir": "x"}}}, "output_dir goes to the top"),
-    ({"stages": ["sft", "sft"], "stage_configs": {"01_sft": {"data": "d"}, "02_sft": {"data": "d", "model": "x"}}}, "02_sft: it starts from the model of"),
-    ({"stage_configs": {"stf": {}}}, "stage_configs: unknown stage 'stf'; did you mean 'sft'"),
-    ({"stage_configs": {"sft": {"learnig_rate": 1}}}, "stage 01_sft: unknown option 'learnig_rate'; did you mean 'learning_rate'"),
-    ({"stage_configs": {"02_sft": {"data": "d"}}}, "stage_configs: unknown stage '02_sft'; did you mean '01_sft'"),
-    ({"stages": ["note", "sft"], "from_stage": "sft", "until": "note", "stage_configs": {"sft": {"data": "d"}}}, "until=note stands before from_stage=sft"),
-    ({"stage_configs": {"sft": {"data": "d", "seed": -1}}}, "stage 01_sft: seed=-1"), ({"log_level": "loud"}, "log_level='loud'"),
-])
+@pytest.mark.parametrize(
+    "top, words",
+    [
+        ({"stage": ["sft"]}, "unknown option 'stage'; did you mean 'stages'"),
+        ({"stages": ["sfd"]}, "did you mean 'sft'"),
+        ({"stages": []}, "stages is missing"),
+        (
+            {"push_to_hub": True, "hub_repo_id": "me/it"},
+            "not built yet.*hf upload me/it .*/final --private",
+        ),
+        ({"stages": ["no/such.py"]}, "unknown stage"),
+        (
+            {"stage_configs": {"sft": {"data": "d", "output_dir": "x"}}},
+            "output_dir goes to the top",
+        ),
+        (
+            {
+                "stages": ["sft", "sft"],
+                "stage_configs": {"01_sft": {"data": "d"}, "02_sft": {"data": "d", "model": "x"}},
+            },
+            "02_sft: it starts from the model of",
+        ),
+        ({"stage_configs": {"stf": {}}}, "stage_configs: unknown stage 'stf'; did you mean 'sft'"),
+        (
+            {"stage_configs": {"sft": {"learnig_rate": 1}}},
+            "stage 01_sft: unknown option 'learnig_rate'; did you mean 'learning_rate'",
+        ),
+        (
+            {"stage_configs": {"02_sft": {"data": "d"}}},
+            "stage_configs: unknown stage '02_sft'; did you mean '01_sft'",
+        ),
+        (
+            {
+                "stages": ["note", "sft"],
+                "from_stage": "sft",
+                "until": "note",
+                "stage_configs": {"sft": {"data": "d"}},
+            },
+            "until=note stands before from_stage=sft",
+        ),
+        ({"stage_configs": {"sft": {"data": "d", "seed": -1}}}, "stage 01_sft: seed=-1"),
+        ({"log_level": "loud"}, "log_level='loud'"),
+    ],
+)
 def test_mistakes_in_the_yaml_are_refused(pipeline, top, words):
     with pytest.raises(ConfigError, match=words):
         Pipeline.from_yaml(pipeline(**{"stages": ["sft"]} | top))
@@ -160,29 +242,45 @@ def test_yaml_is_read_without_surprises(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("a: 2e-4\nb: 1E5\nc: [1.5e-3, 2e4x]\n")
     assert load_yaml(path) == {"a": 2e-4, "b": 1e5, "c": [1.5e-3, "2e4x"]}
-    for text, words in (("a: 1\nb:\n  c: 1\n  c: 2\n", "line 4: found duplicate key \"c\""), ("a: [", "line 1: expected"), ("- a", "key: value"),
-                        ("a: !!python/object/apply:os.system ['true']", "could not determine a constructor")):
+    for text, words in (
+        ("a: 1\nb:\n  c: 1\n  c: 2\n", 'line 4: found duplicate key "c"'),
+        ("a: [", "line 1: expected"),
+        ("- a", "key: value"),
+        ("a: !!python/object/apply:os.system ['true']", "could not determine a constructor"),
+    ):
         path.write_text(text)
         with pytest.raises(ConfigError, match=words):
             load_yaml(path)
 
 
 def test_a_copied_recipe_runs_by_its_path(pipeline, tmp_path):
-    source = (ROOT / "recipes/sft.py").read_text().replace("parents[1]", f"parents[1] / {str(ROOT)!r}")
+    source = (
+        (ROOT / "recipes/sft.py").read_text().replace("parents[1]", f"parents[1] / {str(ROOT)!r}")
+    )
     (tmp_path / "my_sft.py").write_text(source.replace('"sft", SFTConfig', '"mine", SFTConfig'))
     options = yaml.safe_load(open(pipeline(["sft"])))["stage_configs"]["sft"]
     path = pipeline(["note", str(tmp_path / "my_sft.py")], {"my_sft": options})
-    assert Pipeline.from_yaml(path, stages="note").config.stages == ["note"]  # my_sft's options stay without use
+    assert Pipeline.from_yaml(path, stages="note").config.stages == [
+        "note"
+    ]  # my_sft's options stay without use
     results = Pipeline.from_yaml(path).run()
-    assert [result.success for result in results] == [True, True] and (tmp_path / "out/02_my_sft/model.safetensors").exists()
+    assert [result.success for result in results] == [True, True] and (
+        tmp_path / "out/02_my_sft/model.safetensors"
+    ).exists()
 
 
-def test_in_one_process_a_changed_recipe_runs_as_it_is_now_and_two_of_one_name_are_two(pipeline, tmp_path):
-    paths, source = [tmp_path / name / "mine.py" for name in "ab"], (
-        "import sys; sys.path.insert(0, {!r})\nfrom common import BaseStage\n\n\nclass Mine(BaseStage):\n    stage_name = 'mine'\n\n"
-        "    def train(self, model, tokenizer):\n        return {{'which': {}}}\n\n"
-        "    def prepare_model_and_tokenizer(self, *_):\n        return None, None\n\n"
-        "    def save_model_and_tokenizer(self, model, tokenizer):\n        return self.config.output_dir\n")
+def test_in_one_process_a_changed_recipe_runs_as_it_is_now_and_two_of_one_name_are_two(
+    pipeline, tmp_path
+):
+    paths, source = (
+        [tmp_path / name / "mine.py" for name in "ab"],
+        (
+            "import sys; sys.path.insert(0, {!r})\nfrom common import BaseStage\n\n\nclass Mine(BaseStage):\n    stage_name = 'mine'\n\n"
+            "    def train(self, model, tokenizer):\n        return {{'which': {}}}\n\n"
+            "    def prepare_model_and_tokenizer(self, *_):\n        return None, None\n\n"
+            "    def save_model_and_tokenizer(self, model, tokenizer):\n        return self.config.output_dir\n"
+        ),
+    )
 
     def write(path, which):
         path.parent.mkdir(exist_ok=True)
@@ -190,14 +288,23 @@ def test_in_one_process_a_changed_recipe_runs_as_it_is_now_and_two_of_one_name_a
 
     for number, path in enumerate(paths):
         write(path, number)
-    run = lambda: Pipeline.from_yaml(pipeline([str(path) for path in paths], save_final_model=False)).run()
+    run = lambda: Pipeline.from_yaml(
+        pipeline([str(path) for path in paths], save_final_model=False)
+    ).run()
     assert [result.metrics["which"] for result in run()] == [0, 1]
     write(paths[1], 2)
     marks = lambda: json.loads((tmp_path / "out/01_mine/stage.json").read_text())["fingerprint"]
     before = marks()
-    assert [result.metrics["which"] for result in run()] == [0, 2] and marks() == before  # of the other file, which is as it was
+    assert [result.metrics["which"] for result in run()] == [
+        0,
+        2,
+    ] and marks() == before  # of the other file, which is as it was
     again = Pipeline.from_yaml(pipeline([str(path) for path in paths], save_final_model=False))
-    assert [result.metrics["which"] for result in again.run()] == [result.metrics["which"] for result in again.run()] == [0, 2]
+    assert (
+        [result.metrics["which"] for result in again.run()]
+        == [result.metrics["which"] for result in again.run()]
+        == [0, 2]
+    )
     assert json.loads((tmp_path / "out/pipeline.json").read_text())["state"] == {"finished": True}
 
 
@@ -205,14 +312,27 @@ def test_code_that_changed_after_it_was_imported_does_not_run(pipeline, tmp_path
     """It would leave the old code's results under the new code's fingerprint."""
     helper = tmp_path / "helper_that_changes.py"
     helper.write_text("TAGS = 1\n")
-    source = (ROOT / "recipes/sft.py").read_text().replace("parents[1]", f"parents[1] / {str(ROOT)!r}")
-    (tmp_path / "my_sft.py").write_text(source.replace("import torch\n", "import torch\nfrom helper_that_changes import TAGS  # noqa\n", 1))
+    source = (
+        (ROOT / "recipes/sft.py").read_text().replace("parents[1]", f"parents[1] / {str(ROOT)!r}")
+    )
+    (tmp_path / "my_sft.py").write_text(
+        source.replace(
+            "import torch\n", "import torch\nfrom helper_that_changes import TAGS  # noqa\n", 1
+        )
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
-    path = pipeline([str(tmp_path / "my_sft.py")], {"my_sft": {"dataset_name_or_path": str(tmp_path / "data.jsonl"), "max_steps": 1}})
+    path = pipeline(
+        [str(tmp_path / "my_sft.py")],
+        {"my_sft": {"dataset_name_or_path": str(tmp_path / "data.jsonl"), "max_steps": 1}},
+    )
     assert Pipeline.from_yaml(path).run()[0].success
     helper.write_text("TAGS = 2\n")
     result = Pipeline.from_yaml(path).run()[0]
-    assert not result.success and "helper_that_changes.py changed since it was imported here; start Python anew" in result.error_message
+    assert (
+        not result.success
+        and "helper_that_changes.py changed since it was imported here; start Python anew"
+        in result.error_message
+    )
     (part,) = Pipeline.from_yaml(path).stages
     part.check()
     part.once = True  # as a part of a run that began before
@@ -221,16 +341,26 @@ def test_code_that_changed_after_it_was_imported_does_not_run(pipeline, tmp_path
 
 def test_what_starts_from_a_folder_follows_what_leaves_one(pipeline, data):
     unsaved = {"sft": {"dataset_name_or_path": data, "save_intermediate": False}}
-    for folder, stage, options in (("02_reward", "reward", {}), ("02_dpo", "dpo", {"use_4bit": True})):
-        configs = unsaved | {stage: {"preference_dataset_path": "examples/preferences.jsonl", **options}}
-        with pytest.raises(ConfigError, match=f"stage {folder} starts from a folder: set save_intermediate in the stage before"):
+    for folder, stage, options in (
+        ("02_reward", "reward", {}),
+        ("02_dpo", "dpo", {"use_4bit": True}),
+    ):
+        configs = unsaved | {
+            stage: {"preference_dataset_path": "examples/preferences.jsonl", **options}
+        }
+        with pytest.raises(
+            ConfigError,
+            match=f"stage {folder} starts from a folder: set save_intermediate in the stage before",
+        ):
             Pipeline.from_yaml(pipeline(["sft", stage], configs))
         Pipeline.from_yaml(pipeline([stage], configs))
 
 
 def test_a_stage_that_cannot_be_imported_is_refused(pipeline, tmp_path):
     (tmp_path / "mine.py").write_text("import no_such_package\n")
-    with pytest.raises(ConfigError, match="stage .*mine.py cannot be imported: No module named 'no_such_package'"):
+    with pytest.raises(
+        ConfigError, match="stage .*mine.py cannot be imported: No module named 'no_such_package'"
+    ):
         Pipeline.from_yaml(pipeline([str(tmp_path / "mine.py")]))
 
 
@@ -243,11 +373,20 @@ def test_what_a_stage_is_made_of_counts(pipeline, model_dir, tmp_path, monkeypat
     """The chat template of its model, and a file of its own from which it imports."""
     shutil.copytree(model_dir, tmp_path / "model")
     (tmp_path / "helper_of_mine.py").write_text("TAGS = 1\n")
-    source = (ROOT / "recipes/sft.py").read_text().replace("parents[1]", f"parents[1] / {str(ROOT)!r}")
-    (tmp_path / "my_sft.py").write_text(source.replace("import torch\n", "import torch\nfrom helper_of_mine import TAGS  # noqa\n", 1))
+    source = (
+        (ROOT / "recipes/sft.py").read_text().replace("parents[1]", f"parents[1] / {str(ROOT)!r}")
+    )
+    (tmp_path / "my_sft.py").write_text(
+        source.replace(
+            "import torch\n", "import torch\nfrom helper_of_mine import TAGS  # noqa\n", 1
+        )
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
-    path = pipeline([str(tmp_path / "my_sft.py")], {"my_sft": {"dataset_name_or_path": str(tmp_path / "data.jsonl"), "max_steps": 1}},
-                    model_name_or_path=str(tmp_path / "model"))
+    path = pipeline(
+        [str(tmp_path / "my_sft.py")],
+        {"my_sft": {"dataset_name_or_path": str(tmp_path / "data.jsonl"), "max_steps": 1}},
+        model_name_or_path=str(tmp_path / "model"),
+    )
     assert Pipeline.from_yaml(path).run()[0].success
     stale = lambda: (pipeline := Pipeline.from_yaml(path)).check() and pipeline.stages[0].stale()
     assert stale() == ""
@@ -260,30 +399,57 @@ def test_what_a_stage_is_made_of_counts(pipeline, model_dir, tmp_path, monkeypat
 
 
 def test_the_registered_class_needs_no_config_class_attribute():
-    stage = Pipeline.from_dict({"stages": ["note"], "stage_configs": {"note": {"note": 5}}}).stages[0]
+    stage = Pipeline.from_dict({"stages": ["note"], "stage_configs": {"note": {"note": 5}}}).stages[
+        0
+    ]
     assert isinstance(stage.config, NoteConfig) and stage.config.note == "5"
 
 
 def command(*arguments):
-    return subprocess.run([sys.executable, "chain.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "chain.py", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
 
 
 def test_the_command_line(pipeline, tmp_path):
     path, out = pipeline(["sft", "note", "sft"]), str(tmp_path / "elsewhere")
     for stages in (["--stages", "sft", "sft"], ["--stages=sft,sft"]):
         done = command(path, *stages, f"--output_dir={out}", "--sft.max_steps=1", "--dry_run")
-        assert done.returncode == 0 and {*re.findall(r"\b\d\d_\w+", done.stdout)} == {"01_sft", "02_sft"}, done.stderr
+        assert done.returncode == 0 and {*re.findall(r"\b\d\d_\w+", done.stdout)} == {
+            "01_sft",
+            "02_sft",
+        }, done.stderr
     assert not os.path.exists(out)
-    done = command("--config", path, "--stages", "sft", f"--output_dir={out}", "--sft.max_steps=1", "--log_level", "info")
-    assert done.returncode == 0 and "step 1/1" in done.stdout and "Warning" not in done.stdout + done.stderr
+    done = command(
+        "--config",
+        path,
+        "--stages",
+        "sft",
+        f"--output_dir={out}",
+        "--sft.max_steps=1",
+        "--log_level",
+        "info",
+    )
+    assert (
+        done.returncode == 0
+        and "step 1/1" in done.stdout
+        and "Warning" not in done.stdout + done.stderr
+    )
     assert json.loads(open(f"{out}/pipeline.json").read())["plan"]["01_sft"]["max_steps"] == 1
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--sft.learnig_rate=1"], "did you mean 'learning_rate'"), (["--dryrun"], "did you mean 'dry_run'"),
-    (["--dpo.seed=1"], "unknown stage 'dpo'"), (["--sft.seed=1", "--sft.seed=2"], "--sft.seed stands 2 times"), (["--", "--dry_run"], "-- stands 1 times"),
-    (["--stages", "sft", "dpoo"], "unknown stage 'dpoo'"), (["other.yaml"], "give one YAML file"),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--sft.learnig_rate=1"], "did you mean 'learning_rate'"),
+        (["--dryrun"], "did you mean 'dry_run'"),
+        (["--dpo.seed=1"], "unknown stage 'dpo'"),
+        (["--sft.seed=1", "--sft.seed=2"], "--sft.seed stands 2 times"),
+        (["--", "--dry_run"], "-- stands 1 times"),
+        (["--stages", "sft", "dpoo"], "unknown stage 'dpoo'"),
+        (["other.yaml"], "give one YAML file"),
+    ],
+)
 def test_mistakes_on_the_command_line_exit_with_status_2(pipeline, arguments, words):
     done = command(pipeline(["sft"]), *arguments)
     assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1
@@ -291,7 +457,9 @@ def test_mistakes_on_the_command_line_exit_with_status_2(pipeline, arguments, wo
 
 def test_a_failed_chain_exits_with_status_1(pipeline, model_dir, tmp_path):
     broken = tmp_path / "broken.jsonl"
-    broken.write_text("".join(json.dumps({"question": "q", "answer": f"a{n}"}) + "\n" for n in range(9)))
+    broken.write_text(
+        "".join(json.dumps({"question": "q", "answer": f"a{n}"}) + "\n" for n in range(9))
+    )
     (tmp_path / "exploding.py").write_text(
         "from recipes_under_test import *\n".replace("recipes_under_test", "sft")
         + "class Exploding(SFTStage):\n    stage_name = 'boom'\n    def train(self, m, t):\n        raise RuntimeError('boom')\n"
@@ -299,8 +467,16 @@ def test_a_failed_chain_exits_with_status_1(pipeline, model_dir, tmp_path):
     options = {"exploding": {"data": str(broken)}}
     path = pipeline([str(tmp_path / "exploding.py")], options)
     environment = os.environ | {"PYTHONPATH": str(ROOT / "recipes")}
-    done = subprocess.run([sys.executable, "chain.py", path], cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert done.returncode == 1 and "01_exploding failed" in done.stdout and "boom" in done.stdout, done.stderr
+    done = subprocess.run(
+        [sys.executable, "chain.py", path],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert (
+        done.returncode == 1 and "01_exploding failed" in done.stdout and "boom" in done.stdout
+    ), done.stderr
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "yaml").glob("*.yaml")), ids=lambda path: path.name)
@@ -309,24 +485,47 @@ def test_the_shipped_pipelines_are_valid(path, monkeypatch):
     assert Pipeline.from_yaml(path, dry_run=True).run() == []
 
 
-SMALL = {"sft": dict(max_steps=2, num_eval_samples=2, max_new_tokens=4), "dpo": dict(max_steps=2), "reward": dict(max_steps=2),
-         "rl": dict(num_training_steps=2, batch_size=8, num_generations=4, num_eval_prompts=4, generation_kwargs={"max_new_tokens": 4}),
-         "cot_distillation": dict(max_steps=2, num_eval_samples=2, max_new_tokens=4)}
+SMALL = {
+    "sft": dict(max_steps=2, num_eval_samples=2, max_new_tokens=4),
+    "dpo": dict(max_steps=2),
+    "reward": dict(max_steps=2),
+    "rl": dict(
+        num_training_steps=2,
+        batch_size=8,
+        num_generations=4,
+        num_eval_prompts=4,
+        generation_kwargs={"max_new_tokens": 4},
+    ),
+    "cot_distillation": dict(max_steps=2, num_eval_samples=2, max_new_tokens=4),
+}
 SMALL["rlaif"] = SMALL["rl"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "yaml").glob("*.yaml")), ids=lambda path: path.name)
 def test_a_miniature_of_each_shipped_pipeline_runs(path, model_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    few = {f"{stage}.{option}": value for stage in load_yaml(path)["stages"] for option, value in SMALL[stage].items()}
-    results = Pipeline.from_yaml(path, model_name_or_path=model_dir, output_dir=str(tmp_path / "out"), **few).run()
+    few = {
+        f"{stage}.{option}": value
+        for stage in load_yaml(path)["stages"]
+        for option, value in SMALL[stage].items()
+    }
+    results = Pipeline.from_yaml(
+        path, model_name_or_path=model_dir, output_dir=str(tmp_path / "out"), **few
+    ).run()
     assert all(result.success for result in results), results[-1].error_message
     metrics = {result.stage_name: result.metrics for result in results}
     if "dpo" in metrics:
         assert metrics["dpo"]["eval_accuracy_before"] == 0.5
     if "rlaif" in metrics:
-        assert metrics["rlaif"]["win_rate_low"] <= metrics["rlaif"]["win_rate"] <= metrics["rlaif"]["win_rate_high"]
-    assert "eval_loss" in capsys.readouterr().out.split("before -> after")[1] and (tmp_path / "out/final/model.safetensors").exists()
+        assert (
+            metrics["rlaif"]["win_rate_low"]
+            <= metrics["rlaif"]["win_rate"]
+            <= metrics["rlaif"]["win_rate_high"]
+        )
+    assert (
+        "eval_loss" in capsys.readouterr().out.split("before -> after")[1]
+        and (tmp_path / "out/final/model.safetensors").exists()
+    )
 
 
 OLDER = """
@@ -430,23 +629,36 @@ def older(tmp_path, model_dir, **changes):
     judge = tmp_path / "judge"
     judge.mkdir(exist_ok=True)
     (judge / "config.json").write_text('{"architectures": ["LlamaForSequenceClassification"]}')
-    text = OLDER.replace("MODEL", model_dir).replace("OUT", str(tmp_path / "out")).replace("JUDGE", str(judge))
+    text = (
+        OLDER.replace("MODEL", model_dir)
+        .replace("OUT", str(tmp_path / "out"))
+        .replace("JUDGE", str(judge))
+    )
     return yaml.safe_load(text) | changes
 
 
-def test_a_configuration_of_the_older_form_is_taken_as_it_is(tmp_path, model_dir, monkeypatch, capsys):
+def test_a_configuration_of_the_older_form_is_taken_as_it_is(
+    tmp_path, model_dir, monkeypatch, capsys
+):
     monkeypatch.chdir(ROOT)
     assert Pipeline.from_dict(older(tmp_path, model_dir), dry_run=True).run() == []
     screen = capsys.readouterr().out
     assert screen.count("format ") == 5 and "Therefore, the answer is" in screen
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"hub_token": "hf_secret"}, "hf auth login"), ({"push_to_hub": True}, "hf upload me/model .*/final"),
-    ({"push_adapter_only": True}, "hf upload me/model .*/NN_STAGE/adapter"),
-    ({"convert_to_gguf": True}, "convert_hf_to_gguf.py .*/final --outfile model.gguf --outtype q4_k_m"),
-    ({"until": "sftt"}, "until: unknown stage 'sftt'; did you mean 'sft'"),
-])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"hub_token": "hf_secret"}, "hf auth login"),
+        ({"push_to_hub": True}, "hf upload me/model .*/final"),
+        ({"push_adapter_only": True}, "hf upload me/model .*/NN_STAGE/adapter"),
+        (
+            {"convert_to_gguf": True},
+            "convert_hf_to_gguf.py .*/final --outfile model.gguf --outtype q4_k_m",
+        ),
+        ({"until": "sftt"}, "until: unknown stage 'sftt'; did you mean 'sft'"),
+    ],
+)
 def test_what_is_not_built_is_refused_with_what_to_do_instead(tmp_path, model_dir, changes, words):
     with pytest.raises(ConfigError, match=words) as caught:
         Pipeline.from_dict(older(tmp_path, model_dir, **changes))
@@ -470,8 +682,13 @@ def test_a_chain_in_16_bit_in_one_go_is_the_chain_stage_by_stage(pipeline, model
             assert all(result.success for result in results)
         weights[name] = (tmp_path / name / "final/model.safetensors").read_bytes()
     assert weights["one"] == weights["two"]
-    model = common.cast(common.load_model_and_tokenizer(common.ModelConfig(model_name_or_path=model_dir))[0], torch.bfloat16)
-    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16} and model.model.rotary_emb.inv_freq.dtype == torch.float32
+    model = common.cast_weights(
+        common.load_model_and_tokenizer(core.config.ModelConfig(model_name_or_path=model_dir))[0],
+        torch.bfloat16,
+    )
+    assert {weight.dtype for weight in model.parameters()} == {
+        torch.bfloat16
+    } and model.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
 def test_final_is_the_model_of_the_last_stage_that_there_is_now(pipeline, tmp_path):
@@ -494,19 +711,26 @@ def test_final_is_the_model_of_the_last_stage_that_there_is_now(pipeline, tmp_pa
     Pipeline.from_yaml(path, cleanup_intermediate=True, **{"02_sft.learning_rate": 1e-3}).run()
     kept = (tmp_path / "out/final/model.safetensors").stat().st_mtime_ns
     Pipeline.from_yaml(path, **{"02_sft.learning_rate": 1e-3}).run()
-    assert not (tmp_path / "out/02_sft/model.safetensors").exists() and (tmp_path / "out/final/model.safetensors").stat().st_mtime_ns == kept
+    assert (
+        not (tmp_path / "out/02_sft/model.safetensors").exists()
+        and (tmp_path / "out/final/model.safetensors").stat().st_mtime_ns == kept
+    )
     Pipeline.from_yaml(path, stages=["sft"]).run()  # whose weights are gone: it runs again
     assert read("final") == read("01_sft")
 
 
 def test_final_of_a_model_that_was_never_saved_is_known_too(pipeline, data, tmp_path, monkeypatch):
-    path = pipeline(["sft"], {"sft": {"dataset_name_or_path": data, "max_steps": 1, "save_intermediate": False}})
+    path = pipeline(
+        ["sft"], {"sft": {"dataset_name_or_path": data, "max_steps": 1, "save_intermediate": False}}
+    )
     Pipeline.from_yaml(path).run()
     first = (tmp_path / "out/01_sft/stage.json").read_bytes()
     assert (again := Pipeline.from_yaml(path)).has_final()
     monkeypatch.setenv("RANK", "1")
     mark = (tmp_path / "out/final/fingerprint.json").rename(tmp_path / "mark")
-    again.save_final(StageResult("sft", True), tmp_path / "out/final")  # that is the first process's work
+    again.save_final(
+        StageResult("sft", True), tmp_path / "out/final"
+    )  # that is the first process's work
     assert not (tmp_path / "out/final/fingerprint.json").exists()
     mark.rename(tmp_path / "out/final/fingerprint.json")
     monkeypatch.delenv("RANK")
@@ -514,23 +738,49 @@ def test_final_of_a_model_that_was_never_saved_is_known_too(pipeline, data, tmp_
     assert (tmp_path / "out/01_sft/stage.json").read_bytes() == first
 
 
-def test_a_template_of_a_stage_that_hands_nothing_on_is_its_own(pipeline, data, tmp_path, tokenizer):
-    template = {"instruction_template": "Q: {instruction} A: {response}", "dataset_name_or_path": data, "max_new_tokens": 4}
-    results = Pipeline.from_yaml(pipeline(["sft", "evaluate", "sft"], {"02_evaluate": template, "sft": {
-        "dataset_name_or_path": data, "validation_split": 0.2, "max_steps": 1}})).run()
+def test_a_template_of_a_stage_that_hands_nothing_on_is_its_own(
+    pipeline, data, tmp_path, tokenizer
+):
+    template = {
+        "instruction_template": "Q: {instruction} A: {response}",
+        "dataset_name_or_path": data,
+        "max_new_tokens": 4,
+    }
+    results = Pipeline.from_yaml(
+        pipeline(
+            ["sft", "evaluate", "sft"],
+            {
+                "02_evaluate": template,
+                "sft": {"dataset_name_or_path": data, "validation_split": 0.2, "max_steps": 1},
+            },
+        )
+    ).run()
     assert all(result.success for result in results)
-    assert (tmp_path / "out/03_sft/chat_template.jinja").read_text() == tokenizer.chat_template == results[-1].tokenizer.chat_template
+    assert (
+        (tmp_path / "out/03_sft/chat_template.jinja").read_text()
+        == tokenizer.chat_template
+        == results[-1].tokenizer.chat_template
+    )
 
 
 def test_a_link_to_a_stage_that_saves_nothing_is_refused(pipeline, data):
-    configs = {"sft": {"dataset_name_or_path": data, "save_intermediate": False}, "evaluate": {"dataset_name_or_path": data, "baseline": "stage:sft"}}
-    with pytest.raises(ConfigError, match="stage 02_evaluate: baseline=stage:sft: it sets save_intermediate=false"):
+    configs = {
+        "sft": {"dataset_name_or_path": data, "save_intermediate": False},
+        "evaluate": {"dataset_name_or_path": data, "baseline": "stage:sft"},
+    }
+    with pytest.raises(
+        ConfigError, match="stage 02_evaluate: baseline=stage:sft: it sets save_intermediate=false"
+    ):
         Pipeline.from_yaml(pipeline(["sft", "evaluate"], configs))
 
 
 def test_the_plan_starts_from_the_first_stages_own_model(pipeline, data):
-    plan = lambda **first: Pipeline.from_yaml(pipeline(["sft", "sft"], {"01_sft": first, "sft": {"dataset_name_or_path": data}})).plan()
-    assert "01_sft  other" in plan(model_name_or_path="other") and "the model of 01_sft" in plan(model_name_or_path="other")
+    plan = lambda **first: Pipeline.from_yaml(
+        pipeline(["sft", "sft"], {"01_sft": first, "sft": {"dataset_name_or_path": data}})
+    ).plan()
+    assert "01_sft  other" in plan(model_name_or_path="other") and "the model of 01_sft" in plan(
+        model_name_or_path="other"
+    )
     assert "other" not in plan() and "other" not in plan(model_name_or_path="other", enabled=False)
 
 
@@ -538,32 +788,64 @@ def test_paths_of_the_home_folder(pipeline, model_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     shutil.copytree(model_dir, tmp_path / "tiny")
     shutil.copy(ROOT / "recipes/sft.py", tmp_path / "my_sft.py")
-    chain_of = Pipeline.from_yaml(pipeline(["~/my_sft.py"], {"my_sft": {"dataset_name_or_path": "~/data.jsonl"}}, model_name_or_path="~/tiny"))
-    (tmp_path / "my_reward.py").write_text("def one(prompts, completions, **_):\n    return [1.0] * len(completions)\n")
-    reward = common.Subprocess("~/my_reward.py:one", 60)
+    chain_of = Pipeline.from_yaml(
+        pipeline(
+            ["~/my_sft.py"],
+            {"my_sft": {"dataset_name_or_path": "~/data.jsonl"}},
+            model_name_or_path="~/tiny",
+        )
+    )
+    (tmp_path / "my_reward.py").write_text(
+        "def one(prompts, completions, **_):\n    return [1.0] * len(completions)\n"
+    )
+    reward = core.rewards.Subprocess("~/my_reward.py:one", 60)
     assert reward([None], ["a"]) == [1.0] and reward.stop() is None
     first = chain_of.stages[0].fingerprint()["files"]
     (tmp_path / "tiny/config.json").write_text((tmp_path / "tiny/config.json").read_text() + "\n")
-    assert first["~/tiny"] and common.identity(Path("~/tiny")) != first["~/tiny"]
+    assert first["~/tiny"] and core.checkpoints.file_identity(Path("~/tiny")) != first["~/tiny"]
     with pytest.raises(ConfigError, match="output_dir=''"):
         Pipeline.from_yaml(pipeline(["sft"]), output_dir="")
 
 
-@pytest.mark.parametrize("made, words", [("raise KeyError('gone')", "KeyError: 'gone'"), ("return None", "returned None, not a StageResult")])
+@pytest.mark.parametrize(
+    "made, words",
+    [
+        ("raise KeyError('gone')", "KeyError: 'gone'"),
+        ("return None", "returned None, not a StageResult"),
+    ],
+)
 def test_an_execute_of_ones_own_that_goes_wrong_is_a_failed_stage(pipeline, tmp_path, made, words):
-    (tmp_path / "mine.py").write_text("from common import BaseStage, StageResult\nclass Mine(BaseStage):\n    stage_name = 'mine'\n"
-                                      f"    def execute(self, model=None, tokenizer=None, previous_result=None):\n        {made}\n")
+    (tmp_path / "mine.py").write_text(
+        "from common import BaseStage, StageResult\nclass Mine(BaseStage):\n    stage_name = 'mine'\n"
+        f"    def execute(self, model=None, tokenizer=None, previous_result=None):\n        {made}\n"
+    )
     results = Pipeline.from_yaml(pipeline(["sft", str(tmp_path / "mine.py")])).run()
-    assert [result.success for result in results] == [True, False] and words in results[1].error_message and results[1].model_path is None
+    assert (
+        [result.success for result in results] == [True, False]
+        and words in results[1].error_message
+        and results[1].model_path is None
+    )
     state = json.loads((tmp_path / "out/pipeline.json").read_text())["state"]
-    assert state == {"failed": "02_mine"} and "Traceback" in (tmp_path / "out/pipeline_training.log").read_text()
+    assert (
+        state == {"failed": "02_mine"}
+        and "Traceback" in (tmp_path / "out/pipeline_training.log").read_text()
+    )
 
 
 def test_a_result_that_names_no_model_leaves_the_model_as_it_was(pipeline, tmp_path):
-    (tmp_path / "mine.py").write_text("import numpy\nfrom common import BaseStage, StageResult\nclass Mine(BaseStage):\n    stage_name = 'mine'\n"
-                                      "    def execute(self, model=None, tokenizer=None, previous_result=None):\n"
-                                      "        return StageResult('mine', True, metrics={'a': numpy.float32(0.5), 'a_before': None})\n")
-    results = Pipeline.from_yaml(pipeline(["sft", str(tmp_path / "mine.py"), "sft"], {"03_sft": {"max_steps": 1}})).run()
+    (tmp_path / "mine.py").write_text(
+        "import numpy\nfrom common import BaseStage, StageResult\nclass Mine(BaseStage):\n    stage_name = 'mine'\n"
+        "    def execute(self, model=None, tokenizer=None, previous_result=None):\n"
+        "        return StageResult('mine', True, metrics={'a': numpy.float32(0.5), 'a_before': None})\n"
+    )
+    results = Pipeline.from_yaml(
+        pipeline(["sft", str(tmp_path / "mine.py"), "sft"], {"03_sft": {"max_steps": 1}})
+    ).run()
     assert all(result.success for result in results)
-    assert json.loads((tmp_path / "out/03_sft/stage.json").read_text())["parent"]["model"] == str(tmp_path / "out/01_sft")
-    assert json.loads((tmp_path / "out/pipeline.json").read_text())["results"][1]["metrics"] == {"a": 0.5, "a_before": None}
+    assert json.loads((tmp_path / "out/03_sft/stage.json").read_text())["parent"]["model"] == str(
+        tmp_path / "out/01_sft"
+    )
+    assert json.loads((tmp_path / "out/pipeline.json").read_text())["results"][1]["metrics"] == {
+        "a": 0.5,
+        "a_before": None,
+    }

@@ -12,8 +12,11 @@ import sft
 from conftest import CHATML, ROOT
 
 import common
+import core.chat
+import core.checks
+import core.files
 from chain import Pipeline
-from common import ConfigError
+from core.errors import ConfigError
 
 ROWS = [{"question": f"Say {'x' * n}", "answer": f"{n} times"} for n in range(12)]
 
@@ -24,8 +27,11 @@ def write(path, rows):
 
 
 def stage_on(tmp_path, rows, **options):
-    settings = sft.SFTConfig(dataset_name_or_path=write(tmp_path / "rows.jsonl", rows), output_dir=str(tmp_path / "out"),
-                             **{"validation_split": 0.0, "model_name_or_path": "tiny"} | options)
+    settings = sft.SFTConfig(
+        dataset_name_or_path=write(tmp_path / "rows.jsonl", rows),
+        output_dir=str(tmp_path / "out"),
+        **{"validation_split": 0.0, "model_name_or_path": "tiny"} | options,
+    )
     stage = sft.SFTStage(settings)
     stage.check()
     return stage
@@ -37,41 +43,65 @@ def words(tokenizer):
 
 
 def test_what_is_seen_of_good_data(tmp_path, words):
-    found = common.look(stage_on(tmp_path, ROWS), words, 512)
-    lengths = [len(words.apply_chat_template([{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}],
-                                             tokenize=False).strip()) for row in ROWS]
+    found = core.checks.check_encoded_rows(stage_on(tmp_path, ROWS), words, 512)
+    lengths = [
+        len(
+            words.apply_chat_template(
+                [
+                    {"role": "user", "content": row["question"]},
+                    {"role": "assistant", "content": row["answer"]},
+                ],
+                tokenize=False,
+            ).strip()
+        )
+        for row in ROWS
+    ]
     assert len(found.lengths) == 12 and found.cut == 0 and max(found.lengths) < max(lengths)
-    shown = common.coloured(words, *found.example)
-    assert shown.count("⟦") == 1 and "times<|im_end|>⟧" in shown and shown.startswith("<|im_start|>user\nSay ")
+    shown = core.checks.highlight_targets(words, *found.example)
+    assert (
+        shown.count("⟦") == 1
+        and "times<|im_end|>⟧" in shown
+        and shown.startswith("<|im_start|>user\nSay ")
+    )
 
 
 def test_an_answer_that_does_not_end_is_refused(tmp_path, words):
     """A template whose turns end in no special token gets one appended; a stage that forgets it is seen."""
     stage = stage_on(tmp_path, ROWS)
     encode = stage.sequences
-    stage.sequences = lambda *args: ([(ids[:-1], labels[:-1]) for ids, labels in encode(*args)[0]], False)
-    with pytest.raises(ConfigError, match="the model would never stop. The row: .*<.im_start.>user"):
-        common.look(stage, words, 512)
+    stage.sequences = lambda *args: (
+        [(ids[:-1], labels[:-1]) for ids, labels in encode(*args)[0]],
+        False,
+    )
+    with pytest.raises(
+        ConfigError, match="the model would never stop. The row: .*<.im_start.>user"
+    ):
+        core.checks.check_encoded_rows(stage, words, 512)
 
 
 def test_data_without_trained_tokens_is_refused(tmp_path, words):
     stage = stage_on(tmp_path, ROWS)
     encode = stage.sequences
-    stage.sequences = lambda *args: ([(ids, [common.IGNORE] * len(ids)) for ids, _ in encode(*args)[0]], False)
+    stage.sequences = lambda *args: (
+        [(ids, [core.chat.IGNORE] * len(ids)) for ids, _ in encode(*args)[0]],
+        False,
+    )
     with pytest.raises(ConfigError, match="none of its tokens would be learnt"):
-        common.look(stage, words, 512)
-    words.chat_template = CHATML.replace("message['content']", "''")  # the template leaves all texts out
+        core.checks.check_encoded_rows(stage, words, 512)
+    words.chat_template = CHATML.replace(
+        "message['content']", "''"
+    )  # the template leaves all texts out
     with pytest.raises(ConfigError, match="none of its tokens would be learnt"):
-        common.look(stage_on(tmp_path, ROWS), words, 512)
+        core.checks.check_encoded_rows(stage_on(tmp_path, ROWS), words, 512)
 
 
 def test_a_text_that_begins_twice_is_refused(tmp_path, words):
     words.bos_token = "<|endoftext|>"
     words.chat_template = "<|endoftext|><|endoftext|>" + CHATML
     with pytest.raises(ConfigError, match="begins with the token that begins a text twice"):
-        common.look(stage_on(tmp_path, ROWS), words, 512)
+        core.checks.check_encoded_rows(stage_on(tmp_path, ROWS), words, 512)
     words.chat_template = "<|endoftext|>" + CHATML
-    assert common.look(stage_on(tmp_path, ROWS), words, 512)
+    assert core.checks.check_encoded_rows(stage_on(tmp_path, ROWS), words, 512)
 
 
 def test_a_prompt_that_has_other_tokens_before_its_answer_is_refused(tmp_path):
@@ -79,141 +109,312 @@ def test_a_prompt_that_has_other_tokens_before_its_answer_is_refused(tmp_path):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {token: n for n, token in enumerate(["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ĊĊ"])}
+    vocabulary = {
+        token: n
+        for n, token in enumerate(
+            ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ĊĊ"]
+        )
+    }
     bpe = Tokenizer(models.BPE(vocabulary, [("Ċ", "Ċ")]))
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.pre_tokenizer, bpe.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     words = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
-    for template, refused in (("{instruction}\n\n{response}", True), ("{instruction}\n{response}", False), ("{instruction}\n\n# {response}", False)):
-        words.chat_template = common.as_chat_template(template, words)
+    for template, refused in (
+        ("{instruction}\n\n{response}", True),
+        ("{instruction}\n{response}", False),
+        ("{instruction}\n\n# {response}", False),
+    ):
+        words.chat_template = core.chat.template_from_instruction(template, words)
         stage = stage_on(tmp_path, ROWS)
         if refused:
             with pytest.raises(ConfigError, match="has other tokens alone than before an answer"):
-                common.look(stage, words, 512)
+                core.checks.check_encoded_rows(stage, words, 512)
         else:
-            assert common.look(stage, words, 512).lengths
+            assert core.checks.check_encoded_rows(stage, words, 512).lengths
 
 
 def test_a_template_that_writes_more_before_an_answer_than_it_keeps_is_refused(words):
     words.chat_template = CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
-    with pytest.raises(ConfigError, match="give instruction_template instead: every turn is one: which .* without its generation prompt"):
-        common.stop_tokens(words)
+    with pytest.raises(
+        ConfigError,
+        match="give instruction_template instead: every turn is one: which .* without its generation prompt",
+    ):
+        core.chat.stop_tokens(words)
 
 
-@pytest.mark.parametrize("recipe, options", [
-    ("dpo", dict(preference_dataset_path="examples/preferences.jsonl", reference_model_path="./nowhere")),
-    ("evaluate", dict(dataset_name_or_path="examples/sample_data.jsonl", baseline="./nowhere")),
-    ("cot_distillation", dict(reasoning_dataset_path="examples/questions.jsonl", teacher_model_path="./nowhere")),
-    ("rlaif", dict(prompt_dataset_path="examples/questions.jsonl", feedback_model_path="./nowhere")),
-])
-def test_another_model_that_is_not_there_is_refused_before_the_first_step(recipe, options, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "recipe, options",
+    [
+        (
+            "dpo",
+            dict(
+                preference_dataset_path="examples/preferences.jsonl",
+                reference_model_path="./nowhere",
+            ),
+        ),
+        ("evaluate", dict(dataset_name_or_path="examples/sample_data.jsonl", baseline="./nowhere")),
+        (
+            "cot_distillation",
+            dict(reasoning_dataset_path="examples/questions.jsonl", teacher_model_path="./nowhere"),
+        ),
+        (
+            "rlaif",
+            dict(prompt_dataset_path="examples/questions.jsonl", feedback_model_path="./nowhere"),
+        ),
+    ],
+)
+def test_another_model_that_is_not_there_is_refused_before_the_first_step(
+    recipe, options, tmp_path, monkeypatch
+):
     import importlib
 
     module = importlib.import_module(recipe)
-    (stage_class,) = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == recipe and issubclass(c, common.BaseStage)]
+    (stage_class,) = [
+        c
+        for c in vars(module).values()
+        if isinstance(c, type) and c.__module__ == recipe and issubclass(c, common.BaseStage)
+    ]
     monkeypatch.chdir(ROOT)
     with pytest.raises(ConfigError, match="nowhere: no such file or folder"):
-        stage_class(stage_class.config_class(model_name_or_path="tiny", output_dir=str(tmp_path), **options)).check()
+        stage_class(
+            stage_class.config_class(model_name_or_path="tiny", output_dir=str(tmp_path), **options)
+        ).check()
 
 
 def test_rows_beyond_the_context_are_refused_and_plain_text_is_not(tmp_path, words):
     long = ROWS + [{"question": "long " * 50, "answer": "yes"}]
-    with pytest.raises(ConfigError, match="longer than the model's context of 64 tokens; with max_seq_length=64"):
-        common.look(stage_on(tmp_path, long), words, 64)
-    assert len(common.look(stage_on(tmp_path, long, max_seq_length=64), words, 64).lengths) == 12
-    assert common.look(stage_on(tmp_path, [{"text": "long " * 50}]), words, 64)
+    with pytest.raises(
+        ConfigError, match="longer than the model's context of 64 tokens; with max_seq_length=64"
+    ):
+        core.checks.check_encoded_rows(stage_on(tmp_path, long), words, 64)
+    assert (
+        len(
+            core.checks.check_encoded_rows(
+                stage_on(tmp_path, long, max_seq_length=64), words, 64
+            ).lengths
+        )
+        == 12
+    )
+    assert core.checks.check_encoded_rows(stage_on(tmp_path, [{"text": "long " * 50}]), words, 64)
 
 
 def test_plain_text_may_begin_and_end_anywhere(tmp_path, words):
     """Inside a character's bytes, after one token, with a piece that another text has too; but not twice."""
-    texts = ["\u00e9t\u00e9", "\u2192", "a", "Licence. " * 9 + "One.", "Licence. " * 9 + "Two.", *("ab" * n for n in range(2, 9))]
+    texts = [
+        "\u00e9t\u00e9",
+        "\u2192",
+        "a",
+        "Licence. " * 9 + "One.",
+        "Licence. " * 9 + "Two.",
+        *("ab" * n for n in range(2, 9)),
+    ]
     for length in (5, 6, 7, 512):
-        stage = stage_on(tmp_path, [{"text": text} for text in texts], max_seq_length=length, validation_split=0.3)
-        assert stage.data[1] and len(common.look(stage, words, 512).lengths) == len(stage.data[0])
+        stage = stage_on(
+            tmp_path,
+            [{"text": text} for text in texts],
+            max_seq_length=length,
+            validation_split=0.3,
+        )
+        assert stage.data[1] and len(
+            core.checks.check_encoded_rows(stage, words, 512).lengths
+        ) == len(stage.data[0])
     stage.data[1].append(stage.data[0][0])
     with pytest.raises(ConfigError, match="it is trained on too"):
-        common.look(stage, words, 512)
+        core.checks.check_encoded_rows(stage, words, 512)
 
 
-def test_what_will_be_left_out_is_counted_before_and_refused_where_it_is_most(tmp_path, words, caplog):
+def test_what_will_be_left_out_is_counted_before_and_refused_where_it_is_most(
+    tmp_path, words, caplog
+):
     long = [{"question": "long " * 50, "answer": "yes"}]
     for say in (False, True):
-        common.look(stage_on(tmp_path, ROWS + long, max_seq_length=64), words, 512, say)
-        assert ("training data: 1 of 13 rows left out: 1 with no answer that ends within 64 tokens" in caplog.text) is say
-    with pytest.raises(ConfigError, match="training data: no usable rows .1 with no answer that ends within 64 tokens"):
-        common.look(stage_on(tmp_path, long, max_seq_length=64), words, 512)
+        core.checks.check_encoded_rows(
+            stage_on(tmp_path, ROWS + long, max_seq_length=64), words, 512, say
+        )
+        assert (
+            "training data: 1 of 13 rows left out: 1 with no answer that ends within 64 tokens"
+            in caplog.text
+        ) is say
+    with pytest.raises(
+        ConfigError,
+        match="training data: no usable rows .1 with no answer that ends within 64 tokens",
+    ):
+        core.checks.check_encoded_rows(stage_on(tmp_path, long, max_seq_length=64), words, 512)
 
 
 def test_prompts_and_answers_that_are_cut_are_seen_as_training_sees_them(tmp_path, words, caplog):
     settings = dict(model_name_or_path="tiny", validation_split=0.0, output_dir=str(tmp_path))
-    pairs = [{"prompt": f"{n} " + "why " * 60, "chosen": "yes", "rejected": "no " * 60} for n in range(8)]
+    pairs = [
+        {"prompt": f"{n} " + "why " * 60, "chosen": "yes", "rejected": "no " * 60} for n in range(8)
+    ]
     path = write(tmp_path / "pairs.jsonl", pairs)
-    stage = dpo.DPOStage(dpo.DPOConfig(preference_dataset_path=path, max_prompt_length=40, max_seq_length=80, **settings))
+    stage = dpo.DPOStage(
+        dpo.DPOConfig(
+            preference_dataset_path=path, max_prompt_length=40, max_seq_length=80, **settings
+        )
+    )
     stage.check()
-    found = common.look(stage, words, 512)
-    assert found.cut == 8 and max(found.lengths) == 80 and "are cut at max_seq_length=80 or max_prompt_length=40" in caplog.text
+    found = core.checks.check_encoded_rows(stage, words, 512)
+    assert (
+        found.cut == 8
+        and max(found.lengths) == 80
+        and "are cut at max_seq_length=80 or max_prompt_length=40" in caplog.text
+    )
     with pytest.raises(ConfigError, match="longer than the model's context of 64 tokens"):
-        common.look(stage, words, 64)
-    split = dpo.DPOStage(dpo.DPOConfig(preference_dataset_path=path, max_prompt_length=40, max_seq_length=80, **settings | {"validation_split": 0.3}))
+        core.checks.check_encoded_rows(stage, words, 64)
+    split = dpo.DPOStage(
+        dpo.DPOConfig(
+            preference_dataset_path=path,
+            max_prompt_length=40,
+            max_seq_length=80,
+            **settings | {"validation_split": 0.3},
+        )
+    )
     split.check()
-    assert split.data[1] and common.look(split, words, 512)  # equal ends of other prompts are not the same rows
-    chats = [{"messages": [{"role": role, "content": f"{n} {word}"} for word in ("a", "b " * 50) for role in ("user", "assistant")]} for n in range(8)]
-    assert common.look(stage_on(tmp_path, chats, max_seq_length=64), words, 512).cut == 8  # their first answers end
+    assert split.data[1] and core.checks.check_encoded_rows(
+        split, words, 512
+    )  # equal ends of other prompts are not the same rows
+    chats = [
+        {
+            "messages": [
+                {"role": role, "content": f"{n} {word}"}
+                for word in ("a", "b " * 50)
+                for role in ("user", "assistant")
+            ]
+        }
+        for n in range(8)
+    ]
+    assert (
+        core.checks.check_encoded_rows(stage_on(tmp_path, chats, max_seq_length=64), words, 512).cut
+        == 8
+    )  # their first answers end
 
 
 def test_a_row_on_both_sides_is_refused(tmp_path, words):
     twice = [row | {"source": str(n)} for row in ROWS for n in range(2)]
-    settings = rl.RLConfig(model_name_or_path="tiny", prompt_dataset_path=write(tmp_path / "twice.jsonl", twice), reward=["exact"],
-                           output_dir=str(tmp_path / "out"), validation_split=0.3)
+    settings = rl.RLConfig(
+        model_name_or_path="tiny",
+        prompt_dataset_path=write(tmp_path / "twice.jsonl", twice),
+        reward=["exact"],
+        output_dir=str(tmp_path / "out"),
+        validation_split=0.3,
+    )
     stage = rl.RLStage(settings)
     stage.check()
     asked = [{str(row["prompt"]) for row in side} for side in stage.data]
-    assert common.look(stage, words, 512).lengths and all(asked) and not asked[0] & asked[1]
+    assert (
+        core.checks.check_encoded_rows(stage, words, 512).lengths
+        and all(asked)
+        and not asked[0] & asked[1]
+    )
     stage.data[1].append(stage.data[0][0])
     with pytest.raises(ConfigError, match="a row of the evaluation data: it is trained on too"):
-        common.look(stage, words, 512)
+        core.checks.check_encoded_rows(stage, words, 512)
 
 
 def test_heavy_truncation_is_said_and_total_truncation_refused(tmp_path, words, caplog):
-    pairs = [{"prompt": "a", "chosen": "yes " * (1 if n % 4 else 40), "rejected": "no"} for n in range(12)]
-    settings = dict(model_name_or_path="tiny", preference_dataset_path=write(tmp_path / "pairs.jsonl", pairs), validation_split=0.0, output_dir=str(tmp_path))
+    pairs = [
+        {"prompt": "a", "chosen": "yes " * (1 if n % 4 else 40), "rejected": "no"}
+        for n in range(12)
+    ]
+    settings = dict(
+        model_name_or_path="tiny",
+        preference_dataset_path=write(tmp_path / "pairs.jsonl", pairs),
+        validation_split=0.0,
+        output_dir=str(tmp_path),
+    )
     stage = dpo.DPOStage(dpo.DPOConfig(**settings, max_seq_length=60))
     stage.check()
-    assert common.look(stage, words, 512).cut == 3 and "25% of the training rows are cut at max_seq_length=60" in caplog.text
-    for length, said in ((17, "100% of the training rows are cut at max_seq_length=17, so that none ends"), (9, "no usable rows .12 whose prompt leaves no room")):
+    assert (
+        core.checks.check_encoded_rows(stage, words, 512).cut == 3
+        and "25% of the training rows are cut at max_seq_length=60" in caplog.text
+    )
+    for length, said in (
+        (17, "100% of the training rows are cut at max_seq_length=17, so that none ends"),
+        (9, "no usable rows .12 whose prompt leaves no room"),
+    ):
         stage = dpo.DPOStage(dpo.DPOConfig(**settings, max_seq_length=length))
         stage.check()
         with pytest.raises(ConfigError, match=said):
-            common.look(stage, words, 512)
+            core.checks.check_encoded_rows(stage, words, 512)
 
 
 def test_too_little_disk_is_refused(tmp_path):
-    common.check_disk(str(tmp_path / "not/yet/there"), 1e6)
-    with pytest.raises(ConfigError, match="GB left, and about 1000000.0 GB will be written; make room"):
-        common.check_disk(str(tmp_path), 1e15)
+    core.files.check_disk_space(str(tmp_path / "not/yet/there"), 1e6)
+    with pytest.raises(
+        ConfigError, match="GB left, and about 1000000.0 GB will be written; make room"
+    ):
+        core.files.check_disk_space(str(tmp_path), 1e15)
 
 
 def test_the_checks_come_before_the_weights(tmp_path, model_dir, monkeypatch):
-    monkeypatch.setattr(common, "load_model_and_tokenizer", lambda *_: pytest.fail("weights were read"))
-    stage = stage_on(tmp_path, [{"question": "long " * 600, "answer": "yes"}] * 3 + ROWS, model_name_or_path=model_dir)
+    monkeypatch.setattr(
+        common, "load_model_and_tokenizer", lambda *_: pytest.fail("weights were read")
+    )
+    stage = stage_on(
+        tmp_path,
+        [{"question": "long " * 600, "answer": "yes"}] * 3 + ROWS,
+        model_name_or_path=model_dir,
+    )
     with pytest.raises(ConfigError, match="longer than the model's context of 512"):
         stage.execute()
 
 
-def test_a_dry_run_of_a_recipe_and_of_a_chain_says_all_and_writes_nothing(tmp_path, model_dir, data):
-    pairs = write(tmp_path / "pairs.jsonl", [{"prompt": f"Say {n}", "chosen": "yes", "rejected": "no"} for n in range(9)])
-    done = subprocess.run([sys.executable, "recipes/dpo.py", f"--model={model_dir}", f"--data={pairs}", "--beta=0.2", "--dry_run", f"--output_dir={tmp_path}/o"],
-                          cwd=ROOT, capture_output=True, text=True)
+def test_a_dry_run_of_a_recipe_and_of_a_chain_says_all_and_writes_nothing(
+    tmp_path, model_dir, data
+):
+    pairs = write(
+        tmp_path / "pairs.jsonl",
+        [{"prompt": f"Say {n}", "chosen": "yes", "rejected": "no"} for n in range(9)],
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            "recipes/dpo.py",
+            f"--model={model_dir}",
+            f"--data={pairs}",
+            "--beta=0.2",
+            "--dry_run",
+            f"--output_dir={tmp_path}/o",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
-    for words in ("beta=0.2", "9 rows, 8 to train on and 1 to evaluate on; format prompt-chosen-rejected, since it has the columns prompt",
-                  "⟦yes<|im_end|>⟧", "reference   the model the stage starts from", "TFLOP at 40% of the", "gradients and optimizer of"):
+    for words in (
+        "beta=0.2",
+        "9 rows, 8 to train on and 1 to evaluate on; format prompt-chosen-rejected, since it has the columns prompt",
+        "⟦yes<|im_end|>⟧",
+        "reference   the model the stage starts from",
+        "TFLOP at 40% of the",
+        "gradients and optimizer of",
+    ):
         assert words in done.stdout, (words, done.stdout)
     assert not (tmp_path / "o").exists() and "Warning" not in done.stdout + done.stderr
 
 
 def test_a_chain_refuses_before_its_first_stage_runs(tmp_path, model_dir, data):
-    pairs = write(tmp_path / "pairs.jsonl", [{"prompt": "long " * 600, "chosen": "yes", "rejected": "no"}] * 2 + [
-        {"prompt": f"Say {n}", "chosen": "yes", "rejected": "no"} for n in range(9)])
-    with pytest.raises(ConfigError, match="stage 02_dpo: a row of the training data: it is longer than the model's context"):
-        Pipeline.from_dict({"model_name_or_path": model_dir, "output_dir": str(tmp_path / "out"), "stages": ["sft", "dpo"], "stage_configs": {
-            "sft": {"data": data}, "dpo": {"data": pairs, "validation_split": 0}}}).run()
+    pairs = write(
+        tmp_path / "pairs.jsonl",
+        [{"prompt": "long " * 600, "chosen": "yes", "rejected": "no"}] * 2
+        + [{"prompt": f"Say {n}", "chosen": "yes", "rejected": "no"} for n in range(9)],
+    )
+    with pytest.raises(
+        ConfigError,
+        match="stage 02_dpo: a row of the training data: it is longer than the model's context",
+    ):
+        Pipeline.from_dict(
+            {
+                "model_name_or_path": model_dir,
+                "output_dir": str(tmp_path / "out"),
+                "stages": ["sft", "dpo"],
+                "stage_configs": {
+                    "sft": {"data": data},
+                    "dpo": {"data": pairs, "validation_split": 0},
+                },
+            }
+        ).run()
     assert not (tmp_path / "out/01_sft").exists()

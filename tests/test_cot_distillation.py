@@ -10,12 +10,22 @@ from conftest import make_model
 from test_client import CANARY, server  # noqa: F401 (a fixture)
 
 import common
-from common import ConfigError
+import core.errors
+import core.llm_client
+from core.errors import ConfigError
 
 
 def config(tmp_path, **options):
-    values = dict(model_name_or_path="tiny", reasoning_dataset_path="data", output_dir=str(tmp_path / "out"),
-                  max_new_tokens=8, num_eval_samples=4, per_device_train_batch_size=2, max_steps=2, save_steps=0)
+    values = dict(
+        model_name_or_path="tiny",
+        reasoning_dataset_path="data",
+        output_dir=str(tmp_path / "out"),
+        max_new_tokens=8,
+        num_eval_samples=4,
+        per_device_train_batch_size=2,
+        max_steps=2,
+        save_steps=0,
+    )
     settings = cot.CoTConfig(**values | options)
     settings.validate()
     return settings
@@ -29,51 +39,101 @@ def write(path, rows):
 # -- configuration and data --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options, words", [
-    (dict(alpha=0.3), "alpha has no effect with distillation_type=response"),
-    (dict(distillation_type="logits", alpha=0.3), "alpha has no effect with distillation_type=logits"),
-    (dict(beta=0.3), "beta has no effect"),
-    (dict(num_synthetic_examples=3), "num_synthetic_examples has no effect with generate_synthetic_data=false"),
-    (dict(distillation_type="both", teacher_model_type="api"), "needs teacher_model_type=local"),
-    (dict(cot_template="{answer} {rationale}"), "cot_template needs"),
-    (dict(cot_template="{rationale} {answer}"), "then some mark"),
-    (dict(generation_kwargs={"max_tokens": 3}), "did you mean 'max_new_tokens'"),
-    (dict(generation_kwargs={"top_k": 5}, teacher_model_type="openai"), "top_k has no effect on a teacher behind a server"),
-    (dict(eval_reasoning_tasks=["gsm8k"]), "no such file; tasks of the harness need: pip install lm-eval"),
-])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(alpha=0.3), "alpha has no effect with distillation_type=response"),
+        (
+            dict(distillation_type="logits", alpha=0.3),
+            "alpha has no effect with distillation_type=logits",
+        ),
+        (dict(beta=0.3), "beta has no effect"),
+        (
+            dict(num_synthetic_examples=3),
+            "num_synthetic_examples has no effect with generate_synthetic_data=false",
+        ),
+        (
+            dict(distillation_type="both", teacher_model_type="api"),
+            "needs teacher_model_type=local",
+        ),
+        (dict(cot_template="{answer} {rationale}"), "cot_template needs"),
+        (dict(cot_template="{rationale} {answer}"), "then some mark"),
+        (dict(generation_kwargs={"max_tokens": 3}), "did you mean 'max_new_tokens'"),
+        (
+            dict(generation_kwargs={"top_k": 5}, teacher_model_type="openai"),
+            "top_k has no effect on a teacher behind a server",
+        ),
+        (
+            dict(eval_reasoning_tasks=["gsm8k"]),
+            "no such file; tasks of the harness need: pip install lm-eval",
+        ),
+    ],
+)
 def test_bad_options_are_refused_with_the_remedy(tmp_path, options, words, monkeypatch):
     monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=words):
         config(tmp_path, **options)
 
 
-@pytest.mark.parametrize("form, row, wanted", [
-    ("question", {"question": " Why? "}, ("Why?", None, None)),
-    ("question-answer", {"question": "2+2?", "answer": "4"}, ("2+2?", None, "4")),
-    ("question-answer", {"question": "2+2?", "answer": "2+2 = <<2+2=4>>4\n#### 4"}, ("2+2?", "2+2 = 4", "4")),
-    ("question-rationale-answer", {"question": "q", "rationale": "r", "answer": "4"}, ("q", "r", "4")),
-    ("question-reasoning-answer", {"question": "q", "reasoning": "", "answer": "4"}, ("q", None, "4")),
-    ("problem-solution-answer", {"problem": "q", "solution": "r", "answer": 4}, ("q", "r", "4")),
-    ("prompt", {"prompt": "q"}, ("q", None, None)),
-    ("instruction-output", {"instruction": "q", "output": "4", "input": "x"}, ("q\n\nx", None, "4")),
-])
+@pytest.mark.parametrize(
+    "form, row, wanted",
+    [
+        ("question", {"question": " Why? "}, ("Why?", None, None)),
+        ("question-answer", {"question": "2+2?", "answer": "4"}, ("2+2?", None, "4")),
+        (
+            "question-answer",
+            {"question": "2+2?", "answer": "2+2 = <<2+2=4>>4\n#### 4"},
+            ("2+2?", "2+2 = 4", "4"),
+        ),
+        (
+            "question-rationale-answer",
+            {"question": "q", "rationale": "r", "answer": "4"},
+            ("q", "r", "4"),
+        ),
+        (
+            "question-reasoning-answer",
+            {"question": "q", "reasoning": "", "answer": "4"},
+            ("q", None, "4"),
+        ),
+        (
+            "problem-solution-answer",
+            {"problem": "q", "solution": "r", "answer": 4},
+            ("q", "r", "4"),
+        ),
+        ("prompt", {"prompt": "q"}, ("q", None, None)),
+        (
+            "instruction-output",
+            {"instruction": "q", "output": "4", "input": "x"},
+            ("q\n\nx", None, "4"),
+        ),
+    ],
+)
 def test_rows(form, row, wanted):
     found = cot.convert(row, form)
     assert (found["question"], found["rationale"], found["answer"]) == wanted
 
 
 def test_rows_that_cannot_be_used():
-    for row, words in (({"question": " "}, "empty or missing question"), ({"question": "q", "rationale": "r", "answer": ""}, "no answer")):
-        with pytest.raises(common.RowError, match=words):
+    for row, words in (
+        ({"question": " "}, "empty or missing question"),
+        ({"question": "q", "rationale": "r", "answer": ""}, "no answer"),
+    ):
+        with pytest.raises(core.errors.RowError, match=words):
             cot.convert(row, "question-rationale-answer" if "rationale" in row else "question")
 
 
 def test_types_select_rows_or_are_refused(tmp_path):
     rows = [{"type": "time"}, {"type": "money"}, {"type": None}]
-    assert [*cot.of_types(config(tmp_path, reasoning_types=["money"]), rows, rows[:1])] == [[{"type": "money"}], []]
+    assert [*cot.of_types(config(tmp_path, reasoning_types=["money"]), rows, rows[:1])] == [
+        [{"type": "money"}],
+        [],
+    ]
     with pytest.raises(ConfigError, match="the data has time, money"):
         cot.of_types(config(tmp_path, reasoning_types=["space"]), rows)
-    assert "by space reasoning" in cot.ask_rationale(config(tmp_path, reasoning_types=["space"]), "q")[0]["content"]
+    assert (
+        "by space reasoning"
+        in cot.ask_rationale(config(tmp_path, reasoning_types=["space"]), "q")[0]["content"]
+    )
 
 
 # -- what is kept ------------------------------------------------------------------------------------------------------
@@ -92,49 +152,111 @@ def chains(server, texts):  # noqa: F811
 
 
 def collected(server, tmp_path, rows, texts, **options):  # noqa: F811
-    settings = config(tmp_path, teacher_model_type="api", teacher_base_url=server.url, teacher_model_path="big",
-                      concurrency=1, **options)
+    settings = config(
+        tmp_path,
+        teacher_model_type="api",
+        teacher_base_url=server.url,
+        teacher_model_path="big",
+        concurrency=1,
+        **options,
+    )
     (tmp_path / "out").mkdir(exist_ok=True)
     chains(server, texts)
-    teacher = common.Client(settings, "teacher", "big", "api", server.url)
+    teacher = core.llm_client.LLMClient(settings, "teacher", "big", "api", server.url)
     return cot.collect(settings, teacher, [cot.convert(row, form) for row, form in rows]), teacher
 
 
 def test_only_chains_that_lead_to_the_answer_are_kept(server, tmp_path, caplog):  # noqa: F811
     caplog.set_level("INFO", "recipes")
-    rows = [({"question": "gold", "answer": "1,000"}, "question-answer"), ({"question": "none", "answer": "3"}, "question-answer"),
-            ({"question": "vote"}, "question"), ({"question": "split"}, "question"),
-            ({"question": "ready", "rationale": "as it is", "answer": "8"}, "question-rationale-answer")]
-    kept, teacher = collected(server, tmp_path, rows, {
-        "gold": ["Ten times 100.\n#### 1000", "ten  times 100.\n#### 1000", "Else.\n#### 1000.0", "Wrong.\n#### 100"],
-        "none": ["a\n#### 4", "b\n#### 5", "c\n#### 33", "Three is 3, so\n#### 2"],
-        "vote": ["x\n#### 1/2", "y\n#### 0.5", "z\n#### 2", "no number"],
-        "split": ["x\n#### 1", "y\n#### 1", "z\n#### 2", "w\n#### 2"],
-    })
+    rows = [
+        ({"question": "gold", "answer": "1,000"}, "question-answer"),
+        ({"question": "none", "answer": "3"}, "question-answer"),
+        ({"question": "vote"}, "question"),
+        ({"question": "split"}, "question"),
+        (
+            {"question": "ready", "rationale": "as it is", "answer": "8"},
+            "question-rationale-answer",
+        ),
+    ]
+    kept, teacher = collected(
+        server,
+        tmp_path,
+        rows,
+        {
+            "gold": [
+                "Ten times 100.\n#### 1000",
+                "ten  times 100.\n#### 1000",
+                "Else.\n#### 1000.0",
+                "Wrong.\n#### 100",
+            ],
+            "none": ["a\n#### 4", "b\n#### 5", "c\n#### 33", "Three is 3, so\n#### 2"],
+            "vote": ["x\n#### 1/2", "y\n#### 0.5", "z\n#### 2", "no number"],
+            "split": ["x\n#### 1", "y\n#### 1", "z\n#### 2", "w\n#### 2"],
+        },
+    )
     assert [(row["question"], row["rationale"]) for row in kept] == [
-        ("ready", "as it is"), ("gold", "Ten times 100."), ("gold", "Else."), ("vote", "x"), ("vote", "y")]
-    assert "16 chains for 4 questions, 5 with the right answer, 4 of them different; 2 questions (50%) have one" in caplog.text
+        ("ready", "as it is"),
+        ("gold", "Ten times 100."),
+        ("gold", "Else."),
+        ("vote", "x"),
+        ("vote", "y"),
+    ]
+    assert (
+        "16 chains for 4 questions, 5 with the right answer, 4 of them different; 2 questions (50%) have one"
+        in caplog.text
+    )
     assert teacher.figures["questions_with_rationale"] == 2
 
 
 def test_exact_answers(server, tmp_path):  # noqa: F811
-    kept, _ = collected(server, tmp_path, [({"question": "capital", "answer": "Paris"}, "question-answer"), ({"question": "vote"}, "question")],
-                        {"capital": ["France.\n#### Paris", "#### paris", "b\n#### London"], "vote": ["a\n#### x", "b\n#### x", "c\n#### y"]},
-                        answer_check="exact", num_rationales=3)
+    kept, _ = collected(
+        server,
+        tmp_path,
+        [
+            ({"question": "capital", "answer": "Paris"}, "question-answer"),
+            ({"question": "vote"}, "question"),
+        ],
+        {
+            "capital": ["France.\n#### Paris", "#### paris", "b\n#### London"],
+            "vote": ["a\n#### x", "b\n#### x", "c\n#### y"],
+        },
+        answer_check="exact",
+        num_rationales=3,
+    )
     assert [(row["question"], row["rationale"], row["answer"]) for row in kept] == [
-        ("capital", "France.", "Paris"), ("vote", "a", "x"), ("vote", "b", "x")]
+        ("capital", "France.", "Paris"),
+        ("vote", "a", "x"),
+        ("vote", "b", "x"),
+    ]
 
 
-def test_a_voted_answer_is_learnt_as_a_chain_wrote_it_and_an_answer_alone_is_no_chain(server, tmp_path):  # noqa: F811
-    texts = {"big": ["n\n#### 12345678901234", "m\n#### 12345678901234"], "root": [r"a####\frac{1}{3}", r"b#### \frac{1}{3}"],
-             "bare": ["#### 5", "#### 5"], "time": ["a\n#### 12:30", "b\n#### 12:30"]}
-    kept, teacher = collected(server, tmp_path, [({"question": name}, "question") for name in texts], texts, num_rationales=2)
-    assert {(row["question"], row["answer"]) for row in kept if row["question"] != "time"} == {("big", "12345678901234"), ("root", r"\frac{1}{3}")}
+def test_a_voted_answer_is_learnt_as_a_chain_wrote_it_and_an_answer_alone_is_no_chain(
+    server, tmp_path
+):  # noqa: F811
+    texts = {
+        "big": ["n\n#### 12345678901234", "m\n#### 12345678901234"],
+        "root": [r"a####\frac{1}{3}", r"b#### \frac{1}{3}"],
+        "bare": ["#### 5", "#### 5"],
+        "time": ["a\n#### 12:30", "b\n#### 12:30"],
+    }
+    kept, teacher = collected(
+        server,
+        tmp_path,
+        [({"question": name}, "question") for name in texts],
+        texts,
+        num_rationales=2,
+    )
+    assert {(row["question"], row["answer"]) for row in kept if row["question"] != "time"} == {
+        ("big", "12345678901234"),
+        ("root", r"\frac{1}{3}"),
+    }
 
 
 def test_a_hanging_check_is_no_answer(tmp_path, monkeypatch, caplog):
     path = tmp_path / "slow.py"
-    path.write_text("import time\ndef check(prompts, completions, answer):\n    time.sleep(60 * ('9^9' in completions[0]))\n    return [1.0]\n")
+    path.write_text(
+        "import time\ndef check(prompts, completions, answer):\n    time.sleep(60 * ('9^9' in completions[0]))\n    return [1.0]\n"
+    )
     monkeypatch.setitem(cot.CHECKS, "numeric", (f"{path}:check", None))
     monkeypatch.setattr(cot, "CHECK_SECONDS", 1.0)
     assert cot.correct(config(tmp_path), ["9^9^9", "4"], ["4", "4"]) == [None, 1.0]
@@ -143,15 +265,37 @@ def test_a_hanging_check_is_no_answer(tmp_path, monkeypatch, caplog):
 
 def test_new_questions_repeat_nothing(server, tmp_path, caplog):  # noqa: F811
     caplog.set_level("INFO", "recipes")
-    settings = config(tmp_path, teacher_model_type="api", teacher_base_url=server.url, teacher_model_path="big", concurrency=1,
-                      generate_synthetic_data=True, num_synthetic_examples=3)
+    settings = config(
+        tmp_path,
+        teacher_model_type="api",
+        teacher_base_url=server.url,
+        teacher_model_path="big",
+        concurrency=1,
+        generate_synthetic_data=True,
+        num_synthetic_examples=3,
+    )
     (tmp_path / "out").mkdir()
-    replies = iter(["Tom has four red apples and eats one", "tom has four red apples and eats two", "A held out question of the test",
-                    "Anna runs nine miles on Monday", "A train leaves at noon from London"])
+    replies = iter(
+        [
+            "Tom has four red apples and eats one",
+            "tom has four red apples and eats two",
+            "A held out question of the test",
+            "Anna runs nine miles on Monday",
+            "A train leaves at noon from London",
+        ]
+    )
     server.reply = lambda question, body: next(replies)
-    new = cot.write_questions(settings, common.Client(settings, "teacher", "big", "api", server.url), ["How much is it?"],
-                              ["A held out question of the set"])
-    assert [row["question"][:4] for row in new] == ["Tom ", "Anna", "A tr"] and "5 asked for: 0 missing, 2 near to others" in caplog.text
+    new = cot.write_questions(
+        settings,
+        core.llm_client.LLMClient(settings, "teacher", "big", "api", server.url),
+        ["How much is it?"],
+        ["A held out question of the set"],
+    )
+    assert [row["question"][:4] for row in new] == [
+        "Tom ",
+        "Anna",
+        "A tr",
+    ] and "5 asked for: 0 missing, 2 near to others" in caplog.text
 
 
 # -- mathematics -------------------------------------------------------------------------------------------------------
@@ -165,7 +309,9 @@ def test_the_divergence_is_its_formula(beta):
     kl = lambda a, b: sum(x * math.log(x / y) for x, y in zip(a, b))
     for row, found in enumerate(cot.jsd(student, teacher, beta).tolist()):
         m = [beta * x + (1 - beta) * y for x, y in zip(p[row], q[row])]
-        wanted = {0.0: kl(p[row], q[row]), 1.0: kl(q[row], p[row])}.get(beta, beta * kl(p[row], m) + (1 - beta) * kl(q[row], m))
+        wanted = {0.0: kl(p[row], q[row]), 1.0: kl(q[row], p[row])}.get(
+            beta, beta * kl(p[row], m) + (1 - beta) * kl(q[row], m)
+        )
         assert found == pytest.approx(wanted, abs=1e-12) and found > 0
     assert cot.jsd(student, student, beta).abs().max() < 1e-12
 
@@ -179,10 +325,14 @@ def test_the_divergence_is_that_of_stock_trl(beta, temperature):
     torch.manual_seed(0)
     hidden, other = torch.randn(1, 6, 8, requires_grad=True), torch.randn(1, 6, 8)
     head, teacher_head = torch.randn(20, 8), torch.randn(20, 8)
-    stock, _, _ = _chunked_divergence_loss(hidden, other, head, teacher_head, torch.ones(1, 6), beta, temperature=temperature)
+    stock, _, _ = _chunked_divergence_loss(
+        hidden, other, head, teacher_head, torch.ones(1, 6), beta, temperature=temperature
+    )
     (wanted,) = torch.autograd.grad(stock, hidden)
     logits, teacher_logits = (hidden @ head.T)[0], (other @ teacher_head.T)[0]
-    loss, metrics = cot.distillation_loss(logits, teacher_logits, torch.zeros(6, dtype=torch.long), temperature, 1.0, beta)
+    loss, metrics = cot.distillation_loss(
+        logits, teacher_logits, torch.zeros(6, dtype=torch.long), temperature, 1.0, beta
+    )
     (found,) = torch.autograd.grad(loss, hidden)
     assert float(loss) == pytest.approx(temperature**2 * float(stock), rel=1e-6, abs=1e-6)
     assert torch.allclose(found, temperature**2 * wanted, rtol=1e-4, atol=1e-6)
@@ -199,21 +349,47 @@ def test_alpha_weighs_divergence_and_likelihood():
 
 # -- training ----------------------------------------------------------------------------------------------------------
 
-READY = [{"question": f"{n} and {n}?", "rationale": f"{n} + {n} = {2 * n}.", "answer": str(2 * n)} for n in range(12)]
+READY = [
+    {"question": f"{n} and {n}?", "rationale": f"{n} + {n} = {2 * n}.", "answer": str(2 * n)}
+    for n in range(12)
+]
 
 
 def run(tmp_path, model_dir, rows, **options):
-    settings = dict(model_name_or_path=model_dir, reasoning_dataset_path=write(tmp_path / "rows.jsonl", rows),
-                    output_dir=str(tmp_path / "out"), validation_split=0.25, max_new_tokens=8, max_steps=2, save_steps=0)
+    settings = dict(
+        model_name_or_path=model_dir,
+        reasoning_dataset_path=write(tmp_path / "rows.jsonl", rows),
+        output_dir=str(tmp_path / "out"),
+        validation_split=0.25,
+        max_new_tokens=8,
+        max_steps=2,
+        save_steps=0,
+    )
     return cot.CoTDistillationStage(cot.CoTConfig(**settings | options)).execute()
 
 
 def test_ready_rationales_are_learnt_without_a_teacher(tmp_path, model_dir, caplog):
     result = run(tmp_path, model_dir, READY, cot_template=r"<think>{rationale}</think>\n{answer}")
-    assert result.success and result.metrics["rationales"] == 9 and result.metrics["accuracy_n"] == 3
-    assert {"eval_loss", "eval_loss_before", "accuracy", "accuracy_before", "accuracy_low", "accuracy_high"} <= set(result.metrics)
-    samples = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
-    assert [row["when"] for row in samples] == ["before"] * 3 + ["after"] * 3 and {"question", "expected", "answer", "right"} <= set(samples[0])
+    assert (
+        result.success and result.metrics["rationales"] == 9 and result.metrics["accuracy_n"] == 3
+    )
+    assert {
+        "eval_loss",
+        "eval_loss_before",
+        "accuracy",
+        "accuracy_before",
+        "accuracy_low",
+        "accuracy_high",
+    } <= set(result.metrics)
+    samples = [
+        json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()
+    ]
+    assert [row["when"] for row in samples] == ["before"] * 3 + ["after"] * 3 and {
+        "question",
+        "expected",
+        "answer",
+        "right",
+    } <= set(samples[0])
 
 
 def test_the_student_sees_its_template_and_learns_to_stop(tokenizer, tmp_path):
@@ -225,28 +401,58 @@ def test_the_student_sees_its_template_and_learns_to_stop(tokenizer, tmp_path):
     assert cot.ending("<think>3</think>\n 6 ", settings.mark) == "6"
 
 
-@pytest.mark.parametrize("options", [dict(distillation_type="logits"), dict(distillation_type="both", beta=0.5, temperature=2.0),
-                                     dict(distillation_type="logits", on_policy_share=1.0, beta=1.0)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(distillation_type="logits"),
+        dict(distillation_type="both", beta=0.5, temperature=2.0),
+        dict(distillation_type="logits", on_policy_share=1.0, beta=1.0),
+    ],
+)
 def test_a_student_comes_nearer_to_its_teacher(tokenizer, tmp_path, model_dir, options):
     """The loss on held-out rows falls, also where the student learns from its own answers."""
     teacher = tmp_path / "teacher"
     make_model(tokenizer, seed=5).save_pretrained(teacher)
     tokenizer.save_pretrained(teacher)
-    result = run(tmp_path, model_dir, READY, teacher_model_path=str(teacher), max_steps=12, learning_rate=5e-3, lora_r=0,
-                 num_eval_samples=0, **options)
+    result = run(
+        tmp_path,
+        model_dir,
+        READY,
+        teacher_model_path=str(teacher),
+        max_steps=12,
+        learning_rate=5e-3,
+        lora_r=0,
+        num_eval_samples=0,
+        **options,
+    )
     assert result.success and result.metrics["eval_loss"] < 0.9 * result.metrics["eval_loss_before"]
 
 
 def test_own_answers_are_the_student_s(tokenizer, tmp_path, model):
-    settings = config(tmp_path, distillation_type="logits", on_policy_share=1.0, teacher_model_path="x")
-    rows = [cot.sft.encode(cot.conversation(settings, cot.convert(row, "question-rationale-answer")), tokenizer, 256)[0][0] for row in READY[:3]]
+    settings = config(
+        tmp_path, distillation_type="logits", on_policy_share=1.0, teacher_model_path="x"
+    )
+    rows = [
+        cot.sft.encode(
+            cot.conversation(settings, cot.convert(row, "question-rationale-answer")),
+            tokenizer,
+            256,
+        )[0][0]
+        for row in READY[:3]
+    ]
     batch = cot.sft.collate(rows)
     own = cot.own_answers(settings, model, tokenizer, batch)
     for n in range(3):
-        old, new = (b["input_ids"][n][: int((b["labels"][n] != -100).int().argmax())].tolist() for b in (batch, own))
+        old, new = (
+            b["input_ids"][n][: int((b["labels"][n] != -100).int().argmax())].tolist()
+            for b in (batch, own)
+        )
         assert old == new  # the prompt
         answer = own["labels"][n][own["labels"][n] != -100]
-        assert 0 < len(answer) <= 8 and own["input_ids"][n][len(new) : len(new) + len(answer)].tolist() == answer.tolist()
+        assert (
+            0 < len(answer) <= 8
+            and own["input_ids"][n][len(new) : len(new) + len(answer)].tolist() == answer.tolist()
+        )
     assert model.training and not torch.equal(batch["labels"], own["labels"])
 
 
@@ -258,16 +464,35 @@ def test_another_tokenizer_is_refused_for_logits(tokenizer, tmp_path, model_dir)
     make_model(other).save_pretrained(tmp_path / "teacher")
     other.save_pretrained(tmp_path / "teacher")
     with pytest.raises(ConfigError, match="the tokenizer of .* is not the student's"):
-        run(tmp_path, model_dir, READY, distillation_type="logits", teacher_model_path=str(tmp_path / "teacher"))
+        run(
+            tmp_path,
+            model_dir,
+            READY,
+            distillation_type="logits",
+            teacher_model_path=str(tmp_path / "teacher"),
+        )
 
 
-@pytest.mark.parametrize("rows, options, words", [
-    ([{"question": f"{n}?"} for n in range(4)], dict(), "teacher_model_path is missing"),
-    ([{"question": f"{n}?"} for n in range(4)], dict(teacher_model_path="x", num_rationales=1), "nothing to vote on"),
-    ([{"question": "q?"}] * 4, dict(), "leaves no row to train on"),
-    (READY[:3] + [{"question": "a", "rationale": "b", "answer": "Paris"}] * 4, dict(), "'Paris' is not a number or formula; set answer_check=exact"),
-])
-def test_data_that_cannot_be_used_is_refused_before_a_model_is_loaded(tmp_path, rows, options, words):
+@pytest.mark.parametrize(
+    "rows, options, words",
+    [
+        ([{"question": f"{n}?"} for n in range(4)], dict(), "teacher_model_path is missing"),
+        (
+            [{"question": f"{n}?"} for n in range(4)],
+            dict(teacher_model_path="x", num_rationales=1),
+            "nothing to vote on",
+        ),
+        ([{"question": "q?"}] * 4, dict(), "leaves no row to train on"),
+        (
+            READY[:3] + [{"question": "a", "rationale": "b", "answer": "Paris"}] * 4,
+            dict(),
+            "'Paris' is not a number or formula; set answer_check=exact",
+        ),
+    ],
+)
+def test_data_that_cannot_be_used_is_refused_before_a_model_is_loaded(
+    tmp_path, rows, options, words
+):
     with pytest.raises(ConfigError, match=words):
         run(tmp_path, "no/model/here", rows, **options)
 
@@ -275,25 +500,47 @@ def test_data_that_cannot_be_used_is_refused_before_a_model_is_loaded(tmp_path, 
 def test_a_teacher_who_is_never_right_teaches_nothing(server, tmp_path, model_dir):  # noqa: F811
     server.reply = lambda question, body: "I think so.\n#### -1"
     rows = [{"question": row["question"], "answer": row["answer"]} for row in READY]
-    result = run(tmp_path, model_dir, rows, teacher_model_type="api", teacher_base_url=server.url, teacher_model_path="big")
-    assert not result.success and "nothing to learn from: no chain of the teacher" in result.error_message
+    result = run(
+        tmp_path,
+        model_dir,
+        rows,
+        teacher_model_type="api",
+        teacher_base_url=server.url,
+        teacher_model_path="big",
+    )
+    assert (
+        not result.success
+        and "nothing to learn from: no chain of the teacher" in result.error_message
+    )
 
 
 def test_a_killed_run_asks_nothing_again(server, tmp_path, model_dir, monkeypatch):  # noqa: F811
     """The second run trains on what the first one gathered; the key is in no file."""
     monkeypatch.setenv("MY_KEY", CANARY)
-    server.reply = lambda question, body: f"The key is {CANARY}.\n#### {2 * int(question.split()[0])}"
+    server.reply = lambda question, body: (
+        f"The key is {CANARY}.\n#### {2 * int(question.split()[0])}"
+    )
     rows = [{"question": row["question"], "answer": row["answer"]} for row in READY]
-    options = dict(teacher_model_type="api", teacher_base_url=server.url, teacher_model_path="big", num_rationales=2, teacher_api_key="MY_KEY")
+    options = dict(
+        teacher_model_type="api",
+        teacher_base_url=server.url,
+        teacher_model_path="big",
+        num_rationales=2,
+        teacher_api_key="MY_KEY",
+    )
     monkeypatch.setattr(cot, "fit", lambda *_: 1 / 0)
     assert not run(tmp_path, model_dir, rows, **options).success
     asked = server.asked.total()
     monkeypatch.undo()
     monkeypatch.setenv("MY_KEY", CANARY)
     result = run(tmp_path, model_dir, rows, **options)
-    assert result.success and asked == server.asked.total() == 18 and result.metrics["rationales"] == 9
+    assert (
+        result.success and asked == server.asked.total() == 18 and result.metrics["rationales"] == 9
+    )
     assert result.metrics["teacher_calls_cached"] == 18
-    assert not any(CANARY.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert not any(
+        CANARY.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()
+    )
 
 
 def test_files_of_questions_are_evaluated_beside(tmp_path, model_dir):
@@ -303,25 +550,43 @@ def test_files_of_questions_are_evaluated_beside(tmp_path, model_dir):
 
 
 def test_questions_of_a_file_are_not_learnt(tmp_path, model_dir, monkeypatch):
-    task = write(tmp_path / "sums.jsonl", [{"question": "1 + 1?", "answer": "2"}, {"question": READY[0]["question"], "answer": "1"}])
+    task = write(
+        tmp_path / "sums.jsonl",
+        [{"question": "1 + 1?", "answer": "2"}, {"question": READY[0]["question"], "answer": "1"}],
+    )
     with pytest.raises(ConfigError, match="1 questions of sums are trained on too"):
         run(tmp_path, "no/model/here", READY * 4, eval_reasoning_tasks=[task])
     task, seen = write(tmp_path / "sums.jsonl", [{"question": "1 + 1?", "answer": "2"}]), []
-    monkeypatch.setattr(cot, "write_questions", lambda config, teacher, seeds, held_out: seen.extend(held_out) or [])
+    monkeypatch.setattr(
+        cot, "write_questions", lambda config, teacher, seeds, held_out: seen.extend(held_out) or []
+    )
     options = dict(generate_synthetic_data=True, teacher_model_path=model_dir)
-    assert run(tmp_path, model_dir, READY, eval_reasoning_tasks=[task], **options).success and "1 + 1?" in seen
+    assert (
+        run(tmp_path, model_dir, READY, eval_reasoning_tasks=[task], **options).success
+        and "1 + 1?" in seen
+    )
 
 
 def test_an_answer_that_cannot_be_compared_is_not_right(tmp_path, monkeypatch):
     monkeypatch.setattr(cot, "correct", lambda *_: [None, 1.0])
     monkeypatch.setattr(cot, "generate", lambda *_: [("#### a", True), ("#### 2", True)])
     (tmp_path / "out").mkdir()
-    settings = cot.CoTConfig(model_name_or_path="tiny", reasoning_dataset_path="data", output_dir=str(tmp_path / "out"))
-    found = cot.answer(settings, None, None, {"": [{"question": q, "answer": "2"} for q in "ab"]}, "before")
+    settings = cot.CoTConfig(
+        model_name_or_path="tiny", reasoning_dataset_path="data", output_dir=str(tmp_path / "out")
+    )
+    found = cot.answer(
+        settings, None, None, {"": [{"question": q, "answer": "2"} for q in "ab"]}, "before"
+    )
     assert found["accuracy"] == 0.5 and found["accuracy_n"] == 2
 
 
 def test_own_answers_are_refused_where_the_processes_hold_the_model_in_parts(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ConfigError, match="launch with ddp.yaml"):
-        config(tmp_path, distillation_type="logits", teacher_model_type="local", teacher_model_path="tiny", on_policy_share=0.5).validate()
+        config(
+            tmp_path,
+            distillation_type="logits",
+            teacher_model_type="local",
+            teacher_model_path="tiny",
+            on_policy_share=0.5,
+        ).validate()

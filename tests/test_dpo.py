@@ -14,14 +14,25 @@ import torch
 from conftest import ROOT, make_model
 
 import common
-from common import IGNORE, ConfigError, RowError
+import core.data
+import core.logprobs
+from core.chat import IGNORE
+from core.errors import ConfigError, RowError
 
-USER, GOOD, BAD = ({"role": role, "content": text} for role, text in (("user", "3 pm?"), ("assistant", "15:00"), ("assistant", "3")))
+USER, GOOD, BAD = (
+    {"role": role, "content": text}
+    for role, text in (("user", "3 pm?"), ("assistant", "15:00"), ("assistant", "3"))
+)
 ALL = ["sigmoid", "hinge", "ipo", "robust", "exo_pair", "apo_zero"]
 
 
 def config(tmp_path, **options):
-    defaults = dict(model_name_or_path="tiny", preference_dataset_path="data", output_dir=str(tmp_path / "out"), save_steps=0)
+    defaults = dict(
+        model_name_or_path="tiny",
+        preference_dataset_path="data",
+        output_dir=str(tmp_path / "out"),
+        save_steps=0,
+    )
     if {"robust", "exo_pair"} & {*options.get("loss_type", [])}:
         defaults["label_smoothing"] = 0.1
     return dpo.DPOConfig(**defaults | options)
@@ -29,11 +40,20 @@ def config(tmp_path, **options):
 
 def pair(question, good, bad, **more):
     message = lambda role, text: [{"role": role, "content": text}]
-    return {"prompt": message("user", question), "chosen": message("assistant", good), "rejected": message("assistant", bad), **more}
+    return {
+        "prompt": message("user", question),
+        "chosen": message("assistant", good),
+        "rejected": message("assistant", bad),
+        **more,
+    }
 
 
-PAIRS = [pair("a", "b", "c d"), pair("why " * 9, "because " * 7, "no"), pair("x y z", "yes", "yes and no"),
-         pair("q " * 30, "long answer " * 12, "short")]
+PAIRS = [
+    pair("a", "b", "c d"),
+    pair("why " * 9, "because " * 7, "no"),
+    pair("x y z", "yes", "yes and no"),
+    pair("q " * 30, "long answer " * 12, "short"),
+]
 
 
 def encoded(tokenizer, tmp_path, pairs=PAIRS, **options):
@@ -52,25 +72,51 @@ ROWS = {
     "prompt-chosen-rejected": {"prompt": "3 pm?", "chosen": "15:00", "rejected": "3"},
     "chosen-rejected": {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
     "instruction-chosen-rejected": {"instruction": "3 pm?", "chosen": "15:00", "rejected": "3"},
-    "instruction-preferred-rejected": {"instruction": "3 pm?", "preferred": "15:00", "rejected": "3"},
+    "instruction-preferred-rejected": {
+        "instruction": "3 pm?",
+        "preferred": "15:00",
+        "rejected": "3",
+    },
     "question-good-bad": {"question": "3 pm?", "good_answer": "15:00", "bad_answer": "3"},
-    "conversations-chosen-rejected": {"conversations": [{"from": "human", "value": "3 pm?"}],
-                                      "chosen": {"from": "gpt", "value": "15:00"}, "rejected": {"from": "gpt", "value": "3"}},
-    "input-outputs-preference": {"input": "3 pm?", "output_1": "3", "output_2": "15:00", "preference": 2},
-    "question-answers-preference": {"question": "3 pm?", "answer_a": "3", "answer_b": "15:00", "preference": "B"},
+    "conversations-chosen-rejected": {
+        "conversations": [{"from": "human", "value": "3 pm?"}],
+        "chosen": {"from": "gpt", "value": "15:00"},
+        "rejected": {"from": "gpt", "value": "3"},
+    },
+    "input-outputs-preference": {
+        "input": "3 pm?",
+        "output_1": "3",
+        "output_2": "15:00",
+        "preference": 2,
+    },
+    "question-answers-preference": {
+        "question": "3 pm?",
+        "answer_a": "3",
+        "answer_b": "15:00",
+        "preference": "B",
+    },
 }
 
 
 @pytest.mark.parametrize("form", ROWS)
 def test_every_format_gives_the_same_pair(form, tmp_path):
-    assert common.detect_format(list(ROWS[form]), dpo.FORMATS) == form
+    assert core.data.detect_format(list(ROWS[form]), dpo.FORMATS) == form
     assert dpo.to_pair(ROWS[form], form) == {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}
-    stage = dpo.DPOStage(config(tmp_path, preference_dataset_path=written(tmp_path, [ROWS[form]] * 2), validation_split=0))
+    stage = dpo.DPOStage(
+        config(
+            tmp_path,
+            preference_dataset_path=written(tmp_path, [ROWS[form]] * 2),
+            validation_split=0,
+        )
+    )
     assert stage.load_data() == [[{"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}] * 2, []]
     assert stage.lineage["data"]["format"] == form
 
 
-@pytest.mark.parametrize("preference, chosen", [(1, "A1"), ("2", "A2"), ("a", "A1"), ("B", "A2"), ("answer_b", "A2"), (1.0, "A1")])
+@pytest.mark.parametrize(
+    "preference, chosen",
+    [(1, "A1"), ("2", "A2"), ("a", "A1"), ("B", "A2"), ("answer_b", "A2"), (1.0, "A1")],
+)
 def test_the_preference_decides_which_answer_is_chosen(preference, chosen):
     row = {"question": "?", "answer_a": "A1", "answer_b": "A2", "preference": preference}
     assert dpo.to_pair(row, "question-answers-preference")["chosen"][0]["content"] == chosen
@@ -80,49 +126,127 @@ def test_messages_share_their_longest_prefix_and_optional_columns_join_the_promp
     more = [{"role": "user", "content": "And 4?"}]
     row = {"chosen": [USER, GOOD, *more, GOOD], "rejected": [USER, GOOD, *more, BAD]}
     assert dpo.to_pair(row, "chosen-rejected")["prompt"] == [USER, GOOD, *more]
-    row = {"prompt": "3 pm?", "chosen": [USER, GOOD], "rejected": [USER, BAD]}  # the answers repeat the prompt
-    assert dpo.to_pair(row, "prompt-chosen-rejected") == {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}
-    row = {"instruction": "Convert.", "input": "3 pm", "output_1": "15:00", "output_2": "3", "preference": 1}
-    assert dpo.to_pair(row, "input-outputs-preference")["prompt"][0]["content"] == "Convert.\n\n3 pm"
+    row = {
+        "prompt": "3 pm?",
+        "chosen": [USER, GOOD],
+        "rejected": [USER, BAD],
+    }  # the answers repeat the prompt
+    assert dpo.to_pair(row, "prompt-chosen-rejected") == {
+        "prompt": [USER],
+        "chosen": [GOOD],
+        "rejected": [BAD],
+    }
+    row = {
+        "instruction": "Convert.",
+        "input": "3 pm",
+        "output_1": "15:00",
+        "output_2": "3",
+        "preference": 1,
+    }
+    assert (
+        dpo.to_pair(row, "input-outputs-preference")["prompt"][0]["content"] == "Convert.\n\n3 pm"
+    )
 
 
-@pytest.mark.parametrize("row, form, reason", [
-    ({"prompt": "a", "chosen": "b", "rejected": "b"}, "prompt-chosen-rejected", "identical answers"),
-    ({"prompt": "a", "chosen": "b", "rejected": " "}, "prompt-chosen-rejected", "empty or missing"),
-    ({"prompt": "a", "chosen": None, "rejected": "b"}, "prompt-chosen-rejected", "empty or missing"),
-    ({"prompt": "a", "chosen": [], "rejected": "b"}, "prompt-chosen-rejected", "empty or missing"),
-    ({"question": "a", "answer_a": "b", "answer_b": "c", "preference": "tie"}, "question-answers-preference", "preference is 'tie'"),
-    ({"question": "a", "answer_a": "b", "answer_b": "c", "preference": -1}, "question-answers-preference", "preference is -1"),
-    ({"chosen": [USER, GOOD], "rejected": [{"role": "user", "content": "4 pm?"}, BAD]}, "chosen-rejected", "follow one prompt"),
-    ({"chosen": "b", "rejected": "c"}, "chosen-rejected", "follow one prompt"),
-    ({"chosen": [USER, GOOD], "rejected": [USER]}, "chosen-rejected", "follow one prompt"),
-    ({"chosen": [{"role": "dog", "content": "wow"}], "rejected": [BAD]}, "chosen-rejected", "unknown speaker"),
-    ({"prompt": [{"role": "system", "content": "Be brief."}, USER], "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "prompt-chosen-rejected", "prompt is not in"),
-])
+@pytest.mark.parametrize(
+    "row, form, reason",
+    [
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "b"},
+            "prompt-chosen-rejected",
+            "identical answers",
+        ),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": " "},
+            "prompt-chosen-rejected",
+            "empty or missing",
+        ),
+        (
+            {"prompt": "a", "chosen": None, "rejected": "b"},
+            "prompt-chosen-rejected",
+            "empty or missing",
+        ),
+        (
+            {"prompt": "a", "chosen": [], "rejected": "b"},
+            "prompt-chosen-rejected",
+            "empty or missing",
+        ),
+        (
+            {"question": "a", "answer_a": "b", "answer_b": "c", "preference": "tie"},
+            "question-answers-preference",
+            "preference is 'tie'",
+        ),
+        (
+            {"question": "a", "answer_a": "b", "answer_b": "c", "preference": -1},
+            "question-answers-preference",
+            "preference is -1",
+        ),
+        (
+            {"chosen": [USER, GOOD], "rejected": [{"role": "user", "content": "4 pm?"}, BAD]},
+            "chosen-rejected",
+            "follow one prompt",
+        ),
+        ({"chosen": "b", "rejected": "c"}, "chosen-rejected", "follow one prompt"),
+        ({"chosen": [USER, GOOD], "rejected": [USER]}, "chosen-rejected", "follow one prompt"),
+        (
+            {"chosen": [{"role": "dog", "content": "wow"}], "rejected": [BAD]},
+            "chosen-rejected",
+            "unknown speaker",
+        ),
+        (
+            {
+                "prompt": [{"role": "system", "content": "Be brief."}, USER],
+                "chosen": [USER, GOOD],
+                "rejected": [USER, BAD],
+            },
+            "prompt-chosen-rejected",
+            "prompt is not in",
+        ),
+    ],
+)
 def test_rows_that_show_no_preference_say_why(row, form, reason):
     with pytest.raises(RowError, match=reason):
         dpo.to_pair(row, form)
 
 
 def test_preferences_coded_by_0_and_1_are_refused_since_their_1_is_the_other_answer(tmp_path):
-    rows = [{"question": f"a{n}", "answer_a": "b", "answer_b": "c", "preference": int(n == 5)} for n in range(6)]
+    rows = [
+        {"question": f"a{n}", "answer_a": "b", "answer_b": "c", "preference": int(n == 5)}
+        for n in range(6)
+    ]
     with pytest.raises(ConfigError, match="a row whose preference is 0, not one of 1, 2"):
-        dpo.DPOStage(dpo.DPOConfig(model_name_or_path="x", preference_dataset_path=written(tmp_path, rows))).load_data()
+        dpo.DPOStage(
+            dpo.DPOConfig(model_name_or_path="x", preference_dataset_path=written(tmp_path, rows))
+        ).load_data()
 
 
 def test_bad_rows_are_counted_and_a_majority_of_them_is_refused(tmp_path, caplog):
-    good, same = ([{"prompt": f"a{n}", "chosen": "b", "rejected": other} for n in range(3)] for other in ("c", "b"))
+    good, same = (
+        [{"prompt": f"a{n}", "chosen": "b", "rejected": other} for n in range(3)]
+        for other in ("c", "b")
+    )
     path = written(tmp_path, good + same[:2])
     with caplog.at_level("WARNING"):
         dpo.DPOStage(config(tmp_path, preference_dataset_path=path)).load_data()
     assert "2 of 5 rows left out: 2 with identical answers" in caplog.text
     with pytest.raises(ConfigError, match="2 usable rows .3 with identical answers"):
-        dpo.DPOStage(config(tmp_path, preference_dataset_path=written(tmp_path, good[:2] + same))).load_data()
+        dpo.DPOStage(
+            config(tmp_path, preference_dataset_path=written(tmp_path, good[:2] + same))
+        ).load_data()
 
 
 def test_only_the_answers_are_scored_with_their_stop_tokens(tokenizer, tmp_path):
-    chat = [{"role": "system", "content": "Brief."}, USER, GOOD, {"role": "user", "content": "And 4?"}]
-    row = dpo.encode({"prompt": chat, "chosen": [GOOD, USER, GOOD], "rejected": [BAD]}, tokenizer, config(tmp_path))
+    chat = [
+        {"role": "system", "content": "Brief."},
+        USER,
+        GOOD,
+        {"role": "user", "content": "And 4?"},
+    ]
+    row = dpo.encode(
+        {"prompt": chat, "chosen": [GOOD, USER, GOOD], "rejected": [BAD]},
+        tokenizer,
+        config(tmp_path),
+    )
     texts = [tokenizer.decode([i for i in labels if i != IGNORE]) for labels in row["labels"]]
     assert texts == ["15:00<|im_end|>" * 2, "3<|im_end|>"]
     prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
@@ -131,14 +255,21 @@ def test_only_the_answers_are_scored_with_their_stop_tokens(tokenizer, tmp_path)
 
 
 def test_truncation_keeps_the_wanted_side_and_says_what_it_cut(tokenizer, tmp_path, model, caplog):
-    whole, = encoded(tokenizer, tmp_path, PAIRS[3:])
+    (whole,) = encoded(tokenizer, tmp_path, PAIRS[3:])
     for side, kept in (("left", whole["prompt"][-20:]), ("right", whole["prompt"][:20])):
-        row, = encoded(tokenizer, tmp_path, PAIRS[3:], max_prompt_length=20, truncation_side=side, max_seq_length=30)
+        (row,) = encoded(
+            tokenizer,
+            tmp_path,
+            PAIRS[3:],
+            max_prompt_length=20,
+            truncation_side=side,
+            max_seq_length=30,
+        )
         assert row["prompt"] == kept and row["cut"] == (True, True, False)
         assert row["answers"] == [answer[:10] for answer in whole["answers"]]
     started = copy.deepcopy(tokenizer)
     started.bos_token = "<|im_start|>"  # what a prompt begins with stays
-    row, = encoded(started, tmp_path, PAIRS[3:], max_prompt_length=20)
+    (row,) = encoded(started, tmp_path, PAIRS[3:], max_prompt_length=20)
     assert row["prompt"] == whole["prompt"][:1] + whole["prompt"][-19:]
     with pytest.raises(RowError, match="equal within 30 tokens"):
         encoded(tokenizer, tmp_path, [pair("a", "b " * 30, "b " * 31)], max_seq_length=30)
@@ -146,7 +277,13 @@ def test_truncation_keeps_the_wanted_side_and_says_what_it_cut(tokenizer, tmp_pa
         encoded(tokenizer, tmp_path, PAIRS[3:], max_seq_length=20)
     (tmp_path / "out").mkdir()
     with caplog.at_level("WARNING"):
-        dpo.train(config(tmp_path, max_prompt_length=20, lora_r=0, max_steps=1), model, tokenizer, PAIRS[1:], [])
+        dpo.train(
+            config(tmp_path, max_prompt_length=20, lora_r=0, max_steps=1),
+            model,
+            tokenizer,
+            PAIRS[1:],
+            [],
+        )
     assert "of 3 rows, 2 prompts, 0 first and 0 second answers are cut" in caplog.text
 
 
@@ -173,7 +310,13 @@ def gradient(model, value):
 @pytest.mark.parametrize("share", [True, False])
 def test_sequence_logps_are_those_of_each_answer_alone(tokenizer, model, tmp_path, share):
     rows = encoded(tokenizer, tmp_path, [*PAIRS, pair("q", "a", "b")])
-    rows.append(dpo.encode({"prompt": [USER], "chosen": [GOOD, USER, BAD], "rejected": [BAD]}, tokenizer, config(tmp_path)))
+    rows.append(
+        dpo.encode(
+            {"prompt": [USER], "chosen": [GOOD, USER, BAD], "rejected": [BAD]},
+            tokenizer,
+            config(tmp_path),
+        )
+    )
     logps, _ = dpo.sequence_logps(model, dpo.collate(rows, share))
     exact = torch.stack([expected_logps(model, row) for row in rows])
     assert logps.shape == (6, 2) and torch.allclose(logps.double(), exact, atol=1e-4)
@@ -184,7 +327,10 @@ def test_a_shared_prompt_gives_the_gradient_of_two_prompts(tokenizer, model, tmp
     shared, apart = (dpo.collate(rows, share) for share in (True, False))
     assert shared["num_tokens"] < apart["num_tokens"]
     weights = torch.randn(4, 2)
-    first, second = (gradient(model, (dpo.sequence_logps(model, batch)[0] * weights).sum()) for batch in (shared, apart))
+    first, second = (
+        gradient(model, (dpo.sequence_logps(model, batch)[0] * weights).sum())
+        for batch in (shared, apart)
+    )
     assert torch.norm(first - second) <= 1e-5 * torch.norm(second)
 
 
@@ -198,30 +344,51 @@ def test_an_answer_does_not_see_the_other_one(tokenizer, model, tmp_path):
 def test_a_model_where_sharing_is_not_exact_is_found_out(tokenizer, caplog, dtype):
     from transformers import MistralConfig, MistralForCausalLM
 
-    sizes = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-                 num_key_value_heads=1, max_position_embeddings=512)
+    sizes = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+    )
     row = {"prompt": [*range(20, 60)], "answers": [[*range(50, 80)], [*range(90, 120)]]}
     row["labels"] = row["answers"]
     torch.manual_seed(0)
-    whole, sliding = (MistralForCausalLM(MistralConfig(sliding_window=size, **sizes)).to(dtype) for size in (None, 8))
+    whole, sliding = (
+        MistralForCausalLM(MistralConfig(sliding_window=size, **sizes)).to(dtype)
+        for size in (None, 8)
+    )
     for model in (whole, sliding):
         for weight in model.parameters():
             weight.data *= 4 if weight.dim() > 1 else 1
-        model.lm_head.weight.data *= 30  # logits as large as a trained model's, and so their rounding
-    assert common.sharing_is_exact(whole, row)
+        model.lm_head.weight.data *= (
+            30  # logits as large as a trained model's, and so their rounding
+        )
+    assert core.logprobs.sharing_is_exact(whole, row)
     whole.set_attn_implementation("eager")
-    assert common.sharing_is_exact(whole, row)
+    assert core.logprobs.sharing_is_exact(whole, row)
     with caplog.at_level("INFO"):
-        assert not common.sharing_is_exact(sliding, row)  # a mask of our own would widen the window
+        assert not core.logprobs.sharing_is_exact(
+            sliding, row
+        )  # a mask of our own would widen the window
     assert "not exact with this model's attention" in caplog.text
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_token_logps_are_cross_entropy(dtype):
     torch.manual_seed(0)
-    logits, targets, weights = (torch.randn(70, 50) * 5).to(dtype), torch.randint(0, 50, (70,)), torch.randn(70)
+    logits, targets, weights = (
+        (torch.randn(70, 50) * 5).to(dtype),
+        torch.randint(0, 50, (70,)),
+        torch.randn(70),
+    )
     results = []
-    for function in (common.TokenLogps.apply, lambda x, y: -torch.nn.functional.cross_entropy(x.float(), y, reduction="none")):
+    for function in (
+        core.logprobs.TokenLogps.apply,
+        lambda x, y: -torch.nn.functional.cross_entropy(x.float(), y, reduction="none"),
+    ):
         leaf = logits.clone().requires_grad_()
         values = function(leaf * 1, targets)
         (values * weights).sum().backward()
@@ -233,24 +400,58 @@ def test_token_logps_are_cross_entropy(dtype):
 # -- losses -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss_type, weights", [*[([name], []) for name in ALL], (["sigmoid", "hinge", "apo_zero"], [0.5, 0.2, 1.5])],
-                         ids=[*ALL, "mix"])
+@pytest.mark.parametrize(
+    "loss_type, weights",
+    [*[([name], []) for name in ALL], (["sigmoid", "hinge", "apo_zero"], [0.5, 0.2, 1.5])],
+    ids=[*ALL, "mix"],
+)
 def test_loss_and_gradient_are_those_of_stock_dpo_trainer(tokenizer, tmp_path, loss_type, weights):
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    short = [pair("a", "b", "c d"), pair("one two", "uno dos", "no"), pair("x", "y z", "z")]  # float32 sums to 1e-6
-    rows, policy, reference = encoded(tokenizer, tmp_path, short), make_model(tokenizer, 0), make_model(tokenizer, 1)
+    short = [
+        pair("a", "b", "c d"),
+        pair("one two", "uno dos", "no"),
+        pair("x", "y z", "z"),
+    ]  # float32 sums to 1e-6
+    rows, policy, reference = (
+        encoded(tokenizer, tmp_path, short),
+        make_model(tokenizer, 0),
+        make_model(tokenizer, 1),
+    )
     smoothing = 0.1 if {"robust", "exo_pair"} & {*loss_type} else 0.0
-    stock = DPOTrainer(copy.deepcopy(policy), copy.deepcopy(reference), DPOConfig(
-        str(tmp_path), use_cpu=True, bf16=False, report_to="none", gradient_checkpointing=False, loss_type=loss_type,
-        loss_weights=weights or None, label_smoothing=smoothing, beta=0.3,
-    ), train_dataset=Dataset.from_list(short), processing_class=tokenizer)
-    batch = stock.data_collator([{"prompt_ids": row["prompt"], "chosen_ids": row["answers"][0], "rejected_ids": row["answers"][1]}
-                                 for row in rows])
+    stock = DPOTrainer(
+        copy.deepcopy(policy),
+        copy.deepcopy(reference),
+        DPOConfig(
+            str(tmp_path),
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            gradient_checkpointing=False,
+            loss_type=loss_type,
+            loss_weights=weights or None,
+            label_smoothing=smoothing,
+            beta=0.3,
+        ),
+        train_dataset=Dataset.from_list(short),
+        processing_class=tokenizer,
+    )
+    batch = stock.data_collator(
+        [
+            {
+                "prompt_ids": row["prompt"],
+                "chosen_ids": row["answers"][0],
+                "rejected_ids": row["answers"][1],
+            }
+            for row in rows
+        ]
+    )
     expected = stock.compute_loss(stock.model, dict(batch))
     theirs = gradient(stock.model, expected)
-    settings = config(tmp_path, loss_type=loss_type, loss_weights=weights, label_smoothing=smoothing, beta=0.3)
+    settings = config(
+        tmp_path, loss_type=loss_type, loss_weights=weights, label_smoothing=smoothing, beta=0.3
+    )
     for share in (True, False):
         ours, metrics = dpo.loss(policy, dpo.collate(rows, share), settings, reference.eval())
         assert ours.item() == pytest.approx(expected.item(), abs=1e-6, rel=1e-6)
@@ -262,79 +463,162 @@ sigma = lambda x: 1 / (1 + math.exp(-x))
 W, L, NW, NL = -12.0, -14.5, 6, 5  # log-probabilities and lengths in tokens
 
 
-@pytest.mark.parametrize("name, options, expected", [
-    ("sigmoid", {"beta": 0.3, "label_smoothing": 0.2}, -0.8 * math.log(sigma(0.3 * 2.5)) - 0.2 * math.log(sigma(-0.3 * 2.5))),
-    ("simpo", {"beta": 2.0, "simpo_gamma": 0.7}, -math.log(sigma(2 * W / NW - 2 * L / NL - 0.7))),
-    ("cpo", {"beta": 0.3, "cpo_alpha": 0.5}, -math.log(sigma(0.3 * (W - L))) - 0.5 * W / NW),
-    ("orpo", {"beta": 0.3}, -W / NW - 0.3 * math.log(sigma(
-        math.log(math.exp(W / NW) / (1 - math.exp(W / NW))) - math.log(math.exp(L / NL) / (1 - math.exp(L / NL)))))),
-    ("nll", {"beta": 0.3}, -W / NW),
-])
+@pytest.mark.parametrize(
+    "name, options, expected",
+    [
+        (
+            "sigmoid",
+            {"beta": 0.3, "label_smoothing": 0.2},
+            -0.8 * math.log(sigma(0.3 * 2.5)) - 0.2 * math.log(sigma(-0.3 * 2.5)),
+        ),
+        (
+            "simpo",
+            {"beta": 2.0, "simpo_gamma": 0.7},
+            -math.log(sigma(2 * W / NW - 2 * L / NL - 0.7)),
+        ),
+        ("cpo", {"beta": 0.3, "cpo_alpha": 0.5}, -math.log(sigma(0.3 * (W - L))) - 0.5 * W / NW),
+        (
+            "orpo",
+            {"beta": 0.3},
+            -W / NW
+            - 0.3
+            * math.log(
+                sigma(
+                    math.log(math.exp(W / NW) / (1 - math.exp(W / NW)))
+                    - math.log(math.exp(L / NL) / (1 - math.exp(L / NL)))
+                )
+            ),
+        ),
+        ("nll", {"beta": 0.3}, -W / NW),
+    ],
+)
 def test_losses_are_the_printed_formulas(tmp_path, name, options, expected):
     logps, lengths = torch.tensor([[W, L]]), torch.tensor([[NW, NL]])
-    value = dpo.pair_loss(name, logps, logps + 1.0 * (name == "sigmoid"), lengths, config(tmp_path, loss_type=[name], **options))
+    value = dpo.pair_loss(
+        name,
+        logps,
+        logps + 1.0 * (name == "sigmoid"),
+        lengths,
+        config(tmp_path, loss_type=[name], **options),
+    )
     assert value.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_kto_is_the_printed_formula():
-    values = dpo.kto_loss(torch.tensor([1.5, -0.5]), torch.tensor(0.4), torch.tensor([True, False]), 0.3, 1.2, 0.8)
-    assert values.tolist() == pytest.approx([1.2 * (1 - sigma(0.3 * 1.1)), 0.8 * (1 - sigma(0.3 * 0.9))])
+    values = dpo.kto_loss(
+        torch.tensor([1.5, -0.5]), torch.tensor(0.4), torch.tensor([True, False]), 0.3, 1.2, 0.8
+    )
+    assert values.tolist() == pytest.approx(
+        [1.2 * (1 - sigma(0.3 * 1.1)), 0.8 * (1 - sigma(0.3 * 0.9))]
+    )
 
 
 def test_kto_takes_its_reference_point_from_mismatched_answers(tokenizer, tmp_path):
     answers, points = ["yes yes", "no", "why not"], []
-    rows = [{"prompt": PAIRS[n]["prompt"], "completion": [{"role": "assistant", "content": answers[n]}],
-             "mismatched": [{"role": "assistant", "content": answers[n - 1]}], "label": n != 1} for n in range(3)]
+    rows = [
+        {
+            "prompt": PAIRS[n]["prompt"],
+            "completion": [{"role": "assistant", "content": answers[n]}],
+            "mismatched": [{"role": "assistant", "content": answers[n - 1]}],
+            "label": n != 1,
+        }
+        for n in range(3)
+    ]
     rows = encoded(tokenizer, tmp_path, rows)
     settings = config(tmp_path, loss_type=["kto"], beta=0.3, desirable_weight=1.2)
     for seeds in ((0, 1), (1, 0)):  # the one has a KL estimate above 0, the other below
         policy, reference = (make_model(tokenizer, seed).eval() for seed in seeds)
         value, metrics = dpo.loss(policy, dpo.collate(rows), settings, reference)
-        ratios = torch.stack([expected_logps(policy, row) - expected_logps(reference, row) for row in rows]).tolist()
+        ratios = torch.stack(
+            [expected_logps(policy, row) - expected_logps(reference, row) for row in rows]
+        ).tolist()
         points.append(sum(other for _, other in ratios) / 3)
         z0 = max(0.0, points[-1])
-        terms = [1.2 * (1 - sigma(0.3 * (r - z0))) if n != 1 else 1 - sigma(0.3 * (z0 - r)) for n, (r, _) in enumerate(ratios)]
-        assert value.item() == pytest.approx(sum(terms) / 3, abs=1e-5) and metrics["z0"].item() == pytest.approx(z0, abs=1e-4)
+        terms = [
+            1.2 * (1 - sigma(0.3 * (r - z0))) if n != 1 else 1 - sigma(0.3 * (z0 - r))
+            for n, (r, _) in enumerate(ratios)
+        ]
+        assert value.item() == pytest.approx(sum(terms) / 3, abs=1e-5) and metrics[
+            "z0"
+        ].item() == pytest.approx(z0, abs=1e-4)
     assert min(points) < -0.01 < 0.01 < max(points)
 
 
 def test_kto_mismatches_answers_of_other_prompts(tokenizer, model, tmp_path, monkeypatch):
-    single = lambda n, good: {"prompt": PAIRS[n]["prompt"], "completion": PAIRS[n]["chosen" if good else "rejected"], "label": good}
-    rows, seen, encode = [single(n, good) for n in range(4) for good in (True, False)], [], dpo.encode
+    single = lambda n, good: {
+        "prompt": PAIRS[n]["prompt"],
+        "completion": PAIRS[n]["chosen" if good else "rejected"],
+        "label": good,
+    }
+    rows, seen, encode = (
+        [single(n, good) for n in range(4) for good in (True, False)],
+        [],
+        dpo.encode,
+    )
     monkeypatch.setattr(dpo, "encode", lambda row, *rest: seen.append(row) or encode(row, *rest))
     (tmp_path / "out").mkdir()
-    dpo.train(config(tmp_path, loss_type=["kto"], max_steps=1), common.add_adapter(model, config(tmp_path)), tokenizer, rows, [])
-    answers = {str(row["prompt"]): [other["completion"] for other in rows if other["prompt"] == row["prompt"]] for row in rows}
-    assert len(seen) == 8 and all(row["mismatched"] not in answers[str(row["prompt"])] for row in seen)
+    dpo.train(
+        config(tmp_path, loss_type=["kto"], max_steps=1),
+        common.add_adapter(model, config(tmp_path)),
+        tokenizer,
+        rows,
+        [],
+    )
+    answers = {
+        str(row["prompt"]): [
+            other["completion"] for other in rows if other["prompt"] == row["prompt"]
+        ]
+        for row in rows
+    }
+    assert len(seen) == 8 and all(
+        row["mismatched"] not in answers[str(row["prompt"])] for row in seen
+    )
 
 
 def test_kto_mismatches_where_a_prompt_has_many_answers(tokenizer, model, tmp_path, monkeypatch):
     say = lambda text: [{"role": "assistant", "content": text}]
-    rows = [{"prompt": PAIRS[n]["prompt"], "completion": say(f"{n} {k}"), "label": k % 2 == 0} for n in range(4) for k in range(8 - 2 * n)]
+    rows = [
+        {"prompt": PAIRS[n]["prompt"], "completion": say(f"{n} {k}"), "label": k % 2 == 0}
+        for n in range(4)
+        for k in range(8 - 2 * n)
+    ]
     seen, encode = [], dpo.encode
     monkeypatch.setattr(dpo, "encode", lambda row, *rest: seen.append(row) or encode(row, *rest))
     (tmp_path / "out").mkdir()
-    dpo.train(config(tmp_path, loss_type=["kto"], max_steps=1), common.add_adapter(model, config(tmp_path)), tokenizer, rows, [])
-    assert len(seen) == 20 and all(row["mismatched"][0]["content"][0] != row["completion"][0]["content"][0] for row in seen)
+    dpo.train(
+        config(tmp_path, loss_type=["kto"], max_steps=1),
+        common.add_adapter(model, config(tmp_path)),
+        tokenizer,
+        rows,
+        [],
+    )
+    assert len(seen) == 20 and all(
+        row["mismatched"][0]["content"][0] != row["completion"][0]["content"][0] for row in seen
+    )
 
 
 @pytest.mark.parametrize("name", ["simpo", "orpo", "cpo", "nll"])
 def test_losses_without_a_reference_run_none(tokenizer, model, tmp_path, monkeypatch, name):
     monkeypatch.setattr(dpo, "reference_logps", None)
     (tmp_path / "out").mkdir()
-    metrics = dpo.train(config(tmp_path, loss_type=[name], lora_r=0, max_steps=2), model, tokenizer, PAIRS, PAIRS)
+    metrics = dpo.train(
+        config(tmp_path, loss_type=[name], lora_r=0, max_steps=2), model, tokenizer, PAIRS, PAIRS
+    )
     assert math.isfinite(metrics["eval_loss"]) and "eval_kl" not in metrics
 
 
 def test_kl_is_that_of_the_distributions(tokenizer, tmp_path, monkeypatch):
     policy, reference = make_model(tokenizer, 0), make_model(tokenizer, 1).eval()
     monkeypatch.setattr(dpo, "KL_STRIDE", 1)
-    row, = encoded(tokenizer, tmp_path, [pair("a", "b c", "d")])
+    (row,) = encoded(tokenizer, tmp_path, [pair("a", "b c", "d")])
     _, metrics = dpo.loss(policy, dpo.collate([row]), config(tmp_path), reference)
     total, count = 0.0, 0
     for answer in row["answers"]:
         ids, start = torch.tensor([row["prompt"] + answer]), len(row["prompt"])
-        p, q = (model(ids).logits[0, start - 1 : -1].double().log_softmax(-1) for model in (policy, reference))
+        p, q = (
+            model(ids).logits[0, start - 1 : -1].double().log_softmax(-1)
+            for model in (policy, reference)
+        )
         total, count = total + (p.exp() * (p - q)).sum().item(), count + len(answer)
     assert metrics["kl"].item() == pytest.approx(total / count, abs=1e-5)
 
@@ -346,14 +630,34 @@ def lines(tmp_path):
     return [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("options", [{}, {"lora_r": 0}, {"use_4bit": True}, {"lora_bias": "all"}, {"use_dora": True}],
-                         ids=["lora", "full", "4bit", "biases", "dora"])
-def test_after_sft_the_first_loss_is_ln_2_and_the_reference_never_moves(model_dir, data, tmp_path, monkeypatch, options):
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"lora_r": 0}, {"use_4bit": True}, {"lora_bias": "all"}, {"use_dora": True}],
+    ids=["lora", "full", "4bit", "biases", "dora"],
+)
+def test_after_sft_the_first_loss_is_ln_2_and_the_reference_never_moves(
+    model_dir, data, tmp_path, monkeypatch, options
+):
     folder = tmp_path / "sft"
-    first = sft.SFTStage(sft.SFTConfig(model_name_or_path=model_dir, dataset_name_or_path=data, output_dir=str(folder),
-                                       max_steps=3, learning_rate=1e-2, save_steps=0, lora_r=options.get("lora_r", 16))).execute()
+    first = sft.SFTStage(
+        sft.SFTConfig(
+            model_name_or_path=model_dir,
+            dataset_name_or_path=data,
+            output_dir=str(folder),
+            max_steps=3,
+            learning_rate=1e-2,
+            save_steps=0,
+            lora_r=options.get("lora_r", 16),
+        )
+    ).execute()
     assert first.success, first.error_message
-    path = written(tmp_path, [{"prompt": p["prompt"], "chosen": p["chosen"], "rejected": p["rejected"]} for p in PAIRS * 4])
+    path = written(
+        tmp_path,
+        [
+            {"prompt": p["prompt"], "chosen": p["chosen"], "rejected": p["rejected"]}
+            for p in PAIRS * 4
+        ],
+    )
     seen = []
     inner = dpo.fit
 
@@ -367,8 +671,17 @@ def test_after_sft_the_first_loss_is_ln_2_and_the_reference_never_moves(model_di
         return metrics
 
     monkeypatch.setattr(dpo, "fit", watched)
-    settings = config(tmp_path, model_name_or_path=model_dir, preference_dataset_path=path, validation_split=0.2, learning_rate=1e-2,
-                      max_steps=8, lr_scheduler_type="constant", warmup_ratio=0.0, **options)
+    settings = config(
+        tmp_path,
+        model_name_or_path=model_dir,
+        preference_dataset_path=path,
+        validation_split=0.2,
+        learning_rate=1e-2,
+        max_steps=8,
+        lr_scheduler_type="constant",
+        warmup_ratio=0.0,
+        **options,
+    )
     result = dpo.DPOStage(settings).execute(first.model, first.tokenizer, first)
     assert result.success, result.error_message
     losses = [line["loss"] for line in lines(tmp_path) if "loss" in line]
@@ -382,7 +695,16 @@ def test_dropout_of_the_model_is_off(tokenizer, tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    noisy = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=256, n_embd=32, n_layer=2, n_head=2, resid_pdrop=0.5))
+    noisy = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(tokenizer),
+            n_positions=256,
+            n_embd=32,
+            n_layer=2,
+            n_head=2,
+            resid_pdrop=0.5,
+        )
+    )
     (tmp_path / "out").mkdir()
     dpo.train(config(tmp_path, lora_r=0, max_steps=1), noisy, tokenizer, PAIRS, [])
     assert lines(tmp_path)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -404,7 +726,10 @@ def test_with_trained_biases_the_reference_is_a_copy(tokenizer, tmp_path):
 
 
 def test_a_tie_counts_half():
-    assert dpo.wins(torch.tensor([2.0, 0.0, -1.0, 0.0])) == 0.5 and dpo.wins(torch.tensor([0.0])) == 0.5
+    assert (
+        dpo.wins(torch.tensor([2.0, 0.0, -1.0, 0.0])) == 0.5
+        and dpo.wins(torch.tensor([0.0])) == 0.5
+    )
 
 
 def test_a_policy_that_does_not_start_at_its_reference_is_stopped(tokenizer, model, tmp_path):
@@ -416,30 +741,76 @@ def test_a_policy_that_does_not_start_at_its_reference_is_stopped(tokenizer, mod
 def test_training_reaches_the_closed_form(tokenizer, model, tmp_path):
     """On answers whose preferences are Bradley-Terry with rewards r, the optimum is pi_ref exp(r / beta) / Z."""
     answers, strength, beta = ["one", "two", "three", "four"], [1, 2, 3, 6], 0.7  # r = log strength
-    rows = [pair("Say", answers[a], answers[b]) for a, b in itertools.permutations(range(4), 2) for _ in range(strength[a])]
-    logps = lambda: torch.stack([expected_logps(model, dpo.encode(pair("Say", a, "?"), tokenizer, config(tmp_path)))[0] for a in answers])
+    rows = [
+        pair("Say", answers[a], answers[b])
+        for a, b in itertools.permutations(range(4), 2)
+        for _ in range(strength[a])
+    ]
+    logps = lambda: torch.stack(
+        [
+            expected_logps(model, dpo.encode(pair("Say", a, "?"), tokenizer, config(tmp_path)))[0]
+            for a in answers
+        ]
+    )
     with torch.no_grad():
         optimum = (logps() + torch.tensor(strength).double().log() / beta).log_softmax(0)
         start = (optimum.exp() * (optimum - logps().log_softmax(0))).sum().item()
     (tmp_path / "out").mkdir()
-    dpo.train(config(tmp_path, lora_r=0, learning_rate=2e-3, beta=beta, num_train_epochs=120, logging_steps=40, max_grad_norm=0,
-                     per_device_train_batch_size=36), model, tokenizer, rows, [])
+    dpo.train(
+        config(
+            tmp_path,
+            lora_r=0,
+            learning_rate=2e-3,
+            beta=beta,
+            num_train_epochs=120,
+            logging_steps=40,
+            max_grad_norm=0,
+            per_device_train_batch_size=36,
+        ),
+        model,
+        tokenizer,
+        rows,
+        [],
+    )
     with torch.no_grad():
         kl = (optimum.exp() * (optimum - logps().log_softmax(0))).sum().item()
     print(f"KL to the optimum: {start:.4f} -> {kl:.2e}")
     assert start > 0.05 and kl < 1e-3
 
 
-@pytest.mark.parametrize("options", [{"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
-                                     {"precompute_ref_log_probs": True}, {"share_prompt": False}, {"gradient_checkpointing": True},
-                                     {"gradient_checkpointing": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+        {"precompute_ref_log_probs": True},
+        {"share_prompt": False},
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": 2},
+    ],
+)
 def test_the_curve_is_the_same(tokenizer, tmp_path, options):
     (tmp_path / "out").mkdir()
     curves = []
     for changes in ({}, options):
-        settings = config(tmp_path, **{"lora_r": 0, "learning_rate": 1e-3, "num_train_epochs": 4, "per_device_train_batch_size": 4} | changes)
+        settings = config(
+            tmp_path,
+            **{
+                "lora_r": 0,
+                "learning_rate": 1e-3,
+                "num_train_epochs": 4,
+                "per_device_train_batch_size": 4,
+            }
+            | changes,
+        )
         dpo.train(settings, make_model(tokenizer), tokenizer, PAIRS * 2, PAIRS)
-        curves.append([line[key] for line in lines(tmp_path) for key in ("loss", "eval_loss", "margin", "eval_kl") if key in line])
+        curves.append(
+            [
+                line[key]
+                for line in lines(tmp_path)
+                for key in ("loss", "eval_loss", "margin", "eval_kl")
+                if key in line
+            ]
+        )
     assert len(curves[0]) > 8 and curves[1] == pytest.approx(curves[0], abs=2e-5)
 
 
@@ -450,9 +821,13 @@ def test_a_reference_of_its_own_is_used_and_its_tokenizer_compared(tokenizer, tm
     (tmp_path / "out").mkdir()
     settings = config(tmp_path, reference_model_path=str(other), max_steps=1)
     with caplog.at_level("WARNING"):
-        metrics = dpo.train(settings, common.add_adapter(make_model(tokenizer), settings), tokenizer, PAIRS, PAIRS)
+        metrics = dpo.train(
+            settings, common.add_adapter(make_model(tokenizer), settings), tokenizer, PAIRS, PAIRS
+        )
     rows = encoded(tokenizer, tmp_path)
-    expected, _ = dpo.loss(make_model(tokenizer), dpo.collate(rows), settings, make_model(tokenizer, 1))
+    expected, _ = dpo.loss(
+        make_model(tokenizer), dpo.collate(rows), settings, make_model(tokenizer, 1)
+    )
     assert metrics["eval_loss_before"] == pytest.approx(expected.item(), abs=1e-5) != math.log(2)
     grown = copy.deepcopy(tokenizer)
     grown.add_tokens(["new"])
@@ -461,8 +836,17 @@ def test_a_reference_of_its_own_is_used_and_its_tokenizer_compared(tokenizer, tm
 
 
 def test_falling_chosen_answers_are_warned_of(tokenizer, model, tmp_path, monkeypatch, caplog):
-    figures = {"eval_chosen_logps": -12.0, "eval_chosen_logps_before": -10.0, "eval_accuracy": 0.8, "eval_accuracy_before": 0.5}
-    for falls, said in ((figures, True), (figures | {"eval_chosen_logps": -9.0}, False), (figures | {"eval_accuracy": 0.5}, False)):
+    figures = {
+        "eval_chosen_logps": -12.0,
+        "eval_chosen_logps_before": -10.0,
+        "eval_accuracy": 0.8,
+        "eval_accuracy_before": 0.5,
+    }
+    for falls, said in (
+        (figures, True),
+        (figures | {"eval_chosen_logps": -9.0}, False),
+        (figures | {"eval_accuracy": 0.5}, False),
+    ):
         monkeypatch.setattr(dpo, "fit", lambda *_, figures=falls: figures)
         caplog.clear()
         with caplog.at_level("WARNING"):
@@ -473,44 +857,111 @@ def test_falling_chosen_answers_are_warned_of(tokenizer, model, tmp_path, monkey
 @pytest.mark.parametrize("unpaired", [True, False])
 def test_kto_learns_from_single_answers_and_from_pairs(model_dir, tmp_path, unpaired):
     pairs = [(f"Say {n}", "yes " * (1 + n % 3), "no " * (1 + n % 2)) for n in range(12)]
-    rows = [{"prompt": q, "completion": text, "label": good} for q, w, x in pairs for text, good in ((w, True), (x, False))]
+    rows = [
+        {"prompt": q, "completion": text, "label": good}
+        for q, w, x in pairs
+        for text, good in ((w, True), (x, False))
+    ]
     rows = rows if unpaired else [{"prompt": q, "chosen": w, "rejected": x} for q, w, x in pairs]
-    settings = config(tmp_path, model_name_or_path=model_dir, preference_dataset_path=written(tmp_path, rows), loss_type=["kto"],
-                      learning_rate=1e-2, num_train_epochs=4, validation_split=0.2)
+    settings = config(
+        tmp_path,
+        model_name_or_path=model_dir,
+        preference_dataset_path=written(tmp_path, rows),
+        loss_type=["kto"],
+        learning_rate=1e-2,
+        num_train_epochs=4,
+        validation_split=0.2,
+    )
     result = dpo.DPOStage(settings).execute()
     assert result.success, result.error_message
-    assert result.metrics["eval_accuracy"] > 0.7 and result.metrics["eval_loss"] < 0.45 < result.metrics["eval_loss_before"]
-    single = written(tmp_path, [{"prompt": prompt, "completion": "b", "label": True} for prompt in "ac"])
+    assert (
+        result.metrics["eval_accuracy"] > 0.7
+        and result.metrics["eval_loss"] < 0.45 < result.metrics["eval_loss_before"]
+    )
+    single = written(
+        tmp_path, [{"prompt": prompt, "completion": "b", "label": True} for prompt in "ac"]
+    )
     with pytest.raises(ConfigError, match="set loss_type=kto"):
         dpo.DPOStage(config(tmp_path, preference_dataset_path=single)).load_data()
 
 
-@pytest.mark.parametrize("options, said", [
-    ({"loss_type": "sigmiod"}, "did you mean 'sigmoid'"),
-    ({"loss_type": "sigmoid,nll", "loss_weights": "1"}, "one weight for each"),
-    ({"loss_type": "kto,nll"}, "cannot be mixed"),
-    ({"loss_type": "exo_pair", "label_smoothing": 0}, "set it to 1e-3"),
-    ({"loss_type": "hinge", "label_smoothing": 0.1}, "label_smoothing has no effect with loss_type=hinge"),
-    ({"loss_type": "simpo", "reference_model_path": "x"}, "reference_model_path has no effect"),
-    ({"simpo_gamma": 1}, "simpo_gamma has no effect with loss_type=sigmoid; it belongs to simpo"),
-    ({"preference_dataset_path": ""}, "preference_dataset_path is missing"),
-    ({"auto_detect_format": False}, "goes with dataset_format"),
-    ({"validation_split": 0, "eval_steps": 1}, "eval_steps needs held-out rows"),
-])
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"loss_type": "sigmiod"}, "did you mean 'sigmoid'"),
+        ({"loss_type": "sigmoid,nll", "loss_weights": "1"}, "one weight for each"),
+        ({"loss_type": "kto,nll"}, "cannot be mixed"),
+        ({"loss_type": "exo_pair", "label_smoothing": 0}, "set it to 1e-3"),
+        (
+            {"loss_type": "hinge", "label_smoothing": 0.1},
+            "label_smoothing has no effect with loss_type=hinge",
+        ),
+        ({"loss_type": "simpo", "reference_model_path": "x"}, "reference_model_path has no effect"),
+        (
+            {"simpo_gamma": 1},
+            "simpo_gamma has no effect with loss_type=sigmoid; it belongs to simpo",
+        ),
+        ({"preference_dataset_path": ""}, "preference_dataset_path is missing"),
+        ({"auto_detect_format": False}, "goes with dataset_format"),
+        ({"validation_split": 0, "eval_steps": 1}, "eval_steps needs held-out rows"),
+    ],
+)
 def test_options_without_effect_are_refused(tmp_path, options, said):
     with pytest.raises(ConfigError, match=said):
         config(tmp_path, **options).validate()
 
 
 def test_two_processes_give_the_curve_of_one(model_dir, tmp_path):
-    path = written(tmp_path, [{k: p[k] for k in ("prompt", "chosen", "rejected")} for p in PAIRS * 6])
-    options = dict(model_name_or_path=model_dir, preference_dataset_path=str(path), max_steps=4, learning_rate=1e-2, validation_split=0.25)
-    one, two = options | dict(per_device_train_batch_size=4, output_dir=str(tmp_path / "1")), options | dict(
-        per_device_train_batch_size=2, output_dir=str(tmp_path / "2"), precompute_ref_log_probs=True)
+    path = written(
+        tmp_path, [{k: p[k] for k in ("prompt", "chosen", "rejected")} for p in PAIRS * 6]
+    )
+    options = dict(
+        model_name_or_path=model_dir,
+        preference_dataset_path=str(path),
+        max_steps=4,
+        learning_rate=1e-2,
+        validation_split=0.25,
+    )
+    one, two = (
+        options | dict(per_device_train_batch_size=4, output_dir=str(tmp_path / "1")),
+        options
+        | dict(
+            per_device_train_batch_size=2,
+            output_dir=str(tmp_path / "2"),
+            precompute_ref_log_probs=True,
+        ),
+    )
     assert dpo.DPOStage(dpo.DPOConfig(**one)).execute().success
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "recipes/dpo.py",
-                           *(f"--{name}={value}" for name, value in two.items())], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node=2",
+            "--standalone",
+            "recipes/dpo.py",
+            *(f"--{name}={value}" for name, value in two.items()),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0 and done.stdout.count("done:") == 1, done.stdout + done.stderr
-    logged = [[json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()] for folder in "12"]
-    curves = [[line[key] for line in lines for key in ("loss", "margin", "eval_loss", "eval_kl") if key in line] for lines in logged]
+    logged = [
+        [
+            json.loads(line)
+            for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()
+        ]
+        for folder in "12"
+    ]
+    curves = [
+        [
+            line[key]
+            for line in lines
+            for key in ("loss", "margin", "eval_loss", "eval_kl")
+            if key in line
+        ]
+        for lines in logged
+    ]
     assert len(curves[0]) == 12 and curves[1] == pytest.approx(curves[0], abs=1e-4)

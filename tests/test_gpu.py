@@ -1,18 +1,19 @@
 """What is different on a GPU. Elsewhere, and unless it is asked for, all but the chain is skipped:
 
-    CUDA_VISIBLE_DEVICES=0 python -m pytest tests/test_gpu.py
+CUDA_VISIBLE_DEVICES=0 python -m pytest tests/test_gpu.py
 """
 
 import json
 
+import dpo
 import pytest
+import rl
+import sft
 import torch
 from conftest import make_model
 
 import common
-import dpo
-import rl
-import sft
+import core.sampling
 from chain import Pipeline
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")
@@ -30,15 +31,22 @@ def pairs(tmp_path):
 @on_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_recorded_steps_sample_what_single_ones_do(tokenizer, monkeypatch, dtype):
-    model, sampling = make_model(tokenizer).to("cuda", dtype), common.SAMPLING | {"max_new_tokens": 40}
+    model, sampling = (
+        make_model(tokenizer).to("cuda", dtype),
+        core.sampling.SAMPLING_DEFAULTS | {"max_new_tokens": 40},
+    )
     asked = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3]]
     replays, replay = [], torch.cuda.CUDAGraph.replay
-    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (replays.append(1), replay(graph)))
-    chances = common.random_numbers(8, sampling, 0).cuda()
+    monkeypatch.setattr(
+        torch.cuda.CUDAGraph, "replay", lambda graph: (replays.append(1), replay(graph))
+    )
+    chances = core.sampling.uniform_numbers(8, sampling, 0).cuda()
     found = []
     for devices in ({"cuda"}, set()):
         monkeypatch.setattr(common, "RECORDING", devices)
-        found.append(common.sample(model, tokenizer, asked, sampling, chances, 4))
+        found.append(
+            core.sampling.sample_completions(model, tokenizer, asked, sampling, chances, 4)
+        )
         assert len(replays) > 30  # of the first of both alone
     pairs = [*zip(sum(found[0][1], []), sum(found[1][1], []))]
     if dtype == torch.float32:
@@ -49,11 +57,16 @@ def test_recorded_steps_sample_what_single_ones_do(tokenizer, monkeypatch, dtype
 
 @on_gpu
 def test_a_step_that_waits_for_a_value_is_not_recorded(tokenizer, monkeypatch):
-    model, sampling = make_model(tokenizer).cuda(), common.SAMPLING | {"max_new_tokens": 12}
-    expected = common.sample(model, tokenizer, [[5, 6, 7]], sampling)
-    model.model.norm.register_forward_hook(lambda *_: None if float(model.lm_head.weight[0, 0]) else None)
+    model, sampling = (
+        make_model(tokenizer).cuda(),
+        core.sampling.SAMPLING_DEFAULTS | {"max_new_tokens": 12},
+    )
+    expected = core.sampling.sample_completions(model, tokenizer, [[5, 6, 7]], sampling)
+    model.model.norm.register_forward_hook(
+        lambda *_: None if float(model.lm_head.weight[0, 0]) else None
+    )
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", None)
-    found = common.sample(model, tokenizer, [[5, 6, 7]], sampling)
+    found = core.sampling.sample_completions(model, tokenizer, [[5, 6, 7]], sampling)
     assert found[0] == expected[0] and torch.cuda.get_sync_debug_mode() == 0
 
 
@@ -62,17 +75,41 @@ def test_a_chain_of_all_kinds_runs(model_dir, data, pairs, tmp_path):
     shared prompts; dpo starts at its reference exactly."""
     file = tmp_path / "chain.yaml"
     stages = {
-        "sft": {"dataset_name_or_path": data, "lora_r": 0, "num_eval_samples": 4, "max_new_tokens": 8, **SMALL},
+        "sft": {
+            "dataset_name_or_path": data,
+            "lora_r": 0,
+            "num_eval_samples": 4,
+            "max_new_tokens": 8,
+            **SMALL,
+        },
         "evaluate": {"dataset_name_or_path": data},
         "dpo": {"preference_dataset_path": pairs, "validation_split": 0.2, **SMALL},
         "reward": {"preference_dataset_path": pairs, **SMALL},
-        "rl": {"prompt_dataset_path": data, "algorithm": "ppo", "reward": "length", "reward_length": 3, "batch_size": 8,
-               "num_training_steps": 2, "generation_kwargs": {"max_new_tokens": 8}}}
+        "rl": {
+            "prompt_dataset_path": data,
+            "algorithm": "ppo",
+            "reward": "length",
+            "reward_length": 3,
+            "batch_size": 8,
+            "num_training_steps": 2,
+            "generation_kwargs": {"max_new_tokens": 8},
+        },
+    }
     dtype = {"torch_dtype": "auto" if torch.cuda.is_available() else "bfloat16"}
-    file.write_text(json.dumps({"model_name_or_path": model_dir, "output_dir": str(tmp_path / "out"), "stages": [*stages],
-                                "stage_configs": {name: dtype | options for name, options in stages.items()}}))
+    file.write_text(
+        json.dumps(
+            {
+                "model_name_or_path": model_dir,
+                "output_dir": str(tmp_path / "out"),
+                "stages": [*stages],
+                "stage_configs": {name: dtype | options for name, options in stages.items()},
+            }
+        )
+    )
     results = Pipeline.from_yaml(str(file)).run()
-    assert len(results) == 5 and all(result.success for result in results), results[-1].error_message
+    assert len(results) == 5 and all(result.success for result in results), results[
+        -1
+    ].error_message
     assert results[2].metrics["eval_accuracy_before"] == 0.5
     assert "not exact" not in (tmp_path / "out/03_dpo/training.log").read_text()
 
@@ -80,8 +117,15 @@ def test_a_chain_of_all_kinds_runs(model_dir, data, pairs, tmp_path):
 @on_gpu
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantized_models_train_and_sample(model_dir, data, tmp_path, bits):
-    config = sft.SFTConfig(model_name_or_path=model_dir, dataset_name_or_path=data, output_dir=str(tmp_path / "out"),
-                           num_eval_samples=4, max_new_tokens=8, **{f"use_{bits}bit": True}, **SMALL)
+    config = sft.SFTConfig(
+        model_name_or_path=model_dir,
+        dataset_name_or_path=data,
+        output_dir=str(tmp_path / "out"),
+        num_eval_samples=4,
+        max_new_tokens=8,
+        **{f"use_{bits}bit": True},
+        **SMALL,
+    )
     result = sft.SFTStage(config).execute()
     assert result.success, result.error_message
 
@@ -89,16 +133,26 @@ def test_quantized_models_train_and_sample(model_dir, data, tmp_path, bits):
 @on_gpu
 @pytest.mark.parametrize("algorithm", ["ppo", "a2c", "trpo", "grpo", "rloo"])
 def test_every_algorithm_runs(model_dir, data, tmp_path, algorithm):
-    config = rl.RLConfig(model_name_or_path=model_dir, prompt_dataset_path=data, output_dir=str(tmp_path / "out"),
-                         algorithm=algorithm, reward=["length"], reward_length=3, batch_size=8, num_training_steps=3,
-                         generation_kwargs={"max_new_tokens": 8})
+    config = rl.RLConfig(
+        model_name_or_path=model_dir,
+        prompt_dataset_path=data,
+        output_dir=str(tmp_path / "out"),
+        algorithm=algorithm,
+        reward=["length"],
+        reward_length=3,
+        batch_size=8,
+        num_training_steps=3,
+        generation_kwargs={"max_new_tokens": 8},
+    )
     result = rl.RLStage(config).execute()
     assert result.success, result.error_message
 
 
 @on_gpu
 def test_the_sum_over_an_answer_is_the_same_at_every_call(model_dir, tokenizer, pairs, tmp_path):
-    config = dpo.DPOConfig(model_name_or_path=model_dir, preference_dataset_path=pairs, output_dir=str(tmp_path))
+    config = dpo.DPOConfig(
+        model_name_or_path=model_dir, preference_dataset_path=pairs, output_dir=str(tmp_path)
+    )
     model, _ = common.load_model_and_tokenizer(config)
     rows = [dpo.encode(row, tokenizer, config) for row in dpo.DPOStage(config).load_data()[0]]
     batch = {name: value.cuda() for name, value in dpo.collate(rows).items()}

@@ -15,14 +15,19 @@ import time
 import pytest
 import rl
 import sft
-import yaml
 from conftest import ROOT
 
 import common
+import core.checkpoints
+import core.config
+import yaml
 from chain import Pipeline
-from common import ConfigError
+from core.errors import ConfigError
 
-PAIRS = [{"prompt": f"Say {n}", "chosen": "yes " * (1 + n % 3), "rejected": "no " * (1 + n % 2)} for n in range(20)]
+PAIRS = [
+    {"prompt": f"Say {n}", "chosen": "yes " * (1 + n % 3), "rejected": "no " * (1 + n % 2)}
+    for n in range(20)
+]
 KILLS = int(os.environ.get("KILLS", 3))
 
 
@@ -38,14 +43,34 @@ def pipeline(model_dir, data, tmp_path):
     def write_yaml(name="out", **changes):
         pairs = write(tmp_path / "pairs.jsonl", PAIRS)
         fit = {"max_steps": 6, "save_steps": 2, "validation_split": 0.2, "learning_rate": 1e-2}
-        stages = {"sft": {"data": data, **fit}, "dpo": {"data": pairs, **fit}, "reward": {"data": pairs, **fit},
-                  "rl": {"data": pairs, "reward_model_path": "stage:reward", "algorithm": "ppo", "batch_size": 4, "save_freq": 2,
-                         "num_training_steps": 6, "generation_kwargs": {"max_new_tokens": 6}, "validation_split": 0.2}}
+        stages = {
+            "sft": {"data": data, **fit},
+            "dpo": {"data": pairs, **fit},
+            "reward": {"data": pairs, **fit},
+            "rl": {
+                "data": pairs,
+                "reward_model_path": "stage:reward",
+                "algorithm": "ppo",
+                "batch_size": 4,
+                "save_freq": 2,
+                "num_training_steps": 6,
+                "generation_kwargs": {"max_new_tokens": 6},
+                "validation_split": 0.2,
+            },
+        }
         for stage, options in changes.items():
             stages[stage] |= options
         path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump({"model_name_or_path": model_dir, "output_dir": str(tmp_path / name),
-                                        "stages": [*stages], "stage_configs": stages}))
+        path.write_text(
+            yaml.safe_dump(
+                {
+                    "model_name_or_path": model_dir,
+                    "output_dir": str(tmp_path / name),
+                    "stages": [*stages],
+                    "stage_configs": stages,
+                }
+            )
+        )
         return str(path)
 
     return write_yaml
@@ -98,11 +123,27 @@ for number in range(kills):
 """
 
 
-def test_a_chain_killed_at_random_moments_ends_with_the_weights_of_the_undisturbed_one(pipeline, tmp_path):
-    command = [sys.executable, "-W", "ignore", "-c", FORKS, str(ROOT), pipeline(), str(tmp_path / "runs"), str(KILLS)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+def test_a_chain_killed_at_random_moments_ends_with_the_weights_of_the_undisturbed_one(
+    pipeline, tmp_path
+):
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        FORKS,
+        str(ROOT),
+        pipeline(),
+        str(tmp_path / "runs"),
+        str(KILLS),
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     (_, status, _), *trials = [json.loads(line) for line in done.stdout.splitlines()]
-    assert status == 0 and len(trials) == KILLS, done.stderr + (tmp_path / "runs.log").read_text()[-3000:]
+    assert status == 0 and len(trials) == KILLS, (
+        done.stderr + (tmp_path / "runs.log").read_text()[-3000:]
+    )
     wanted = weights(tmp_path / "runs/undisturbed")
     for number, killed, after, finished, status, again in trials:
         assert status == 0, again[-3000:]
@@ -115,14 +156,25 @@ def test_a_chain_killed_at_random_moments_ends_with_the_weights_of_the_undisturb
 @pytest.fixture
 def interrupted(model_dir, data, tmp_path):
     """SFT with checkpoints after steps 2 and 4 of 5, whose saving of the model failed; and the weights it should have."""
-    options = dict(model_name_or_path=model_dir, dataset_name_or_path=data, max_steps=5, save_steps=2, learning_rate=1e-2,
-                   validation_split=0.2, save_total_limit=3)
+    options = dict(
+        model_name_or_path=model_dir,
+        dataset_name_or_path=data,
+        max_steps=5,
+        save_steps=2,
+        learning_rate=1e-2,
+        validation_split=0.2,
+        save_total_limit=3,
+    )
 
     def run(folder, fails=False, **more):
-        stage = sft.SFTStage(sft.SFTConfig(**options | {"output_dir": str(tmp_path / folder)} | more))
+        stage = sft.SFTStage(
+            sft.SFTConfig(**options | {"output_dir": str(tmp_path / folder)} | more)
+        )
         if fails:
+
             def full(model, tokenizer):
                 raise OSError(28, "No space left on device")
+
             stage.save_model_and_tokenizer = full
         return stage.execute()
 
@@ -133,14 +185,23 @@ def interrupted(model_dir, data, tmp_path):
 
 
 def test_the_best_checkpoint_of_a_run_that_was_moved_is_in_its_folder_now(interrupted, tmp_path):
-    run, options = interrupted[0], dict(eval_steps=1, save_steps=1, load_best_model_at_end=True, learning_rate=0.3, max_steps=4)
+    run, options = (
+        interrupted[0],
+        dict(
+            eval_steps=1, save_steps=1, load_best_model_at_end=True, learning_rate=0.3, max_steps=4
+        ),
+    )
     assert run("kept", **options).success and not run("here", fails=True, **options).success
     state = json.loads((tmp_path / "here/checkpoints/checkpoint-3/trainer_state.json").read_text())
-    assert state["best_global_step"] < 3 and state["best_model_checkpoint"].startswith(str(tmp_path / "here"))
+    assert state["best_global_step"] < 3 and state["best_model_checkpoint"].startswith(
+        str(tmp_path / "here")
+    )
     shutil.rmtree(tmp_path / "here/checkpoints/checkpoint-4")
     (tmp_path / "here").rename(tmp_path / "there")
     assert run("there", **options).success
-    assert (tmp_path / "there/model.safetensors").read_bytes() == (tmp_path / "kept/model.safetensors").read_bytes()
+    assert (tmp_path / "there/model.safetensors").read_bytes() == (
+        tmp_path / "kept/model.safetensors"
+    ).read_bytes()
 
 
 def cut(file):
@@ -154,48 +215,110 @@ def test_a_checkpoint_of_the_last_step_is_the_end(interrupted):
     done = run("whole", resume_from_checkpoint=False, **same)
     assert not run("cut", fails=True, resume_from_checkpoint=False, **same).success
     result = run("cut", **same)
-    assert result.success and result.metrics["steps"] == 4 and result.metrics["train_loss"] == done.metrics["train_loss"] > 1
+    assert (
+        result.success
+        and result.metrics["steps"] == 4
+        and result.metrics["train_loss"] == done.metrics["train_loss"] > 1
+    )
     assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("relative", [False, True])
-def test_a_copied_run_goes_on_from_its_own_folders_and_leaves_the_others_alone(pipeline, tmp_path, monkeypatch, relative):
+def test_a_copied_run_goes_on_from_its_own_folders_and_leaves_the_others_alone(
+    pipeline, tmp_path, monkeypatch, relative
+):
     """Also where a relative output_dir is continued from another working directory, by its absolute path."""
-    path = pipeline(sft={"max_steps": 1}, dpo={"max_steps": 1}, reward={"max_steps": 1}, rl={"num_training_steps": 1})
+    path = pipeline(
+        sft={"max_steps": 1},
+        dpo={"max_steps": 1},
+        reward={"max_steps": 1},
+        rl={"num_training_steps": 1},
+    )
     monkeypatch.chdir(tmp_path)
-    first = Pipeline.from_yaml(path, output_dir="a" if relative else str(tmp_path / "a"), until="reward").run()
+    first = Pipeline.from_yaml(
+        path, output_dir="a" if relative else str(tmp_path / "a"), until="reward"
+    ).run()
     assert all(result.success for result in first)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     before = sorted((tmp_path / "a").rglob("*"))
-    results = Pipeline.from_yaml(path, output_dir=str(tmp_path / "b"), cleanup_intermediate=True).run()
-    assert [result.success for result in results] == [True] * 4 and sorted((tmp_path / "a").rglob("*")) == before
-    assert results[2].artifacts["reward_model"] == str(tmp_path / "b/03_reward") and results[1].artifacts["adapter"].startswith(str(tmp_path / "b/02_dpo"))
+    results = Pipeline.from_yaml(
+        path, output_dir=str(tmp_path / "b"), cleanup_intermediate=True
+    ).run()
+    assert [result.success for result in results] == [True] * 4 and sorted(
+        (tmp_path / "a").rglob("*")
+    ) == before
+    assert results[2].artifacts["reward_model"] == str(tmp_path / "b/03_reward") and results[
+        1
+    ].artifacts["adapter"].startswith(str(tmp_path / "b/02_dpo"))
     record = json.loads((tmp_path / "b/04_rl/stage.json").read_text())
     assert record["parent"]["model"] == str(tmp_path / "b/02_dpo")
-    assert not (tmp_path / "b/02_dpo/model.safetensors").exists() and (tmp_path / "b/final/model.safetensors").exists()
+    assert (
+        not (tmp_path / "b/02_dpo/model.safetensors").exists()
+        and (tmp_path / "b/final/model.safetensors").exists()
+    )
 
 
 def test_a_finished_recipe_is_not_run_again_by_the_same_command(model_dir, data, tmp_path, caplog):
-    command = [sys.executable, "-W", "ignore", "recipes/sft.py", f"--model={model_dir}", f"--data={data}", f"--output_dir={tmp_path}/o"]
-    again = lambda *more: subprocess.run([*command, "--max_steps=2", "--save_steps=1", *more], cwd=ROOT, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "recipes/sft.py",
+        f"--model={model_dir}",
+        f"--data={data}",
+        f"--output_dir={tmp_path}/o",
+    ]
+    again = lambda *more: subprocess.run(
+        [*command, "--max_steps=2", "--save_steps=1", *more],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     first = again()
-    record, model = (tmp_path / "o/stage.json").read_bytes(), (tmp_path / "o/model.safetensors").stat().st_mtime_ns
+    record, model = (
+        (tmp_path / "o/stage.json").read_bytes(),
+        (tmp_path / "o/model.safetensors").stat().st_mtime_ns,
+    )
     second = again()
-    assert first.returncode == second.returncode == 0 and "finished already" in second.stdout and "step" not in second.stdout
-    assert first.stdout.splitlines()[-1] == second.stdout.splitlines()[-1] and "eval_loss" in second.stdout
-    assert (tmp_path / "o/stage.json").read_bytes() == record and (tmp_path / "o/model.safetensors").stat().st_mtime_ns == model
-    stage = lambda **other: sft.SFTStage(sft.SFTConfig(model_name_or_path=model_dir, dataset_name_or_path=data, max_steps=2, save_steps=1,
-                                                       output_dir=str(tmp_path / "o"), **other))
-    for change in (lambda: None, (tmp_path / "o/model.safetensors").unlink):  # with other options it runs, and where its model is gone
+    assert (
+        first.returncode == second.returncode == 0
+        and "finished already" in second.stdout
+        and "step" not in second.stdout
+    )
+    assert (
+        first.stdout.splitlines()[-1] == second.stdout.splitlines()[-1]
+        and "eval_loss" in second.stdout
+    )
+    assert (tmp_path / "o/stage.json").read_bytes() == record and (
+        tmp_path / "o/model.safetensors"
+    ).stat().st_mtime_ns == model
+    stage = lambda **other: sft.SFTStage(
+        sft.SFTConfig(
+            model_name_or_path=model_dir,
+            dataset_name_or_path=data,
+            max_steps=2,
+            save_steps=1,
+            output_dir=str(tmp_path / "o"),
+            **other,
+        )
+    )
+    for change in (
+        lambda: None,
+        (tmp_path / "o/model.safetensors").unlink,
+    ):  # with other options it runs, and where its model is gone
         change()
         caplog.clear()
         changed = stage(learning_rate=1e-3)
         changed.once = True
-        assert changed.execute().success and "finished already" not in caplog.text and "step 2/2" in caplog.text
+        assert (
+            changed.execute().success
+            and "finished already" not in caplog.text
+            and "step 2/2" in caplog.text
+        )
 
 
 def flip(file):
@@ -204,22 +327,32 @@ def flip(file):
     file.write_bytes(bytes(content))
 
 
-@pytest.mark.parametrize("name, harm, words", [
-    ("adapter_model.safetensors", cut, "adapter_model.safetensors is damaged"),
-    ("adapter_model.safetensors", flip, "adapter_model.safetensors is damaged"),
-    ("optimizer.pt", lambda file: file.unlink(), "optimizer.pt is missing"),
-    ("trainer_state.json", lambda file: file.write_text("{}"), "trainer_state.json is damaged"),
-    ("manifest.json", lambda file: file.write_text(""), "manifest.json is damaged"),
-    ("manifest.json", lambda file: file.write_text("{}"), "manifest.json is empty"),
-    ("manifest.json", lambda file: file.unlink(), "manifest.json is missing"),
-])
-def test_a_broken_checkpoint_is_named_and_the_one_before_is_taken(interrupted, caplog, name, harm, words):
+@pytest.mark.parametrize(
+    "name, harm, words",
+    [
+        ("adapter_model.safetensors", cut, "adapter_model.safetensors is damaged"),
+        ("adapter_model.safetensors", flip, "adapter_model.safetensors is damaged"),
+        ("optimizer.pt", lambda file: file.unlink(), "optimizer.pt is missing"),
+        ("trainer_state.json", lambda file: file.write_text("{}"), "trainer_state.json is damaged"),
+        ("manifest.json", lambda file: file.write_text(""), "manifest.json is damaged"),
+        ("manifest.json", lambda file: file.write_text("{}"), "manifest.json is empty"),
+        ("manifest.json", lambda file: file.unlink(), "manifest.json is missing"),
+    ],
+)
+def test_a_broken_checkpoint_is_named_and_the_one_before_is_taken(
+    interrupted, caplog, name, harm, words
+):
     run, folder, whole = interrupted
-    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
+        "checkpoint-2",
+        "checkpoint-4",
+    ]
     harm(folder / "checkpoints/checkpoint-4" / name)
     assert run("cut").success
     assert f"checkpoint-4 is passed over: {words}" in caplog.text and "going on from" in caplog.text
-    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()].count(3) == 1
+    assert [
+        json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ].count(3) == 1
     assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
@@ -229,15 +362,23 @@ def test_a_checkpoint_that_is_named_has_to_be_whole(interrupted):
     with pytest.raises(ConfigError, match="checkpoint-2: optimizer.pt is damaged"):
         run("cut", resume_from_checkpoint=str(folder / "checkpoints/checkpoint-2"))
     with pytest.raises(ConfigError, match="checkpoint-4 is of another recipe"):
-        common.newest_checkpoint(rl.RLConfig(resume_from_checkpoint=str(folder / "checkpoints/checkpoint-4")))
+        core.checkpoints.find_checkpoint(
+            rl.RLConfig(resume_from_checkpoint=str(folder / "checkpoints/checkpoint-4"))
+        )
     assert run("cut", resume_from_checkpoint=str(folder / "checkpoints/checkpoint-4")).success
     assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
-def test_with_other_options_it_starts_anew_and_the_old_checkpoints_are_laid_aside(interrupted, caplog):
+def test_with_other_options_it_starts_anew_and_the_old_checkpoints_are_laid_aside(
+    interrupted, caplog
+):
     run, folder, whole = interrupted
     assert run("cut", learning_rate=2e-2, save_steps=0).success
-    assert "going on" not in caplog.text and "are now in" in caplog.text and "learning_rate 0.01 -> 0.02" in caplog.text
+    assert (
+        "going on" not in caplog.text
+        and "are now in" in caplog.text
+        and "learning_rate 0.01 -> 0.02" in caplog.text
+    )
     assert (folder / "checkpoints.1/checkpoint-4").is_dir()
 
 
@@ -251,16 +392,29 @@ def test_a_run_begun_anew_goes_on_from_its_own_checkpoints(interrupted, caplog):
 
 def test_train_called_alone_does_not_go_on_from_a_run_with_other_options(interrupted):
     _, folder, _ = interrupted
-    options = yaml.safe_load((folder / "../whole/stage_config.yaml").read_text()) | {"output_dir": str(folder), "stage_name": ""}
-    assert common.newest_checkpoint(sft.SFTConfig(**options)).name == "checkpoint-4"
-    with pytest.raises(ConfigError, match=r"checkpoint-4 is of a run with other options \(learning_rate 0.01 -> 0.02\)"):
-        common.newest_checkpoint(sft.SFTConfig(**options | {"learning_rate": 2e-2}))
-    assert common.newest_checkpoint(sft.SFTConfig(**options | {"learning_rate": 2e-2, "resume_from_checkpoint": False})) is None
+    options = yaml.safe_load((folder / "../whole/stage_config.yaml").read_text()) | {
+        "output_dir": str(folder),
+        "stage_name": "",
+    }
+    assert core.checkpoints.find_checkpoint(sft.SFTConfig(**options)).name == "checkpoint-4"
+    with pytest.raises(
+        ConfigError,
+        match=r"checkpoint-4 is of a run with other options \(learning_rate 0.01 -> 0.02\)",
+    ):
+        core.checkpoints.find_checkpoint(sft.SFTConfig(**options | {"learning_rate": 2e-2}))
+    assert (
+        core.checkpoints.find_checkpoint(
+            sft.SFTConfig(**options | {"learning_rate": 2e-2, "resume_from_checkpoint": False})
+        )
+        is None
+    )
 
 
-def test_a_checkpoint_whose_saving_fails_leaves_the_older_one(model_dir, data, tmp_path, monkeypatch):
+def test_a_checkpoint_whose_saving_fails_leaves_the_older_one(
+    model_dir, data, tmp_path, monkeypatch
+):
     """A full disk while step 4 is saved."""
-    seal, out = common.seal, tmp_path / "out"
+    seal, out = core.checkpoints.seal_checkpoint, tmp_path / "out"
 
     def full(folder, config):
         if folder.name == "checkpoint-4":
@@ -268,10 +422,18 @@ def test_a_checkpoint_whose_saving_fails_leaves_the_older_one(model_dir, data, t
         seal(folder, config)
 
     monkeypatch.setattr(common, "seal", full)
-    options = dict(model_name_or_path=model_dir, dataset_name_or_path=data, max_steps=6, save_steps=2, save_total_limit=1)
+    options = dict(
+        model_name_or_path=model_dir,
+        dataset_name_or_path=data,
+        max_steps=6,
+        save_steps=2,
+        save_total_limit=1,
+    )
     result = sft.SFTStage(sft.SFTConfig(**options, output_dir=str(out))).execute()
     assert not result.success and "No space left" in result.error_message
-    assert [path.name for path in (out / "checkpoints").glob("[a-z]*")] == ["checkpoint-2"] and not common.damage(out / "checkpoints/checkpoint-2")
+    assert [path.name for path in (out / "checkpoints").glob("[a-z]*")] == [
+        "checkpoint-2"
+    ] and not core.checkpoints.find_damage(out / "checkpoints/checkpoint-2")
     monkeypatch.setattr(common, "seal", seal)
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "lo')  # of a line too there was only half
@@ -280,38 +442,84 @@ def test_a_checkpoint_whose_saving_fails_leaves_the_older_one(model_dir, data, t
 
 @pytest.mark.parametrize("recipe, number", [("sft", signal.SIGTERM), ("rl", signal.SIGINT)])
 def test_a_signal_saves_and_the_same_command_goes_on(model_dir, data, tmp_path, recipe, number):
-    own = {"sft": dict(max_steps=40, save_steps=0, learning_rate=1e-2),
-           "rl": dict(reward="length", reward_length=3, num_training_steps=12, save_freq=0, batch_size=4,
-                      generation_kwargs={"max_new_tokens": 24}, validation_split=0)}[recipe]
-    command = [sys.executable, "-W", "ignore", f"recipes/{recipe}.py", f"--model={model_dir}", f"--data={data}",
-               *(f"--{name}={value}" for name, value in own.items())]
+    own = {
+        "sft": dict(max_steps=40, save_steps=0, learning_rate=1e-2),
+        "rl": dict(
+            reward="length",
+            reward_length=3,
+            num_training_steps=12,
+            save_freq=0,
+            batch_size=4,
+            generation_kwargs={"max_new_tokens": 24},
+            validation_split=0,
+        ),
+    }[recipe]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        f"recipes/{recipe}.py",
+        f"--model={model_dir}",
+        f"--data={data}",
+        *(f"--{name}={value}" for name, value in own.items()),
+    ]
     out = {name: tmp_path / name for name in ("cut", "whole")}
     stage = {"sft": sft.SFTStage, "rl": rl.RLStage}[recipe]
     options = dict(model=model_dir, data=data, output_dir=str(out["whole"])) | own
-    assert stage(stage.config_class(**common.resolve_names(stage.config_class, options))).execute().success
-    process = subprocess.Popen([*command, f"--output_dir={out['cut']}"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert (
+        stage(stage.config_class(**core.config.resolve_names(stage.config_class, options)))
+        .execute()
+        .success
+    )
+    process = subprocess.Popen(
+        [*command, f"--output_dir={out['cut']}"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     for line in process.stdout:
         if line.startswith("step  2/"):
             process.send_signal(number)
         last = line
     assert process.wait() == 128 + number, last
-    assert len([*(out["cut"] / "checkpoints").glob("[a-z]*-*")]) == 1 and not (out["cut"] / "stage.json").exists()
-    again = subprocess.run([*command, f"--output_dir={out['cut']}"], cwd=ROOT, capture_output=True, text=True)
+    assert (
+        len([*(out["cut"] / "checkpoints").glob("[a-z]*-*")]) == 1
+        and not (out["cut"] / "stage.json").exists()
+    )
+    again = subprocess.run(
+        [*command, f"--output_dir={out['cut']}"], cwd=ROOT, capture_output=True, text=True
+    )
     assert again.returncode == 0 and "going on from" in again.stdout, again.stderr
-    assert (out["cut"] / "model.safetensors").read_bytes() == (out["whole"] / "model.safetensors").read_bytes()
+    assert (out["cut"] / "model.safetensors").read_bytes() == (
+        out["whole"] / "model.safetensors"
+    ).read_bytes()
 
 
 def test_a_signal_between_the_steps_ends_at_once(model_dir, data, tmp_path):
-    process = subprocess.Popen([sys.executable, "recipes/sft.py", f"--model={model_dir}", f"--data={data}", f"--output_dir={tmp_path}/o"],
-                               cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    while not (tmp_path / "o/training.log").exists():  # by then it listens, and has yet to load the model
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "recipes/sft.py",
+            f"--model={model_dir}",
+            f"--data={data}",
+            f"--output_dir={tmp_path}/o",
+        ],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    while not (
+        tmp_path / "o/training.log"
+    ).exists():  # by then it listens, and has yet to load the model
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=20)
-    assert process.returncode == 143 and said.strip() == "stopped by SIGTERM; the same command goes on"
+    assert (
+        process.returncode == 143 and said.strip() == "stopped by SIGTERM; the same command goes on"
+    )
 
 
-def test_a_loss_that_is_not_finite_at_step_3_stops_with_the_weights_of_step_2(model_dir, data, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_at_step_3_stops_with_the_weights_of_step_2(
+    model_dir, data, tmp_path, monkeypatch
+):
     calls, loss = [], sft.loss
 
     def broken(model, batch):
@@ -320,29 +528,49 @@ def test_a_loss_that_is_not_finite_at_step_3_stops_with_the_weights_of_step_2(mo
         return value * (float("nan") if sum(calls) == 3 else 1), metrics
 
     monkeypatch.setattr(sft, "loss", broken)
-    settings = sft.SFTConfig(model_name_or_path=model_dir, dataset_name_or_path=data, max_steps=6, save_steps=1, validation_split=0,
-                             output_dir=str(tmp_path / "out"))
+    settings = sft.SFTConfig(
+        model_name_or_path=model_dir,
+        dataset_name_or_path=data,
+        max_steps=6,
+        save_steps=1,
+        validation_split=0,
+        output_dir=str(tmp_path / "out"),
+    )
     result = sft.SFTStage(settings).execute()
-    assert not result.success and "the loss is nan at step 3; the weights are as before it" in result.error_message
-    assert common.newest_checkpoint(settings).name == "checkpoint-2"
+    assert (
+        not result.success
+        and "the loss is nan at step 3; the weights are as before it" in result.error_message
+    )
+    assert core.checkpoints.find_checkpoint(settings).name == "checkpoint-2"
 
 
 def ran(capsys):
     screen = capsys.readouterr().out
-    return [folder for folder in ("01_sft", "02_dpo", "03_reward", "04_rl") if f"/4 {folder}" in screen], screen
+    return [
+        folder for folder in ("01_sft", "02_dpo", "03_reward", "04_rl") if f"/4 {folder}" in screen
+    ], screen
 
 
-def test_finished_stages_are_not_run_again_and_a_change_runs_what_follows(pipeline, tmp_path, capsys):
+def test_finished_stages_are_not_run_again_and_a_change_runs_what_follows(
+    pipeline, tmp_path, capsys
+):
     assert all(result.success for result in Pipeline.from_yaml(pipeline()).run())
     assert ran(capsys)[0] == ["01_sft", "02_dpo", "03_reward", "04_rl"]
     wanted = weights(tmp_path / "out")
 
     results = Pipeline.from_yaml(pipeline()).run()
     names, screen = ran(capsys)
-    assert names == [] and len(results) == 4 and screen.count("is finished already") == 4 and weights(tmp_path / "out") == wanted
+    assert (
+        names == []
+        and len(results) == 4
+        and screen.count("is finished already") == 4
+        and weights(tmp_path / "out") == wanted
+    )
     assert "eval_loss" in screen.split("before -> after")[1]
 
-    Pipeline.from_yaml(pipeline(dpo={"beta": 0.2}, sft={"save_steps": 3})).run()  # a checkpoint more or less changes nothing
+    Pipeline.from_yaml(
+        pipeline(dpo={"beta": 0.2}, sft={"save_steps": 3})
+    ).run()  # a checkpoint more or less changes nothing
     names, screen = ran(capsys)
     assert names == ["02_dpo", "03_reward", "04_rl"] and "from 02_dpo on: beta 0.1 -> 0.2" in screen
     assert "01_sft is finished already" in screen and weights(tmp_path / "out") != wanted
@@ -352,7 +580,9 @@ def test_finished_stages_are_not_run_again_and_a_change_runs_what_follows(pipeli
     write(tmp_path / "pairs.jsonl", PAIRS[:-1])
     Pipeline.from_yaml(path).run()
     names, screen = ran(capsys)
-    assert names == ["02_dpo", "03_reward", "04_rl"] and "from 02_dpo on: its data changed" in screen
+    assert (
+        names == ["02_dpo", "03_reward", "04_rl"] and "from 02_dpo on: its data changed" in screen
+    )
 
     Pipeline.from_yaml(path, from_stage="reward").run()
     assert ran(capsys)[0] == ["03_reward", "04_rl"]
@@ -368,11 +598,19 @@ def test_finished_stages_are_not_run_again_and_a_change_runs_what_follows(pipeli
 def test_changed_code_and_changed_reward_files_are_seen(model_dir, data, tmp_path):
     judge = tmp_path / "judge.py"
     judge.write_text("def f(prompts, completions, **_): return [0.0] * len(completions)\n")
-    settings = rl.RLConfig(model_name_or_path=model_dir, prompt_dataset_path=data, reward=[f"{judge}:f"], output_dir=str(tmp_path / "o"))
+    settings = rl.RLConfig(
+        model_name_or_path=model_dir,
+        prompt_dataset_path=data,
+        reward=[f"{judge}:f"],
+        output_dir=str(tmp_path / "o"),
+    )
     marks = rl.RLStage(settings).fingerprint()
     assert {"common.py", "rl.py"} <= {*marks["code"]} and len(marks["code"]) == 2
     judge.write_text("def f(prompts, completions, **_): return [1.0] * len(completions)\n")
-    assert common.differences(marks, rl.RLStage(settings).fingerprint()) == f"{judge}:f changed"
+    assert (
+        core.checkpoints.describe_differences(marks, rl.RLStage(settings).fingerprint())
+        == f"{judge}:f changed"
+    )
 
 
 def test_after_a_cleanup_nothing_is_run_again_until_something_changes(pipeline, tmp_path, capsys):
@@ -388,15 +626,28 @@ def test_after_a_cleanup_nothing_is_run_again_until_something_changes(pipeline, 
 
 
 def test_early_stopping_has_waited_as_long_after_an_interruption(model_dir, data, tmp_path):
-    options = dict(model_name_or_path=model_dir, dataset_name_or_path=data, max_steps=8, eval_steps=1, save_steps=1, validation_split=0.2,
-                   early_stopping_patience=4, learning_rate=1e-12)
+    options = dict(
+        model_name_or_path=model_dir,
+        dataset_name_or_path=data,
+        max_steps=8,
+        eval_steps=1,
+        save_steps=1,
+        validation_split=0.2,
+        early_stopping_patience=4,
+        learning_rate=1e-12,
+    )
     whole = sft.SFTStage(sft.SFTConfig(**options, output_dir=str(tmp_path / "whole"))).execute()
     cut = sft.SFTStage(sft.SFTConfig(**options, output_dir=str(tmp_path / "cut")))
-    seal, common.seal = common.seal, lambda folder, config: seal(folder, config) if folder.name[-1] < "4" else 1 / 0
+    seal, core.checkpoints.seal_checkpoint = (
+        core.checkpoints.seal_checkpoint,
+        lambda folder, config: seal(folder, config) if folder.name[-1] < "4" else 1 / 0,
+    )
     try:
         assert not cut.execute().success
     finally:
-        common.seal = seal
+        core.checkpoints.seal_checkpoint = seal
     again = sft.SFTStage(sft.SFTConfig(**options, output_dir=str(tmp_path / "cut"))).execute()
     assert again.metrics["steps"] == whole.metrics["steps"] < 8
-    assert (tmp_path / "cut/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+    assert (tmp_path / "cut/model.safetensors").read_bytes() == (
+        tmp_path / "whole/model.safetensors"
+    ).read_bytes()

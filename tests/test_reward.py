@@ -11,28 +11,56 @@ from test_dpo import PAIRS, pair, written
 
 import chain
 import common
-from common import ConfigError, RowError
+import core.chat
+import core.config
+from core.errors import ConfigError, RowError
 
 
 def config(tmp_path, **options):
-    defaults = dict(model_name_or_path="tiny", preference_dataset_path="data", output_dir=str(tmp_path / "reward"), save_steps=0)
+    defaults = dict(
+        model_name_or_path="tiny",
+        preference_dataset_path="data",
+        output_dir=str(tmp_path / "reward"),
+        save_steps=0,
+    )
     return reward.RewardConfig(**defaults | options)
 
 
 @pytest.fixture
 def pairs(tmp_path):
     """Cheerful answers are preferred; now and then with a margin."""
-    return written(tmp_path, [{"prompt": f"Say {n}", "chosen": "yes " * (1 + n % 3), "rejected": "no " * (1 + n % 2), "margin": n % 2}
-                              for n in range(24)])
+    return written(
+        tmp_path,
+        [
+            {
+                "prompt": f"Say {n}",
+                "chosen": "yes " * (1 + n % 3),
+                "rejected": "no " * (1 + n % 2),
+                "margin": n % 2,
+            }
+            for n in range(24)
+        ],
+    )
 
 
 def sequence_classifier(tokenizer, seed=0):
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
     torch.manual_seed(seed)
-    return LlamaForSequenceClassification(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, num_labels=1, pad_token_id=1, eos_token_id=0))
+    return LlamaForSequenceClassification(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            num_labels=1,
+            pad_token_id=1,
+            eos_token_id=0,
+        )
+    )
 
 
 def encoded(tokenizer, pairs=PAIRS):
@@ -41,8 +69,12 @@ def encoded(tokenizer, pairs=PAIRS):
 
 def test_the_loss_is_the_printed_formula():
     sigma = lambda x: 1 / (1 + math.exp(-x))
-    values = reward.reward_loss(torch.tensor([1.5, -0.2]), torch.tensor([0.5, 0.3]), torch.tensor([0.0, 0.7]), 0.01)
-    assert values.tolist() == pytest.approx([-math.log(sigma(1)) + 0.01 * 4, -math.log(sigma(-0.5 - 0.7)) + 0.01 * 0.01], rel=1e-5)
+    values = reward.reward_loss(
+        torch.tensor([1.5, -0.2]), torch.tensor([0.5, 0.3]), torch.tensor([0.0, 0.7]), 0.01
+    )
+    assert values.tolist() == pytest.approx(
+        [-math.log(sigma(1)) + 0.01 * 4, -math.log(sigma(-0.5 - 0.7)) + 0.01 * 0.01], rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("center", [0.0, 0.05])
@@ -50,14 +82,34 @@ def test_loss_and_gradient_are_those_of_stock_reward_trainer(tokenizer, tmp_path
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
 
-    model, rows = sequence_classifier(tokenizer), encoded(tokenizer, [{**row, "margin": n / 4} for n, row in enumerate(PAIRS)])
-    stock = RewardTrainer(model, RewardConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", gradient_checkpointing=False,
-                                              center_rewards_coefficient=center or None, max_length=None),
-                          train_dataset=Dataset.from_list(PAIRS), processing_class=tokenizer)
-    examples = [{"chosen_ids": row["chosen"], "rejected_ids": row["rejected"], "margin": row["margin"]} for row in rows]
+    model, rows = (
+        sequence_classifier(tokenizer),
+        encoded(tokenizer, [{**row, "margin": n / 4} for n, row in enumerate(PAIRS)]),
+    )
+    stock = RewardTrainer(
+        model,
+        RewardConfig(
+            str(tmp_path),
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            gradient_checkpointing=False,
+            center_rewards_coefficient=center or None,
+            max_length=None,
+        ),
+        train_dataset=Dataset.from_list(PAIRS),
+        processing_class=tokenizer,
+    )
+    examples = [
+        {"chosen_ids": row["chosen"], "rejected_ids": row["rejected"], "margin": row["margin"]}
+        for row in rows
+    ]
     batch = stock.data_collator(examples)
     results = []
-    for value in (lambda: stock.compute_loss(model, dict(batch)), lambda: reward.loss(model, reward.collate(rows, model.config.pad_token_id), center)[0]):
+    for value in (
+        lambda: stock.compute_loss(model, dict(batch)),
+        lambda: reward.loss(model, reward.collate(rows, model.config.pad_token_id), center)[0],
+    ):
         model.zero_grad()
         loss = value()
         loss.backward()
@@ -69,7 +121,10 @@ def test_loss_and_gradient_are_those_of_stock_reward_trainer(tokenizer, tmp_path
 
 def test_the_loss_does_not_mind_the_side_of_padding(tokenizer):
     model, rows = sequence_classifier(tokenizer).eval(), encoded(tokenizer)
-    right, left = (reward.rewards(model, reward.collate(rows, model.config.pad_token_id, side)) for side in ("right", "left"))
+    right, left = (
+        reward.rewards(model, reward.collate(rows, model.config.pad_token_id, side))
+        for side in ("right", "left")
+    )
     assert len({len(row["chosen"]) for row in rows}) > 1 and torch.allclose(right, left, atol=1e-5)
 
 
@@ -86,82 +141,167 @@ def test_rows_that_are_too_long_are_left_out(tokenizer):
 
 
 def test_what_the_siblings_share_is_the_same():
-    assert {name: columns for name, columns in dpo.FORMATS.items() if name != "unpaired"} == reward.FORMATS
+    assert {
+        name: columns for name, columns in dpo.FORMATS.items() if name != "unpaired"
+    } == reward.FORMATS
     assert dpo.OPTIONAL == reward.OPTIONAL
 
 
-@pytest.mark.parametrize("options", [{}, {"lora_r": 0}, {"use_4bit": True}, {"use_dora": True}], ids=["lora", "full", "4bit", "dora"])
-def test_the_saved_folder_ranks_held_out_pairs_and_does_not_mind_the_side_of_padding(model_dir, pairs, tmp_path, options):
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"lora_r": 0}, {"use_4bit": True}, {"use_dora": True}],
+    ids=["lora", "full", "4bit", "dora"],
+)
+def test_the_saved_folder_ranks_held_out_pairs_and_does_not_mind_the_side_of_padding(
+    model_dir, pairs, tmp_path, options
+):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    settings = config(tmp_path, model_name_or_path=model_dir, preference_dataset_path=pairs, validation_split=0.25, learning_rate=1e-2,
-                      num_train_epochs=4, **options)
+    settings = config(
+        tmp_path,
+        model_name_or_path=model_dir,
+        preference_dataset_path=pairs,
+        validation_split=0.25,
+        learning_rate=1e-2,
+        num_train_epochs=4,
+        **options,
+    )
     stage = reward.RewardStage(settings)
     result = stage.execute()
     assert result.success, result.error_message
     figures = result.metrics
-    assert figures["eval_accuracy"] == 1 and figures["eval_loss"] < 0.4 and figures["calibration_error"] < 0.4
+    assert (
+        figures["eval_accuracy"] == 1
+        and figures["eval_loss"] < 0.4
+        and figures["calibration_error"] < 0.4
+    )
     folder = result.artifacts["reward_model"]
-    assert folder == settings.output_dir and json.loads((tmp_path / "reward/stage.json").read_text())["artifacts"]["reward_model"] == folder
-    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    texts = [tokenizer.apply_chat_template(row["prompt"] + row[side], tokenize=False).rstrip()
-             for row in stage.data[1] for side in ("chosen", "rejected")]
+    assert (
+        folder == settings.output_dir
+        and json.loads((tmp_path / "reward/stage.json").read_text())["artifacts"]["reward_model"]
+        == folder
+    )
+    model, tokenizer = (
+        AutoModelForSequenceClassification.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    texts = [
+        tokenizer.apply_chat_template(row["prompt"] + row[side], tokenize=False).rstrip()
+        for row in stage.data[1]
+        for side in ("chosen", "rejected")
+    ]
     scores = []
     for side in ("left", "right"):
-        batch = tokenizer(texts, padding=True, padding_side=side, add_special_tokens=False, return_tensors="pt")
+        batch = tokenizer(
+            texts, padding=True, padding_side=side, add_special_tokens=False, return_tensors="pt"
+        )
         assert (batch["attention_mask"] == 0).any()
-        scores.append(model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.view(-1, 2))
-    alone = [model(**tokenizer(text, add_special_tokens=False, return_tensors="pt").to("cpu")).logits.item() for text in texts]
-    assert torch.allclose(scores[0], scores[1], atol=1e-4) and torch.allclose(scores[0].flatten(), torch.tensor(alone), atol=1e-4)
+        scores.append(
+            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.view(
+                -1, 2
+            )
+        )
+    alone = [
+        model(
+            **tokenizer(text, add_special_tokens=False, return_tensors="pt").to("cpu")
+        ).logits.item()
+        for text in texts
+    ]
+    assert torch.allclose(scores[0], scores[1], atol=1e-4) and torch.allclose(
+        scores[0].flatten(), torch.tensor(alone), atol=1e-4
+    )
     margins = scores[0][:, 0] - scores[0][:, 1]
-    assert (margins > 0).all() and margins.mean().item() == pytest.approx(figures["eval_margin"], abs=1e-3)
+    assert (margins > 0).all() and margins.mean().item() == pytest.approx(
+        figures["eval_margin"], abs=1e-3
+    )
 
 
 def test_a_turn_never_ends_in_the_padding_token(model_dir, tmp_path):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    tokenizer.pad_token = "<|im_end|>"  # as some models have it: the score would be taken before the stop token
+    tokenizer.pad_token = (
+        "<|im_end|>"  # as some models have it: the score would be taken before the stop token
+    )
     tokenizer.save_pretrained(tmp_path / "model")
     from conftest import make_model
 
     make_model(tokenizer).save_pretrained(tmp_path / "model")
-    model, tokenizer = reward.RewardStage(config(tmp_path, model_name_or_path=str(tmp_path / "model"))).prepare_model_and_tokenizer(None, None)
-    assert tokenizer.pad_token_id not in common.stop_tokens(tokenizer) and model.config.pad_token_id == tokenizer.pad_token_id
+    model, tokenizer = reward.RewardStage(
+        config(tmp_path, model_name_or_path=str(tmp_path / "model"))
+    ).prepare_model_and_tokenizer(None, None)
+    assert (
+        tokenizer.pad_token_id not in core.chat.stop_tokens(tokenizer)
+        and model.config.pad_token_id == tokenizer.pad_token_id
+    )
 
 
 class Judge(common.BaseStage):
     """Stands for a later stage that uses the reward model."""
 
     @common.dataclass
-    class Config(common.StageConfig):
+    class Config(core.config.StageConfig):
         reward_model_path: str | None = None
 
     stage_name, config_class = "judge", Config
 
     def execute(self, model=None, tokenizer=None, previous_result=None):
-        return common.StageResult("judge", True, previous_result.model_path, previous_result.tokenizer_path,
-                                  artifacts={"judged_with": self.config.reward_model_path}, model=model, tokenizer=tokenizer)
+        return common.StageResult(
+            "judge",
+            True,
+            previous_result.model_path,
+            previous_result.tokenizer_path,
+            artifacts={"judged_with": self.config.reward_model_path},
+            model=model,
+            tokenizer=tokenizer,
+        )
 
 
-def test_in_a_chain_the_policy_goes_on_and_the_reward_model_is_found_by_name(model_dir, data, pairs, tmp_path):
+def test_in_a_chain_the_policy_goes_on_and_the_reward_model_is_found_by_name(
+    model_dir, data, pairs, tmp_path
+):
     chain.Pipeline.register_stage("judge", Judge)
     values = {
-        "model_name_or_path": model_dir, "output_dir": str(tmp_path / "run"), "stages": ["sft", "reward", "judge"],
-        "stage_configs": {"sft": {"dataset_name_or_path": data, "max_steps": 2}, "judge": {"reward_model_path": "stage:reward"},
-                          "reward": {"preference_dataset_path": pairs, "max_steps": 2}},
+        "model_name_or_path": model_dir,
+        "output_dir": str(tmp_path / "run"),
+        "stages": ["sft", "reward", "judge"],
+        "stage_configs": {
+            "sft": {"dataset_name_or_path": data, "max_steps": 2},
+            "judge": {"reward_model_path": "stage:reward"},
+            "reward": {"preference_dataset_path": pairs, "max_steps": 2},
+        },
     }
     first, second, third = chain.Pipeline.from_dict(values).run()
     assert second.model_path == third.model_path == first.model_path == str(tmp_path / "run/01_sft")
-    assert third.artifacts["judged_with"] == second.artifacts["reward_model"] == str(tmp_path / "run/02_reward")
-    assert json.loads((tmp_path / "run/final/config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    assert (
+        third.artifacts["judged_with"]
+        == second.artifacts["reward_model"]
+        == str(tmp_path / "run/02_reward")
+    )
+    assert json.loads((tmp_path / "run/final/config.json").read_text())["architectures"] == [
+        "LlamaForCausalLM"
+    ]
     assert third.model is not None and third.model.config.architectures == ["LlamaForCausalLM"]
-    kept = values | {"stages": ["sft", "reward"], "output_dir": str(tmp_path / "kept"), "cleanup_intermediate": True, "save_final_model": False}
+    kept = values | {
+        "stages": ["sft", "reward"],
+        "output_dir": str(tmp_path / "kept"),
+        "cleanup_intermediate": True,
+        "save_final_model": False,
+    }
     *_, last = chain.Pipeline.from_dict(kept).run()
-    assert (tmp_path / "kept/01_sft/model.safetensors").exists() and last.model_path == str(tmp_path / "kept/01_sft")
+    assert (tmp_path / "kept/01_sft/model.safetensors").exists() and last.model_path == str(
+        tmp_path / "kept/01_sft"
+    )
     assert (tmp_path / "kept/02_reward/model.safetensors").exists()
-    for stages, named in ((["judge", "reward"], "stage:reward"), (["sft", "judge"], "stage:reward"), (["reward", "judge"], "stage:rewrad")):
-        wrong = values | {"stages": stages, "stage_configs": {**values["stage_configs"], "judge": {"reward_model_path": named}}}
+    for stages, named in (
+        (["judge", "reward"], "stage:reward"),
+        (["sft", "judge"], "stage:reward"),
+        (["reward", "judge"], "stage:rewrad"),
+    ):
+        wrong = values | {
+            "stages": stages,
+            "stage_configs": {**values["stage_configs"], "judge": {"reward_model_path": named}},
+        }
         with pytest.raises(ConfigError, match=f"reward_model_path={named}: no stage before it"):
             chain.Pipeline.from_dict(wrong)
 
@@ -169,12 +309,16 @@ def test_in_a_chain_the_policy_goes_on_and_the_reward_model_is_found_by_name(mod
 def test_a_reward_model_is_never_lost(model_dir, model, tokenizer, pairs, tmp_path):
     with pytest.raises(ConfigError, match="would lose the reward model"):
         config(tmp_path, save_intermediate=False).validate()
-    stage = reward.RewardStage(config(tmp_path, model_name_or_path=model_dir, preference_dataset_path=pairs, max_steps=1))
+    stage = reward.RewardStage(
+        config(tmp_path, model_name_or_path=model_dir, preference_dataset_path=pairs, max_steps=1)
+    )
     with pytest.raises(ConfigError, match="set save_intermediate in the stage before"):
         stage.execute(model, tokenizer, common.StageResult("sft", True))
 
 
 def test_a_model_in_memory_alone_is_refused_with_the_remedy(tmp_path, pairs, model, tokenizer):
     stage = reward.RewardStage(config(tmp_path, preference_dataset_path=pairs))
-    with pytest.raises(ConfigError, match="a reward model starts from a folder: set save_intermediate"):
+    with pytest.raises(
+        ConfigError, match="a reward model starts from a folder: set save_intermediate"
+    ):
         stage.execute(model, tokenizer)

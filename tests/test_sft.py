@@ -11,7 +11,13 @@ from conftest import make_model
 from torch.profiler import ProfilerActivity, profile
 
 import common
-from common import IGNORE, ConfigError, RowError, encode_turns, render_turns
+import core.chat
+import core.data
+import core.runtime
+import core.sampling
+import core.training
+from core.chat import IGNORE, encode_turns, render_turns
+from core.errors import ConfigError, RowError
 
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -23,17 +29,29 @@ CHAT = [
 
 
 def config(tmp_path, **options):
-    defaults = dict(model_name_or_path="tiny", dataset_name_or_path="data", output_dir=str(tmp_path / "out"), save_steps=0)
+    defaults = dict(
+        model_name_or_path="tiny",
+        dataset_name_or_path="data",
+        output_dir=str(tmp_path / "out"),
+        save_steps=0,
+    )
     return sft.SFTConfig(**defaults | options)
 
 
 def rows_of(tokenizer, *texts):
     """Encoded question-answer rows with answers of the given lengths."""
-    chats = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in texts]
+    chats = [
+        [{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in texts
+    ]
     return [row for chat in chats for row in sft.encode(chat, tokenizer, 256)[0]]
 
 
-LENGTHS = [("a", "b"), ("why " * 9, "because " * 7), ("x y z", "yes"), ("q", "long answer " * 12)] * 2
+LENGTHS = [
+    ("a", "b"),
+    ("why " * 9, "because " * 7),
+    ("x y z", "yes"),
+    ("q", "long answer " * 12),
+] * 2
 
 
 def targets(tokenizer, ids, labels):
@@ -61,22 +79,34 @@ def test_targets_are_the_answers_and_their_stop_tokens(tokenizer):
 
 def test_unicode_and_special_texts_are_exact_targets(tokenizer):
     answer = "Grüße 👩‍🚀 <|im_start|> \n\n  ok\t"
-    ids, labels = encode_turns(tokenizer, render_turns(tokenizer, [CHAT[1], {"role": "assistant", "content": answer}]))
+    ids, labels = encode_turns(
+        tokenizer, render_turns(tokenizer, [CHAT[1], {"role": "assistant", "content": answer}])
+    )
     assert targets(tokenizer, ids, labels) == [answer + "<|im_end|>"]
 
 
-@pytest.mark.parametrize("template", [None, "Q: {instruction}\\nA: {response}", "### {instruction}\n### {input}\n"])
-def test_templates_end_every_answer_in_a_stop_token_and_the_prompt_is_its_prefix(tokenizer, tmp_path, template):
+@pytest.mark.parametrize(
+    "template", [None, "Q: {instruction}\\nA: {response}", "### {instruction}\n### {input}\n"]
+)
+def test_templates_end_every_answer_in_a_stop_token_and_the_prompt_is_its_prefix(
+    tokenizer, tmp_path, template
+):
     import copy
 
     tok = copy.deepcopy(tokenizer)
-    common.prepare_tokenizer(tok, config(tmp_path, instruction_template=template))
+    core.chat.prepare_tokenizer(tok, config(tmp_path, instruction_template=template))
     ids, labels = encode_turns(tok, render_turns(tok, CHAT[1:]))
     stop = "<|endoftext|>" if template else "<|im_end|>"
-    assert [text.strip() for text in targets(tok, ids, labels)] == ["Uno." + stop, "Dos, my friend." + stop]
+    assert [text.strip() for text in targets(tok, ids, labels)] == [
+        "Uno." + stop,
+        "Dos, my friend." + stop,
+    ]
     prompt = tok.apply_chat_template(CHAT[1:2], tokenize=False, add_generation_prompt=True)
     prompt_ids = tok(prompt, add_special_tokens=False).input_ids
-    assert ids[: len(prompt_ids)] == prompt_ids and labels[len(prompt_ids)] != IGNORE == labels[len(prompt_ids) - 1]
+    assert (
+        ids[: len(prompt_ids)] == prompt_ids
+        and labels[len(prompt_ids)] != IGNORE == labels[len(prompt_ids) - 1]
+    )
 
 
 def test_a_template_without_a_stop_token_gets_one(tokenizer):
@@ -99,28 +129,61 @@ def test_a_template_that_rewrites_earlier_turns_is_replaced_by_trls(tokenizer):
     tok.chat_template = (Path(trl.__file__).parent / "chat_templates/qwen3.jinja").read_text()
     ids, labels = encode_turns(tok, render_turns(tok, CHAT))
     assert [text.split("</think>")[-1].strip() for text in targets(tok, ids, labels)] == [
-        "Uno.<|im_end|>", "Dos, my friend.<|im_end|>",
+        "Uno.<|im_end|>",
+        "Dos, my friend.<|im_end|>",
     ]
-    tok.chat_template = tokenizer.chat_template  # a later stage gives the same tokenizer another template
-    assert encode_turns(tok, render_turns(tok, CHAT)) == encode_turns(tokenizer, render_turns(tokenizer, CHAT))
+    tok.chat_template = (
+        tokenizer.chat_template
+    )  # a later stage gives the same tokenizer another template
+    assert encode_turns(tok, render_turns(tok, CHAT)) == encode_turns(
+        tokenizer, render_turns(tokenizer, CHAT)
+    )
 
 
-MESSAGE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ CONTENT }}<|im_end|>\n{% endfor %}"
+MESSAGE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ CONTENT }}<|im_end|>\n{% endfor %}"
+)
 PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 
 
-@pytest.mark.parametrize("template, turns, said", [
-    ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + MESSAGE, CHAT, "refuses: System role"),
-    (MESSAGE, CHAT[2:], "that begins with the assistant"),
-    (MESSAGE.replace("CONTENT", "m['content'].split('</think>')[-1]"), [*CHAT[1:2], {"role": "assistant", "content": "<think>long</think>Uno."}], "leaves a part out"),
-    (MESSAGE.replace("CONTENT", "m['content'] if loop.last or m['role'] == 'user' else m['content'].split('</think>')[-1]"),
-     [*CHAT[1:2], {"role": "assistant", "content": "<think>long</think>Uno."}, *CHAT[3:]], "earlier turns the chat template changes"),
-    (MESSAGE + "{% if not add_generation_prompt %}<|endoftext|>{% endif %}", CHAT, "earlier turns the chat template changes"),
-])
-def test_a_row_that_the_template_would_garble_is_left_out(tokenizer, template, turns, said, monkeypatch):
+@pytest.mark.parametrize(
+    "template, turns, said",
+    [
+        (
+            "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+            + MESSAGE,
+            CHAT,
+            "refuses: System role",
+        ),
+        (MESSAGE, CHAT[2:], "that begins with the assistant"),
+        (
+            MESSAGE.replace("CONTENT", "m['content'].split('</think>')[-1]"),
+            [*CHAT[1:2], {"role": "assistant", "content": "<think>long</think>Uno."}],
+            "leaves a part out",
+        ),
+        (
+            MESSAGE.replace(
+                "CONTENT",
+                "m['content'] if loop.last or m['role'] == 'user' else m['content'].split('</think>')[-1]",
+            ),
+            [*CHAT[1:2], {"role": "assistant", "content": "<think>long</think>Uno."}, *CHAT[3:]],
+            "earlier turns the chat template changes",
+        ),
+        (
+            MESSAGE + "{% if not add_generation_prompt %}<|endoftext|>{% endif %}",
+            CHAT,
+            "earlier turns the chat template changes",
+        ),
+    ],
+)
+def test_a_row_that_the_template_would_garble_is_left_out(
+    tokenizer, template, turns, said, monkeypatch
+):
     import copy
 
-    monkeypatch.setattr(common, "training_template", lambda tokenizer, template: template)  # as of a template that TRL does not know
+    monkeypatch.setattr(
+        common, "training_template", lambda tokenizer, template: template
+    )  # as of a template that TRL does not know
     tok = copy.deepcopy(tokenizer)
     tok.chat_template = template.replace("CONTENT", "m['content']") + PROMPT
     with pytest.raises(RowError, match=said):
@@ -142,19 +205,36 @@ def test_several_turns_by_phi_are_left_out_and_one_is_learnt(tokenizer):
         render_turns(tok, CHAT[1:])
 
 
-@pytest.mark.parametrize("template, answer, said", [
-    ("qwen3_5_think.jinja", "<think>\nlong\n</think>\n\nUno.", "long\n</think>\n\nUno."), ("qwen3_5_nothink.jinja", "<think>\n\n</think>\n\nUno.", "Uno."),
-    ("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}", "Uno.<|endoftext|>", "Uno."),
-])
-def test_what_the_generation_prompt_or_the_answer_itself_has_is_not_missed(tokenizer, template, answer, said):
+@pytest.mark.parametrize(
+    "template, answer, said",
+    [
+        ("qwen3_5_think.jinja", "<think>\nlong\n</think>\n\nUno.", "long\n</think>\n\nUno."),
+        ("qwen3_5_nothink.jinja", "<think>\n\n</think>\n\nUno.", "Uno."),
+        (
+            "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}",
+            "Uno.<|endoftext|>",
+            "Uno.",
+        ),
+    ],
+)
+def test_what_the_generation_prompt_or_the_answer_itself_has_is_not_missed(
+    tokenizer, template, answer, said
+):
     import copy
     from pathlib import Path
 
     import trl
 
     tok = copy.deepcopy(tokenizer)
-    tok.chat_template = (Path(trl.__file__).parent / "chat_templates" / template).read_text() if template.endswith("jinja") else template
-    learnt = targets(tok, *encode_turns(tok, render_turns(tok, [CHAT[1], {"role": "assistant", "content": answer}])))
+    tok.chat_template = (
+        (Path(trl.__file__).parent / "chat_templates" / template).read_text()
+        if template.endswith("jinja")
+        else template
+    )
+    learnt = targets(
+        tok,
+        *encode_turns(tok, render_turns(tok, [CHAT[1], {"role": "assistant", "content": answer}])),
+    )
     assert len(learnt) == 1 and learnt[0].strip().startswith(said)
 
 
@@ -178,15 +258,25 @@ def test_long_text_is_split_and_nothing_is_lost(tokenizer):
     text = "The quick brown fox. " * 20
     pieces, shortened = sft.encode(text, tokenizer, 32)
     assert not shortened
-    assert all(len(piece["input_ids"]) <= 32 for piece in pieces) and all(p["labels"][0] == IGNORE for p in pieces)
-    assert tokenizer.decode(torch.cat([piece["input_ids"] for piece in pieces])) == text + "<|endoftext|>"
-    for text in ("abcde " * n for n in range(1, 9)):  # its end is learnt too, also where it would stand alone
+    assert all(len(piece["input_ids"]) <= 32 for piece in pieces) and all(
+        p["labels"][0] == IGNORE for p in pieces
+    )
+    assert (
+        tokenizer.decode(torch.cat([piece["input_ids"] for piece in pieces]))
+        == text + "<|endoftext|>"
+    )
+    for text in (
+        "abcde " * n for n in range(1, 9)
+    ):  # its end is learnt too, also where it would stand alone
         with pytest.raises(RowError, match="of which no token would be learnt"):
             sft.encode(text, tokenizer, 1)
         whole = tokenizer(text + "<|endoftext|>").input_ids
         for length in range(3, len(whole) + 2):
             pieces, _ = sft.encode(text, tokenizer, length)
-            assert torch.cat([piece["input_ids"] for piece in pieces]).tolist() == whole and pieces[-1]["labels"][-1] == whole[-1]
+            assert (
+                torch.cat([piece["input_ids"] for piece in pieces]).tolist() == whole
+                and pieces[-1]["labels"][-1] == whole[-1]
+            )
             assert all(len(piece["input_ids"]) <= length for piece in pieces)
 
 
@@ -199,18 +289,26 @@ def test_text_begins_as_the_tokenizer_begins_texts(tokenizer):
     tok.bos_token = "<|im_start|>"
     bos = tok.bos_token_id
     assert sft.encode("hello", tok, 99)[0][0]["input_ids"][0] != bos
-    tok.backend_tokenizer.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", bos)])
+    tok.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", bos)]
+    )
     for text in ("hello", "<|im_start|>hello"):
         (piece,), _ = sft.encode(text, tok, 99)
-        assert piece["input_ids"].tolist() == tok("hello<|endoftext|>").input_ids and (piece["labels"] == IGNORE).tolist() == [True] + [False] * (len(piece["labels"]) - 1)
+        assert piece["input_ids"].tolist() == tok("hello<|endoftext|>").input_ids and (
+            piece["labels"] == IGNORE
+        ).tolist() == [True] + [False] * (len(piece["labels"]) - 1)
 
 
 # -- data formats -----------------------------------------------------------------------------------------------------
 
 ALPACA = {"instruction": "Add.", "input": "1 2", "output": "3"}
-SHAREGPT = {"conversations": [{"from": "human", "value": "Add. 1 2"}, {"from": "gpt", "value": "3"}]}
+SHAREGPT = {
+    "conversations": [{"from": "human", "value": "Add. 1 2"}, {"from": "gpt", "value": "3"}]
+}
 ROWS = {
-    "messages": {"messages": [{"role": "user", "content": "Add. 1 2"}, {"role": "assistant", "content": "3"}]},
+    "messages": {
+        "messages": [{"role": "user", "content": "Add. 1 2"}, {"role": "assistant", "content": "3"}]
+    },
     "sharegpt": SHAREGPT,
     "alpaca": {"instruction": "Add. 1 2", "output": "3"},
     "instruction-response": {"instruction": "Add. 1 2", "response": "3"},
@@ -222,25 +320,35 @@ ROWS = {
 
 @pytest.mark.parametrize("form", ROWS)
 def test_formats_are_detected_and_say_the_same(form):
-    assert common.detect_format(list(ROWS[form]), sft.FORMATS) == form
+    assert core.data.detect_format(list(ROWS[form]), sft.FORMATS) == form
     assert sft.to_messages(ROWS[form], form) == ROWS["messages"]["messages"]
 
 
 def test_alpaca_input_and_context(tmp_path):
     assert sft.to_messages(ALPACA, "alpaca")[0]["content"] == "Add.\n\n1 2"
-    assert sft.to_messages(ALPACA, "alpaca", True)[0] == {"role": "user", "content": "Add.", "input": "1 2"}
+    assert sft.to_messages(ALPACA, "alpaca", True)[0] == {
+        "role": "user",
+        "content": "Add.",
+        "input": "1 2",
+    }
     assert sft.to_messages(ALPACA | {"input": ""}, "alpaca")[0]["content"] == "Add."
     row = {"context": "Numbers.", "question": "1+2?", "answer": "3"}
-    assert common.detect_format(list(row), sft.FORMATS) == "context-question-answer"
+    assert core.data.detect_format(list(row), sft.FORMATS) == "context-question-answer"
     assert sft.to_messages(row, "context-question-answer")[0]["content"] == "Numbers.\n\n1+2?"
 
 
 def test_prompt_and_completion_may_be_messages_and_nothing_else_that_is_no_text():
     asked, answer = ROWS["messages"]["messages"]
     system = {"role": "system", "content": "Be brief."}
-    assert sft.to_messages({"prompt": [system, asked], "completion": [answer]}, "prompt-completion") == [system, asked, answer]
-    for form, row in (("question-answer", {"question": "Where?", "answer": ["Paris", "paris"]}), ("alpaca", ALPACA | {"output": {"text": "3"}}),
-                      ("alpaca", ALPACA | {"input": ["1", "2"]}), ("context-question-answer", {"context": {"a": 1}, "question": "b", "answer": "c"})):
+    assert sft.to_messages(
+        {"prompt": [system, asked], "completion": [answer]}, "prompt-completion"
+    ) == [system, asked, answer]
+    for form, row in (
+        ("question-answer", {"question": "Where?", "answer": ["Paris", "paris"]}),
+        ("alpaca", ALPACA | {"output": {"text": "3"}}),
+        ("alpaca", ALPACA | {"input": ["1", "2"]}),
+        ("context-question-answer", {"context": {"a": 1}, "question": "b", "answer": "c"}),
+    ):
         with pytest.raises(RowError):
             sft.to_messages(row, form)
     with pytest.raises(RowError):
@@ -256,23 +364,38 @@ def test_every_file_of_a_folder_is_read_but_hidden_ones(tmp_path, kind):
     for n, name in enumerate(("train", "extra", "._train", ".ipynb_checkpoints/train")):
         rows = datasets.Dataset.from_list([{"question": f"{n}?", "answer": str(n)}])
         getattr(rows, "to_json" if kind == "jsonl" else "to_parquet")(folder / f"{name}.{kind}")
-    assert sorted(common.load_dataset_from_path(str(folder))["answer"]) == ["0", "1"]
+    assert sorted(core.data.load_dataset_from_path(str(folder))["answer"]) == ["0", "1"]
     (folder / f"extra.{kind}").rename(folder / f"a[1].{kind}")
-    assert sorted(common.load_dataset_from_path(str(folder))["answer"]) == ["0", "1"]
+    assert sorted(core.data.load_dataset_from_path(str(folder))["answer"]) == ["0", "1"]
     for name, later in (("train", "valid"), ("a[1]", "test")):
         (folder / f"{name}.{kind}").rename(folder / f"{later}.{kind}")
-    with pytest.raises(ConfigError, match="by their names none of its files is for training; give one of them"):
-        common.load_dataset_from_path(str(folder))
+    with pytest.raises(
+        ConfigError, match="by their names none of its files is for training; give one of them"
+    ):
+        core.data.load_dataset_from_path(str(folder))
     datasets.DatasetDict(train=rows).save_to_disk(tmp_path / "dict")
-    with pytest.raises(ConfigError, match="holds several data sets; give one's folder, such as .*train"):
-        common.load_dataset_from_path(str(tmp_path / "dict"))
+    with pytest.raises(
+        ConfigError, match="holds several data sets; give one's folder, such as .*train"
+    ):
+        core.data.load_dataset_from_path(str(tmp_path / "dict"))
 
 
 def test_texts_and_numbers_are_as_they_stand(tmp_path):
-    read = lambda name, text: (tmp_path / name).write_text(text) and [*common.load_dataset_from_path(str(tmp_path / name))]
-    numbers = read("a.jsonl", '{"question": "a", "answer": 7}\n{"question": "b", "answer": 7.5}\n{"question": NaN, "answer": null}\n')
-    assert [str(row["answer"]) for row in numbers] == ["7", "7.5", "None"] and numbers[2]["question"] is None
-    assert read("a.csv", 'question,answer\n"a, b",007\n"c\nd",NA\n') == [{"question": "a, b", "answer": "007"}, {"question": "c\nd", "answer": "NA"}]
+    read = lambda name, text: (
+        (tmp_path / name).write_text(text)
+        and [*core.data.load_dataset_from_path(str(tmp_path / name))]
+    )
+    numbers = read(
+        "a.jsonl",
+        '{"question": "a", "answer": 7}\n{"question": "b", "answer": 7.5}\n{"question": NaN, "answer": null}\n',
+    )
+    assert [str(row["answer"]) for row in numbers] == ["7", "7.5", "None"] and numbers[2][
+        "question"
+    ] is None
+    assert read("a.csv", 'question,answer\n"a, b",007\n"c\nd",NA\n') == [
+        {"question": "a, b", "answer": "007"},
+        {"question": "c\nd", "answer": "NA"},
+    ]
     with pytest.raises(ConfigError, match="row 1 has more cells than the header"):
         read("b.csv", "question,answer\nHello, world,foo\na,b\n")
     assert read("d.csv", "\n\nquestion,answer\na,b\n") == [{"question": "a", "answer": "b"}]
@@ -287,34 +410,55 @@ def test_dates_of_a_parquet_file_do_not_stop_a_run(tmp_path):
 
     import datasets
 
-    rows = [{"question": f"{n}?", "answer": str(n), "when": datetime.datetime(2026, 1, n + 1)} for n in range(3)]
+    rows = [
+        {"question": f"{n}?", "answer": str(n), "when": datetime.datetime(2026, 1, n + 1)}
+        for n in range(3)
+    ]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
-    stage = rl.RLStage(rl.RLConfig(model_name_or_path="tiny", prompt_dataset_path=str(tmp_path / "rows.parquet"), reward="length", reward_length=3))
+    stage = rl.RLStage(
+        rl.RLConfig(
+            model_name_or_path="tiny",
+            prompt_dataset_path=str(tmp_path / "rows.parquet"),
+            reward="length",
+            reward_length=3,
+        )
+    )
     stage.check()
     stage.functions["length"].stop()
     assert stage.lineage["data"]["rows"] == 3
 
 
 def test_marks_on_a_message_that_are_not_read_are_said(caplog):
-    common.say_once.cache_clear()
-    common.as_messages([{"role": "user", "content": "a", "weight": 0, "tool_calls": None, "name": ""}], "user")
+    core.runtime.warn_once.cache_clear()
+    core.chat.as_messages(
+        [{"role": "user", "content": "a", "weight": 0, "tool_calls": None, "name": ""}], "user"
+    )
     assert "not weight" in caplog.text and "tool_calls" not in caplog.text
 
 
 def test_unknown_and_ambiguous_columns_are_refused():
     with pytest.raises(ConfigError, match="frage, antwort. Known: messages"):
-        common.detect_format(["frage", "antwort"], sft.FORMATS)
+        core.data.detect_format(["frage", "antwort"], sft.FORMATS)
     with pytest.raises(ConfigError, match="alpaca and question-answer"):
-        common.detect_format(["instruction", "output", "question", "answer"], sft.FORMATS)
-    assert common.detect_format(["instruction", "output", "question", "answer"], sft.FORMATS, "alpaca") == "alpaca"
-    assert common.detect_format(["instruction", "input", "output", "text"], sft.FORMATS) == "alpaca"
+        core.data.detect_format(["instruction", "output", "question", "answer"], sft.FORMATS)
+    assert (
+        core.data.detect_format(
+            ["instruction", "output", "question", "answer"], sft.FORMATS, "alpaca"
+        )
+        == "alpaca"
+    )
+    assert (
+        core.data.detect_format(["instruction", "input", "output", "text"], sft.FORMATS) == "alpaca"
+    )
 
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet", "folder", "saved"])
 def test_files_and_folders(tmp_path, caplog, suffix):
     import datasets
 
-    dataset = datasets.Dataset.from_list([ALPACA, ALPACA | {"input": "3 4", "output": ""}, ALPACA | {"input": "5 6"}])
+    dataset = datasets.Dataset.from_list(
+        [ALPACA, ALPACA | {"input": "3 4", "output": ""}, ALPACA | {"input": "5 6"}]
+    )
     path = tmp_path / f"rows.{suffix}"
     if suffix == "saved":
         dataset.save_to_disk(path)
@@ -323,7 +467,9 @@ def test_files_and_folders(tmp_path, caplog, suffix):
         dataset.to_json(path / "train.jsonl")
         dataset.to_json(path / "test.jsonl")
     else:
-        getattr(dataset, "to_json" if suffix == "jsonl" else f"to_{suffix}")(path, **{"lines": False} if suffix == "json" else {})
+        getattr(dataset, "to_json" if suffix == "jsonl" else f"to_{suffix}")(
+            path, **{"lines": False} if suffix == "json" else {}
+        )
     stage = sft.SFTStage(config(tmp_path, dataset_name_or_path=str(path), validation_split=0.4))
     (train, held_out), found = stage.load_data(), stage.lineage["data"]
     assert found["format"] == "alpaca" and found["rows"] == 2  # the empty output is left out
@@ -332,35 +478,66 @@ def test_files_and_folders(tmp_path, caplog, suffix):
 
 def test_what_is_left_out_is_counted(tmp_path, caplog):
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(ALPACA | {"output": answer}) + "\n" for answer in ("3", "", None, "4")))
+    path.write_text(
+        "".join(json.dumps(ALPACA | {"output": answer}) + "\n" for answer in ("3", "", None, "4"))
+    )
     with caplog.at_level("INFO"):
         sft.SFTStage(config(tmp_path, dataset_name_or_path=str(path))).load_data()
     assert "alpaca, 4 rows: instruction, input, output" in caplog.text
     assert "2 of 4 rows left out: 2 with an empty or missing text" in caplog.text
 
 
-@pytest.mark.parametrize("row", [
-    lambda n, k: {"n": n}, lambda n, k: f"text {n}", lambda n, k: {"question": n, "answer": k},
-    lambda n, k: {"prompt": [{"role": "user", "content": f"{n}"}], "chosen": k},
-    lambda n, k: [{"role": "user", "content": f"{n}"}, {"role": "assistant", "content": f"{k}"}],
-])
+@pytest.mark.parametrize(
+    "row",
+    [
+        lambda n, k: {"n": n},
+        lambda n, k: f"text {n}",
+        lambda n, k: {"question": n, "answer": k},
+        lambda n, k: {"prompt": [{"role": "user", "content": f"{n}"}], "chosen": k},
+        lambda n, k: [
+            {"role": "user", "content": f"{n}"},
+            {"role": "assistant", "content": f"{k}"},
+        ],
+    ],
+)
 def test_split_is_seeded_and_rows_that_ask_the_same_stay_on_one_side(row):
     rows = [row(n % 40, n) for n in range(120)]
-    train, held_out = common.split_dataset(rows, 0.25, seed=1)
+    train, held_out = core.data.split_dataset(rows, 0.25, seed=1)
     assert len(train) + len(held_out) == 120 and len(held_out) == 30
-    asked = [{json.dumps(one[:1] if isinstance(one, list) else one if isinstance(one, str) else [*one.values()][0]) for one in side} for side in (train, held_out)]
+    asked = [
+        {
+            json.dumps(
+                one[:1]
+                if isinstance(one, list)
+                else one
+                if isinstance(one, str)
+                else [*one.values()][0]
+            )
+            for one in side
+        }
+        for side in (train, held_out)
+    ]
     assert not asked[0] & asked[1]
-    assert common.split_dataset(rows, 0.25, seed=1) == (train, held_out) != common.split_dataset(rows, 0.25, seed=2)
+    assert (
+        core.data.split_dataset(rows, 0.25, seed=1)
+        == (train, held_out)
+        != core.data.split_dataset(rows, 0.25, seed=2)
+    )
     asks_the_same = [row(1, n) for n in range(8)]
-    assert [len(side) for side in common.split_dataset(asks_the_same, 0.25, seed=1)] == ([0, 8] if asks_the_same[0] == asks_the_same[1] else [6, 2])
-    assert common.split_dataset(rows, 0.0, seed=1)[1] == []
+    assert [len(side) for side in core.data.split_dataset(asks_the_same, 0.25, seed=1)] == (
+        [0, 8] if asks_the_same[0] == asks_the_same[1] else [6, 2]
+    )
+    assert core.data.split_dataset(rows, 0.0, seed=1)[1] == []
 
 
-@pytest.mark.parametrize("counts, share, wanted", [([95, 5], 0.05, 5), ([25] * 4, 0.05, 25), ([60, 30, 10], 0.3, 30), ([50, 1, 1, 1], 0.02, 2)])
+@pytest.mark.parametrize(
+    "counts, share, wanted",
+    [([95, 5], 0.05, 5), ([25] * 4, 0.05, 25), ([60, 30, 10], 0.3, 30), ([50, 1, 1, 1], 0.02, 2)],
+)
 def test_a_prompt_with_many_rows_is_not_held_out_in_place_of_few(counts, share, wanted):
     rows = [{"prompt": f"p{n}", "k": k} for n, count in enumerate(counts) for k in range(count)]
     for seed in range(6):
-        train, held_out = common.split_dataset(rows, share, seed)
+        train, held_out = core.data.split_dataset(rows, share, seed)
         assert len(train) + len(held_out) == sum(counts) and 0 < len(held_out) <= wanted
 
 
@@ -379,9 +556,19 @@ def test_loss_and_gradient_are_those_of_stock_sft_trainer(tokenizer, model, tmp_
 
     rows = rows_of(tokenizer, *LENGTHS)
     lists = [{name: row[name].tolist() for name in ("input_ids", "labels")} for row in rows]
-    stock = SFTTrainer(model, SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_length=None,
-                       per_device_train_batch_size=8), train_dataset=Dataset.from_list(lists),
-                       processing_class=tokenizer)
+    stock = SFTTrainer(
+        model,
+        SFTConfig(
+            str(tmp_path),
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            max_length=None,
+            per_device_train_batch_size=8,
+        ),
+        train_dataset=Dataset.from_list(lists),
+        processing_class=tokenizer,
+    )
     batch = stock.data_collator(lists)
     expected = stock.compute_loss(model, dict(batch))
     theirs = gradient(model, expected)
@@ -394,20 +581,28 @@ def test_left_and_right_padding_agree(tokenizer, model):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    absolute = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=256, n_embd=32, n_layer=2, n_head=2)).eval()
+    absolute = GPT2LMHeadModel(
+        GPT2Config(vocab_size=len(tokenizer), n_positions=256, n_embd=32, n_layer=2, n_head=2)
+    ).eval()
     rows = rows_of(tokenizer, *LENGTHS)
     for candidate in (model, absolute):  # rotary positions are relative and would hide a shift
-        right, left = (sft.loss(candidate, sft.collate(rows, side))[0] for side in ("right", "left"))
+        right, left = (
+            sft.loss(candidate, sft.collate(rows, side))[0] for side in ("right", "left")
+        )
         assert right.item() == pytest.approx(left.item(), abs=1e-5)
 
 
 def test_a_packed_document_is_the_document_alone(tokenizer, model):
     rows = rows_of(tokenizer, *LENGTHS)
     packed = sft.pack(rows, 256)
-    assert len(packed) < len(rows) and sum(len(row["input_ids"]) for row in packed) == sum(len(r["input_ids"]) for r in rows)
+    assert len(packed) < len(rows) and sum(len(row["input_ids"]) for row in packed) == sum(
+        len(r["input_ids"]) for r in rows
+    )
     batch = sft.collate(packed)
     with torch.no_grad():
-        together = model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+        together = model(
+            batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
+        ).logits
         for number, row in enumerate(packed):
             start = 0
             for length in row["seq_lengths"].tolist():
@@ -422,47 +617,88 @@ def test_a_packed_document_is_the_document_alone(tokenizer, model):
 def fitted(tmp_path, tokenizer, rows, held_out=(), model=None, **options):
     model = model or make_model(tokenizer)
     settings = config(tmp_path, **{"lora_r": 0, "learning_rate": 1e-3} | options)
-    metrics = common.fit(settings, model, tokenizer, rows, list(held_out), sft.collate, sft.loss)
+    metrics = core.training.fit(
+        settings, model, tokenizer, rows, list(held_out), sft.collate, sft.loss
+    )
     lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     return model, metrics, lines
 
 
 def test_accumulation_is_exact_for_rows_of_any_length(tokenizer, tmp_path):
     rows, losses = rows_of(tokenizer, *LENGTHS, *LENGTHS), []
-    for size, steps, checkpointing in ((8, 1, False), (4, 2, False), (1, 8, False), (8, 1, True), (8, 1, 2)):
+    for size, steps, checkpointing in (
+        (8, 1, False),
+        (4, 2, False),
+        (1, 8, False),
+        (8, 1, True),
+        (8, 1, 2),
+    ):
         (tmp_path / "out").mkdir(exist_ok=True)
-        model, _, lines = fitted(tmp_path, tokenizer, rows, rows[:3], num_train_epochs=3, per_device_eval_batch_size=size,
-                                 per_device_train_batch_size=size, gradient_accumulation_steps=steps,
-                                 gradient_checkpointing=checkpointing)
-        assert [layer.gradient_checkpointing for layer in model.model.layers] == [bool(checkpointing), checkpointing is True]
+        model, _, lines = fitted(
+            tmp_path,
+            tokenizer,
+            rows,
+            rows[:3],
+            num_train_epochs=3,
+            per_device_eval_batch_size=size,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            gradient_checkpointing=checkpointing,
+        )
+        assert [layer.gradient_checkpointing for layer in model.model.layers] == [
+            bool(checkpointing),
+            checkpointing is True,
+        ]
         losses.append([line.get("loss", line.get("eval_loss")) for line in lines])
     assert len(losses[0]) == 8  # six steps, and an evaluation before and after them
     assert all(again == pytest.approx(losses[0], abs=1e-5) for again in losses[1:])
 
 
-def test_steps_hold_rows_of_like_length_the_longest_first_and_each_row_once_an_epoch(tokenizer, tmp_path):
+def test_steps_hold_rows_of_like_length_the_longest_first_and_each_row_once_an_epoch(
+    tokenizer, tmp_path
+):
     rows = rows_of(tokenizer, *((f"{n}?", "so " * (n * 7 % 20 + 1)) for n in range(20)))
-    settings, seen = config(tmp_path, lora_r=0, num_train_epochs=2, per_device_train_batch_size=3), []
+    settings, seen = (
+        config(tmp_path, lora_r=0, num_train_epochs=2, per_device_train_batch_size=3),
+        [],
+    )
 
     def collate(rows):
         seen.append([len(row["input_ids"]) for row in rows])
         return sft.collate(rows)
 
     (tmp_path / "out").mkdir()
-    common.fit(settings, make_model(tokenizer), tokenizer, rows, [], collate, sft.loss)
+    core.training.fit(settings, make_model(tokenizer), tokenizer, rows, [], collate, sft.loss)
     lengths = sorted(len(row["input_ids"]) for row in rows)
     for epoch in (seen[:7], seen[7:]):
-        assert sorted(sum(epoch, [])) == lengths and [len(batch) for batch in epoch] == [3] * 6 + [2]
-        assert lengths[-1] in epoch[0] and sum(max(batch) * len(batch) for batch in epoch) < 1.15 * sum(lengths)
+        assert sorted(sum(epoch, [])) == lengths and [len(batch) for batch in epoch] == [3] * 6 + [
+            2
+        ]
+        assert lengths[-1] in epoch[0] and sum(
+            max(batch) * len(batch) for batch in epoch
+        ) < 1.15 * sum(lengths)
     assert seen[:7] != seen[7:]
 
 
 def test_eight_rows_learnt_by_heart_are_said_and_stopped_after(tokenizer, tmp_path):
-    chats = [[{"role": "user", "content": f"Number {n}?"}, {"role": "assistant", "content": "so " * n + "."}] for n in range(8)]
+    chats = [
+        [
+            {"role": "user", "content": f"Number {n}?"},
+            {"role": "assistant", "content": "so " * n + "."},
+        ]
+        for n in range(8)
+    ]
     rows = [row for chat in chats for row in sft.encode(chat, tokenizer, 256)[0]]
     (tmp_path / "out").mkdir()
-    model, _, _ = fitted(tmp_path, tokenizer, rows, num_train_epochs=150, lr_scheduler_type="constant", logging_steps=50)
-    answers = common.generate(model, tokenizer, [chat[:-1] for chat in chats], 40)
+    model, _, _ = fitted(
+        tmp_path,
+        tokenizer,
+        rows,
+        num_train_epochs=150,
+        lr_scheduler_type="constant",
+        logging_steps=50,
+    )
+    answers = core.sampling.generate(model, tokenizer, [chat[:-1] for chat in chats], 40)
     assert [stopped for _, stopped in answers] == [True] * 8
     assert [text for text, _ in answers] == [chat[-1]["content"] for chat in chats]
 
@@ -477,7 +713,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tokenizer, tm
 
     (tmp_path / "out").mkdir()
     with pytest.raises(FloatingPointError, match="the loss is nan at step 1"):
-        common.fit(config(tmp_path, lora_r=0), model, tokenizer, rows, [], sft.collate, broken)
+        core.training.fit(
+            config(tmp_path, lora_r=0), model, tokenizer, rows, [], sft.collate, broken
+        )
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -487,7 +725,9 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(tokenizer
     model.model.norm.weight.register_hook(lambda grad: grad * float("inf"))
     (tmp_path / "out").mkdir()
     with pytest.raises(FloatingPointError, match="gradient's norm"):
-        common.fit(config(tmp_path, lora_r=0), model, tokenizer, rows, [], sft.collate, sft.loss)
+        core.training.fit(
+            config(tmp_path, lora_r=0), model, tokenizer, rows, [], sft.collate, sft.loss
+        )
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -495,7 +735,10 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(tokenizer
 def test_after_training_nothing_of_its_precision_stays(tokenizer, tmp_path, options):
     """accelerate puts autocast around the model, and would leave it there for the stages to come. While it is there, the
     inputs of the adapter's 14 layers are cast by it alone, and not by peft before."""
-    settings, rows = config(tmp_path, torch_dtype="bfloat16", max_steps=1, **options), rows_of(tokenizer, *LENGTHS)
+    settings, rows = (
+        config(tmp_path, torch_dtype="bfloat16", max_steps=1, **options),
+        rows_of(tokenizer, *LENGTHS),
+    )
     model = common.add_adapter(make_model(tokenizer), settings)
     (tmp_path / "out").mkdir()
     copies = []
@@ -503,13 +746,17 @@ def test_after_training_nothing_of_its_precision_stays(tokenizer, tmp_path, opti
     def counted(model, batch):
         with profile(activities=[ProfilerActivity.CPU]) as seen:
             found = sft.loss(model, batch)
-        copies.append(sum(event.count for event in seen.key_averages() if event.key == "aten::_to_copy"))
+        copies.append(
+            sum(event.count for event in seen.key_averages() if event.key == "aten::_to_copy")
+        )
         return found
 
-    common.fit(settings, model, tokenizer, rows, [], sft.collate, counted)
+    core.training.fit(settings, model, tokenizer, rows, [], sft.collate, counted)
     with torch.autocast("cpu", torch.bfloat16):
         counted(model, sft.collate(rows))
-    assert copies[0] < copies[1] - 10 or settings.lora_r == 0  # autocast's own copies differ a little
+    assert (
+        copies[0] < copies[1] - 10 or settings.lora_r == 0
+    )  # autocast's own copies differ a little
     ids = torch.as_tensor(rows[0]["input_ids"])[None]
     again = common.add_adapter(make_model(tokenizer), settings)
     again.load_state_dict(model.state_dict())
@@ -519,25 +766,43 @@ def test_after_training_nothing_of_its_precision_stays(tokenizer, tmp_path, opti
 def test_a_model_trained_before_trains_under_autocast_again(tokenizer, tmp_path):
     """accelerate marks what it has prepared, and would pass it over, as it stands or under an adapter."""
     model, rows, seen = make_model(tokenizer), rows_of(tokenizer, *LENGTHS), []
-    model.model.norm.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    model.model.norm.register_forward_pre_hook(
+        lambda *_: seen.append(torch.is_autocast_enabled("cpu"))
+    )
     (tmp_path / "out").mkdir()
     for rank in (0, 0, 4):
         settings = config(tmp_path, torch_dtype="bfloat16", max_steps=1, lora_r=rank)
-        common.fit(settings, common.add_adapter(model, settings), tokenizer, rows, rows[:1], sft.collate, sft.loss)
+        core.training.fit(
+            settings,
+            common.add_adapter(model, settings),
+            tokenizer,
+            rows,
+            rows[:1],
+            sft.collate,
+            sft.loss,
+        )
     assert seen == [True] * 9  # a step, and an evaluation before and after it
 
 
 def test_resuming_gives_bitwise_the_undisturbed_run(tokenizer, tmp_path):
     rows = rows_of(tokenizer, *LENGTHS, *LENGTHS)
     (tmp_path / "out").mkdir()
-    options = dict(num_train_epochs=4, per_device_train_batch_size=3, save_steps=5, lora_dropout=0.0)
-    whole, _, lines = fitted(tmp_path, tokenizer, rows, **options)  # six steps an epoch: step 15 is amid the third
+    options = dict(
+        num_train_epochs=4, per_device_train_batch_size=3, save_steps=5, lora_dropout=0.0
+    )
+    whole, _, lines = fitted(
+        tmp_path, tokenizer, rows, **options
+    )  # six steps an epoch: step 15 is amid the third
     checkpoints = sorted((tmp_path / "out/checkpoints").iterdir())
     assert [folder.name for folder in checkpoints] == ["checkpoint-15", "checkpoint-20"]
     assert not (checkpoints[0] / "training_args.bin").exists()
     options |= dict(resume_from_checkpoint=str(checkpoints[0]))
-    resumed, _, again = fitted(tmp_path, tokenizer, rows, model=make_model(tokenizer, seed=1), **options)
-    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
+    resumed, _, again = fitted(
+        tmp_path, tokenizer, rows, model=make_model(tokenizer, seed=1), **options
+    )
+    assert all(
+        torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items()
+    )
     drop = lambda lines: [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in lines]
     assert drop(again) == drop(lines)
 
@@ -545,9 +810,20 @@ def test_resuming_gives_bitwise_the_undisturbed_run(tokenizer, tmp_path):
 def test_best_model_early_stopping_and_the_learning_rate(tokenizer, tmp_path):
     rows = rows_of(tokenizer, *LENGTHS)
     (tmp_path / "out").mkdir()
-    _, metrics, lines = fitted(tmp_path, tokenizer, rows[:4], rows[4:], num_train_epochs=60, eval_steps=2, save_steps=2,
-                               warmup_ratio=0.5, early_stopping_patience=2, load_best_model_at_end=True,
-                               metric_for_best_model="eval_token_accuracy", greater_is_better=True)
+    _, metrics, lines = fitted(
+        tmp_path,
+        tokenizer,
+        rows[:4],
+        rows[4:],
+        num_train_epochs=60,
+        eval_steps=2,
+        save_steps=2,
+        warmup_ratio=0.5,
+        early_stopping_patience=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_token_accuracy",
+        greater_is_better=True,
+    )
     evaluations = [line["eval_token_accuracy"] for line in lines if "eval_loss" in line]
     assert metrics["steps"] < 60 and metrics["eval_token_accuracy"] == max(evaluations)
     rates = [line["learning_rate"] for line in lines if "loss" in line]
@@ -558,45 +834,96 @@ def test_the_best_model_is_kept_wherever_checkpoints_fall(tokenizer, tmp_path):
     """Steps 500 apart by default, and an accuracy of which more is better without being told."""
     rows = rows_of(tokenizer, *LENGTHS)
     (tmp_path / "out").mkdir()
-    options = dict(max_steps=6, eval_steps=1, save_steps=500, learning_rate=0.1, lr_scheduler_type="constant", load_best_model_at_end=True)
-    _, metrics, lines = fitted(tmp_path, tokenizer, rows[:4], rows[4:], metric_for_best_model="eval_loss", **options)
-    losses = [line["eval_loss"] for line in lines if "eval_loss" in line and line["step"]][:-1]  # the last is of what is kept
+    options = dict(
+        max_steps=6,
+        eval_steps=1,
+        save_steps=500,
+        learning_rate=0.1,
+        lr_scheduler_type="constant",
+        load_best_model_at_end=True,
+    )
+    _, metrics, lines = fitted(
+        tmp_path, tokenizer, rows[:4], rows[4:], metric_for_best_model="eval_loss", **options
+    )
+    losses = [line["eval_loss"] for line in lines if "eval_loss" in line and line["step"]][
+        :-1
+    ]  # the last is of what is kept
     assert metrics["eval_loss"] == pytest.approx(min(losses)) and min(losses) < losses[-1]
-    _, metrics, lines = fitted(tmp_path, tokenizer, rows[:4], rows[4:], metric_for_best_model="eval_token_accuracy",
-                               resume_from_checkpoint=False, **options)
+    _, metrics, lines = fitted(
+        tmp_path,
+        tokenizer,
+        rows[:4],
+        rows[4:],
+        metric_for_best_model="eval_token_accuracy",
+        resume_from_checkpoint=False,
+        **options,
+    )
     found = [line["eval_token_accuracy"] for line in lines if "eval_loss" in line and line["step"]]
     assert metrics["eval_token_accuracy"] == max(found) > min(found)
 
 
-@pytest.mark.parametrize("figure, more", [("eval_loss", False), ("eval_kl", False), ("eval_calibration_error", False), ("eval_accuracy", True)])
+@pytest.mark.parametrize(
+    "figure, more",
+    [
+        ("eval_loss", False),
+        ("eval_kl", False),
+        ("eval_calibration_error", False),
+        ("eval_accuracy", True),
+    ],
+)
 def test_which_figures_are_better_when_greater(tmp_path, figure, more):
     assert config(tmp_path, metric_for_best_model=figure).greater_is_better is more
-    assert config(tmp_path, metric_for_best_model=figure, greater_is_better=not more).greater_is_better is not more
+    assert (
+        config(tmp_path, metric_for_best_model=figure, greater_is_better=not more).greater_is_better
+        is not more
+    )
 
 
 def test_rows_that_lose_turns_are_counted(tokenizer, model, tmp_path, caplog):
     length = len(sft.encode(CHAT, tokenizer, 256)[0][0]["input_ids"])
     (tmp_path / "out").mkdir()
     settings = config(tmp_path, max_seq_length=length - 1, lora_r=0, max_steps=1)
-    long = [*CHAT[:3], {"role": "user", "content": "Three?"}, {"role": "assistant", "content": "Tres. " * 40}]
+    long = [
+        *CHAT[:3],
+        {"role": "user", "content": "Three?"},
+        {"role": "assistant", "content": "Tres. " * 40},
+    ]
     with caplog.at_level("WARNING"):
         sft.train(settings, model, tokenizer, [CHAT, long, CHAT[1:3], [CHAT[1], long[-1]]], [])
     assert f"2 of 3 rows lose the turns beyond {length - 1} tokens" in caplog.text
-    assert f"1 of 4 rows left out: 1 with no answer that ends within {length - 1} tokens" in caplog.text
+    assert (
+        f"1 of 4 rows left out: 1 with no answer that ends within {length - 1} tokens"
+        in caplog.text
+    )
 
 
-@pytest.mark.parametrize("options", [{}, {"packing": True}, {"use_8bit": True, "gradient_checkpointing": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"packing": True}, {"use_8bit": True, "gradient_checkpointing": True}]
+)
 def test_plain_text_trains_a_base_model_without_a_template(model_dir, tmp_path, options):
     import shutil
 
     base, data = tmp_path / "base", tmp_path / "text.csv"
     shutil.copytree(model_dir, base)
     (base / "chat_template.jinja").unlink()
-    data.write_text("text\n" + "\n".join(f"The fox {n} jumps {'over ' * (n % 9)}it" for n in range(40)))
-    settings = config(tmp_path, model_name_or_path=str(base), dataset_name_or_path=str(data), max_steps=4,
-                      max_seq_length=64, learning_rate=1e-2, validation_split=0.2, **options)
+    data.write_text(
+        "text\n" + "\n".join(f"The fox {n} jumps {'over ' * (n % 9)}it" for n in range(40))
+    )
+    settings = config(
+        tmp_path,
+        model_name_or_path=str(base),
+        dataset_name_or_path=str(data),
+        max_steps=4,
+        max_seq_length=64,
+        learning_rate=1e-2,
+        validation_split=0.2,
+        **options,
+    )
     result = sft.SFTStage(settings).execute()
     assert result.success, result.error_message
-    assert result.metrics["eval_loss"] < result.metrics["eval_loss_before"] and not result.tokenizer.chat_template
+    assert (
+        result.metrics["eval_loss"] < result.metrics["eval_loss_before"]
+        and not result.tokenizer.chat_template
+    )
     with pytest.raises(ConfigError, match="plain text has none"):
         sft.SFTStage(config(tmp_path, dataset_name_or_path=str(data), num_eval_samples=2)).execute()
