@@ -287,7 +287,7 @@ def test_make_targets_exist():
 
 # -- names -----------------------------------------------------------------------------------------
 
-OTHER_OPTIONS = {"help", "config_file", "num_processes", "no-deps"}  # of argparse, accelerate, pip
+OTHER_OPTIONS = {"help", "config", "config_file", "num_processes", "no-deps"}  # no options of a stage
 
 
 def test_every_option_exists():
@@ -319,7 +319,7 @@ def names_defined_in(path):
     return names
 
 
-NAMED_CODE = re.compile(r"((?:`\w+`(?:,|\s|and)*)+)\sin\s\[[^\]]+\]\(([^)#]+\.py)\)")
+NAMED_CODE = re.compile(r"((?:`\w+`(?:,|\s|and)*)+)\s+in\s+\[[^\]]+\]\(([^)#]+\.py)\)")
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
