@@ -63,7 +63,7 @@ def test_a_quantized_base_is_dequantized_then_merged(model_dir, tmp_path, bits):
 
 
 def test_a_4_bit_model_trains_and_merges_rightly_after_an_evaluation(model_dir):
-    """bitsandbytes repacks the weights in evaluation on some CPUs; gradients and dequantized weights were wrong then."""
+    """On some CPUs bitsandbytes repacks weights in evaluation, which made later gradients wrong."""
     config = training_config(model_dir, use_4bit=True)
     model, tokenizer = common.load_model_and_tokenizer(config)
     model = shaken(common.add_adapter(model, config))

@@ -6,7 +6,7 @@ import core.statistics
 
 
 def test_intervals():
-    """Wilson's interval by hand, the normal one for values beyond 0 and 1; the ends 0 and 1 are exact."""
+    """Wilson's interval by hand; the normal one beyond 0 and 1. The ends 0 and 1 are exact."""
     assert all(
         core.statistics.confidence_interval([0.0] * n)[0] == 0.0
         and core.statistics.confidence_interval([1.0] * n)[1] == 1.0
