@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from core.chat import prompt_ids
-from core.checkpoints import file_identity
+from core.fingerprints import file_identity
 from core.config import Count, ModelConfig, Natural, NonNegative, Positive, Share, StageConfig
 from core.errors import ConfigError
 from core.hub import check_model

@@ -313,7 +313,7 @@ def test_a_finished_recipe_is_not_run_again_by_the_same_command(model_dir, data,
         change()
         caplog.clear()
         changed = stage(learning_rate=1e-3)
-        changed.once = True
+        changed.reuse_finished = True
         assert (
             changed.execute().success
             and "finished already" not in caplog.text
@@ -433,7 +433,7 @@ def test_a_checkpoint_whose_saving_fails_leaves_the_older_one(
     assert not result.success and "No space left" in result.error_message
     assert [path.name for path in (out / "checkpoints").glob("[a-z]*")] == [
         "checkpoint-2"
-    ] and not core.checkpoints.find_damage(out / "checkpoints/checkpoint-2")
+    ] and not core.files.find_damage(out / "checkpoints/checkpoint-2")
     monkeypatch.setattr(common, "seal", seal)
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "lo')  # of a line too there was only half
@@ -608,7 +608,7 @@ def test_changed_code_and_changed_reward_files_are_seen(model_dir, data, tmp_pat
     assert {"common.py", "rl.py"} <= {*marks["code"]} and len(marks["code"]) == 2
     judge.write_text("def f(prompts, completions, **_): return [1.0] * len(completions)\n")
     assert (
-        core.checkpoints.describe_differences(marks, rl.RLStage(settings).fingerprint())
+        core.fingerprints.describe_differences(marks, rl.RLStage(settings).fingerprint())
         == f"{judge}:f changed"
     )
 
