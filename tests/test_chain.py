@@ -16,6 +16,7 @@ from conftest import ROOT
 import common
 import core.checkpoints
 import core.config
+import core.fingerprints
 import core.rewards
 import yaml
 from chain import Pipeline, load_yaml

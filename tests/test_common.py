@@ -911,7 +911,7 @@ def test_a_stage_that_a_notebook_defines_anew_is_another(tmp_path):
     one, two, three = (stage(number).fingerprint() for number in (1, 1, 2))
     assert (
         one == two != three
-        and core.fingerprints.describe_differences(two, three) == "train() changed"
+        and core.checkpoints.describe_differences(two, three) == "train() changed"
     )
 
 
