@@ -185,7 +185,7 @@ def run(*arguments, **options):
             ["--model=./nowhere", "--data=examples/sample_data.jsonl", "--dry_run=perhaps"],
             "dry_run",
         ),
-        (["--seed=1", "--seed=2"], "--seed stands 2 times"),
+        (["--seed=1", "--seed=2"], "--seed was given 2 times"),
         (
             ["--dry_run=1", "--model=./nowhere", "--data=examples/sample_data.jsonl"],
             "./nowhere: no such file",
@@ -474,7 +474,7 @@ def test_a_gguf_file_is_converted_once_for_its_content(tokenizer, tmp_path, monk
     write_gguf(gguf, path, tokenizer)
     folder = core.hub.find_model(str(path), TrainingConfig())
     assert (folder / "model.safetensors").exists() and (folder / "tokenizer.json").exists()
-    monkeypatch.setattr(common, "convert_gguf", None)  # would fail if called again
+    monkeypatch.setattr(core.hub, "convert_gguf", None)  # would fail if called again
     (tmp_path / "copy.gguf").write_bytes(path.read_bytes())
     assert core.hub.find_model(str(tmp_path / "copy.gguf"), TrainingConfig()) == folder
     (tmp_path / "somepackage").mkdir()
