@@ -591,7 +591,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     exit_on_signals()
     if not arguments or {"-h", "--help"} & set(arguments):
-        return print(f"{__doc__.strip()}\n\nOptions:\n{option_help(PipelineConfig)}")
+        return print(f"{__doc__.strip()}\n\n{option_help(PipelineConfig)}")
     try:
         words, options = read_command_line(arguments)
         if "--stages" in arguments:  # `--stages sft dpo`: the words after the first belong to it

@@ -247,7 +247,7 @@ def describe_option(option: Field, hint: Any, comment: str) -> str:
 # ---- --help --------------------------------------------------------------------------------------
 
 COLUMN = 36  # where the help texts begin
-MIN_WIDTH, MAX_WIDTH = 60, 110
+MIN_WIDTH, MAX_WIDTH = 70, 110
 
 
 def option_help(config_class: Any) -> str:

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT
 
 import common
 import core.checkpoints
 import core.config
+import core.fingerprints
 import core.rewards
-import yaml
 from chain import Pipeline, load_yaml
 from common import BaseStage, StageResult
 from core.config import StageConfig, TrainingConfig
@@ -335,7 +336,7 @@ def test_code_that_changed_after_it_was_imported_does_not_run(pipeline, tmp_path
     )
     (part,) = Pipeline.from_yaml(path).stages
     part.check()
-    part.once = True  # as a part of a run that began before
+    part.reuse_finished = True  # as a part of a run that began before
     assert part.execute().success
 
 
@@ -444,7 +445,7 @@ def test_the_command_line(pipeline, tmp_path):
         (["--sft.learnig_rate=1"], "did you mean 'learning_rate'"),
         (["--dryrun"], "did you mean 'dry_run'"),
         (["--dpo.seed=1"], "unknown stage 'dpo'"),
-        (["--sft.seed=1", "--sft.seed=2"], "--sft.seed stands 2 times"),
+        (["--sft.seed=1", "--sft.seed=2"], "--sft.seed was given 2 times"),
         (["--", "--dry_run"], "-- stands 1 times"),
         (["--stages", "sft", "dpoo"], "unknown stage 'dpoo'"),
         (["other.yaml"], "give one YAML file"),
@@ -802,7 +803,7 @@ def test_paths_of_the_home_folder(pipeline, model_dir, tmp_path, monkeypatch):
     assert reward([None], ["a"]) == [1.0] and reward.stop() is None
     first = chain_of.stages[0].fingerprint()["files"]
     (tmp_path / "tiny/config.json").write_text((tmp_path / "tiny/config.json").read_text() + "\n")
-    assert first["~/tiny"] and core.checkpoints.file_identity(Path("~/tiny")) != first["~/tiny"]
+    assert first["~/tiny"] and core.fingerprints.file_identity(Path("~/tiny")) != first["~/tiny"]
     with pytest.raises(ConfigError, match="output_dir=''"):
         Pipeline.from_yaml(pipeline(["sft"]), output_dir="")
 
