@@ -149,7 +149,7 @@ class Strange(StageConfig):
     positive: Positive | None = None  # no limit if none
     # This sentence tells why the next option exists, and is no heading.
     mode: Literal["x", "y"] = "x"  # the way,
-    #                         continued below
+                                   # continued below
     long: Names = field(
         default_factory=lambda: ["a", "b"]  # broken over lines
     )
@@ -194,13 +194,14 @@ def test_help_of_a_class_without_source():
     assert explanations["seed"][1].endswith("(default: 7)")
 
 
-# -- copies of a recipe, whatever their authors did -------------------------------------------------
+# -- copies of a recipe, whatever their authors did -----------------------------------------------
 
 COPIES = {
     "no_comment": "    margin: float = 1.0\n",
     "one_space": "    margin: float = 1.0 # distance of the two\n",
     "line_above": "    # distance of the two\n    margin: float = 1.0\n",
-    "metadata": '    margin: float = field(default=1.0, metadata={"help": "distance of the two"})\n',
+    "metadata": "    margin: float = field(\n"
+    '        default=1.0, metadata={"help": "distance of the two"}\n    )\n',
     "containers": "    margin: tuple[float, ...] = (1.0, 2.0)  # distance of the two\n"
     "    steps: list[int] = field(default_factory=list)\n",
 }
@@ -252,7 +253,7 @@ def test_copies_run_in_a_chain(copies, model_dir, data, tmp_path):
     assert [result.success for result in results] == [True] * len(copies)
 
 
-# -- a whole run ------------------------------------------------------------------------------------
+# -- a whole run ----------------------------------------------------------------------------------
 
 
 def test_the_recipe_from_the_command_line_leaves_a_whole_folder(model_dir, data, tmp_path):
