@@ -106,6 +106,11 @@ class BaseStage:
         self.used = False  # true: it ran, and what it `read` may have changed since
         self.read: Any = None
 
+    @classmethod
+    def resolve(cls, options: dict[str, Any]) -> tuple[type[BaseStage], dict[str, Any]]:
+        """The stage class that runs with these options, and the options for it."""
+        return cls, options
+
     def validate_config(self) -> None:
         self.config.validate()
 
@@ -689,9 +694,8 @@ def write_stage_json(config: StageConfig, result: StageResult, lineage: dict) ->
 
 def main(stage_class: type[BaseStage], doc: str) -> None:
     """The command line of a recipe. Exit status 0: done; 1: the stage failed; 2: the input has to be mended."""
-    config_class = stage_class.config_class
     if {"-h", "--help"} & set(sys.argv):
-        return print(f"{doc.strip()}\n\nOptions:\n{option_help(config_class)}")
+        return print(f"{doc.strip()}\n\nOptions:\n{option_help(stage_class.config_class)}")
     exit_on_signals()
     try:
         words, options = read_command_line(sys.argv[1:])
@@ -699,7 +703,8 @@ def main(stage_class: type[BaseStage], doc: str) -> None:
             raise ConfigError(f"unexpected word {words[0]!r}; options are written --name=value")
         with as_config_error("dry_run"):
             dry_run = TypeAdapter(bool).validate_python(options.pop("dry_run", False))
-        config = config_class(**resolve_names(config_class, options))
+        stage_class, options = stage_class.resolve(options)
+        config = stage_class.config_class(**resolve_names(stage_class.config_class, options))
         if not (config.enabled and config.save_intermediate):
             raise ConfigError(
                 "enabled=false and save_intermediate=false are for the stages of a chain"
