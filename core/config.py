@@ -149,21 +149,24 @@ def coerce_fields(config: Any) -> None:
             raise ConfigError(f"{name}{shown}: {message[0].lower()}{message[1:]}") from None
 
 
-def resolve_names(config_class, values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with aliases replaced by field names.
-
-    Raises ConfigError for an unknown name, with the nearest valid one, and for one given twice.
-    """
-    names = {option.name for option in fields(config_class)}
-    resolved: dict[str, Any] = {}
+def replace_aliases(config_class: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with aliases replaced by field names; raises ConfigError for both names of one."""
+    replaced: dict[str, Any] = {}
     for key, value in values.items():
         name = config_class.aliases.get(key, key)
-        if name not in names:
-            raise ConfigError(unknown_name("option", key, names | set(config_class.aliases)))
-        if name in resolved:
+        if name in replaced:
             raise ConfigError(f"{name} is given twice, once by its short name; keep one")
-        resolved[name] = value
-    return resolved
+        replaced[name] = value
+    return replaced
+
+
+def resolve_names(config_class: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` by field names; raises ConfigError for an unknown name, with the nearest one."""
+    names = {option.name for option in fields(config_class)}
+    for key in values:
+        if config_class.aliases.get(key, key) not in names:
+            raise ConfigError(unknown_name("option", key, names | set(config_class.aliases)))
+    return replace_aliases(config_class, values)
 
 
 @dataclass
