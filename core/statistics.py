@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 
 def wilson_interval(mean: float, n: int, z: float) -> tuple[float, float]:
     """Wilson's score interval (Wilson 1927) of the mean of n values between 0 and 1."""
-    half_step = z / (2 * n)
-    center = mean + z * half_step
+    center = mean + z * z / (2 * n)
     variance = mean * (1 - mean) / n
-    spread = z * math.sqrt(variance + half_step**2)
+    correction = z / (2 * n)
+    spread = z * math.sqrt(variance + correction**2)
     scale = 1 + z * z / n
     low = (center - spread) / scale
     high = (center + spread) / scale
