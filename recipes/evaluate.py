@@ -60,10 +60,11 @@ from core.rewards import (
     stopping_functions,
     weighted_total,
 )
+from core.rollout import PROMPT_FORMATS, to_prompt
 from core.runtime import logger
 from core.sampling import generate
 from core.statistics import mean_with_interval
-from recipes import dpo, rl, sft
+from recipes import dpo, sft
 
 # -- configuration ---------------------------------------------------------------------------------
 
@@ -71,7 +72,7 @@ from recipes import dpo, rl, sft
 ANSWERED = {
     name: columns for name, columns in sft.FORMATS.items() if name not in ("messages", "text")
 }
-PROMPTS = {name: columns for name, columns in rl.FORMATS.items() if name != "instruction-input"}
+PROMPTS = {name: columns for name, columns in PROMPT_FORMATS.items() if name != "instruction-input"}
 # Format: its columns. If several formats fit, the one with the most columns is used.
 FORMATS = dpo.FORMATS | ANSWERED | PROMPTS
 
@@ -139,7 +140,7 @@ def convert(row: dict, form: str) -> dict:
         return {"prompt": prompt, "answers": [[answer]], "columns": columns}
     if form == "instruction" and "input" in row:
         form = "instruction-input"
-    return rl.convert(row, form) | {"answers": []}
+    return to_prompt(row, form) | {"answers": []}
 
 
 def convert_unpaired(row: dict, columns: dict) -> dict:
