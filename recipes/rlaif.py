@@ -233,7 +233,7 @@ def label(
 
 def run_part(stage: BaseStage, model, tokenizer, start: str) -> StageResult:
     """The result of a contained recipe; a finished one of the same fingerprint is taken as it is."""
-    stage.once = True
+    stage.reuse_finished = True
     result = stage.execute(model, tokenizer, StageResult("start", True, start, start))
     if not result.success:
         raise RuntimeError(f"{stage.stage_name}: {result.error_message}")

