@@ -336,7 +336,7 @@ class Pipeline:
             if position < len(finished):
                 previous = finished[position]
                 self.results.append(previous)
-                logger.info("%s is already finished", folder)
+                logger.info("%s is finished already", folder)
                 continue
             logger.info("\n%d/%d %s", number, len(self.stages), folder)
             self.write_state(running=folder)
