@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from core.config import StageConfig, resolve_names
+from core.config import StageConfig, replace_aliases, resolve_names
 from core.errors import ConfigError, as_config_error
 from core.files import file_digest
 
@@ -56,22 +56,14 @@ def resolve_options(
     """(stage class, options by field name) of options from several sources, of which later ones
     win.
 
-    A recipe such as `rl` chooses another stage by one of the options: its `resolve` takes that out,
-    and may add others. Raises ConfigError for an unknown option, or one that a source has under two
-    names.
+    A recipe such as `rl` chooses another stage by one of the options: its `resolve` takes that one
+    out. Raises ConfigError for an unknown option, or one that a source has under two names.
     """
     given: dict[str, Any] = {}
     for options in sources:
-        given |= options
-    stage_class, passed_on = stage_class.resolve(dict(given))
-    config_class = get_config_class(stage_class)
-    resolved: dict[str, Any] = {}
-    for options in sources:
-        # Only within one source is an option under its name and its alias a mistake.
-        remaining = {name: value for name, value in options.items() if name in passed_on}
-        resolved |= resolve_names(config_class, remaining)
-    added = {name: value for name, value in passed_on.items() if name not in given}
-    return stage_class, resolved | resolve_names(config_class, added)
+        given |= replace_aliases(get_config_class(stage_class), options)
+    stage_class, given = stage_class.resolve(given)
+    return stage_class, resolve_names(get_config_class(stage_class), given)
 
 
 def find_links(config: StageConfig) -> dict[str, str]:
