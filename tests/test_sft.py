@@ -159,7 +159,7 @@ PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
         (
             MESSAGE.replace("CONTENT", "m['content'].split('</think>')[-1]"),
             [*CHAT[1:2], {"role": "assistant", "content": "<think>long</think>Uno."}],
-            "leaves a part out",
+            "the chat template shortens",
         ),
         (
             MESSAGE.replace(
