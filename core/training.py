@@ -16,10 +16,7 @@ import torch
 
 from core.checkpoints import find_checkpoint
 from core.config import FitConfig
-from core.run_log import log_step, truncate_metrics
 from core.runtime import compute_dtype, default_device, deferred_signals, is_main_process, logger
-
-__all__ = ["fit", "gather_sharded_weights", "log_step", "truncate_metrics"]
 
 
 def fit(
