@@ -770,7 +770,8 @@ def test_a_link_to_a_stage_that_saves_nothing_is_refused(pipeline, data):
         "evaluate": {"dataset_name_or_path": data, "baseline": "stage:sft"},
     }
     with pytest.raises(
-        ConfigError, match="stage 02_evaluate: baseline=stage:sft: that stage has save_intermediate=false"
+        ConfigError,
+        match="stage 02_evaluate: baseline=stage:sft: that stage has save_intermediate=false",
     ):
         Pipeline.from_yaml(pipeline(["sft", "evaluate"], configs))
 
