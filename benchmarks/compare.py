@@ -121,13 +121,13 @@ def as_arguments(options: dict) -> list[str]:
 def run_in_subprocess(name: str, options: dict, counted: bool = False) -> Result:
     """Run one contender in a process of its own.
 
-    The allocator settings of `lean_memory` in core/runtime.py are for the recipe alone.
+    The allocator settings of `configure_allocator` in core/runtime.py are for the recipe alone.
     """
     command = [sys.executable, sys.argv[0], f"--contender={name}", *as_arguments(options)]
     if counted:
         command.append("--counted")
-    lean_memory = "1" if name == "recipe" else "0"
-    environment = os.environ | {"THP_MEM_ALLOC_ENABLE": lean_memory}
+    own_allocator = "1" if name == "recipe" else "0"
+    environment = os.environ | {"THP_MEM_ALLOC_ENABLE": own_allocator}
     process = subprocess.run(command, capture_output=True, text=True, env=environment)
     if process.returncode:
         print(process.stdout, process.stderr)

@@ -21,9 +21,9 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import compare
 import sft
+import yaml
 
 import common
-import yaml
 from core.config import ModelConfig
 from core.files import write_jsonl
 
