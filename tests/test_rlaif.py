@@ -40,9 +40,8 @@ def config(tmp_path, **options):
 def judge_behind(server, tmp_path, **options):  # noqa: F811
     settings = config(tmp_path, feedback_model_type="api", feedback_base_url=server.url, **options)
     (tmp_path / "out").mkdir(exist_ok=True)
-    return core.judge.Judge(
-        settings, core.llm_client.LLMClient(settings, "feedback", "judge", "api", server.url)
-    )
+    client = core.llm_client.LLMClient(settings, "feedback", "judge", "api", server.url)
+    return core.judge.Judge(settings, client=client)
 
 
 def verdict(letter):
