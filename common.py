@@ -23,11 +23,12 @@ from core import checkpoints
 from core.chat import prepare_tokenizer, stop_tokens
 from core.checks import check_encoded_rows, describe_stage, estimate_fit
 from core.cli import option_help, read_command_line
-from core.config import ModelConfig, StageConfig, TrainingConfig, resolve_names
+from core.config import ModelConfig, StageConfig, TrainingConfig
 from core.errors import ConfigError, as_config_error
 from core.files import atomic_folder, cached_folder, check_disk_space
 from core.fingerprints import compute_fingerprint
 from core.hub import find_model_parts
+from core.recipe_files import resolve_options
 from core.runtime import (
     compute_dtype,
     default_device,
@@ -85,8 +86,8 @@ class BaseStage:
 
     @classmethod
     def resolve(cls, options: dict[str, Any]) -> tuple[type[BaseStage], dict[str, Any]]:
-        """(stage class, options) that run for `options` as given, aliases not yet resolved. A page
-        that stands for several recipes chooses one of them here."""
+        """(stage class, options) that run for `options` as given. A page that stands for several
+        recipes chooses one of them here."""
         return cls, options
 
     # What a recipe defines or extends.
@@ -616,9 +617,8 @@ def build_stage(stage_class: type[BaseStage], arguments: Sequence[str]) -> tuple
         raise ConfigError(f"unexpected word {words[0]!r}; options are written --name=value")
     with as_config_error("dry_run"):
         dry_run = TypeAdapter(bool).validate_python(options.pop("dry_run", False))
-    stage_class, options = stage_class.resolve(options)
-    config_class = stage_class.config_class
-    config = config_class(**resolve_names(config_class, options))
+    stage_class, options = resolve_options(stage_class, [options])
+    config = stage_class.config_class(**options)
     if not (config.enabled and config.save_intermediate):
         raise ConfigError("enabled=false and save_intermediate=false are for the stages of a chain")
     return stage_class(config), dry_run
