@@ -71,7 +71,7 @@ def test_a_step_that_waits_for_a_value_is_not_recorded(tokenizer, monkeypatch):
 
 
 def test_a_chain_of_all_kinds_runs(model_dir, data, pairs, tmp_path):
-    """bfloat16 weights, also where float32 is the default; a float32 adapter after a training of all
+    """bfloat16 weights, also where float32 is the default; a float32 adapter after training all
     weights; shared prompts. dpo starts at its reference exactly."""
     file = tmp_path / "chain.yaml"
     stages = {
