@@ -267,11 +267,11 @@ def describe_lengths(encoded: EncodedRows) -> str:
         return lengths[min(index, len(lengths) - 1)]
 
     figures = [
-        f"{lengths[0]} minimum",
-        f"{quantile(0.5)} median",
-        f"{quantile(0.9)} 90th percentile",
-        f"{quantile(0.99)} 99th percentile",
-        f"{lengths[-1]} maximum",
+        f"minimum {lengths[0]}",
+        f"median {quantile(0.5)}",
+        f"90th percentile {quantile(0.9)}",
+        f"99th percentile {quantile(0.99)}",
+        f"maximum {lengths[-1]}",
     ]
     return f"per row: {', '.join(figures)}; {encoded.share_cut:.1%} of the rows are cut"
 
