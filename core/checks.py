@@ -9,6 +9,9 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import math
+import os
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -334,6 +337,21 @@ def estimate_cost(stage: Any, skeleton, lengths: Sequence[int]) -> tuple[list[st
     )
     lines = [labelled("time", time), labelled("memory", memory), labelled("disk", disk)]
     return lines, float(disk_bytes)
+
+
+def estimate_fit(config: Any, rows: int, lengths: Sequence[int]) -> tuple[int, float, float, int]:
+    """(optimizer steps, tokens, passes over a token, rows at a time) of a training by `fit` on
+    `rows` rows, whose `lengths` in tokens may be those of a sample."""
+    batch_size = config.per_device_train_batch_size
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    rows_per_step = batch_size * config.gradient_accumulation_steps * processes
+    steps_per_epoch = math.ceil(rows / rows_per_step)
+    steps = config.max_steps or math.ceil(steps_per_epoch * config.num_train_epochs)
+    tokens = statistics.fmean(lengths) * rows * steps / steps_per_epoch
+    # A backward pass counts as two, and as one where only an adapter trains: the gradients of the
+    # weights are half of its work.
+    passes = 2.0 if config.lora_r else 3.0
+    return steps, tokens, passes, min(batch_size, rows)
 
 
 def count_trained_weights(config: TrainingConfig, skeleton) -> int:

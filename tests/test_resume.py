@@ -15,14 +15,14 @@ import time
 import pytest
 import rl
 import sft
+import yaml
 from conftest import ROOT
 
 import core.checkpoints
 import core.config
 import core.files
 import core.fingerprints
-import core.training
-import yaml
+import core.trainer
 from chain import Pipeline
 from core.errors import ConfigError
 
@@ -424,7 +424,7 @@ def test_a_checkpoint_whose_saving_fails_leaves_the_older_one(
             raise OSError(28, "No space left on device")
         seal(folder, config)
 
-    monkeypatch.setattr(core.training, "seal_checkpoint", full)
+    monkeypatch.setattr(core.trainer, "seal_checkpoint", full)
     options = dict(
         model_name_or_path=model_dir,
         dataset_name_or_path=data,
@@ -437,7 +437,7 @@ def test_a_checkpoint_whose_saving_fails_leaves_the_older_one(
     assert [path.name for path in (out / "checkpoints").glob("[a-z]*")] == [
         "checkpoint-2"
     ] and not core.files.find_damage(out / "checkpoints/checkpoint-2")
-    monkeypatch.setattr(core.training, "seal_checkpoint", seal)
+    monkeypatch.setattr(core.trainer, "seal_checkpoint", seal)
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "lo')  # of a line too there was only half
     assert sft.SFTStage(sft.SFTConfig(**options, output_dir=str(out))).execute().success
@@ -515,9 +515,8 @@ def test_a_signal_between_the_steps_ends_at_once(model_dir, data, tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=20)
-    assert (
-        process.returncode == 143 and said.strip() == "stopped by SIGTERM; the same command goes on"
-    )
+    assert process.returncode == 143
+    assert said.startswith("stopped by SIGTERM; ") and len(said.splitlines()) == 1
 
 
 def test_a_loss_that_is_not_finite_at_step_3_stops_with_the_weights_of_step_2(
@@ -728,7 +727,7 @@ def test_early_stopping_has_waited_as_long_after_an_interruption(
         seal(folder, config)
 
     with monkeypatch.context() as patch:
-        patch.setattr(core.training, "seal_checkpoint", full)
+        patch.setattr(core.trainer, "seal_checkpoint", full)
         assert not cut.execute().success
     again = sft.SFTStage(sft.SFTConfig(**options, output_dir=str(tmp_path / "cut"))).execute()
     assert again.metrics["steps"] == whole.metrics["steps"] < 8
