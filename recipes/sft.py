@@ -28,6 +28,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 # A recipe runs from any directory, also as a copy in another folder of the repository.
@@ -239,10 +240,10 @@ def pack(rows: list[dict], max_length: int) -> list[dict]:
     return list(packed.with_format("torch", dtype=torch.int32))
 
 
-def collate(rows: list[dict], padding_side: str = "right") -> dict[str, torch.Tensor]:
+def collate(rows: list[dict], padding_side: str = "right") -> dict[str, Tensor]:
     """Pad rows of (T,) to a batch of (B, T)."""
 
-    def pad(tensors: list[torch.Tensor], value: int) -> torch.Tensor:
+    def pad(tensors: list[Tensor], value: int) -> Tensor:
         padded = pad_sequence(tensors, True, value, padding_side)  # B times (T,) -> (B, T)
         return padded.long()
 
@@ -275,12 +276,12 @@ def collate(rows: list[dict], padding_side: str = "right") -> dict[str, torch.Te
 # -- mathematics -----------------------------------------------------------------------------------
 
 
-def sft_loss(logps: torch.Tensor) -> torch.Tensor:
+def sft_loss(logps: Tensor) -> Tensor:
     """Mean negative log-likelihood of targets with log-probabilities (N,)."""
     return -logps.mean()
 
 
-def loss(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def loss(model, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, metrics) of a batch of `collate`."""
     labels = batch["labels"]  # (B, T)
     is_target = labels[:, 1:] != IGNORE  # (B, T - 1)
