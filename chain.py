@@ -35,6 +35,7 @@ from core.config import (
     Precision,
     StageConfig,
     coerce_fields,
+    replace_aliases,
     resolve_names,
 )
 from core.errors import ConfigError, as_config_error, unknown_name
@@ -223,26 +224,27 @@ class Pipeline:
     def stage(self, name: str, folder: str) -> BaseStage:
         """The stage of a name, with its config: command line over stage over pipeline over default."""
         stage_class, short = self.find_class(name), Path(name).stem
-        config_class = stage_class.config_class
-        if config_class is StageConfig:
-            config_class = get_type_hints(stage_class.__init__).get("config", StageConfig)
-        shared = {
-            key: getattr(self.config, key)
-            for key in {*SHARED} & {f.name for f in fields(config_class)}
-        }
-        own: dict[str, Any] = {"output_dir": str(Path(self.config.output_dir, folder))}
         try:
-            sources = (self.config.stage_configs, self.overrides)
-            for options in (source.get(key) or {} for source in sources for key in (short, folder)):
-                own |= (resolved := resolve_names(config_class, options))
-                if "output_dir" in resolved:
-                    raise ConfigError(
-                        "output_dir goes to the top of the YAML; a stage's folder is numbered inside it"
-                    )
-                if "model_name_or_path" in resolved and folder != self.folders[0]:
-                    raise ConfigError(
-                        "it starts from the model of the stage before; remove model_name_or_path"
-                    )
+            own: dict[str, Any] = {}
+            for source in (self.config.stage_configs, self.overrides):
+                for key in (short, folder):
+                    own |= replace_aliases(stage_class.config_class, source.get(key) or {})
+            stage_class, own = stage_class.resolve(own)
+            config_class = stage_class.config_class
+            if config_class is StageConfig:
+                config_class = get_type_hints(stage_class.__init__).get("config", StageConfig)
+            own = resolve_names(config_class, own)
+            if "output_dir" in own:
+                raise ConfigError(
+                    "output_dir goes to the top of the YAML; a stage's folder is numbered inside it"
+                )
+            if "model_name_or_path" in own and folder != self.folders[0]:
+                raise ConfigError(
+                    "it starts from the model of the stage before; remove model_name_or_path"
+                )
+            own["output_dir"] = str(Path(self.config.output_dir, folder))
+            names = {f.name for f in fields(config_class)}
+            shared = {key: getattr(self.config, key) for key in SHARED if key in names}
             config = config_class(**{"stage_name": short} | shared | own)
             config.validate()
         except ConfigError as error:

@@ -1,125 +1,218 @@
-"""Sealed checkpoints, resumption, and the fingerprints that decide whether a finished stage is reused."""
+"""The folder of a run: sealed checkpoints, the claim on the folder, the record of a finished stage.
+
+OUT/fingerprint.json says which run the folder and its checkpoints belong to. OUT/stage.json is
+written last: a stage is finished when its stage.json says so.
+"""
 
 from __future__ import annotations
 
-import functools
 import json
 import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
+import yaml
 from core.config import StageConfig, TrainingConfig
-from core.errors import ConfigError
+from core.errors import ConfigError, as_config_error
 from core.files import file_digest, find_damage, write_json
-from core.runtime import logger
+from core.fingerprints import describe_differences, fingerprinted_options
+from core.runtime import default_device, is_main_process, is_sharded, logger, wait_for_everyone
 
-# Options that do not change what comes out of a stage: with others, a run goes on from the same checkpoints.
-NOT_FINGERPRINTED = frozenset(
-    """stage_name output_dir enabled save_intermediate log_level report_to use_wandb wandb_project
-    wandb_run_name resume_from_checkpoint save_steps save_freq save_total_limit use_auth_token max_calls max_cost
-    input_price output_price call_timeout max_missing""".split()
-)
+RECORDED_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets")
 
 
-def fingerprinted_options(config: StageConfig) -> dict[str, Any]:
-    """The options that decide what comes out of a stage, as JSON gives them back."""
-    options = {
-        name: value for name, value in asdict(config).items() if name not in NOT_FINGERPRINTED
-    }
-    return json.loads(json.dumps(options, default=str))
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
-def file_identity(path: Path) -> Any:
-    """What tells whether a file or the folder of a model is still the same one; None for what is not there."""
-    path = path.expanduser()
-    kinds = (
-        "*.safetensors",
-        "*config.json",
-        "tokenizer*",
-        "chat_template*",
-        "vocab*",
-        "*.model",
-    )  # not its records
-    files = (
-        sorted(file for kind in kinds for file in path.glob(kind))
-        if path.is_dir()
-        else [path] * path.is_file()
-    )
-    if path.is_file() and path.stat().st_size < 2**24:
-        return file_digest(path)
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files] or None
-
-
-digest_when_imported = functools.cache(
-    lambda module: file_digest(Path(module.__file__))
-)  # as it was when it was first asked for
-
-
-def describe_differences(old: Mapping, new: Mapping) -> str:
-    """What is not the same in two fingerprints, in words; empty if all is."""
-    said = []
-    for part in new:
-        if isinstance(new[part], dict):
-            both = {
-                key: (old[part].get(key), new[part].get(key))
-                for key in sorted({**old[part], **new[part]})
-            }
-            said += [
-                f"{key} {before!r} -> {now!r}" if part == "options" else f"{key} changed"
-                for key, (before, now) in both.items()
-                if before != now
-            ]
-        elif (before := old.get(part)) != new[part]:
-            said.append(
-                {
-                    "data": "its data changed",
-                    "start": "a stage before it changed",
-                    "launch": f"processes {before} -> {new[part]}",
-                }[part]
-            )
-    return "; ".join(said)
+# -- checkpoints ----------------------------------------------------------------------------------
 
 
 def seal_checkpoint(folder: Path, config: TrainingConfig) -> None:
-    """Write down whose checkpoint it is and, last of all, the hashes of its files, once they lie on the disk."""
+    """Make a checkpoint verifiable: its options and, last of all, a manifest of the hashes of its
+    files, once these are on the disk."""
     write_json(folder / "options.json", fingerprinted_options(config))
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     for file in files:
         with open(file, "rb+") as stream:
             os.fsync(stream.fileno())
-    write_json(
-        folder / "manifest.json",
-        {file.relative_to(folder).as_posix(): file_digest(file) for file in files},
-    )
+    manifest = {file.relative_to(folder).as_posix(): file_digest(file) for file in files}
+    write_json(folder / "manifest.json", manifest)
 
 
 def find_checkpoint(config: TrainingConfig) -> Path | None:
-    """The checkpoint to go on from, as resume_from_checkpoint says. A broken one is named and passed over."""
-    if isinstance(named := config.resume_from_checkpoint, str):
-        if (
-            json.loads(Path(named, "options.json").read_text(encoding="utf-8")).keys()
-            != fingerprinted_options(config).keys()
-        ):
-            raise ConfigError(f"resume_from_checkpoint={named} is of another recipe")
-        return Path(named)
-    found = (
-        Path(config.output_dir, "checkpoints").glob("[a-z]*-*")
-        if config.resume_from_checkpoint
-        else ()
-    )
-    for folder in sorted(found, key=lambda folder: -int(folder.name.rpartition("-")[2])):
-        if not (wrong := find_damage(folder)):
-            theirs, ours = (
-                json.loads((folder / "options.json").read_text(encoding="utf-8")),
-                fingerprinted_options(config),
-            )
-            if changed := describe_differences({"options": theirs}, {"options": ours}):
-                raise ConfigError(
-                    f"{folder} is of a run with other options ({changed}); take another output_dir, or "
-                    "resume_from_checkpoint=False to start anew"
-                )
-            logger.info("going on from %s", folder)
-            return folder
-        logger.warning("%s is passed over: %s", folder, wrong)
+    """The checkpoint that `resume_from_checkpoint` selects: none, the one it names, or the newest
+    intact one of output_dir. Corrupt checkpoints are reported and skipped.
+
+    Raises ConfigError if the checkpoint belongs to a run with other options.
+    """
+    resume = config.resume_from_checkpoint
+    if isinstance(resume, str):
+        return check_named_checkpoint(Path(resume), config)
+    if not resume:
+        return None
+    for folder in newest_first(Path(config.output_dir, "checkpoints")):
+        damage = find_damage(folder)
+        if damage:
+            logger.warning("%s is skipped: %s", folder, damage)
+            continue
+        refuse_other_options(folder, config)
+        logger.info("resuming from %s", folder)
+        return folder
     return None
+
+
+def newest_first(checkpoints: Path) -> list[Path]:
+    """The folders checkpoint-N in `checkpoints`, the largest N first; those being written start
+    with a dot."""
+    folders = checkpoints.glob("[a-z]*-*")
+    return sorted(folders, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def check_named_checkpoint(folder: Path, config: TrainingConfig) -> Path:
+    """`folder`, if it is a checkpoint of the same recipe; its options may have other values."""
+    options = read_json(folder / "options.json")
+    if options.keys() != fingerprinted_options(config).keys():
+        raise ConfigError(f"resume_from_checkpoint={folder} is of another recipe")
+    return folder
+
+
+def refuse_other_options(checkpoint: Path, config: TrainingConfig) -> None:
+    """Raise ConfigError if a checkpoint was trained with other options than `config` has."""
+    before = {"options": read_json(checkpoint / "options.json")}
+    now = {"options": fingerprinted_options(config)}
+    changes = describe_differences(before, now)
+    if changes:
+        raise ConfigError(
+            f"{checkpoint} is of a run with other options ({changes}); choose another output_dir, "
+            "or start anew with resume_from_checkpoint=False"
+        )
+
+
+# -- the claim on a folder ------------------------------------------------------------------------
+
+
+def claim_run_folder(folder: Path, fingerprint: Mapping, resume: bool | str | None) -> None:
+    """Mark `folder` as that of the run with this fingerprint.
+
+    Checkpoints of another run, or those that `resume` (resume_from_checkpoint) does not want, are
+    moved to checkpoints.1, .2, ... One named by a path stays, and so do all others beside it.
+    """
+    # Another number of processes would give each of them other rows, and read other files.
+    processes = os.environ.get("WORLD_SIZE", 1)
+    launch = f"{processes} sharded" if is_sharded() else f"{processes}"
+    claim = {**fingerprint, "launch": launch}
+    if is_main_process():
+        (folder / "stage.json").unlink(missing_ok=True)
+        remove_unfinished_files(folder)
+        why = find_reason_to_set_aside(folder, claim, resume)
+        if why:
+            set_aside(folder / "checkpoints", why)
+        write_json(folder / "fingerprint.json", claim)
+    wait_for_everyone()
+
+
+def remove_unfinished_files(folder: Path) -> None:
+    """Delete what a crash left half-written: files have hidden names until they are complete."""
+    unfinished = [
+        *folder.glob(".*.[0-9]*"),
+        *folder.glob(".saving"),
+        *(folder / "checkpoints").glob(".*"),
+    ]
+    for path in unfinished:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def find_reason_to_set_aside(folder: Path, claim: Mapping, resume: bool | str | None) -> str:
+    """Why the checkpoints in `folder` are not those of the run with this claim; empty if they are,
+    or if there are none."""
+    if not (folder / "checkpoints").exists():
+        return ""
+    if resume is False:
+        return "resume_from_checkpoint=false"
+    record = folder / "fingerprint.json"
+    if resume is not True or not record.exists():
+        return ""
+    with as_config_error(f"{record} cannot be read; move {folder / 'checkpoints'} away"):
+        return describe_differences(read_json(record), claim)
+
+
+def set_aside(checkpoints: Path, why: str) -> None:
+    """Rename a folder to the first free name among checkpoints.1, checkpoints.2, ..."""
+    number = 1
+    while Path(f"{checkpoints}.{number}").exists():
+        number += 1
+    moved = checkpoints.rename(f"{checkpoints}.{number}")
+    logger.warning("the checkpoints of an earlier run are now in %s: %s", moved, why)
+
+
+# -- the record of a finished stage ---------------------------------------------------------------
+
+
+def find_reason_to_run(folder: Path, fingerprint: Mapping) -> str:
+    """Why a stage has to run; empty if `folder` holds its result, made with this fingerprint."""
+    record = folder / "stage.json"
+    if not record.exists():
+        return "it is not finished"
+    with as_config_error(f"{record} cannot be read; delete it to run the stage again"):
+        return describe_differences(read_json(record)["fingerprint"], fingerprint)
+
+
+def read_stage_record(folder: Path) -> dict[str, Any]:
+    """The stage.json of a finished stage; its paths are right also where the folder was moved."""
+    record = read_json(folder / "stage.json")
+    written_as = record["output_dir"]
+    if record["model_path"]:
+        record["model_path"] = relocate(record["model_path"], written_as, folder)
+    for name, path in record["artifacts"].items():
+        record["artifacts"][name] = relocate(path, written_as, folder)
+    return record
+
+
+def relocate(path: str, old_folder: str, folder: Path) -> str:
+    """`path` as seen from where `old_folder` is now, if it was in it or in a folder beside it."""
+    relative = Path(os.path.relpath(path, old_folder))
+    is_elsewhere = relative.parts[:2] == ("..", "..")
+    if is_elsewhere or str(folder) == old_folder:
+        return path
+    return os.path.normpath(folder / relative)
+
+
+def write_stage_record(config: StageConfig, result: Any, lineage: Mapping[str, Any]) -> None:
+    """Write stage_config.yaml, the resolved options, and last of all stage.json.
+
+    `result` is a StageResult; `lineage` says what the stage started from, with its fingerprint.
+    """
+    if not is_main_process():
+        return
+    folder = Path(config.output_dir)
+    options = yaml.safe_dump(asdict(config), sort_keys=False)
+    (folder / "stage_config.yaml").write_text(options, encoding="utf-8")
+    versions = {"python": sys.version.split()[0]}
+    versions |= {name: version(name) for name in RECORDED_PACKAGES}
+    record = {
+        "stage": result.stage_name,
+        "output_dir": str(folder),
+        "success": result.success,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        **lineage,
+        "model_path": result.model_path,
+        "metrics": result.metrics,
+        "artifacts": result.artifacts,
+        "device": str(default_device()),
+        "versions": versions,
+    }
+    write_json(folder / "stage.json", record)

@@ -57,17 +57,24 @@ def coerce_fields(config) -> None:
             raise ConfigError(f"{name}{shown}: {error.errors()[0]['msg'].lower()}") from None
 
 
-def resolve_names(config_class, values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with aliases replaced by field names; raises ConfigError with the nearest name for an unknown key."""
-    names, resolved = {f.name for f in fields(config_class)}, {}
+def replace_aliases(config_class, values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with aliases replaced by field names; raises ConfigError if an option is given by both."""
+    replaced: dict[str, Any] = {}
     for key, value in values.items():
         name = config_class.aliases.get(key, key)
-        if name not in names:
-            raise ConfigError(unknown_name("option", key, names | set(config_class.aliases)))
-        if name in resolved:
+        if name in replaced:
             raise ConfigError(f"{name} is given twice, once by its short name; keep one")
-        resolved[name] = value
-    return resolved
+        replaced[name] = value
+    return replaced
+
+
+def resolve_names(config_class, values: Mapping[str, Any]) -> dict[str, Any]:
+    """`replace_aliases`; raises ConfigError with the nearest name for an unknown option."""
+    names = {f.name for f in fields(config_class)}
+    for key in values:
+        if config_class.aliases.get(key, key) not in names:
+            raise ConfigError(unknown_name("option", key, names | set(config_class.aliases)))
+    return replace_aliases(config_class, values)
 
 
 @dataclass

@@ -20,9 +20,9 @@ import torch
 from tqdm import tqdm
 
 from core.chat import prompt_ids
-from core.checkpoints import file_identity
 from core.config import Count, ModelConfig, Natural, NonNegative, Positive, Share, StageConfig
 from core.errors import ConfigError
+from core.fingerprints import file_identity
 from core.hub import check_model
 from core.logprobs import answer_logits, collate_answers
 from core.runtime import is_main_process, logger

@@ -1,9 +1,12 @@
-"""Token log-probabilities, and batches of answers that share a prompt."""
+"""Token log-probabilities, and batches of answers that share a prompt.
+
+Shapes: B sequences of T positions, of which N are targets; V tokens in the vocabulary, hidden
+states of size H."""
 
 from __future__ import annotations
 
 import contextlib
-from typing import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -11,16 +14,27 @@ from torch.nn.utils.rnn import pad_sequence
 from core.chat import IGNORE
 from core.runtime import logger
 
+# The tensors of a batch of answers, and what each holds where a sequence is shorter than the
+# longest.
+PADDING = {"input_ids": 0, "position_ids": 0, "branch": -1, "sequence": 0, "targets": IGNORE}
+
+
+# -- models ----------------------------------------------------------------------------------------
+
 
 def unwrap_model(model):
-    """The model that DDP or DeepSpeed hides. (accelerate's extract_model_from_parallel searches every module too.)"""
-    return dict(model.named_children()).get("module", model)
+    """The model inside DDP or DeepSpeed. (accelerate's extract_model_from_parallel searches every
+    module too.)"""
+    children = dict(model.named_children())
+    return children.get("module", model)
 
 
 @contextlib.contextmanager
-def without_adapter(model):
-    """As peft's disable_adapter(), which takes stock of all layers besides."""
-    (tuner := unwrap_model(model).base_model).disable_adapter_layers()
+def without_adapter(model) -> Iterator[None]:
+    """The model without its LoRA adapter; cheaper than peft's disable_adapter(), which inspects all
+    layers first."""
+    tuner = unwrap_model(model).base_model
+    tuner.disable_adapter_layers()
     try:
         yield
     finally:
@@ -28,132 +42,168 @@ def without_adapter(model):
 
 
 def logits_at(model, mask: torch.Tensor, **inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """The logits (N, V) and last hidden states (N, H) of the N positions where `mask` (B, T) is true, by a forward pass
-    of `model` (DDP and FSDP included) whose vocabulary projection sees no other position."""
-    head, hidden = unwrap_model(model).get_output_embeddings(), []
+    """The logits (N, V) and last hidden states (N, H) of the N positions where `mask` (B, T) is
+    true.
 
-    def select(_, args) -> tuple:
-        hidden.append(args[0][mask])
-        return tuple(hidden)
+    It is a forward pass of `model` itself, so DDP and FSDP work; only the vocabulary projection
+    skips the other positions, whose logits would take most of the memory."""
+    head = unwrap_model(model).get_output_embeddings()
+    selected = []
 
-    hook = head.register_forward_pre_hook(select)
+    def select_positions(_, args) -> tuple[torch.Tensor]:
+        hidden = args[0]  # (B, T, H)
+        selected.append(hidden[mask])  # (N, H)
+        return (selected[0],)
+
+    hook = head.register_forward_pre_hook(select_positions)
     try:
-        return model(**inputs, use_cache=False).logits, hidden[0]
+        logits = model(**inputs, use_cache=False).logits
     finally:
         hook.remove()
+    return logits, selected[0]
+
+
+def additive_attention_mask(model, visible: torch.Tensor) -> torch.Tensor:
+    """What is added to the attention scores: 0 where `visible` (bool), -inf elsewhere.
+
+    It has the dtype in which attention computes, which would otherwise convert it again in every
+    layer."""
+    device_type = visible.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+    else:
+        dtype = next(model.parameters()).dtype
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill_(~visible, -torch.inf)
+
+
+# -- answers that share a prompt -------------------------------------------------------------------
 
 
 def collate_answers(rows: Sequence[dict], share_prompt: bool = True) -> dict[str, torch.Tensor]:
-    """A batch of B rows, each a "prompt" with G "answers" (token ids, with their "labels"), (B, T): the prompt, then
-    the answers side by side, all continuing the prompt's positions; or (G B, T) if `share_prompt` is false: the prompt
+    """A batch of rows, each a "prompt" with G "answers" (token ids) and their "labels".
+
+    With `share_prompt` a sequence is a row: the prompt, then its answers side by side, all of which
+    continue the positions of the prompt. Without it a sequence is an answer: the prompt stands
     before each of them.
 
-    "branch" is 0 in a prompt, 1 ... G in the answers, -1 in padding. "targets" has at each position the token to
-    predict there, "sequence" which of the G B answers it belongs to. A branch begins with the prompt's last token,
-    since that predicts the answer's first."""
-    sequences, number = [], 0
+    All tensors are (B, T). "branch" is 0 in a prompt, 1 ... G in the answers, -1 in padding;
+    "targets" has the token to predict at each position; "sequence" counts the answers of the whole
+    batch. A branch begins with the last token of the prompt, because that token predicts the
+    answer's first one."""
+    sequences = []
+    num_answers = 0
     for row in rows:
         *prompt, last = row["prompt"]
         start = len(prompt)
-        trunk = torch.tensor(
-            [prompt, range(start), [0] * start, [0] * start, [IGNORE] * start], dtype=torch.long
-        )
-        branches = [
-            torch.tensor(
-                [
-                    [last, *ids[:-1]],
-                    range(start, start + len(ids)),
-                    [branch] * len(ids),
-                    [number + branch - 1] * len(ids),
-                    labels,
-                ]
-            )
-            for branch, (ids, labels) in enumerate(zip(row["answers"], row["labels"]), 1)
-        ]
-        number += len(branches)
-        groups = [[trunk, *branches]] if share_prompt else [[trunk, branch] for branch in branches]
-        sequences += [torch.cat(group, 1) for group in groups]
-    names, padding = (
-        ("input_ids", "position_ids", "branch", "sequence", "targets"),
-        (0, 0, -1, 0, IGNORE),
-    )
-    columns = zip(*sequences)
-    batch = {
-        name: pad_sequence(list(tensors), True, pad)
-        for name, tensors, pad in zip(names, columns, padding)
-    }
-    batch |= {"num_tokens": (batch["branch"] >= 0).sum(), "num_items": torch.tensor(len(rows))}
-    return batch if share_prompt else batch | {"attention_mask": (batch["branch"] >= 0).long()}
+        trunk = make_columns(prompt, 0, branch=0, sequence=0, targets=[IGNORE] * start)
+        branches = []
+        for branch, (ids, labels) in enumerate(zip(row["answers"], row["labels"], strict=True), 1):
+            inputs = [last, *ids[:-1]]
+            branches.append(make_columns(inputs, start, branch, num_answers, labels))
+            num_answers += 1
+        if share_prompt:
+            sequences.append(torch.cat([trunk, *branches], 1))
+        else:
+            sequences += [torch.cat([trunk, branch], 1) for branch in branches]
+
+    batch = {}
+    columns = zip(*sequences, strict=True)
+    for (name, padding), tensors in zip(PADDING.items(), columns, strict=True):
+        batch[name] = pad_sequence(list(tensors), batch_first=True, padding_value=padding)
+    is_token = batch["branch"] >= 0
+    batch["num_tokens"] = is_token.sum()
+    batch["num_items"] = torch.tensor(len(rows))
+    if not share_prompt:
+        batch["attention_mask"] = is_token.long()
+    return batch
 
 
-def additive_attention_mask(model, seen: torch.Tensor) -> torch.Tensor:
-    """What is added to attention's scores: 0 where `seen` says that a position may look, else -inf. Of a dtype that
-    attention need not convert once more in every layer."""
-    kind, dtype = seen.device.type, next(model.parameters()).dtype
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+def make_columns(
+    ids: Sequence[int], start: int, branch: int, sequence: int, targets: Sequence[int]
+) -> torch.Tensor:
+    """The tensors that PADDING names, (5, T), for a piece of a sequence that begins at position
+    `start`."""
+    size = len(ids)
+    positions = range(start, start + size)
+    branches = [branch] * size
+    sequences = [sequence] * size
+    return torch.tensor([ids, positions, branches, sequences, targets], dtype=torch.long)
 
 
 def answer_logits(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """`logits_at` the N positions of a batch of `collate_answers` that have a target."""
-    inputs = {
-        name: batch[name]
-        for name in ("input_ids", "position_ids", "attention_mask")
-        if name in batch
-    }
-    if (
-        "attention_mask" not in inputs
-    ):  # a position sees what lies before it in its prompt and in its own branch
-        query, key = batch["branch"][:, :, None], batch["branch"][:, None, :]
-        inputs["attention_mask"] = additive_attention_mask(
-            model, ((query == key) | (key == 0)).tril()[:, None]
-        )  # (B, 1, T, T)
-    return logits_at(model, batch["targets"] != IGNORE, **inputs)
+    """`logits_at` the N positions of a batch of `collate_answers` that have a target: (N, V) and
+    (N, H)."""
+    inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+    if "attention_mask" in batch:
+        inputs["attention_mask"] = batch["attention_mask"]
+    else:
+        # A position sees the earlier positions of the prompt and of its own branch.
+        query = batch["branch"][:, :, None]  # (B, T, 1)
+        key = batch["branch"][:, None, :]  # (B, 1, T)
+        same_text = (query == key) | (key == 0)
+        visible = same_text.tril()[:, None]  # (B, 1, T, T)
+        inputs["attention_mask"] = additive_attention_mask(model, visible)
+    has_target = batch["targets"] != IGNORE  # (B, T)
+    return logits_at(model, has_target, **inputs)
 
 
 @torch.no_grad()
 def sharing_is_exact(model, row: dict) -> bool:
-    """Whether one pass over the prompt of `row` gives the answers the logits that a pass for each of them gives."""
-    if model.config._attn_implementation in (
-        "sdpa",
-        "eager",
-    ):  # others do not take a mask of our own
-        batches = [collate_answers([row], share) for share in (True, False)]
-        batches = [
-            {name: value.to(model.device) for name, value in batch.items()} for batch in batches
-        ]
-        together, apart = (answer_logits(model, batch)[0].float() for batch in batches)
-        if (together - apart).std(-1).mean() < (
-            1e-4 if model.dtype == torch.float32 else 0.1
-        ) * apart.std(-1).mean():
+    """Whether a shared prompt gives the answers of `row` the same logits as a prompt for each of
+    them."""
+
+    def logits_of(share_prompt: bool) -> torch.Tensor:
+        batch = collate_answers([row], share_prompt)
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        logits, _ = answer_logits(model, batch)
+        return logits.float()
+
+    # Other implementations of attention do not accept a mask of our own.
+    if model.config._attn_implementation in ("sdpa", "eager"):
+        shared, separate = logits_of(True), logits_of(False)  # (N, V)
+        difference = (shared - separate).std(-1).mean()
+        tolerance = 1e-4 if model.dtype == torch.float32 else 0.1
+        if difference < tolerance * separate.std(-1).mean():
             return True
     logger.info(
-        "prompts are encoded once an answer: once for all its answers is not exact with this model's attention"
+        "each answer re-encodes its prompt: "
+        "sharing one encoded prompt is not exact with this model's attention"
     )
     return False
 
 
-class TokenLogps(torch.autograd.Function):
-    """log softmax(logits)[target] of logits (N, V) and targets (N,): (N,) in float32. It works in chunks, and the
-    gradient takes the place of the logits, which are spent by then: a second (N, V) tensor is never made."""
+# -- log-probabilities -----------------------------------------------------------------------------
 
-    at_once = staticmethod(
-        lambda logits: 32 if logits.device.type == "cpu" else 1024
-    )  # rows; fewer fit a CPU's cache
+
+class TokenLogps(torch.autograd.Function):
+    """log softmax(logits)[target] for logits (N, V) and targets (N,): (N,) in float32.
+
+    It works in chunks, and the gradient overwrites the logits, which are not needed after it: a
+    second tensor (N, V), the largest of a training step, is never allocated."""
+
+    @staticmethod
+    def at_once(logits: torch.Tensor) -> int:
+        """Rows of a chunk. On a CPU a chunk has to fit the cache."""
+        return 32 if logits.device.type == "cpu" else 1024
 
     @staticmethod
     def forward(ctx, logits, targets):
-        norms = torch.cat(
-            [chunk.float().logsumexp(-1) for chunk in logits.split(TokenLogps.at_once(logits))]
-        )
-        ctx.save_for_backward(logits, targets, norms)
-        return logits.gather(-1, targets[:, None])[:, 0].float() - norms
+        chunks = logits.split(TokenLogps.at_once(logits))
+        log_norms = torch.cat([chunk.float().logsumexp(-1) for chunk in chunks])
+        ctx.save_for_backward(logits, targets, log_norms)
+        target_logits = logits.gather(-1, targets[:, None])[:, 0]
+        return target_logits.float() - log_norms
 
     @staticmethod
     def backward(ctx, grads):
-        logits, *rest = ctx.saved_tensors
-        parts = (tensor.split(TokenLogps.at_once(logits)) for tensor in (logits, *rest, grads))
-        for chunk, target, norm, grad in zip(*parts):
-            chunk.copy_((chunk.float() - norm[:, None]).exp_().mul_(-grad[:, None]))
-            chunk.scatter_add_(-1, target[:, None], grad[:, None].to(chunk.dtype))
+        logits, targets, log_norms = ctx.saved_tensors
+        rows = TokenLogps.at_once(logits)
+        columns = [tensor.split(rows) for tensor in (logits, targets, log_norms, grads)]
+        # d log p(target) / d logits = onehot(target) - softmax(logits)
+        for chunk, target, log_norm, grad in zip(*columns, strict=True):
+            grad = grad[:, None]
+            log_probabilities = chunk.float() - log_norm[:, None]
+            chunk.copy_(log_probabilities.exp_().mul_(-grad))
+            chunk.scatter_add_(-1, target[:, None], grad.to(chunk.dtype))
         return logits, None

@@ -1,109 +1,211 @@
-"""Sampling of completions: our own loop, since `generate()` is a third as fast on a CPU and keeps no log-probabilities."""
+"""Sampling of completions, by a loop of our own: on a CPU it is three times as fast as
+transformers' `generate()`, and it keeps the log-probability of every sampled token.
+
+Shapes: P prompts, B = P * repeats completions, W tokens of the longest prompt, T new tokens at
+most, V tokens in the vocabulary."""
 
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from core.chat import prompt_ids, stop_tokens
 from core.errors import ConfigError, unknown_name
 from core.logprobs import additive_attention_mask
 
-CUDA_GRAPH_DEVICES = {
-    "cuda"
-}  # devices on which a step of sampling is recorded, and replayed for all tokens
+CUDA_GRAPH_DEVICES = {"cuda"}  # device types on which a decoding step is recorded once and replayed
 SAMPLING_DEFAULTS = {"max_new_tokens": 64, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+SMALLEST_COUNTS = {"max_new_tokens": 1, "top_k": 0}
+
+
+# -- options ---------------------------------------------------------------------------------------
 
 
 def check_sampling(name: str, sampling: Mapping[str, Any]) -> None:
-    """Refuse what the option `name` says of SAMPLING if it makes no sense."""
-    if strange := {*sampling} - {*SAMPLING_DEFAULTS}:
-        raise ConfigError(f"{name}: " + unknown_name("option", min(strange), SAMPLING_DEFAULTS))
+    """Check the sampling options that the config field `name` holds; raises ConfigError."""
+    unknown = set(sampling) - set(SAMPLING_DEFAULTS)
+    if unknown:
+        message = unknown_name("option", min(unknown), SAMPLING_DEFAULTS)
+        raise ConfigError(f"{name}: {message}")
+
     values = SAMPLING_DEFAULTS | dict(sampling)
-    for count in ("max_new_tokens", "top_k"):
-        if not isinstance(values[count], int) or values[count] < (count == "max_new_tokens"):
-            raise ConfigError(f"{name}: {count}={values[count]!r} is not a count")
-    numbers = all(isinstance(values[number], (int, float)) for number in ("temperature", "top_p"))
-    if not numbers or values["temperature"] <= 0 or not 0 < values["top_p"] <= 1:
+    for option, smallest in SMALLEST_COUNTS.items():
+        value = values[option]
+        if not isinstance(value, int) or value < smallest:
+            raise ConfigError(f"{name}: {option}={value!r} is not a count; give {smallest} or more")
+
+    temperature, top_p = values["temperature"], values["top_p"]
+    if not isinstance(temperature, int | float) or temperature <= 0:
         raise ConfigError(
-            f"{name}: temperature is a number above 0, top_p in (0, 1]: no choice without chance"
+            f"{name}: temperature={temperature!r}; sampling requires a temperature above 0"
         )
+    if not isinstance(top_p, int | float) or not 0 < top_p <= 1:
+        raise ConfigError(f"{name}: top_p={top_p!r}; give a number above 0, at most 1")
+
+
+# -- one token -------------------------------------------------------------------------------------
+
+
+def uniform_numbers(count: int, sampling: Mapping, seed: int) -> torch.Tensor:
+    """Random numbers (count, T), uniform in (0, 1], for `sample_next_token`.
+
+    They depend on the seed alone, so the batch size does not change what is sampled."""
+    generator = torch.Generator().manual_seed(seed)
+    return 1 - torch.rand(count, sampling["max_new_tokens"], generator=generator)
+
+
+def sample_next_token(
+    logits: torch.Tensor, uniforms: torch.Tensor | None, sampling: Mapping
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose a token for each row of logits (B, V); returns tokens (B,) and their log-probabilities
+    (B,).
+
+    Each token is the one at which the cumulative distribution passes `uniforms` (B,), numbers in
+    (0, 1]; without them, the most likely one. The log-probabilities include the temperature, as in
+    training, but not top_k and top_p."""
+    logits = logits.float() / sampling["temperature"]
+    probabilities = logits.softmax(-1)  # (B, V)
+
+    if uniforms is None:
+        tokens = logits.argmax(-1)
+    else:
+        candidates = probabilities
+        if sampling["top_k"] or sampling["top_p"] < 1:
+            candidates = keep_likely_tokens(logits, sampling).softmax(-1)
+        cumulative = candidates.cumsum(-1, dtype=torch.float64)
+        # The last sum is 1 up to rounding: scaled by it, no threshold exceeds the cumulative
+        # distribution.
+        thresholds = uniforms[:, None].double() * cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, thresholds)[:, 0]
+
+    token_probabilities = probabilities.gather(1, tokens[:, None])[:, 0]
+    return tokens, token_probabilities.log()
+
+
+def keep_likely_tokens(logits: torch.Tensor, sampling: Mapping) -> torch.Tensor:
+    """The logits (B, V) with -inf at the tokens that top_k and then top_p exclude."""
+    from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+    if sampling["top_k"]:
+        logits = TopKLogitsWarper(sampling["top_k"])(None, logits)
+    return TopPLogitsWarper(sampling["top_p"])(None, logits)
+
+
+# -- the model, made ready for decoding ------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def fast_decoding(model):
-    """On a CPU, lie the weights column by column while tokens are sampled, with the adapter merged in: few rows times
-    such weights is three times as fast. The weights come back bitwise."""
+def evaluation_mode(model) -> Iterator[None]:
+    """Turn dropout off; gradient checkpointing too, since checkpointed layers keep no key-value
+    cache."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextlib.contextmanager
+def fast_decoding(model) -> Iterator[None]:
+    """On a CPU, store the weights column-major, with the LoRA adapter merged in, while tokens are
+    sampled.
+
+    A product of few rows with such weights is three times as fast. Afterwards the weights are
+    bitwise the same."""
     from peft.tuners.lora import LoraLayer
 
-    if model.device.type != "cpu" or {weight.dtype for weight in model.parameters()} != {
-        torch.float32
-    }:
+    dtypes = {weight.dtype for weight in model.parameters()}
+    if model.device.type != "cpu" or dtypes != {torch.float32}:
         yield
         return
-    lora = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    plain = bool(lora) and not any(module.use_dora.get("default") for module in lora)
-    bases = [module.get_base_layer() for module in lora]
-    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    kept = {layer.weight: layer.weight.data for layer in (*bases, *linear)}
-    with model.disable_adapter() if plain else contextlib.nullcontext():
-        for base, module in zip(bases, lora) if plain else ():
-            base.weight.data = base.weight.data + module.get_delta_weight("default")
-        for weight in kept:
-            weight.data = weight.data.t().contiguous().t()
+
+    lora_layers: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    uses_dora = any(layer.use_dora.get("default") for layer in lora_layers)
+    merges_adapter = bool(lora_layers) and not uses_dora
+    base_layers = [layer.get_base_layer() for layer in lora_layers]
+    linear_layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    original_data = {layer.weight: layer.weight.data for layer in [*base_layers, *linear_layers]}
+
+    with model.disable_adapter() if merges_adapter else contextlib.nullcontext():
         try:
+            if merges_adapter:
+                for base, layer in zip(base_layers, lora_layers, strict=True):
+                    base.weight.data = base.weight.data + layer.get_delta_weight("default")
+            for weight in original_data:
+                weight.data = weight.data.t().contiguous().t()
             yield
         finally:
-            for weight, data in kept.items():
+            for weight, data in original_data.items():
                 weight.data = data
 
 
-def preallocate_kv_cache(model, cache, repeats: int, room: int, at: torch.Tensor) -> bool | None:
-    """Lay out the key-value cache with each row `repeats` times and room for so many tokens, the next at `at` (1,): one
-    that grows is copied whole at every token. Returns whether attention sees the room; None if there is none."""
+def can_preallocate_kv_cache(model, cache) -> bool:
+    """Whether `preallocate_kv_cache` suits the model: rotary positions, full attention, masks of
+    our own."""
     from transformers.cache_utils import DynamicLayer
 
-    whole = model.device.type in CUDA_GRAPH_DEVICES  # so that no step changes a shape
+    takes_our_mask = model.config._attn_implementation in ("sdpa", "eager")
+    has_rotary_positions = "rope_parameters" in model.config.to_dict()
+    # A subclass is another kind of attention: a sliding window, for example.
+    has_full_attention = all(type(layer) is DynamicLayer for layer in cache.layers)
+    return takes_our_mask and has_rotary_positions and has_full_attention
 
-    class Roomy(DynamicLayer):
-        def __init__(self, *states):
+
+def preallocate_kv_cache(
+    cache, repeats: int, room: int, next_slot: torch.Tensor, static_shapes: bool
+) -> None:
+    """Repeat each row of the key-value cache `repeats` times and append empty slots for `room`
+    tokens.
+
+    A cache that grows is copied whole at every token. A new token is written at `next_slot` (1,).
+    With `static_shapes` attention gets all slots, whose rest the mask has to hide; else only those
+    that are filled."""
+    from transformers.cache_utils import DynamicLayer
+
+    class PreallocatedLayer(DynamicLayer):
+        def __init__(self, keys: torch.Tensor, values: torch.Tensor):  # (P, heads, W, d) each
             super().__init__()
             self.is_initialized = True
-            self.keys, self.values = (
-                F.pad(state, (0, 0, 0, room)).repeat_interleave(repeats, 0) for state in states
-            )
+            self.keys = F.pad(keys, (0, 0, 0, room)).repeat_interleave(repeats, 0)
+            self.values = F.pad(values, (0, 0, 0, room)).repeat_interleave(repeats, 0)
 
-        def update(self, *states, **_):
-            both = self.keys, self.values
-            for part, state in zip(both, states):
-                part.index_copy_(2, at, state)
-            return both if whole else tuple(part[:, :, : at + 1] for part in both)
+        def update(self, keys, values, *_, **__):
+            self.keys.index_copy_(2, next_slot, keys)
+            self.values.index_copy_(2, next_slot, values)
+            if static_shapes:
+                return self.keys, self.values
+            filled = next_slot + 1
+            return self.keys[:, :, :filled], self.values[:, :, :filled]
 
-    ours = (
-        model.config._attn_implementation in ("sdpa", "eager")
-        and "rope_parameters" in model.config.to_dict()
-    )
-    if not ours or not all(type(layer) is DynamicLayer for layer in cache.layers):
-        return cache.batch_repeat_interleave(repeats)
-    cache.layers = [Roomy(layer.keys, layer.values) for layer in cache.layers]
-    return whole
+    cache.layers = [PreallocatedLayer(layer.keys, layer.values) for layer in cache.layers]
 
 
-def cuda_graph_steps(step: Callable[[], torch.Tensor], recorded: bool):
-    """What `step()` gives, again and again; `recorded`: by a CUDA graph from the second time on, unless it waits for a
-    value. To launch its operations one by one takes ten times as long as a GPU works at them."""
-    result = graph = None
-    if recorded:
-        torch.cuda.set_sync_debug_mode("error")
+def cuda_graph_steps(step: Callable[[], torch.Tensor], use_graph: bool) -> Iterator[torch.Tensor]:
+    """Yield the result of `step()` again and again; with `use_graph`, replay a CUDA graph of it.
+
+    Launching the operations of a step one by one takes ten times as long as the GPU needs to
+    compute them. A step that waits for a value of the GPU cannot be recorded, and is run as usual.
+    Yields (B, V)."""
+    result = None
+    if use_graph:
+        torch.cuda.set_sync_debug_mode("error")  # such a wait raises RuntimeError
         with contextlib.suppress(RuntimeError):
-            result, graph = step(), torch.cuda.CUDAGraph()
+            result = step()
         torch.cuda.set_sync_debug_mode("default")
-    while graph is None:
-        yield step()
+
+    if result is None:
+        while True:
+            yield step()
+
     yield result
+    graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = step()
     while True:
@@ -111,35 +213,121 @@ def cuda_graph_steps(step: Callable[[], torch.Tensor], recorded: bool):
         yield result
 
 
-def sample_next_token(
-    logits: torch.Tensor, chance: torch.Tensor | None, sampling: Mapping
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(tokens (B,), their log-probabilities (B,)) from logits (B, V): where the cumulative distribution passes `chance`
-    (B,) in (0, 1], or the likeliest if that is None. The log-probabilities know the temperature, as those of training
-    do, but not top_k and top_p."""
-    from transformers import TopKLogitsWarper, TopPLogitsWarper
-
-    logits = logits.float() / sampling["temperature"]
-    chances = logits.softmax(-1)
-    if chance is None:
-        tokens = logits.argmax(-1)
-    else:
-        kept = chances
-        if sampling["top_k"] or sampling["top_p"] < 1:
-            logits = (
-                TopKLogitsWarper(sampling["top_k"])(None, logits) if sampling["top_k"] else logits
-            )
-            kept = TopPLogitsWarper(sampling["top_p"])(None, logits).softmax(-1)
-        cumulative = kept.cumsum(-1, dtype=torch.float64)
-        tokens = torch.searchsorted(cumulative, chance[:, None].double() * cumulative[:, -1:])[:, 0]
-    return tokens, chances.gather(1, tokens[:, None])[:, 0].log()
+# -- sampling --------------------------------------------------------------------------------------
 
 
-def uniform_numbers(count: int, sampling: Mapping, seed: int) -> torch.Tensor:
-    """(count, T) uniform in (0, 1], for `draw`: a function of the seed, not of how completions fall into batches."""
-    return 1 - torch.rand(
-        count, sampling["max_new_tokens"], generator=torch.Generator().manual_seed(seed)
+@dataclass
+class DecodingBatch:
+    """The completions that are being written, and what the model needs to continue them.
+
+    A CUDA graph reads these tensors where they are: with `static_shapes` they are changed in place
+    only."""
+
+    model: Any
+    cache: Any
+    rows: torch.Tensor  # (B,) which completion each row of the batch is
+    running: torch.Tensor  # (B,) whether it has not stopped yet
+    tokens: torch.Tensor  # (B,) its newest token
+    positions: torch.Tensor  # (B, 1) the position of that token
+    mask: torch.Tensor  # (B, W + T), or additive, (B, 1, 1, W + T)
+    next_slot: torch.Tensor  # (1,) where the cache stores that token
+    filled: int  # the same number, for slices
+    static_shapes: bool  # nothing changes its shape from one token to the next
+
+    def forward(self) -> torch.Tensor:
+        """Feed the newest tokens to the model; returns the logits (B, V) of the next ones."""
+        if self.static_shapes:
+            mask = self.mask.index_fill_(-1, self.next_slot, 0)
+        else:
+            mask = self.mask[..., : self.filled + 1]
+        output = self.model(
+            input_ids=self.tokens[:, None],
+            attention_mask=mask,
+            position_ids=self.positions,
+            use_cache=True,
+            past_key_values=self.cache,
+        )
+        self.next_slot.add_(1)
+        self.positions.add_(1)
+        self.filled += 1
+        return output.logits[:, -1]
+
+    def append(self, tokens: torch.Tensor, stop_ids: torch.Tensor) -> None:
+        """Take the next tokens (B,), of which the `stop_ids` end their completions."""
+        self.tokens.copy_(tokens)
+        self.running &= ~torch.isin(self.tokens, stop_ids)
+
+    def drop_finished(self) -> None:
+        """Remove completions that have stopped, once they are a quarter of the batch: to do so
+        copies the cache."""
+        if self.static_shapes or self.running.sum() > len(self.rows) * 3 // 4:
+            return
+        remaining = self.running.nonzero()[:, 0]
+        self.cache.batch_select_indices(remaining)
+        self.rows = self.rows[remaining]
+        self.running = self.running[remaining]
+        self.tokens = self.tokens[remaining]
+        self.positions = self.positions[remaining]
+        self.mask = self.mask[remaining]
+
+
+def read_prompts(
+    model, tokenizer, prompts: Sequence[list[int]], repeats: int, max_new_tokens: int
+) -> tuple[DecodingBatch, torch.Tensor]:
+    """One forward pass over the prompts; returns the batch of their B completions and the first
+    logits (B, V)."""
+    from transformers import DynamicCache
+
+    def pad_left(rows: list[torch.Tensor], value: int) -> torch.Tensor:
+        padded = pad_sequence(rows, True, value, padding_side="left")
+        return padded.to(model.device)
+
+    prompt_tensors = [torch.tensor(prompt, dtype=torch.long) for prompt in prompts]
+    ids = pad_left(prompt_tensors, tokenizer.pad_token_id)  # (P, W)
+    mask = pad_left([torch.ones_like(prompt) for prompt in prompt_tensors], 0)  # (P, W)
+    # Padding on the left does not count as a position (Huang et al. 2024).
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+
+    output = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        use_cache=True,
+        logits_to_keep=1,
+        past_key_values=DynamicCache(config=model.config),
     )
+    cache = output.past_key_values
+    width = ids.shape[1]
+    next_slot = torch.tensor([width], device=model.device)
+
+    preallocated = can_preallocate_kv_cache(model, cache)
+    static_shapes = preallocated and model.device.type in CUDA_GRAPH_DEVICES
+    if preallocated:
+        preallocate_kv_cache(cache, repeats, max_new_tokens, next_slot, static_shapes)
+    else:
+        cache.batch_repeat_interleave(repeats)
+
+    # Slots of tokens to come. They are visible as soon as they exist; with static shapes they exist
+    # from the start, so `forward` uncovers them one by one.
+    mask = F.pad(mask, (0, max_new_tokens), value=not static_shapes)  # (P, W + T)
+    if preallocated:
+        mask = additive_attention_mask(model, mask[:, None, None] > 0)  # (P, 1, 1, W + T)
+
+    logits = output.logits[:, -1].repeat_interleave(repeats, 0)
+    rows = torch.arange(len(logits), device=model.device)
+    batch = DecodingBatch(
+        model=model,
+        cache=cache,
+        rows=rows,
+        running=torch.ones_like(rows, dtype=torch.bool),
+        tokens=torch.zeros_like(rows),
+        positions=(positions[:, -1:] + 1).repeat_interleave(repeats, 0),
+        mask=mask.repeat_interleave(repeats, 0),
+        next_slot=next_slot,
+        filled=width,
+        static_shapes=static_shapes,
+    )
+    return batch, logits
 
 
 @torch.no_grad()
@@ -148,105 +336,71 @@ def sample_completions(
     tokenizer,
     prompts: Sequence[list[int]],
     sampling: Mapping,
-    chances: torch.Tensor | None = None,
+    uniforms: torch.Tensor | None = None,
     repeats: int = 1,
 ) -> tuple[list[list[int]], list[list[float]]]:
-    """Completions of prompts (token ids, up to and including a stop token), and their tokens' log-probabilities:
-    `repeats` for each prompt, one after the other, by chances (P repeats, T), or greedy if there are none. A prompt is
-    read once for all its completions, and those that have stopped leave the batch."""
-    from transformers import DynamicCache
+    """Write `repeats` completions of each prompt (token ids); returns their ids, and the
+    log-probability of each id.
 
-    device, steps, width = model.device, sampling["max_new_tokens"], max(map(len, prompts))
-    pad = lambda rows, value: torch.tensor(
-        [[value] * (width - len(row)) + row for row in rows], device=device
-    )
-    ids, mask = (
-        pad(prompts, tokenizer.pad_token_id),
-        pad([[1] * len(prompt) for prompt in prompts], 0),
-    )
-    positions = (mask.cumsum(1) - 1).clamp(
-        min=0
-    )  # padding on the left does not count (Huang et al. 2024)
-    stops = torch.tensor(stop_tokens(tokenizer), device=device)
-    completions, sampled = ([[] for _ in range(len(prompts) * repeats)] for _ in range(2))
-    with contextlib.ExitStack() as after, fast_decoding(model):
-        after.callback(model.train, model.training)
-        model.eval()  # in training, layers with dropout are noise and checkpointed ones keep no cache
-        output = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            use_cache=True,
-            logits_to_keep=1,
-            past_key_values=DynamicCache(config=model.config),
-        )
-        at, cache = (
-            torch.tensor([width], device=device),
-            output.past_key_values,
-        )  # where the next token goes
-        fixed = preallocate_kv_cache(model, cache, repeats, steps, at)
-        mask = F.pad(mask, (0, steps), value=not fixed)  # (P, W + T)
-        mask = mask if fixed is None else additive_attention_mask(model, mask[:, None, None] > 0)
-        state = (output.logits[:, -1], positions[:, -1:] + 1, mask)
-        logits, position, mask = (tensor.repeat_interleave(repeats, 0) for tensor in state)
-        rows = torch.arange(
-            len(logits), device=device
-        )  # the completions that are still being written
-        running, token = torch.ones_like(rows, dtype=torch.bool), torch.zeros_like(rows)
+    The completions of a prompt follow each other; each includes its stop token, if it has one.
+    `uniforms` (B, T) choose the tokens (`uniform_numbers`); without them decoding is greedy. A
+    prompt is read once for all its completions."""
+    max_new_tokens = sampling["max_new_tokens"]
+    stop_ids = torch.tensor(stop_tokens(tokenizer), device=model.device)
+    completions: list[list[int]] = [[] for _ in range(len(prompts) * repeats)]
+    logps: list[list[float]] = [[] for _ in range(len(prompts) * repeats)]
 
-        def step() -> torch.Tensor:
-            seen = mask.index_fill_(-1, at, 0) if fixed else mask[..., : width + t + 1]
-            output = model(
-                input_ids=token[:, None],
-                attention_mask=seen,
-                position_ids=position,
-                use_cache=True,
-                past_key_values=cache,
-            )
-            at.add_(1), position.add_(1)
-            return output.logits[:, -1]
+    with evaluation_mode(model), fast_decoding(model):
+        batch, logits = read_prompts(model, tokenizer, prompts, repeats, max_new_tokens)
+        forward_steps = cuda_graph_steps(batch.forward, batch.static_shapes)
 
-        following = cuda_graph_steps(step, fixed)
-        for t in range(steps):
-            new, logp = sample_next_token(
-                logits, None if chances is None else chances[rows, t], sampling
-            )
-            for row, more, *values in zip(
-                *(tensor.tolist() for tensor in (rows, running, new, logp))
-            ):
-                for found, value in zip((completions, sampled), values if more else ()):
-                    found[row].append(value)
-            running &= ~torch.isin(token.copy_(new), stops)
-            if t + 1 == steps or not running.any():
+        for t in range(max_new_tokens):
+            # 1. Choose the next token of each completion in the batch.
+            step_uniforms = None if uniforms is None else uniforms[batch.rows, t]
+            tokens, token_logps = sample_next_token(logits, step_uniforms, sampling)  # (B,), (B,)
+
+            # 2. Record it. Rows that stopped may still be in the batch, and get no further token.
+            step = (batch.rows, batch.running, tokens, token_logps)
+            columns = [tensor.tolist() for tensor in step]
+            for row, is_running, token, logp in zip(*columns, strict=True):
+                if is_running:
+                    completions[row].append(token)
+                    logps[row].append(logp)
+
+            # 3. Completions that stop here leave the batch.
+            batch.append(tokens, stop_ids)
+            if t + 1 == max_new_tokens or not batch.running.any():
                 break
-            if not fixed and running.sum() <= len(rows) * 3 // 4:
-                left = running.nonzero()[:, 0]
-                cache.batch_select_indices(left)
-                rows, running, token, position, mask = (
-                    x[left] for x in (rows, running, token, position, mask)
-                )
-            logits = next(following)
-    return completions, sampled
+            batch.drop_finished()
+
+            # 4. A forward pass over the new tokens gives the next logits.
+            logits = next(forward_steps)  # (B, V)
+
+    return completions, logps
 
 
 def decode_completions(tokenizer, completions: Sequence[list[int]]) -> tuple[list[str], list[bool]]:
-    """(texts without the stop token, whether there was one)."""
-    stopped = [ids[-1] in stop_tokens(tokenizer) for ids in completions]
-    return [
-        tokenizer.decode(ids[: len(ids) - stop], skip_special_tokens=True)
-        for ids, stop in zip(completions, stopped)
-    ], stopped
+    """Returns the texts without their stop tokens, and whether each completion has one."""
+    stop_ids = stop_tokens(tokenizer)
+    texts, stopped = [], []
+    for ids in completions:
+        has_stop = ids[-1] in stop_ids
+        text_ids = ids[:-1] if has_stop else ids
+        texts.append(tokenizer.decode(text_ids, skip_special_tokens=True))
+        stopped.append(has_stop)
+    return texts, stopped
 
 
 def generate(
     model, tokenizer, prompts: Sequence[list[dict]], max_new_tokens: int, batch_size: int = 16
-):
-    """Greedy answers to conversations: a list of (text, whether the model stopped by itself)."""
-    answers = []
+) -> list[tuple[str, bool]]:
+    """Greedy answers to conversations: (text, whether the model ended it by itself) for each."""
+    sampling = SAMPLING_DEFAULTS | {"max_new_tokens": max_new_tokens}
+    answers: list[tuple[str, bool]] = []
     for start in range(0, len(prompts), batch_size):
-        ids = [prompt_ids(tokenizer, prompt) for prompt in prompts[start : start + batch_size]]
-        completions, _ = sample_completions(
-            model, tokenizer, ids, SAMPLING_DEFAULTS | {"max_new_tokens": max_new_tokens}
-        )
-        answers += zip(*decode_completions(tokenizer, completions))
+        batch = prompts[start : start + batch_size]
+        ids = [prompt_ids(tokenizer, prompt) for prompt in batch]
+        completions, _ = sample_completions(model, tokenizer, ids, sampling)
+        texts, stopped = decode_completions(tokenizer, completions)
+        answers += zip(texts, stopped, strict=True)
     return answers

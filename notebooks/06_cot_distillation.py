@@ -35,6 +35,7 @@ import torch
 import cot_distillation as cot
 import sft
 from common import load_model_and_tokenizer
+from core import rationales
 from core.data import load_dataset_from_path
 from core.runtime import start_logging
 
@@ -55,7 +56,7 @@ rows[0]
 # %%
 config = cot.CoTConfig(model_name_or_path=MODEL)
 row = cot.convert(rows[0], "question-rationale-answer")
-conversation = cot.conversation(config, row)
+conversation = cot.to_conversation(config, row)
 conversation
 
 # %% [markdown]
@@ -78,7 +79,7 @@ pd.DataFrame(
 # where there is no answer, the one that most chains agree on stands in for it. `72`, `72.0` and `$\frac{144}{2}$` are equal.
 
 # %%
-source(cot.vote)
+source(rationales.majority_vote)
 
 # %%
 chains = [
@@ -86,9 +87,18 @@ chains = [
     "3 + 1 = 4 and 4 * 9 = 36. #### 36.0",
     "9 * 3 = 27. #### 27",
 ]
-right = cot.correct(config, [cot.ending(text) for text in chains], ["36"] * 3)
-finals = cot.final([None] * 3, chains)
-print("right:", right, " in one notation:", finals, " most agree on:", cot.vote(finals))
+right = rationales.check_answers(
+    config, [rationales.final_answer(text) for text in chains], ["36"] * 3
+)
+finals = rationales.canonical_answers([None] * 3, chains)
+print(
+    "right:",
+    right,
+    " in one notation:",
+    finals,
+    " most agree on:",
+    rationales.majority_vote(finals),
+)
 
 # %% [markdown]
 # ## The loss, by hand on two rows
@@ -103,7 +113,9 @@ source(cot.distillation_loss)
 # %%
 two = [
     sft.encode(
-        cot.conversation(config, cot.convert(rows[n], "question-rationale-answer")), tokenizer, 512
+        cot.to_conversation(config, cot.convert(rows[n], "question-rationale-answer")),
+        tokenizer,
+        512,
     )[0][0]
     for n in (0, 1)
 ]

@@ -52,17 +52,18 @@ from core.rewards import (
     stopping_functions,
     weighted_total,
 )
+from core.rollout import PROMPT_FORMATS, to_prompt
 from core.runtime import logger
 from core.sampling import generate
 from core.statistics import mean_with_interval
-from recipes import dpo, rl, sft
+from recipes import dpo, sft
 
 # -- configuration ----------------------------------------------------------------------------------------------------
 
 ANSWERED = {
     name: columns for name, columns in sft.FORMATS.items() if name not in ("messages", "text")
 }
-PROMPTS = {name: columns for name, columns in rl.FORMATS.items() if name != "instruction-input"}
+PROMPTS = {name: columns for name, columns in PROMPT_FORMATS.items() if name != "instruction-input"}
 FORMATS = (
     dpo.FORMATS | ANSWERED | PROMPTS
 )  # name: its columns; of those that fit, the one with more is meant
@@ -128,7 +129,7 @@ def convert(row: dict, form: str) -> dict:
             "answers": [[answer]],
             "columns": {"answer": answer["content"]} | columns,
         }
-    return rl.convert(
+    return to_prompt(
         row, "instruction-input" if form == "instruction" and "input" in row else form
     ) | {"answers": []}
 

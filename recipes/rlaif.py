@@ -35,19 +35,45 @@ from core.files import rows_from_main_process, write_jsonl
 from core.judge import PROMPT_VERSION, Judge, JudgingConfig
 from core.llm_client import LLMClient, LLMClientError
 from core.rewards import load_reward_model, start_reward_functions, stopping_functions
+from core.rollout import RLConfig, encode_prompt, estimate_work, prompt_sequences, to_prompt
 from core.runtime import is_main_process, logger
 from core.sampling import generate
-from recipes import dpo, reward, rl
+from recipes import a2c, dpo, grpo, ppo, reward, trpo
 
 # -- configuration ----------------------------------------------------------------------------------------------------
 
 
+RL_CONFIGS = {
+    "ppo": ppo.PPOConfig,
+    "a2c": a2c.A2CConfig,
+    "trpo": trpo.TRPOConfig,
+    "grpo": grpo.GRPOConfig,
+    "rloo": grpo.GRPOConfig,
+}
+RL_TRAIN = {
+    "ppo": ppo.train,
+    "a2c": a2c.train,
+    "trpo": trpo.train,
+    "grpo": grpo.train,
+    "rloo": grpo.train,
+}
+
+
 @dataclass
-class RLAIFConfig(rl.RLConfig, JudgingConfig):
+class RLAIFConfig(RLConfig, JudgingConfig):
     """Options of reinforcement learning from AI feedback; those of rl.py are for its modes reward_model and direct."""
 
     feedback_mode: Literal["reward_model", "direct", "preference"] = (
         "reward_model"  # what is made of the feedback
+    )
+    algorithm: Literal["ppo", "a2c", "trpo", "grpo", "rloo"] = (
+        "ppo"  # the RL recipe that learns from the feedback
+    )
+    rl_kwargs: Options = field(
+        default_factory=dict
+    )  # options of that recipe's page alone, such as {clip_range: 0.1}
+    num_generations: Count | None = (
+        None  # completions sampled for each prompt; none: as the RL recipe's page says
     )
     num_candidates: Count = 2  # answers a prompt, two of them a pair
     num_rounds: Count = 1  # `preference`: of sampling, judging and learning
@@ -58,7 +84,23 @@ class RLAIFConfig(rl.RLConfig, JudgingConfig):
         default_factory=dict
     )  # `preference`: options of recipes/dpo.py
 
-    climbs = property(lambda self: self.feedback_mode != "preference")
+    @property
+    def trains_with_rl(self) -> bool:
+        return self.feedback_mode != "preference"
+
+    def __post_init__(self):
+        if self.num_generations is None:
+            self.num_generations = RL_CONFIGS[self.algorithm].num_generations
+        super().__post_init__()
+
+    def rl_config(self) -> RLConfig:
+        """The config of the RL recipe that this one contains."""
+        options = {f.name: getattr(self, f.name) for f in fields(RLConfig)}
+        if self.algorithm == "rloo":
+            options["advantage"] = "rloo"
+        config_class = RL_CONFIGS[self.algorithm]
+        return config_class(**options | resolve_names(config_class, self.rl_kwargs))
+
     rewarding = property(lambda self: [*self.reward, "feedback"])
     labelling = property(
         lambda self: (
@@ -99,7 +141,7 @@ class RLAIFConfig(rl.RLConfig, JudgingConfig):
                 "warmup_ratio",
                 "lr_scheduler_type",
             }  # those of dpo.py are its own
-            own = {f.name for f in fields(rl.RLConfig)} - used
+            own = {f.name for f in fields(RLConfig)} - used
             needs |= dict.fromkeys(own, False)
         unread, like = (
             [name for name in needs if not needs[name]],
@@ -125,6 +167,10 @@ class RLAIFConfig(rl.RLConfig, JudgingConfig):
             self.preferring("parent", 1).validate()
         if self.feedback_mode == "reward_model" and self.labelling:
             self.rewarding_by("parent").validate()
+        if self.trains_with_rl:  # with some reward, since the feedback is none that a page knows
+            replace(
+                self.rl_config(), reward=["length"], reward_length=1, reward_weights=[]
+            ).validate()
 
     def part(
         self, config_class: type[TrainingConfig], start: str, name: str, labels: str, options: dict
@@ -233,7 +279,7 @@ def label(
 
 def run_part(stage: BaseStage, model, tokenizer, start: str) -> StageResult:
     """The result of a contained recipe; a finished one of the same fingerprint is taken as it is."""
-    stage.once = True
+    stage.reuse_finished = True
     result = stage.execute(model, tokenizer, StageResult("start", True, start, start))
     if not result.success:
         raise RuntimeError(f"{stage.stage_name}: {result.error_message}")
@@ -298,8 +344,13 @@ def train(
             scores = load_reward_model(replace(config, reward_model_path=str(folder / "reward")))
         else:
             scores = judge.score
-        metrics |= rl.train(
-            config, model, tokenizer, train_rows, eval_rows, functions | {"feedback": scores}
+        metrics |= RL_TRAIN[config.algorithm](
+            config.rl_config(),
+            model,
+            tokenizer,
+            train_rows,
+            eval_rows,
+            functions | {"feedback": scores},
         )
 
     if asked:
@@ -331,14 +382,18 @@ class RLAIFStage(BaseStage):
         self.judge = Judge(config, load_model_and_tokenizer)
         self.judge.check()
         self.functions = start_reward_functions(config)
-        training, evaluation, self.lineage["data"] = load_rows(config, rl.convert, None)
+        training, evaluation, self.lineage["data"] = load_rows(config, to_prompt, None)
         self.lineage |= {
             "reference": "the model the stage starts from",
             "judge": {"model": config.feedback_model_path, "type": config.feedback_model_type},
         }
         return training, evaluation
 
-    sequences, work = rl.RLStage.sequences, rl.RLStage.work
+    def sequences(self, row, tokenizer, context):
+        return prompt_sequences(self.config, row, tokenizer)
+
+    def work(self, lengths):
+        return estimate_work(self.config, lengths)
 
     def train(self, model, tokenizer):
         config, start = self.config, self.lineage["parent"]["model"]
@@ -347,7 +402,7 @@ class RLAIFStage(BaseStage):
             - config.sampling["max_new_tokens"]
         )
         usable = lambda rows, what: (
-            usable_rows(rows, lambda r: rl.encode(r, tokenizer, limit), what) if rows else []
+            usable_rows(rows, lambda r: encode_prompt(r, tokenizer, limit), what) if rows else []
         )
         self.judge.load()
         rows = (

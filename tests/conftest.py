@@ -102,3 +102,10 @@ def data(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def training_config(model_dir, **options):
+    """A TrainingConfig for the model at `model_dir`."""
+    from core.config import TrainingConfig
+
+    return TrainingConfig(model_name_or_path=str(model_dir), **options)

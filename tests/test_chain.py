@@ -16,6 +16,7 @@ from conftest import ROOT
 import common
 import core.checkpoints
 import core.config
+import core.fingerprints
 import core.rewards
 import yaml
 from chain import Pipeline, load_yaml
@@ -335,7 +336,7 @@ def test_code_that_changed_after_it_was_imported_does_not_run(pipeline, tmp_path
     )
     (part,) = Pipeline.from_yaml(path).stages
     part.check()
-    part.once = True  # as a part of a run that began before
+    part.reuse_finished = True  # as a part of a run that began before
     assert part.execute().success
 
 
@@ -802,7 +803,7 @@ def test_paths_of_the_home_folder(pipeline, model_dir, tmp_path, monkeypatch):
     assert reward([None], ["a"]) == [1.0] and reward.stop() is None
     first = chain_of.stages[0].fingerprint()["files"]
     (tmp_path / "tiny/config.json").write_text((tmp_path / "tiny/config.json").read_text() + "\n")
-    assert first["~/tiny"] and core.checkpoints.file_identity(Path("~/tiny")) != first["~/tiny"]
+    assert first["~/tiny"] and core.fingerprints.file_identity(Path("~/tiny")) != first["~/tiny"]
     with pytest.raises(ConfigError, match="output_dir=''"):
         Pipeline.from_yaml(pipeline(["sft"]), output_dir="")
 

@@ -9,9 +9,9 @@ import torch
 from conftest import make_model
 from test_client import CANARY, server  # noqa: F401 (a fixture)
 
-import common
 import core.errors
 import core.llm_client
+from core import rationales
 from core.errors import ConfigError
 
 
@@ -57,7 +57,7 @@ def write(path, rows):
             "needs teacher_model_type=local",
         ),
         (dict(cot_template="{answer} {rationale}"), "cot_template needs"),
-        (dict(cot_template="{rationale} {answer}"), "then some mark"),
+        (dict(cot_template="{rationale} {answer}"), "then a marker"),
         (dict(generation_kwargs={"max_tokens": 3}), "did you mean 'max_new_tokens'"),
         (
             dict(generation_kwargs={"top_k": 5}, teacher_model_type="openai"),
@@ -70,7 +70,7 @@ def write(path, rows):
     ],
 )
 def test_bad_options_are_refused_with_the_remedy(tmp_path, options, words, monkeypatch):
-    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(cot.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=words):
         config(tmp_path, **options)
 
@@ -124,15 +124,19 @@ def test_rows_that_cannot_be_used():
 
 def test_types_select_rows_or_are_refused(tmp_path):
     rows = [{"type": "time"}, {"type": "money"}, {"type": None}]
-    assert [*cot.of_types(config(tmp_path, reasoning_types=["money"]), rows, rows[:1])] == [
+    assert [
+        *cot.select_reasoning_types(config(tmp_path, reasoning_types=["money"]), rows, rows[:1])
+    ] == [
         [{"type": "money"}],
         [],
     ]
     with pytest.raises(ConfigError, match="the data has time, money"):
-        cot.of_types(config(tmp_path, reasoning_types=["space"]), rows)
+        cot.select_reasoning_types(config(tmp_path, reasoning_types=["space"]), rows)
     assert (
         "by space reasoning"
-        in cot.ask_rationale(config(tmp_path, reasoning_types=["space"]), "q")[0]["content"]
+        in rationales.rationale_prompt(config(tmp_path, reasoning_types=["space"]), "q")[0][
+            "content"
+        ]
     )
 
 
@@ -140,9 +144,12 @@ def test_types_select_rows_or_are_refused(tmp_path):
 
 
 def test_the_vote():
-    assert cot.vote(["4", "4", "5"]) == "4" and cot.vote([None, "4", "4"]) == "4"
+    assert (
+        rationales.majority_vote(["4", "4", "5"]) == "4"
+        and rationales.majority_vote([None, "4", "4"]) == "4"
+    )
     for undecided in ([], [None], ["4"], ["4", "5"], ["4", "4", "5", "5"], [None, None]):
-        assert cot.vote(undecided) is None
+        assert rationales.majority_vote(undecided) is None
 
 
 def chains(server, texts):  # noqa: F811
@@ -163,7 +170,9 @@ def collected(server, tmp_path, rows, texts, **options):  # noqa: F811
     (tmp_path / "out").mkdir(exist_ok=True)
     chains(server, texts)
     teacher = core.llm_client.LLMClient(settings, "teacher", "big", "api", server.url)
-    return cot.collect(settings, teacher, [cot.convert(row, form) for row, form in rows]), teacher
+    return rationales.collect_rationales(
+        settings, teacher, [cot.convert(row, form) for row, form in rows]
+    ), teacher
 
 
 def test_only_chains_that_lead_to_the_answer_are_kept(server, tmp_path, caplog):  # noqa: F811
@@ -202,7 +211,7 @@ def test_only_chains_that_lead_to_the_answer_are_kept(server, tmp_path, caplog):
         ("vote", "y"),
     ]
     assert (
-        "16 chains for 4 questions, 5 with the right answer, 4 of them different; 2 questions (50%) have one"
+        "16 chains for 4 questions, 5 with the right answer, 4 of them distinct; 2 questions (50%) have one"
         in caplog.text
     )
     assert teacher.figures["questions_with_rationale"] == 2
@@ -257,9 +266,9 @@ def test_a_hanging_check_is_no_answer(tmp_path, monkeypatch, caplog):
     path.write_text(
         "import time\ndef check(prompts, completions, answer):\n    time.sleep(60 * ('9^9' in completions[0]))\n    return [1.0]\n"
     )
-    monkeypatch.setitem(cot.CHECKS, "numeric", (f"{path}:check", None))
-    monkeypatch.setattr(cot, "CHECK_SECONDS", 1.0)
-    assert cot.correct(config(tmp_path), ["9^9^9", "4"], ["4", "4"]) == [None, 1.0]
+    monkeypatch.setitem(rationales.ANSWER_CHECKS, "numeric", f"{path}:check")
+    monkeypatch.setattr(rationales, "CHECK_SECONDS", 1.0)
+    assert rationales.check_answers(config(tmp_path), ["9^9^9", "4"], ["4", "4"]) == [None, 1.0]
     assert "cannot be compared" in caplog.text
 
 
@@ -285,7 +294,7 @@ def test_new_questions_repeat_nothing(server, tmp_path, caplog):  # noqa: F811
         ]
     )
     server.reply = lambda question, body: next(replies)
-    new = cot.write_questions(
+    new = rationales.write_questions(
         settings,
         core.llm_client.LLMClient(settings, "teacher", "big", "api", server.url),
         ["How much is it?"],
@@ -295,7 +304,7 @@ def test_new_questions_repeat_nothing(server, tmp_path, caplog):  # noqa: F811
         "Tom ",
         "Anna",
         "A tr",
-    ] and "5 asked for: 0 missing, 2 near to others" in caplog.text
+    ] and "3 new questions from 5 requests: 0 missing, 2 too similar" in caplog.text
 
 
 # -- mathematics -------------------------------------------------------------------------------------------------------
@@ -395,10 +404,12 @@ def test_ready_rationales_are_learnt_without_a_teacher(tmp_path, model_dir, capl
 def test_the_student_sees_its_template_and_learns_to_stop(tokenizer, tmp_path):
     settings = config(tmp_path, cot_template=r"<think>{rationale}</think>\n{answer}")
     row = cot.convert(READY[3], "question-rationale-answer")
-    (sequence,), _ = cot.sft.encode(cot.conversation(settings, row), tokenizer, 256)
+    (sequence,), _ = cot.sft.encode(cot.to_conversation(settings, row), tokenizer, 256)
     learnt = tokenizer.decode(sequence["labels"][sequence["labels"] != -100])
-    assert learnt == "<think>3 + 3 = 6.</think>\n6<|im_end|>" and settings.mark == "</think>"
-    assert cot.ending("<think>3</think>\n 6 ", settings.mark) == "6"
+    assert (
+        learnt == "<think>3 + 3 = 6.</think>\n6<|im_end|>" and settings.answer_marker == "</think>"
+    )
+    assert rationales.final_answer("<think>3</think>\n 6 ", settings.answer_marker) == "6"
 
 
 @pytest.mark.parametrize(
@@ -434,14 +445,14 @@ def test_own_answers_are_the_student_s(tokenizer, tmp_path, model):
     )
     rows = [
         cot.sft.encode(
-            cot.conversation(settings, cot.convert(row, "question-rationale-answer")),
+            cot.to_conversation(settings, cot.convert(row, "question-rationale-answer")),
             tokenizer,
             256,
         )[0][0]
         for row in READY[:3]
     ]
     batch = cot.sft.collate(rows)
-    own = cot.own_answers(settings, model, tokenizer, batch)
+    own = cot.sample_student_answers(settings, model, tokenizer, batch)
     for n in range(3):
         old, new = (
             b["input_ids"][n][: int((b["labels"][n] != -100).int().argmax())].tolist()
@@ -554,7 +565,7 @@ def test_questions_of_a_file_are_not_learnt(tmp_path, model_dir, monkeypatch):
         tmp_path / "sums.jsonl",
         [{"question": "1 + 1?", "answer": "2"}, {"question": READY[0]["question"], "answer": "1"}],
     )
-    with pytest.raises(ConfigError, match="1 questions of sums are trained on too"):
+    with pytest.raises(ConfigError, match="1 questions of sums are in the training data"):
         run(tmp_path, "no/model/here", READY * 4, eval_reasoning_tasks=[task])
     task, seen = write(tmp_path / "sums.jsonl", [{"question": "1 + 1?", "answer": "2"}]), []
     monkeypatch.setattr(
@@ -568,13 +579,13 @@ def test_questions_of_a_file_are_not_learnt(tmp_path, model_dir, monkeypatch):
 
 
 def test_an_answer_that_cannot_be_compared_is_not_right(tmp_path, monkeypatch):
-    monkeypatch.setattr(cot, "correct", lambda *_: [None, 1.0])
+    monkeypatch.setattr(cot, "check_answers", lambda *_: [None, 1.0])
     monkeypatch.setattr(cot, "generate", lambda *_: [("#### a", True), ("#### 2", True)])
     (tmp_path / "out").mkdir()
     settings = cot.CoTConfig(
         model_name_or_path="tiny", reasoning_dataset_path="data", output_dir=str(tmp_path / "out")
     )
-    found = cot.answer(
+    found = cot.evaluate_answers(
         settings, None, None, {"": [{"question": q, "answer": "2"} for q in "ab"]}, "before"
     )
     assert found["accuracy"] == 0.5 and found["accuracy_n"] == 2

@@ -43,7 +43,7 @@ def test_recorded_steps_sample_what_single_ones_do(tokenizer, monkeypatch, dtype
     chances = core.sampling.uniform_numbers(8, sampling, 0).cuda()
     found = []
     for devices in ({"cuda"}, set()):
-        monkeypatch.setattr(common, "RECORDING", devices)
+        monkeypatch.setattr(core.sampling, "CUDA_GRAPH_DEVICES", devices)
         found.append(
             core.sampling.sample_completions(model, tokenizer, asked, sampling, chances, 4)
         )

@@ -17,12 +17,14 @@ from conftest import ROOT
 from nbclient import NotebookClient
 
 import common
+from core import rationales
 
 SOURCES = sorted((ROOT / "notebooks").glob("*.py"))
 HOMES = {
     "common": common,
     "cot": cot_distillation,
     "dpo": dpo,
+    "rationales": rationales,
     "reward": reward,
     "rl": rl,
     "rlaif": rlaif,

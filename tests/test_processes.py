@@ -154,7 +154,7 @@ def test_processes_that_are_stopped_save_together_and_go_on(kind, model_dir, dat
             break
     rest, _ = process.communicate(timeout=120)
     assert process.returncode and "a checkpoint is saved" in rest, rest
-    assert "going on from" in run(kind, *again)
+    assert "resuming from" in run(kind, *again)
     assert curves(tmp_path / "stopped")["stopped"] == curves(tmp_path / "whole")["whole"]
     whole, stopped = (
         load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped")

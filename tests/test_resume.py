@@ -1,4 +1,4 @@
-"""Stop and go on: killed at any moment, by a signal, by a full disk; what is broken is named and passed over.
+"""Stop and resume: killed at any moment, by a signal, by a full disk, with damaged checkpoints.
 
 KILLS=20 python -m pytest tests/test_resume.py -k random    # more of them
 """
@@ -17,9 +17,11 @@ import rl
 import sft
 from conftest import ROOT
 
-import common
 import core.checkpoints
 import core.config
+import core.files
+import core.fingerprints
+import core.training
 import yaml
 from chain import Pipeline
 from core.errors import ConfigError
@@ -313,7 +315,7 @@ def test_a_finished_recipe_is_not_run_again_by_the_same_command(model_dir, data,
         change()
         caplog.clear()
         changed = stage(learning_rate=1e-3)
-        changed.once = True
+        changed.reuse_finished = True
         assert (
             changed.execute().success
             and "finished already" not in caplog.text
@@ -349,7 +351,7 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_is_taken(
     ]
     harm(folder / "checkpoints/checkpoint-4" / name)
     assert run("cut").success
-    assert f"checkpoint-4 is passed over: {words}" in caplog.text and "going on from" in caplog.text
+    assert f"checkpoint-4 is skipped: {words}" in caplog.text and "resuming from" in caplog.text
     assert [
         json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()
     ].count(3) == 1
@@ -375,7 +377,7 @@ def test_with_other_options_it_starts_anew_and_the_old_checkpoints_are_laid_asid
     run, folder, whole = interrupted
     assert run("cut", learning_rate=2e-2, save_steps=0).success
     assert (
-        "going on" not in caplog.text
+        "resuming" not in caplog.text
         and "are now in" in caplog.text
         and "learning_rate 0.01 -> 0.02" in caplog.text
     )
@@ -387,7 +389,7 @@ def test_a_run_begun_anew_goes_on_from_its_own_checkpoints(interrupted, caplog):
     new = {"learning_rate": 2e-2, "max_steps": 3}
     assert not run("cut", fails=True, resume_from_checkpoint=False, **new).success
     assert "are now in" in caplog.text and (folder / "checkpoints.1/checkpoint-4").is_dir()
-    assert run("cut", **new).success and "checkpoint-2" in caplog.text.split("going on from ")[1]
+    assert run("cut", **new).success and "checkpoint-2" in caplog.text.split("resuming from ")[1]
 
 
 def test_train_called_alone_does_not_go_on_from_a_run_with_other_options(interrupted):
@@ -414,14 +416,15 @@ def test_a_checkpoint_whose_saving_fails_leaves_the_older_one(
     model_dir, data, tmp_path, monkeypatch
 ):
     """A full disk while step 4 is saved."""
-    seal, out = core.checkpoints.seal_checkpoint, tmp_path / "out"
+    seal = core.checkpoints.seal_checkpoint
+    out = tmp_path / "out"
 
     def full(folder, config):
         if folder.name == "checkpoint-4":
             raise OSError(28, "No space left on device")
         seal(folder, config)
 
-    monkeypatch.setattr(common, "seal", full)
+    monkeypatch.setattr(core.training, "seal_checkpoint", full)
     options = dict(
         model_name_or_path=model_dir,
         dataset_name_or_path=data,
@@ -433,8 +436,8 @@ def test_a_checkpoint_whose_saving_fails_leaves_the_older_one(
     assert not result.success and "No space left" in result.error_message
     assert [path.name for path in (out / "checkpoints").glob("[a-z]*")] == [
         "checkpoint-2"
-    ] and not core.checkpoints.find_damage(out / "checkpoints/checkpoint-2")
-    monkeypatch.setattr(common, "seal", seal)
+    ] and not core.files.find_damage(out / "checkpoints/checkpoint-2")
+    monkeypatch.setattr(core.training, "seal_checkpoint", seal)
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "lo')  # of a line too there was only half
     assert sft.SFTStage(sft.SFTConfig(**options, output_dir=str(out))).execute().success
@@ -486,7 +489,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(model_dir, data, tmp_path, 
     again = subprocess.run(
         [*command, f"--output_dir={out['cut']}"], cwd=ROOT, capture_output=True, text=True
     )
-    assert again.returncode == 0 and "going on from" in again.stdout, again.stderr
+    assert again.returncode == 0 and "resuming from" in again.stdout, again.stderr
     assert (out["cut"] / "model.safetensors").read_bytes() == (
         out["whole"] / "model.safetensors"
     ).read_bytes()
@@ -595,7 +598,7 @@ def test_finished_stages_are_not_run_again_and_a_change_runs_what_follows(
     assert ran(capsys)[0] == []
 
 
-def test_changed_code_and_changed_reward_files_are_seen(model_dir, data, tmp_path):
+def test_a_changed_reward_file_is_seen(model_dir, data, tmp_path):
     judge = tmp_path / "judge.py"
     judge.write_text("def f(prompts, completions, **_): return [0.0] * len(completions)\n")
     settings = rl.RLConfig(
@@ -604,13 +607,90 @@ def test_changed_code_and_changed_reward_files_are_seen(model_dir, data, tmp_pat
         reward=[f"{judge}:f"],
         output_dir=str(tmp_path / "o"),
     )
-    marks = rl.RLStage(settings).fingerprint()
-    assert {"common.py", "rl.py"} <= {*marks["code"]} and len(marks["code"]) == 2
+    before = rl.RLStage(settings).fingerprint()
     judge.write_text("def f(prompts, completions, **_): return [1.0] * len(completions)\n")
-    assert (
-        core.checkpoints.describe_differences(marks, rl.RLStage(settings).fingerprint())
-        == f"{judge}:f changed"
-    )
+    now = rl.RLStage(settings).fingerprint()
+    assert core.fingerprints.describe_differences(before, now) == f"{judge}:f changed"
+
+
+def test_the_code_of_a_recipe_is_what_it_imports(tmp_path):
+    code = set(sft.SFTStage(sft.SFTConfig(output_dir=str(tmp_path))).fingerprint()["code"])
+    assert {"recipes/sft.py", "common.py", "core/training.py", "core/runtime.py"} <= code
+    assert not code & {"chain.py", "report.py", "recipes/dpo.py", "core/judge.py"}
+
+
+# A stage that imports a room inside a function; the room imports another one.
+MINE = """
+from common import BaseStage, StageConfig
+
+
+class Mine(BaseStage):
+    stage_name = "mine"
+
+    def prepare_model_and_tokenizer(self, model, tokenizer, previous_result=None):
+        return model, tokenizer
+
+    def train(self, model, tokenizer):
+        from core.direct import VALUE
+
+        return {"value": VALUE}
+
+    def save_model_and_tokenizer(self, model, tokenizer):
+        return self.config.output_dir
+"""
+CHANGE_ROOMS = """
+import json, sys
+from pathlib import Path
+from common import StageConfig
+from research.mine import Mine
+
+stage = lambda: Mine(StageConfig(output_dir=sys.argv[1]))
+assert stage().execute().success
+reasons = {"none": stage().stale()}
+for room in ("core/direct.py", "core/indirect.py", "core/unused.py"):
+    source = Path(room).read_text()
+    Path(room).write_text(source + "# changed")
+    reasons[room] = stage().stale()
+    Path(room).write_text(source)
+print(json.dumps(reasons))
+"""
+
+
+def test_a_change_in_a_room_that_a_recipe_reaches_makes_it_run_again(tmp_path):
+    """Also in one that it reaches only through another; a room that it does not use may change."""
+    home = tmp_path / "repository"
+    shutil.copytree(ROOT / "core", home / "core")
+    shutil.copy(ROOT / "common.py", home)
+    (home / "research").mkdir()
+    (home / "research/mine.py").write_text(MINE)
+    (home / "core/direct.py").write_text("from core.indirect import VALUE\n")
+    (home / "core/indirect.py").write_text("VALUE = 1\n")
+    (home / "core/unused.py").write_text("VALUE = 2\n")
+    command = [sys.executable, "-W", "ignore", "-c", CHANGE_ROOMS, str(tmp_path / "out")]
+    environment = os.environ | {"PYTHONPATH": str(home)}
+    done = subprocess.run(command, cwd=home, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {
+        "none": "",
+        "core/direct.py": "core/direct.py changed",
+        "core/indirect.py": "core/indirect.py changed",
+        "core/unused.py": "",
+    }
+
+
+def test_imports_are_read_in_every_form():
+    source = b"""
+import a.b
+from c import d
+def f():
+    from . import e
+    from ..g import h
+"""
+    names = core.fingerprints.imported_names(source, "top.package")
+    assert set(names) == {
+        "a.b", "c", "c.d", "top.package", "top.package.e", "top.g", "top.g.h"
+    }  # fmt: skip
+    assert core.fingerprints.imported_names(b"def broken(:", "") == ()
 
 
 def test_after_a_cleanup_nothing_is_run_again_until_something_changes(pipeline, tmp_path, capsys):
@@ -625,7 +705,9 @@ def test_after_a_cleanup_nothing_is_run_again_until_something_changes(pipeline, 
     assert "1/2 01_sft" in screen and "2/2 02_dpo" in screen  # what dpo starts from was not kept
 
 
-def test_early_stopping_has_waited_as_long_after_an_interruption(model_dir, data, tmp_path):
+def test_early_stopping_has_waited_as_long_after_an_interruption(
+    model_dir, data, tmp_path, monkeypatch
+):
     options = dict(
         model_name_or_path=model_dir,
         dataset_name_or_path=data,
@@ -638,14 +720,16 @@ def test_early_stopping_has_waited_as_long_after_an_interruption(model_dir, data
     )
     whole = sft.SFTStage(sft.SFTConfig(**options, output_dir=str(tmp_path / "whole"))).execute()
     cut = sft.SFTStage(sft.SFTConfig(**options, output_dir=str(tmp_path / "cut")))
-    seal, core.checkpoints.seal_checkpoint = (
-        core.checkpoints.seal_checkpoint,
-        lambda folder, config: seal(folder, config) if folder.name[-1] < "4" else 1 / 0,
-    )
-    try:
+    seal = core.checkpoints.seal_checkpoint
+
+    def full(folder, config):
+        if folder.name == "checkpoint-4":
+            raise OSError(28, "No space left on device")
+        seal(folder, config)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(core.training, "seal_checkpoint", full)
         assert not cut.execute().success
-    finally:
-        core.checkpoints.seal_checkpoint = seal
     again = sft.SFTStage(sft.SFTConfig(**options, output_dir=str(tmp_path / "cut"))).execute()
     assert again.metrics["steps"] == whole.metrics["steps"] < 8
     assert (tmp_path / "cut/model.safetensors").read_bytes() == (

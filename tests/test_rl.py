@@ -90,7 +90,7 @@ def rolled(run, rows, seed=0):
         ),
         (dict(mini_batch_size=3), "batch_size=8 must be a multiple of mini_batch_size=3"),
         (dict(generation_kwargs={"temprature": 1}), "did you mean 'temperature'"),
-        (dict(generation_kwargs={"temperature": 0}), "no choice without chance"),
+        (dict(generation_kwargs={"temperature": 0}), "sampling requires a temperature above 0"),
         (dict(generation_kwargs={"max_new_tokens": "many"}), "'many' is not a count"),
         (
             dict(generation_kwargs={"max_new_tokens": 64}, max_seq_length=64),
@@ -427,7 +427,7 @@ def test_steps_of_one_shape_sample_the_same(tokenizer, monkeypatch, temperature)
     for chances in (core.sampling.uniform_numbers(12, sampling, 0), None):
         found = []
         for devices in (set(), {"cpu"}):
-            monkeypatch.setattr(common, "RECORDING", devices)
+            monkeypatch.setattr(core.sampling, "CUDA_GRAPH_DEVICES", devices)
             found.append(
                 core.sampling.sample_completions(model, tokenizer, asked, sampling, chances, 4)
             )

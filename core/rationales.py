@@ -1,0 +1,275 @@
+"""Rationales from a teacher: ask for chains of thought and keep those that lead to the answer."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from core import verifiers
+from core.config import Count, Names, Natural, Options
+from core.errors import ConfigError
+from core.function_process import Subprocess
+from core.llm_client import LLMClient, LLMClientConfig
+from core.runtime import logger
+from core.sampling import SAMPLING_DEFAULTS, check_sampling
+
+# How the teacher writes, unless generation_kwargs say otherwise.
+TEACHER_SAMPLING = SAMPLING_DEFAULTS | {"max_new_tokens": 256, "temperature": 0.7}
+# Part of the key of every recorded call: answers to other versions of the prompts are not reused.
+PROMPT_VERSION = "1"
+CHECK_SECONDS = 10.0  # time limit for comparing two answers
+ANSWER_CHECKS = {
+    "numeric": f"{verifiers.__file__}:numeric",
+    "exact": f"{verifiers.__file__}:exact",
+}
+ANSWER_MARKER = "####"  # what the teacher writes before its final answer
+SIMILARITY_CUTOFF = 0.7  # new questions whose words are this similar to a known one are dropped
+
+
+@dataclass
+class TeacherConfig(LLMClientConfig):
+    """Options of a teacher that writes rationales."""
+
+    # teacher
+    teacher_model_path: str = ""  # folder, hub name, .gguf file, stage:NAME, or name on a server
+    teacher_model_type: Literal["local", "api", "openai", "anthropic"] = "local"  # api: any server
+    teacher_base_url: str | None = None  # URL of the server, such as http://localhost:8000/v1
+    teacher_api_key: str | None = None  # name of the environment variable that holds the key
+    num_rationales: Count = 4  # chains of thought sampled for each question
+    generation_kwargs: Options = field(default_factory=dict)  # {max_new_tokens, temperature, top_p}
+    answer_check: Literal["numeric", "exact"] = "numeric"  # compare answers as numbers or as text
+    reasoning_types: Names = field(default_factory=list)  # reasoning types to select or ask for
+    generate_synthetic_data: bool = False  # let the teacher write new questions as well
+    num_synthetic_examples: Natural = 100  # number of new questions
+
+    def validate(self) -> None:
+        super().validate()
+        self.refuse_unread(
+            not self.generate_synthetic_data,
+            "num_synthetic_examples",
+            "with generate_synthetic_data=false",
+        )
+        check_sampling("generation_kwargs", self.generation_kwargs)
+        if self.generation_kwargs.get("top_k") and self.teacher_model_type != "local":
+            raise ConfigError("generation_kwargs: top_k has no effect on a teacher behind a server")
+
+
+# -- prompts ---------------------------------------------------------------------------------------
+
+
+def rationale_prompt(config: TeacherConfig, question: str) -> list[dict]:
+    """The conversation that asks the teacher for one chain of thought."""
+    kinds = ""
+    if config.reasoning_types:
+        kinds = f" by {', '.join(config.reasoning_types)} reasoning"
+    content = (
+        f"{question}\n\nThink step by step{kinds}, in short sentences. Write the final "
+        "answer alone on the last line, after ####."
+    )
+    return [{"role": "user", "content": content}]
+
+
+def question_prompt(examples: list[str]) -> list[dict]:
+    """The conversation that asks the teacher for a new question like the examples."""
+    numbered = [f"{number}. {text}" for number, text in enumerate(examples, 1)]
+    shown = "\n\n".join(numbered)
+    content = (
+        f"{shown}\n\nWrite one more problem of this kind, as hard, about other "
+        "things and with other numbers. Write the problem alone, without a solution."
+    )
+    return [{"role": "user", "content": content}]
+
+
+def strip_or_none(text: str) -> str | None:
+    """The text without white space around it; None where nothing is left."""
+    return text.strip() or None
+
+
+# -- answers ---------------------------------------------------------------------------------------
+
+
+def final_answer(text: str, marker: str = ANSWER_MARKER) -> str:
+    """The text after the last marker, or all of it where there is no marker."""
+    return text.rpartition(marker)[2].strip()
+
+
+def canonical_answers(prompts: list, completions: list[str], **_) -> list[str | None]:
+    """The number or formula that each completion ends with, in one notation, so that equal answers
+    are equal texts; None without one. Parsing may hang: call it by `Subprocess`."""
+    return [canonical_answer(text) for text in completions]
+
+
+def canonical_answer(text: str) -> str | None:
+    import sympy
+
+    values = verifiers.parse_formula(final_answer(text))
+    if not values:
+        return None
+    value = values[0]
+    if isinstance(value, sympy.Expr):
+        # 0.5 and 1/2 are the same answer.
+        value = sympy.nsimplify(value, rational=True)
+    return str(value)
+
+
+@functools.cache
+def shared_process(function: str, timeout: float) -> Subprocess:
+    """The one process that runs `function` for all comparisons: starting one takes seconds."""
+    return Subprocess(function, timeout)
+
+
+def check_answers(config: TeacherConfig, texts: list[str], answers: list[str]) -> list:
+    """For each final answer 1.0 (right) or 0.0 (wrong); None where the comparison failed or took
+    too long."""
+    check = shared_process(ANSWER_CHECKS[config.answer_check], CHECK_SECONDS)
+    return [
+        check.verdict(text, answer=[answer]) for text, answer in zip(texts, answers, strict=True)
+    ]
+
+
+def majority_vote(answers: Sequence[str | None]) -> str | None:
+    """The most frequent answer (self-consistency, Wang et al. 2023); None unless at least two
+    agree and no other answer is as frequent."""
+    ranking = Counter(answer for answer in answers if answer).most_common(2)
+    if not ranking:
+        return None
+    winner, votes = ranking[0]
+    tied = len(ranking) == 2 and ranking[1][1] == votes
+    if votes < 2 or tied:
+        return None
+    return winner
+
+
+def vote_on_answer(config: TeacherConfig, chains: list[str]) -> str | None:
+    """The answer that most chains agree on, as the first of them spells it."""
+    if config.answer_check == "exact":
+        answers = [final_answer(chain) for chain in chains]
+    else:
+        process = shared_process(f"{__file__}:canonical_answers", CHECK_SECONDS)
+        answers = [process.verdict(chain) for chain in chains]
+    winner = majority_vote(answers)
+    if winner is None:
+        return None
+    # The student learns the answer as it was written, not the notation made for comparing.
+    return final_answer(chains[answers.index(winner)])
+
+
+# -- collecting ------------------------------------------------------------------------------------
+
+
+def write_questions(
+    config: TeacherConfig, teacher: LLMClient, seeds: list[str], held_out: list[str]
+) -> list[dict]:
+    """New questions by the teacher, who sees three of the seeds for each (Wang et al. 2023,
+    "Self-Instruct"). Near repetitions of each other, of seeds and of held-out questions are
+    dropped. Stops early after asking three times as often as there are questions to write."""
+    wanted = config.num_synthetic_examples
+    sampling = TEACHER_SAMPLING | config.generation_kwargs | {"temperature": 1.0}
+    known_questions = [text.lower().split() for text in (*seeds, *held_out)]
+    questions: list[str] = []
+    counts: Counter[str] = Counter()
+    while len(questions) < wanted and counts["asked"] < 3 * wanted:
+        first = counts["asked"]
+        requests = []
+        for number in range(first, first + wanted - len(questions)):
+            # The examples depend on the number alone: a run that continues asks the same again.
+            generator = random.Random(config.seed * 1_000_003 + number)
+            examples = generator.sample(seeds, min(3, len(seeds)))
+            requests.append((question_prompt(examples), number))
+        counts["asked"] += len(requests)
+        texts = teacher.ask("new questions", requests, sampling, PROMPT_VERSION, strip_or_none)
+        for text in texts:
+            if text is None:
+                counts["missing"] += 1
+                continue
+            words = text.lower().split()
+            if difflib.get_close_matches(words, known_questions, n=1, cutoff=SIMILARITY_CUTOFF):
+                counts["repeated"] += 1
+                continue
+            known_questions.append(words)
+            questions.append(text)
+    logger.info(
+        "%d new questions from %d requests: %d missing, %d too similar to others",
+        len(questions),
+        counts["asked"],
+        counts["missing"],
+        counts["repeated"],
+    )
+    return [
+        {"question": text, "rationale": None, "answer": None, "type": None} for text in questions
+    ]
+
+
+def ask_for_chains(config: TeacherConfig, teacher: LLMClient, rows: list[dict]) -> list[list[str]]:
+    """For each row the chains of thought that the teacher writes, at most `num_rationales`."""
+    requests = []
+    for row in rows:
+        prompt = rationale_prompt(config, row["question"])
+        requests += [(prompt, number) for number in range(config.num_rationales)]
+    sampling = TEACHER_SAMPLING | config.generation_kwargs
+    texts = teacher.ask("rationales", requests, sampling, PROMPT_VERSION, strip_or_none)
+    chains = []
+    for start in range(0, len(texts), config.num_rationales):
+        group = texts[start : start + config.num_rationales]
+        chains.append([text for text in group if text])
+    return chains
+
+
+def distinct_chains(chains: list[str]) -> list[str]:
+    """The chains without repetitions that differ in case or white space alone."""
+    distinct: dict[str, str] = {}
+    # Backwards, so that the first spelling of several equal ones stays.
+    for chain in reversed(chains):
+        normalized = " ".join(chain.lower().split())
+        distinct[normalized] = chain
+    return list(reversed(distinct.values()))
+
+
+def collect_rationales(config: TeacherConfig, teacher: LLMClient, rows: list[dict]) -> list[dict]:
+    """Rows {"question", "rationale", "answer", ...}: those that have a rationale as they are, then
+    one for each distinct chain of the teacher whose final answer is right."""
+    # Ready rationales are trusted: their answers are not checked.
+    collected = [row for row in rows if row["rationale"]]
+    open_rows = [row for row in rows if not row["rationale"]]
+    if not open_rows:
+        return collected
+
+    counts: Counter[str] = Counter()
+    chains_by_row = ask_for_chains(config, teacher, open_rows)
+    for row, chains in zip(open_rows, chains_by_row, strict=True):
+        counts["chains"] += len(chains)
+        answer = row["answer"]
+        if answer is None:
+            answer = vote_on_answer(config, chains)
+        if not answer:
+            continue
+        # Only the final answer is checked: a wrong chain may still lead to the right one.
+        finals = [final_answer(chain) for chain in chains]
+        verdicts = check_answers(config, finals, [answer] * len(chains))
+        right = [chain for chain, verdict in zip(chains, verdicts, strict=True) if verdict]
+        # An answer alone is no chain of thought.
+        usable = distinct_chains([chain for chain in right if not chain.startswith(ANSWER_MARKER)])
+        counts["right"] += len(right)
+        counts["usable"] += len(usable)
+        counts["questions"] += len(usable) > 0
+        for chain in usable:
+            rationale = chain.rpartition(ANSWER_MARKER)[0].strip() or chain
+            collected.append(row | {"answer": answer, "rationale": rationale})
+
+    logger.info(
+        "rationales: %d chains for %d questions, %d with the right answer, %d of them distinct; "
+        "%d questions (%.0f%%) have one",
+        counts["chains"],
+        len(open_rows),
+        counts["right"],
+        counts["usable"],
+        counts["questions"],
+        100 * counts["questions"] / len(open_rows),
+    )
+    teacher.figures.update(questions=len(open_rows), questions_with_rationale=counts["questions"])
+    return collected

@@ -1,0 +1,633 @@
+"""The run of an RL recipe: optimizer, schedule, evaluation, checkpoints, logging and alarms around its loop.
+
+run = start_run(config, model, tokenizer, train_rows, eval_rows, reward_functions)
+with run.interruptible():
+    for _ in run.steps():
+        ...                      # rollout, rewards, advantages, update: the recipe's own lines
+        run.end_step(rollout, metrics)
+return run.finish()
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core.checkpoints import find_checkpoint, seal_checkpoint
+from core.files import atomic_folder, write_json
+from core.kl import k3, loss_needs_log_probs, next_kl_coef
+from core.logprobs import sharing_is_exact
+from core.rewards import score_completions, weighted_total
+from core.rollout import (
+    Policy,
+    RLConfig,
+    Rollout,
+    TokenOutputs,
+    check_sampled_logps,
+    completion_outputs,
+    encode_prompts,
+    outputs_before_update,
+)
+from core.runtime import compute_dtype, deferred_signals, is_main_process, logger
+from core.sampling import decode_completions, sample_completions, uniform_numbers
+from core.training import log_step, truncate_metrics
+
+# Metrics that only metrics.jsonl has; the lines on the screen would be too long with them.
+NOT_ON_SCREEN = (
+    "reward_.*|ratio|.*_loss|epochs|kl_coef|policy_kl|improvement|grad_norm|zero_variance|"
+    "clip_fraction|line_search|entropy|seconds_.*"
+)
+
+
+@dataclass
+class Run(Policy):
+    """A policy in training. `value_head` is the critic's: V(s) = value_head(hidden state)."""
+
+    training_rows: list[dict]  # prompts by `encode_prompt`
+    evaluation_rows: list[dict]
+    value_head: torch.nn.Linear | None
+    accelerator: Any
+    optimizer: torch.optim.Optimizer
+    schedule: Any
+    scaler: torch.amp.GradScaler
+    kl_coef: float  # beta, adapted where target_kl is set
+    step: int = 0
+    before: dict[str, float] = field(default_factory=dict)  # metrics of first step and evaluation
+    history: list[dict[str, float]] = field(
+        default_factory=list
+    )  # metrics of each step since the start
+    alarms_raised: set[str] = field(default_factory=set)
+    signals: list[int] = field(default_factory=list)  # that came during the present step
+    step_began: float = 0.0  # time.perf_counter() at the start of the present step
+
+    def sum_over_processes(self, value: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(value, "sum")
+
+    # -- the loop
+
+    @contextlib.contextmanager
+    def interruptible(self):
+        """SIGINT and SIGTERM let the current step end and save a checkpoint before the program ends."""
+        from peft.helpers import disable_input_dtype_casting
+
+        # autocast already casts the inputs of adapters, with fewer copies than PEFT makes
+        with deferred_signals() as self.signals, disable_input_dtype_casting(self.model):
+            yield
+
+    def steps(self) -> Iterator[int]:
+        """The numbers of the steps that are left; evaluates and saves between them."""
+        config = self.config
+        if self.evaluation_rows and self.step == 0:
+            self.before |= self.report(evaluate(self))
+        while self.step < config.num_training_steps:
+            self.step_began = time.perf_counter()
+            yield self.step
+            if self.stop_requested():
+                save_checkpoint(self)
+                return
+            if self.step == config.num_training_steps:
+                return
+            if self.evaluation_rows and config.eval_freq and self.step % config.eval_freq == 0:
+                self.report(evaluate(self))
+            if config.save_freq and self.step % config.save_freq == 0:
+                save_checkpoint(self)
+
+    def stop_requested(self) -> bool:
+        """Whether a signal came to any of the processes: they save and end together."""
+        count = torch.tensor(len(self.signals), device=self.model.device)
+        if not self.sum_over_processes(count):
+            return False
+        if not self.signals:
+            self.signals.append(signal.SIGTERM)
+        return True
+
+    def next_prompts(self) -> list[dict]:
+        """This process's prompts of the step (P,)."""
+        config, accelerator = self.config, self.accelerator
+        per_process = config.batch_size // config.num_generations
+        rank = accelerator.process_index
+        of_all = prompts_of_step(
+            config.seed, self.training_rows, self.step, per_process * accelerator.num_processes
+        )
+        return of_all[rank * per_process : (rank + 1) * per_process]
+
+    def next_uniforms(self) -> torch.Tensor:
+        """(B, max_new_tokens): this process's random numbers of the step.
+
+        Every completion has its own, however many processes share the step.
+        """
+        config, accelerator = self.config, self.accelerator
+        count, rank = config.batch_size, accelerator.process_index
+        seed = config.seed * 1_000_003 + self.step
+        of_all = uniform_numbers(count * accelerator.num_processes, config.sampling, seed)
+        return of_all[rank * count : (rank + 1) * count].to(self.model.device)
+
+    # -- the update
+
+    def optimizer_steps(
+        self, rollout: Rollout, shuffle: torch.Generator, accumulate: int
+    ) -> Iterator[tuple[list[Rollout], torch.Tensor]]:
+        """(mini-batches, weight) of each optimizer step of an epoch over the rollout.
+
+        The weight is the sum of `rollout.weights` over these mini-batches and all processes: what a
+        sum of losses is divided by. Steps in which no completion has a verdict are left out.
+        """
+        order = None
+        if self.config.mini_batch_size < self.config.batch_size:
+            order = torch.randperm(len(rollout.groups), generator=shuffle)
+        batches = list(rollout.mini_batches(self.config.mini_batch_size, order))
+        for start in range(0, len(batches), accumulate):
+            step_batches = batches[start : start + accumulate]
+            weight = self.sum_over_processes(sum(batch.weights.sum() for batch in step_batches))
+            if weight:
+                yield step_batches, weight
+            else:
+                self.warn_without_verdicts()
+
+    def warn_without_verdicts(self) -> None:
+        logger.warning("no completion has a verdict: step %d learns nothing", self.step + 1)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.scaler.scale(loss).backward()
+
+    def optimizer_step(self) -> None:
+        """One step with the gradients summed over the processes.
+
+        Raises FloatingPointError before the step if a gradient is not finite.
+        """
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if self.accelerator.num_processes > 1:
+            for parameter in parameters:
+                parameter.grad = self.sum_over_processes(parameter.grad)
+        # Unscaled after the sum, so that an overflow in one process skips the step in all of them.
+        self.scaler.unscale_(self.optimizer)
+        max_norm = self.config.max_grad_norm or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+        if not self.scaler.is_enabled() and not torch.isfinite(norm):  # float16's scaler skips it
+            raise FloatingPointError(
+                f"the gradient norm is {float(norm)} at step {self.step + 1}; the weights are those "
+                "before it. Lower learning_rate"
+            )
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+
+    # -- after the update
+
+    def end_step(self, rollout: Rollout, metrics: dict[str, float]) -> None:
+        """Log the step, adapt beta, advance the schedule, and warn of what goes wrong."""
+        config = self.config
+        metrics = rollout_metrics(self, rollout) | metrics
+        completions = config.batch_size * self.accelerator.num_processes
+        if config.target_kl:
+            share = completions / config.kl_horizon
+            self.kl_coef = next_kl_coef(self.kl_coef, metrics["kl"], config.target_kl, share)
+        first = {name: metrics[name] for name in ("reward", "length", "stopped", "entropy")}
+        self.before = first | self.before
+        self.schedule.step()
+        self.step += 1
+        seconds = time.perf_counter() - self.step_began
+        speed = {"completions_per_s": round(completions / seconds, 3)}
+        self.report(metrics | speed | {"seconds_rollout": round(rollout.seconds, 2)})
+        self.history.append(metrics)
+        raise_alarms(self)
+
+    def report(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Write metrics to metrics.jsonl, the screen and the trackers; returns them."""
+        config = self.config
+        if is_main_process():
+            folder = Path(config.output_dir)
+            log_step(folder, self.step, config.num_training_steps, metrics, NOT_ON_SCREEN)
+        if config.report_to:
+            self.accelerator.log(metrics, step=self.step)
+        return metrics
+
+    def finish(self) -> dict[str, float]:
+        """Evaluate once more; returns the metrics after training, and as x_before those before it."""
+        after = {}
+        if self.evaluation_rows:
+            after = self.report(evaluate(self))
+        if self.config.report_to:
+            self.accelerator.end_training()
+        # A single batch says less about reward and length than the held-out prompts do.
+        names = ("kl",) if self.evaluation_rows else ("kl", "reward", "length")
+        last = self.history[-1] if self.history else {}
+        after |= {name: last[name] for name in names if name in last}
+        before = {f"{name}_before": self.before[name] for name in after if name in self.before}
+        return after | before | {"steps": self.step}
+
+
+@torch.no_grad()
+def evaluate_rollout(run: Run, rollout: Rollout) -> None:
+    """Give the rollout what is known before the update: "old_logps", "ref_logps", "entropy", "values", all (B, T).
+
+    The critic reads the last hidden states of the backbone without its adapter, which never change,
+    or, where all weights train, those of the policy itself.
+    """
+    policy_extras, reference_extras = ["entropy"], []
+    if run.has_adapter:
+        reference_extras.append("hidden")
+    else:
+        policy_extras.append("hidden")
+    old = outputs_before_update(run, rollout, *policy_extras)
+    rollout.old_logps, rollout.entropy, rollout.hidden = old.logps, old.entropy, old.hidden
+    if run.config.init_kl_coef or run.has_adapter:
+        reference = outputs_before_update(run, rollout, *reference_extras, reference=True)
+        rollout.ref_logps = reference.logps
+        if run.has_adapter:
+            rollout.hidden = reference.hidden
+    rollout.values = run.value_head(rollout.hidden)[..., 0] * rollout.mask
+    if run.step == 0:
+        check_sampled_logps(run, rollout)
+
+
+def policy_outputs(run: Run, batch: Rollout, *more: str) -> TokenOutputs:
+    """The policy's outputs that its loss reads, with their graph, and `more` of them."""
+    extras = list(more)
+    if loss_needs_log_probs(run.config):
+        extras.append("log_probs")
+    if run.config.entropy_coef:
+        extras.append("entropy")
+    if run.config.has_critic and not run.has_adapter:
+        extras.append("hidden")
+    return completion_outputs(run, batch, *extras)
+
+
+class WeightedMeans:
+    """Weighted means of metrics over the mini-batches of an epoch and over the processes."""
+
+    def __init__(self):
+        self.sums: dict[str, torch.Tensor] = {}
+        self.total_weight = 0.0
+
+    def add(self, metrics: dict[str, torch.Tensor], weights: torch.Tensor) -> None:
+        """Metrics and weights of a mini-batch, both (b, T) or (b, 1)."""
+        for name, values in metrics.items():
+            self.sums[name] = self.sums.get(name, 0) + (values * weights).sum()
+
+    def over_processes(self, run: Run) -> dict[str, float]:
+        totals = run.sum_over_processes(torch.stack([*self.sums.values()]))
+        return {
+            name: float(total) / self.total_weight
+            for name, total in zip(self.sums, totals, strict=True)
+        }
+
+
+# -- setting up ------------------------------------------------------------------------------------
+
+
+def start_run(
+    config: RLConfig, model, tokenizer, train_rows: list, eval_rows: list, reward_functions: dict
+) -> Run:
+    """The run of an RL recipe on rows {"prompt": messages, "columns": {...}}, from its last checkpoint on."""
+    limit = min(config.max_seq_length, model.config.max_position_embeddings)
+    training = encode_prompts(config, train_rows, tokenizer, limit, "training data")
+    evaluation = encode_prompts(config, eval_rows, tokenizer, limit, "evaluation data")
+    if len(evaluation) > config.num_eval_prompts:
+        logger.info(
+            "%d held-out prompts, of which the first %d are answered in each evaluation "
+            "(num_eval_prompts)",
+            len(evaluation),
+            config.num_eval_prompts,
+        )
+        evaluation = evaluation[: config.num_eval_prompts]
+    longest = max(training, key=lambda row: len(row["ids"]))
+    run = build_run(config, model, tokenizer, reward_functions, longest, training, evaluation)
+    checkpoint = find_checkpoint(config)
+    if checkpoint:
+        load_checkpoint(run, checkpoint)
+    logger.info(
+        "training %s of %s parameters on %d prompts, on %s in %s",
+        f"{sum(parameter.numel() for parameter in run.parameters):,}",
+        f"{model.num_parameters():,}",
+        len(training),
+        model.device.type,
+        str(compute_dtype(config.torch_dtype)).removeprefix("torch."),
+    )
+    if is_main_process():
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            truncate_metrics(Path(config.output_dir, name), run.step)
+    return run
+
+
+def build_run(
+    config: RLConfig,
+    model,
+    tokenizer,
+    reward_functions: dict,
+    probe_row: dict,
+    training=(),
+    evaluation=(),
+) -> Run:
+    """Reference, critic, optimizer and schedule around a model; `probe_row` is a prompt to try attention with."""
+    from accelerate import Accelerator
+    from transformers.integrations import unset_hf_deepspeed_config
+
+    disable_dropout(model)
+    model.train(config.gradient_checkpointing > 0)
+    if config.gradient_checkpointing:
+        options = {"use_reentrant": False}
+        model.activation_checkpointing_enable(options, every_n_layers=config.gradient_checkpointing)
+        model.enable_input_require_grads()
+    # With an adapter the reference costs nothing: it is the model without it. Biases that train
+    # stay when the adapter is switched off, so then the reference is a copy.
+    has_adapter = hasattr(model, "peft_config") and config.lora_bias == "none"
+    reference = None
+    if config.init_kl_coef and not has_adapter:
+        reference = copy.deepcopy(model).requires_grad_(False).eval()
+    value_head = new_value_head(model) if config.has_critic else None
+    # Before the Accelerator: the TrainingArguments in it reset accelerate's state.
+    optimizer = new_optimizer(config, model, value_head)
+    on_cpu = model.device.type == "cpu"
+    accelerator = Accelerator(
+        cpu=on_cpu, log_with=config.report_to or None, project_dir=config.output_dir
+    )
+    unset_hf_deepspeed_config()  # under DeepSpeed too the policy is whole, and so is what is loaded later
+    if config.report_to:
+        wandb = {"wandb": {"name": config.wandb_run_name}}
+        accelerator.init_trackers(config.wandb_project or "rl", init_kwargs=wandb)
+    float16 = compute_dtype(config.torch_dtype) == torch.float16
+    run = Run(
+        config=config,
+        model=model,
+        tokenizer=tokenizer,
+        reward_functions=reward_functions,
+        reference=reference,
+        has_adapter=has_adapter,
+        shares_prompts=config.num_generations > 1 and sharing_is_exact(model, probe_of(probe_row)),
+        training_rows=list(training),
+        evaluation_rows=list(evaluation),
+        value_head=value_head,
+        accelerator=accelerator,
+        optimizer=optimizer,
+        schedule=new_schedule(config, optimizer),
+        scaler=torch.amp.GradScaler(model.device.type, enabled=float16),
+        kl_coef=config.init_kl_coef,
+    )
+    if not run.parameters:
+        raise RuntimeError("no parameter of the model trains: everything is frozen")
+    return run
+
+
+def disable_dropout(model) -> None:
+    """With dropout the ratios of probabilities are noise (Huang et al. 2024)."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        elif "attention_dropout" in vars(module):
+            module.attention_dropout = 0.0
+
+
+def new_value_head(model) -> torch.nn.Linear:
+    """V(s) = 0 at first."""
+    hidden_size = model.get_output_embeddings().weight.shape[1]
+    head = torch.nn.Linear(hidden_size, 1, device=model.device)
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.zeros_(head.bias)
+    return head
+
+
+def new_optimizer(config: RLConfig, model, value_head) -> torch.optim.Optimizer:
+    """The optimizer of the option `optim`, for the policy where it is trained by one, and the critic."""
+    from transformers import Trainer, TrainingArguments
+
+    on_cpu = model.device.type == "cpu"
+    arguments = TrainingArguments(optim=config.optim, use_cpu=on_cpu, report_to="none")
+    optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    groups = []
+    if config.optimizes_policy:
+        policy = [p for p in model.parameters() if p.requires_grad]
+        groups.append(
+            {"params": policy, "lr": config.learning_rate, "weight_decay": config.weight_decay}
+        )
+    if value_head is not None:
+        head = list(value_head.parameters())
+        groups.append({"params": head, "lr": config.value_learning_rate, "weight_decay": 0.0})
+    return optimizer_class(groups, **options | {"lr": config.learning_rate})
+
+
+def new_schedule(config: RLConfig, optimizer: torch.optim.Optimizer):
+    from transformers import get_scheduler
+
+    steps = config.num_training_steps
+    warmup_steps = round(config.warmup_ratio * steps)
+    return get_scheduler(config.lr_scheduler_type, optimizer, warmup_steps, steps)
+
+
+def probe_of(row: dict) -> dict:
+    """A prompt with two answers, to compare one pass over both with a pass over each."""
+    answer = row["ids"][:8]
+    return {"prompt": row["ids"], "answers": [answer] * 2, "labels": [answer] * 2}
+
+
+def prompts_of_step(seed: int, rows: list[dict], step: int, count: int) -> list[dict]:
+    """The prompts of a step: the rows over and over, in a new order each time.
+
+    A function of seed and step alone, so that a resumed run sees the prompts that it would have seen.
+    """
+    orders: dict[int, list[int]] = {}
+    prompts = []
+    for n in range(step * count, (step + 1) * count):
+        epoch, place = divmod(n, len(rows))
+        if epoch not in orders:
+            generator = torch.Generator().manual_seed(seed + epoch)
+            orders[epoch] = torch.randperm(len(rows), generator=generator).tolist()
+        prompts.append(rows[orders[epoch][place]])
+    return prompts
+
+
+# -- metrics, evaluation, alarms -------------------------------------------------------------------
+
+
+def rollout_metrics(run: Run, rollout: Rollout) -> dict[str, float]:
+    """What a rollout shows, over all processes; docs/metrics.md defines each."""
+    gather, used = run.accelerator.gather, rollout.used
+    scores = gather(rollout.scores)  # (B of all processes,)
+    num_tokens = gather(used.sum(1)).sum()
+    judged = scores[~scores.isnan()]
+    metrics = {"reward": judged.mean(), "reward_std": judged.std(correction=0)}
+    if rollout.rewards.shape[1] > 1:
+        names = [f"reward_{Path(name).name}" for name in run.reward_functions]
+        metrics |= dict(zip(names, gather(rollout.rewards).nanmean(0), strict=True))
+    if rollout.ref_logps is not None:
+        kl = (k3(rollout.old_logps, rollout.ref_logps) * used).sum(1)  # (B,)
+        metrics["kl"] = gather(kl).sum() / max(1, len(judged))
+    entropy = run.sum_over_processes((rollout.entropy * used).sum())
+    metrics["entropy"] = entropy / num_tokens.clamp(min=1)
+    if rollout.values is not None:
+        metrics["explained_variance"] = explained_variance(run, rollout)
+    if run.config.num_generations > 1:
+        groups = scores.view(-1, run.config.num_generations)  # (P, G)
+        deviations = (groups - groups.nanmean(1, keepdim=True)).nan_to_num()
+        metrics["zero_variance"] = (deviations.abs().amax(1) < 1e-6).float().mean()
+    metrics["length"] = gather(rollout.lengths).float().mean()
+    metrics["stopped"] = gather(rollout.stopped).float().mean()
+    return {name: float(value) for name, value in metrics.items()} | {"kl_coef": run.kl_coef}
+
+
+def explained_variance(run: Run, rollout: Rollout) -> torch.Tensor:
+    """1 - Var(returns - values) / Var(returns) over the tokens of all processes."""
+    used, returns = rollout.used, rollout.returns
+    errors = returns - rollout.values
+    ones = torch.ones_like(used)
+    sums = [(x * used).sum() for x in (ones, errors, errors**2, returns, returns**2)]
+    count, error, error2, value, value2 = run.sum_over_processes(torch.stack(sums))
+    error_variance = error2 - error * error / count
+    return_variance = value2 - value * value / count
+    return 1 - error_variance / return_variance.clamp(min=1e-8)
+
+
+@torch.no_grad()
+def evaluate(run: Run) -> dict[str, float]:
+    """Greedy answers to the held-out prompts: {"eval_reward", ...}; samples.jsonl keeps the answers."""
+    from accelerate.utils import gather_object
+
+    config, accelerator = run.config, run.accelerator
+    own_rows = run.evaluation_rows[accelerator.process_index :: accelerator.num_processes]
+    answers = []
+    for start in range(0, len(own_rows), config.batch_size):
+        rows = own_rows[start : start + config.batch_size]
+        prompts = [row["ids"] for row in rows]
+        with run.autocast():
+            completions, _ = sample_completions(run.model, run.tokenizer, prompts, config.sampling)
+        texts, stopped = decode_completions(run.tokenizer, completions)
+        rewards = score_completions(config, run.reward_functions, rows, texts)  # (b, R)
+        scores = weighted_total(config, rewards).tolist()
+        for row, text, stop, ids, score in zip(
+            rows, texts, stopped, completions, scores, strict=True
+        ):
+            answer = {"step": run.step, "prompt": row["prompt"], "completion": text}
+            answer |= {"reward": score, "length": len(ids), "stopped": stop}
+            answers.append(answer | row["columns"])
+    answers = gather_object(answers)
+    if is_main_process():
+        lines = [json.dumps(answer, ensure_ascii=False, default=str) + "\n" for answer in answers]
+        with open(Path(config.output_dir, "samples.jsonl"), "a", encoding="utf-8") as file:
+            file.writelines(lines)
+    metrics = {}
+    for name in ("reward", "length", "stopped"):
+        values = torch.tensor([float(answer[name]) for answer in answers])
+        metrics[f"eval_{name}"] = float(values.nanmean())
+    return metrics
+
+
+def raise_alarms(run: Run) -> None:
+    """Warn, once each, of what goes wrong in the curves, with the remedy."""
+    now, config = run.history[-1], run.config
+    if now.get("kl", 0) > 10 * (config.target_kl or 2.0):
+        raise_alarm(
+            run,
+            "kl",
+            f"the policy is leaving the reference: KL {now.get('kl', 0):.1f} nats per completion. "
+            "Raise init_kl_coef, set target_kl, or lower learning_rate",
+        )
+    if now["entropy"] < 0.1 * run.before["entropy"]:
+        raise_alarm(
+            run,
+            "entropy",
+            f"entropy has collapsed: {now['entropy']:.3f} nats per token. "
+            "Lower learning_rate, raise init_kl_coef or entropy_coef",
+        )
+    last_three = [metrics.get("zero_variance") for metrics in run.history[-3:]]
+    if last_three == [1.0, 1.0, 1.0]:
+        raise_alarm(
+            run,
+            "zero_variance",
+            "all completions of every prompt have had the same reward for three steps: nothing to learn "
+            "from. Choose prompts that are neither too easy nor too hard, or raise num_generations",
+        )
+
+
+def raise_alarm(run: Run, name: str, message: str) -> None:
+    if name not in run.alarms_raised:
+        run.alarms_raised.add(name)
+        logger.warning(message)
+
+
+# -- checkpoints -----------------------------------------------------------------------------------
+# OUT/checkpoints/step-N holds what trains, the optimizer's state and the KL controller, as
+# safetensors and JSON. Sampling and shuffling are functions of seed and step, so nothing else is
+# needed to resume exactly.
+
+
+def save_checkpoint(run: Run) -> None:
+    from safetensors.torch import save_file
+
+    if not is_main_process():
+        return
+    folder = Path(run.config.output_dir, "checkpoints")
+    tensors = {f"policy.{n}": parameter for n, parameter in enumerate(run.parameters)}
+    if run.value_head is not None:
+        tensors |= {f"head.{name}": value for name, value in run.value_head.state_dict().items()}
+    optimizer_values = {}
+    for name, value in flat_optimizer_state(run.optimizer).items():
+        if torch.is_tensor(value):
+            tensors[name] = value
+        else:
+            optimizer_values[name] = value
+    with atomic_folder(folder / f"step-{run.step:06d}") as aside:
+        on_cpu = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        save_file(on_cpu, aside / "state.safetensors")
+        state = {
+            "step": run.step,
+            "kl_coef": run.kl_coef,
+            "before": run.before,
+            "scaler": run.scaler.state_dict(),
+            "optimizer": optimizer_values,
+        }
+        write_json(aside / "state.json", state)
+        seal_checkpoint(aside, run.config)
+    for old in sorted(folder.glob("step-*"))[: -run.config.save_total_limit]:
+        shutil.rmtree(old)
+
+
+def flat_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """{"optimizer.<parameter>.<name>": tensor or number}.
+
+    8-bit optimizers nest dictionaries in their states and share tensors between parameters, which
+    safetensors refuses: nested entries are lifted one level, as copies.
+    """
+    entries = {}
+    for n, state in optimizer.state_dict()["state"].items():
+        for name, value in state.items():
+            if not isinstance(value, dict):
+                entries[f"optimizer.{n}.{name}"] = value
+                continue
+            for inner_name, inner_value in value.items():
+                entries[f"optimizer.{n}.{inner_name}"] = inner_value.clone()
+    return entries
+
+
+def load_checkpoint(run: Run, folder: Path) -> None:
+    """Continue in place from a checkpoint of `save_checkpoint`."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / "state.safetensors")
+    values = json.loads((folder / "state.json").read_text())
+    with torch.no_grad():
+        for n, parameter in enumerate(run.parameters):
+            parameter.copy_(tensors[f"policy.{n}"])
+    if run.value_head is not None:
+        head = {name: tensors[f"head.{name}"] for name in run.value_head.state_dict()}
+        run.value_head.load_state_dict(head)
+    states: dict[int, dict[str, Any]] = {}
+    for key, value in (tensors | values["optimizer"]).items():
+        if key.startswith("optimizer."):
+            _, n, name = key.split(".", 2)
+            states.setdefault(int(n), {})[name] = value
+    param_groups = run.optimizer.state_dict()["param_groups"]
+    run.optimizer.load_state_dict({"state": states, "param_groups": param_groups})
+    run.scaler.load_state_dict(values["scaler"])
+    run.step, run.kl_coef, run.before = values["step"], values["kl_coef"], values["before"]
+    for _ in range(run.step):
+        run.schedule.step()

@@ -1,0 +1,491 @@
+"""What a2c, ppo, trpo and grpo share of a rollout: options, prompts, sampling, scoring, log-probabilities.
+
+Shapes: P prompts of a step, G completions of each, B = P * G completions, T tokens of the longest
+completion, N completion tokens in all, R rewards, V tokens of the vocabulary, H hidden units.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from core.chat import IGNORE, as_messages, prompt_ids
+from core.config import (
+    Count,
+    DataConfig,
+    Natural,
+    NonNegative,
+    Options,
+    Positive,
+    Scheduler,
+    Share,
+    TrainingConfig,
+)
+from core.data import load_rows, usable_rows
+from core.errors import ConfigError, RowError
+from core.logprobs import TokenLogps, answer_logits, collate_answers, without_adapter
+from core.rewards import (
+    REWARDS,
+    ScoringConfig,
+    check_answer_column,
+    rewards_reading_answers,
+    score_completions,
+    weighted_total,
+)
+from core.runtime import compute_dtype
+from core.sampling import (
+    SAMPLING_DEFAULTS,
+    check_sampling,
+    decode_completions,
+    sample_completions,
+)
+
+# -- configuration ---------------------------------------------------------------------------------
+
+PROMPT_FORMATS = {  # name: required columns; of the formats that fit, the one with more columns wins
+    "prompt": ["prompt"],
+    "messages": ["messages"],
+    "question": ["question"],
+    "instruction": ["instruction"],
+    "instruction-input": ["instruction", "input"],
+}
+
+
+@dataclass
+class RLConfig(DataConfig, ScoringConfig, TrainingConfig):
+    """Options of every RL recipe, beside those of loading, LoRA, optimizer and rewards."""
+
+    aliases: ClassVar = TrainingConfig.aliases | {"data": "prompt_dataset_path"}
+    formats: ClassVar = PROMPT_FORMATS
+    default_rates: ClassVar = (1e-4, 1e-6)
+    everyday: ClassVar[tuple[str, ...]] = (
+        "model_name_or_path",
+        "prompt_dataset_path",
+        "output_dir",
+        "reward",
+        "num_training_steps",
+        "batch_size",
+        "num_generations",
+        "generation_kwargs",
+        "learning_rate",
+        "init_kl_coef",
+    )
+    has_critic: ClassVar[bool] = False  # whether the algorithm learns a value function
+    optimizes_policy: ClassVar[bool] = True  # false: the policy's step is not an optimizer's (TRPO)
+
+    prompt_dataset_path: str = (
+        ""  # .json, .jsonl, .csv or .parquet file, a folder of them, or a hub name
+    )
+    validation_split: Share = 0.05  # fraction of rows held out for evaluation
+    max_seq_length: Count = (
+        1024  # tokens of prompt and completion; prompts that leave no room are dropped and counted
+    )
+    # reward
+    missing_stop_penalty: NonNegative = (
+        0.0  # subtracted from the reward of a completion that never stops
+    )
+    # rollout
+    num_training_steps: Count = 100  # number of rollouts
+    batch_size: Count = 16  # completions per step and process
+    num_generations: Count = 1  # completions sampled for each prompt
+    generation_kwargs: Options = field(
+        default_factory=dict
+    )  # sampling options; defaults: {max_new_tokens: 64, temperature: 1, top_k: 0, top_p: 1}
+    mini_batch_size: Natural = (
+        0  # completions per forward and backward pass; 0 takes the whole batch
+    )
+    # learning-rate schedule
+    warmup_ratio: Share = 0.0  # fraction of steps used for warm-up
+    lr_scheduler_type: Scheduler = "linear"  # learning-rate schedule after warm-up
+    # KL to the reference, the model that the run starts from
+    init_kl_coef: NonNegative = 0.05  # weight beta of the KL penalty; 0 disables it
+    kl_penalty: Literal["kl", "abs", "mse", "k3", "full"] = (
+        "kl"  # estimator: k1, |k1|, k2, k3, or exact over the vocabulary
+    )
+    kl_in: Literal["reward", "loss"] = (
+        "reward"  # subtract the penalty from the reward of each token, or add it to the loss
+    )
+    target_kl: Positive | None = (
+        None  # KL per completion, in nats, to which beta is adapted; none keeps beta fixed
+    )
+    kl_horizon: Positive = 10000.0  # horizon of the adaptive KL controller, in completions
+    # evaluation and checkpoints
+    eval_freq: Natural = 0  # evaluate every N steps; 0 evaluates only before and after training
+    num_eval_prompts: Count = 64  # maximum number of held-out prompts per evaluation
+    save_freq: Natural = 50  # save a checkpoint every N steps; 0 saves none
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        return SAMPLING_DEFAULTS | self.generation_kwargs
+
+    @property
+    def trains_with_rl(self) -> bool:
+        """False where another recipe learns from the rewards (rlaif with feedback_mode=preference)."""
+        return True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.mini_batch_size == 0:
+            self.mini_batch_size = self.batch_size
+
+    def validate(self) -> None:
+        super().validate()
+        if not self.rewarding:
+            raise ConfigError(
+                f"reward is missing: --reward=<{', '.join(REWARDS)} or path/to/file.py:function>, "
+                "or --reward_model_path=<folder>"
+            )
+        check_sampling("generation_kwargs", self.generation_kwargs)
+        if self.sampling["max_new_tokens"] >= self.max_seq_length:
+            raise ConfigError(
+                f"max_seq_length={self.max_seq_length} leaves no room for a prompt before "
+                "max_new_tokens; raise max_seq_length or lower max_new_tokens"
+            )
+        self.validate_batch_sizes()
+        self.validate_kl()
+        if self.trains_with_rl and self.lora_dropout:
+            raise ConfigError(
+                "lora_dropout must be 0: with dropout the same weights give other probabilities "
+                "each time; set lora_dropout=0"
+            )
+        if self.eval_freq and not self.validation_split:
+            raise ConfigError("eval_freq needs held-out rows; set validation_split above 0")
+
+    def validate_batch_sizes(self) -> None:
+        for whole, part in (
+            ("batch_size", "mini_batch_size"),
+            ("mini_batch_size", "num_generations"),
+        ):
+            size, divisor = getattr(self, whole), getattr(self, part)
+            if size % divisor:
+                raise ConfigError(f"{whole}={size} must be a multiple of {part}={divisor}")
+        num_mini_batches = self.batch_size // self.mini_batch_size
+        if self.trains_with_rl and num_mini_batches % self.gradient_accumulation_steps:
+            raise ConfigError(
+                "gradient_accumulation_steps must divide batch_size / mini_batch_size"
+            )
+
+    def validate_kl(self) -> None:
+        if self.kl_in == "reward" and self.kl_penalty == "full":
+            raise ConfigError(
+                "kl_penalty=full does not depend on the sampled token, so it cannot be part of its "
+                "reward; set kl_in=loss"
+            )
+        if self.target_kl and not self.init_kl_coef:
+            raise ConfigError("target_kl scales init_kl_coef, which is 0; set init_kl_coef above 0")
+        self.refuse_unread(not self.target_kl, "kl_horizon", "without target_kl")
+
+
+# -- data: rows to prompts -------------------------------------------------------------------------
+
+
+def to_prompt(row: dict, form: str, needs_answer: bool = False) -> dict:
+    """A row as {"prompt": messages, "columns": its further columns, for the rewards}.
+
+    Raises RowError without a prompt, or without an answer if a reward `needs_answer`.
+    """
+    if needs_answer and row.get("answer", "") is None:
+        raise RowError("without an answer")
+    source = PROMPT_FORMATS[form]
+    prompt = as_messages(row[source[0]], "user")
+    if form == "instruction-input":
+        parts = [str(part) for part in (row["instruction"], row["input"]) if part]
+        prompt = as_messages("\n\n".join(parts), "user")
+    while prompt and prompt[-1]["role"] == "assistant":  # an answer that the data already has
+        prompt.pop()
+    if not prompt:
+        raise RowError("without a prompt")
+    columns = {name: value for name, value in row.items() if name not in source}
+    return {"prompt": prompt, "columns": columns}
+
+
+def encode_prompt(row: dict, tokenizer, limit: int) -> dict:
+    """The row with its prompt's token "ids"; raises RowError if they are more than `limit`."""
+    ids = prompt_ids(tokenizer, row["prompt"])
+    if len(ids) > limit:
+        raise RowError(
+            f"whose prompt is longer than {limit} tokens, which leaves no room to answer"
+        )
+    return row | {"ids": ids}
+
+
+def load_prompts(config: RLConfig) -> tuple[list[dict], list[dict], dict]:
+    """(training rows, evaluation rows, what the data set is), each row by `to_prompt`.
+
+    Raises ConfigError where a reward reads answers and the data has none.
+    """
+    needs_answer = bool(rewards_reading_answers(config))
+
+    def convert(row: dict, form: str) -> dict:
+        return to_prompt(row, form, needs_answer)
+
+    training, evaluation, data_set = load_rows(config, convert, None)
+    check_answer_column(config, training[0]["columns"])
+    return training, evaluation, data_set
+
+
+def encode_prompts(
+    config: RLConfig, rows: list[dict], tokenizer, limit: int, what: str
+) -> list[dict]:
+    """The rows with their token ids, without those whose prompt and completion exceed `limit` tokens."""
+    max_prompt_length = limit - config.sampling["max_new_tokens"]
+
+    def encode(row: dict) -> dict:
+        return encode_prompt(row, tokenizer, max_prompt_length)
+
+    return usable_rows(rows, encode, what) if rows else []
+
+
+def prompt_sequences(config: RLConfig, row: dict, tokenizer) -> tuple[list[tuple], bool]:
+    """([(prompt ids, None)], False): what the checks before training look at (`BaseStage.sequences`)."""
+    limit = config.max_seq_length - config.sampling["max_new_tokens"]
+    return [(encode_prompt(row, tokenizer, limit)["ids"], None)], False
+
+
+def estimate_work(config: RLConfig, prompt_lengths: Sequence[int]) -> tuple[int, float, float, int]:
+    """(steps, tokens, passes over a token, completions at a time) for the estimates before training."""
+    completions = config.num_training_steps * config.batch_size
+    # A prompt is read once for all its completions.
+    prompt_share = statistics.fmean(prompt_lengths) / config.num_generations
+    tokens = completions * (prompt_share + config.sampling["max_new_tokens"])
+    epochs = getattr(config, "ppo_epochs", 1)
+    passes = 2 + bool(config.init_kl_coef) + 2 * epochs  # sampled, scored, reference; learnt
+    return config.num_training_steps, tokens, passes, config.mini_batch_size
+
+
+# -- rollout ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Policy:
+    """The model that writes completions, the reference it is compared with, and its rewards."""
+
+    config: RLConfig
+    model: Any
+    tokenizer: Any
+    reward_functions: dict[str, Callable]
+    reference: (
+        Any  # frozen copy of the start; None if switching off the adapter gives it, or unused
+    )
+    has_adapter: bool  # whether the model without its adapter is the one that the run started from
+    shares_prompts: bool  # whether one pass over a prompt serves all its completions
+
+    def __post_init__(self):
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+
+    def autocast(self):
+        dtype = compute_dtype(self.config.torch_dtype)
+        return torch.autocast(self.model.device.type, dtype, enabled=dtype != torch.float32)
+
+
+@dataclass
+class Rollout:
+    """B completions of P prompts, and what is to be learnt from them. Tensors are on the model's device.
+
+    The algorithm fills in the fields that are None at first. `select` gives a mini-batch, which is
+    a Rollout of fewer completions.
+    """
+
+    groups: list[dict]  # P of {"prompt": ids, "answers": G completions (ids), "labels": the same}
+    rows: list[dict]  # B: the row of each completion's prompt
+    texts: list[str]  # B
+    mask: torch.Tensor  # (B, T) bool: completion tokens, its stop token included
+    lengths: torch.Tensor  # (B,)
+    stopped: torch.Tensor  # (B,) bool: whether it ended in a stop token
+    sampled_logps: list[
+        list[float]
+    ]  # B lists: log-probabilities of the tokens as they were sampled
+    indices: torch.Tensor  # (B,): places of these completions in the whole rollout
+    seconds: float  # that sampling and scoring took
+    rewards: torch.Tensor | None = None  # (B, R): each reward function's verdict; NaN: none
+    scores: torch.Tensor | None = None  # (B,): weighted sum of the rewards; NaN: no verdict
+    used: torch.Tensor | None = None  # (B, T): the mask as 0.0 and 1.0, all 0.0 without a verdict
+    old_logps: torch.Tensor | None = None  # (B, T): by the policy that sampled
+    ref_logps: torch.Tensor | None = None  # (B, T): by the reference
+    entropy: torch.Tensor | None = None  # (B, T): of the policy that sampled
+    hidden: torch.Tensor | None = None  # (B, T, H): what the critic reads
+    values: torch.Tensor | None = None  # (B, T)
+    advantages: torch.Tensor | None = None  # (B, T)
+    returns: torch.Tensor | None = None  # (B, T)
+    weights: torch.Tensor | None = None  # (B, T) or (B, 1): weight of each loss in the mean
+
+    def select(self, prompts: torch.Tensor) -> Rollout:
+        """The completions of these prompts, given by their places (p,), as a mini-batch."""
+        num_generations = len(self.rows) // len(self.groups)
+        rows = (
+            prompts[:, None] * num_generations + torch.arange(num_generations)
+        ).flatten()  # (b,)
+        tensors = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if torch.is_tensor(value):
+                tensors[f.name] = value[rows]
+        places = rows.tolist()
+        return replace(
+            self,
+            groups=[self.groups[p] for p in prompts.tolist()],
+            rows=[self.rows[b] for b in places],
+            texts=[self.texts[b] for b in places],
+            sampled_logps=[self.sampled_logps[b] for b in places],
+            **tensors,
+        )
+
+    def mini_batches(self, size: int, order: torch.Tensor | None = None) -> Iterator[Rollout]:
+        """Mini-batches of `size` completions, the prompts in this `order` (P,)."""
+        if order is None:
+            order = torch.arange(len(self.groups))
+        num_generations = len(self.rows) // len(self.groups)
+        for prompts in order.split(size // num_generations):
+            yield self.select(prompts)
+
+
+@torch.no_grad()
+def sample_rollout(policy: Policy, rows: list[dict], uniforms: torch.Tensor) -> Rollout:
+    """Completions of the rows' prompts (P,), drawn by uniform numbers (B, max_new_tokens)."""
+    began = time.perf_counter()
+    num_generations = policy.config.num_generations
+    prompts = [row["ids"] for row in rows]
+    with policy.autocast():
+        completions, sampled_logps = sample_completions(
+            policy.model,
+            policy.tokenizer,
+            prompts,
+            policy.config.sampling,
+            uniforms,
+            num_generations,
+        )
+    texts, stopped = decode_completions(policy.tokenizer, completions)
+    groups = []
+    for p, row in enumerate(rows):
+        answers = completions[p * num_generations : (p + 1) * num_generations]
+        groups.append({"prompt": row["ids"], "answers": answers, "labels": answers})
+    device = policy.model.device
+    lengths = torch.tensor([len(ids) for ids in completions])  # (B,)
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (B, T)
+    return Rollout(
+        groups=groups,
+        rows=[row for row in rows for _ in range(num_generations)],
+        texts=texts,
+        mask=mask.to(device),
+        lengths=lengths.to(device),
+        stopped=torch.tensor(stopped).to(device),
+        sampled_logps=sampled_logps,
+        indices=torch.arange(len(completions)),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def score_rollout(policy: Policy, rollout: Rollout) -> None:
+    """Give the rollout its "rewards" (B, R), their sum "scores" (B,), and "used" (B, T)."""
+    began = time.perf_counter()
+    config, device = policy.config, policy.model.device
+    rewards = score_completions(config, policy.reward_functions, rollout.rows, rollout.texts)
+    rollout.rewards = rewards.to(device)
+    rollout.scores = weighted_total(config, rewards).to(device)
+    has_verdict = ~rollout.scores.isnan()
+    rollout.used = rollout.mask.float() * has_verdict[:, None]
+    rollout.seconds += time.perf_counter() - began
+
+
+# -- log-probabilities -----------------------------------------------------------------------------
+
+
+@dataclass
+class TokenOutputs:
+    """What a model says of the tokens of completions. Fields that were not asked for are None."""
+
+    logps: torch.Tensor  # (B, T): log-probabilities of the tokens
+    entropy: torch.Tensor | None = (
+        None  # (B, T): of the distribution that each token was drawn from
+    )
+    hidden: torch.Tensor | None = None  # (B, T, H): last hidden state before each token
+    log_probs: torch.Tensor | None = None  # (N, V): log-probabilities of the whole vocabulary
+
+
+def completion_outputs(
+    policy: Policy, batch: Rollout, *extras: str, reference: bool = False
+) -> TokenOutputs:
+    """One pass of the policy, or of the reference, over completions with their prompts.
+
+    `extras` names the further fields of TokenOutputs that are wanted. A gradient passes through
+    entropy only if log_probs is wanted too.
+    """
+    inputs = collate_answers(batch.groups, policy.shares_prompts)
+    inputs = {name: value.to(policy.model.device) for name, value in inputs.items()}
+    model, switched_off = policy.model, contextlib.nullcontext()
+    if reference and policy.has_adapter:
+        switched_off = without_adapter(policy.model)
+    elif reference:
+        model = policy.reference
+    with policy.autocast(), switched_off:
+        logits, hidden = answer_logits(model, inputs)  # (N, V), (N, H)
+    targets = inputs["targets"][inputs["targets"] != IGNORE]  # (N,)
+    temperature = policy.config.sampling["temperature"]
+    if temperature != 1:  # the policy is the distribution that is sampled (Huang et al. 2024)
+        logits = logits / temperature
+
+    def spread(values: torch.Tensor) -> torch.Tensor:
+        """(N, ...) -> (B, T, ...), 0 in padding."""
+        zeros = values.new_zeros(*batch.mask.shape, *values.shape[1:])
+        return zeros.index_put((batch.mask,), values)
+
+    outputs = TokenOutputs(logps=None)
+    if "hidden" in extras:
+        outputs.hidden = spread(hidden.float())
+    if "log_probs" in extras:
+        outputs.log_probs = logits.float().log_softmax(-1)
+        logps = outputs.log_probs.gather(1, targets[:, None])[:, 0]  # (N,)
+    else:
+        logps = TokenLogps.apply(logits, targets)  # (N,)
+    if "entropy" in extras:
+        if "log_probs" in extras:
+            entropy = entropy_of(outputs.log_probs)
+        else:  # in chunks, so that no second (N, V) is in memory
+            chunks = logits.detach().split(TokenLogps.at_once(logits))
+            entropy = torch.cat([entropy_of(chunk.float().log_softmax(-1)) for chunk in chunks])
+        outputs.entropy = spread(entropy)
+    outputs.logps = spread(logps)
+    return outputs
+
+
+def entropy_of(log_probs: torch.Tensor) -> torch.Tensor:
+    """(N, V) -> (N,), in nats."""
+    return -(log_probs.exp() * log_probs).sum(-1)
+
+
+@torch.no_grad()
+def outputs_before_update(
+    policy: Policy, rollout: Rollout, *extras: str, reference: bool = False
+) -> TokenOutputs:
+    """`completion_outputs` of the whole rollout, in mini-batches and without gradients."""
+    parts = [
+        completion_outputs(policy, batch, *extras, reference=reference)
+        for batch in rollout.mini_batches(policy.config.mini_batch_size)
+    ]
+    outputs = TokenOutputs(logps=torch.cat([part.logps for part in parts]))
+    for name in extras:
+        setattr(outputs, name, torch.cat([getattr(part, name) for part in parts]))
+    return outputs
+
+
+def check_sampled_logps(policy: Policy, rollout: Rollout) -> None:
+    """Raise RuntimeError if sampling and training disagree on the tokens' log-probabilities.
+
+    They are two programs for one distribution; where a model's attention or positions are not
+    understood, ratios would be wrong from the first step on.
+    """
+    sampled = torch.zeros_like(rollout.old_logps)
+    flat_logps = [logp for logps in rollout.sampled_logps for logp in logps]
+    sampled[rollout.mask] = torch.tensor(flat_logps, device=sampled.device)
+    gap = float((sampled - rollout.old_logps).abs().max())
+    tolerance = 1e-2 if policy.model.dtype == torch.float32 else 1.0
+    if gap > tolerance:
+        raise RuntimeError(
+            f"sampling and training disagree on a token's log-probability by {gap:.2g}"
+        )

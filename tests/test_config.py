@@ -1,0 +1,182 @@
+"""core/config.py: option types, checked dataclasses, options that contradict each other."""
+
+import importlib.util
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Literal
+
+import pytest
+import sft
+import torch
+from annotated_types import Gt
+
+import chain
+import core.config
+import core.runtime
+from core.config import FitConfig, StageConfig, TrainingConfig
+from core.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    "name, value, meant",
+    [
+        ("learning_rate", "2e-4", 2e-4),
+        ("max_steps", "12", 12),
+        ("use_4bit", "True", True),
+        ("lora_r", 8.0, 8),
+        ("report_to", "tensorboard", ["tensorboard"]),
+        ("lora_target_modules", ("q_proj", "v_proj"), ["q_proj", "v_proj"]),
+        ("lora_target_modules", "q_proj, v_proj", ["q_proj", "v_proj"]),
+        ("model_name_or_path", 12, "12"),
+        ("gradient_checkpointing", "true", 1),
+        ("gradient_checkpointing", False, 0),
+        ("gradient_checkpointing", "2", 2),
+        ("resume_from_checkpoint", "true", True),
+        ("resume_from_checkpoint", "out/checkpoint-5", "out/checkpoint-5"),
+        ("lora_target_modules", None, []),
+        ("num_train_epochs", 2, 2.0),
+        ("revision", None, None),
+    ],
+)
+def test_values_are_coerced_by_annotation(name, value, meant):
+    result = getattr(FitConfig(**{name: value}), name)
+    assert result == meant and type(result) is type(meant)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("learning_rate", "fast"),
+        ("learning_rate", 0),
+        ("learning_rate", float("nan")),
+        ("weight_decay", None),
+        ("max_steps", -1),
+        ("max_steps", 1.5),
+        ("per_device_train_batch_size", 0),
+        ("warmup_ratio", 1.0),
+        ("lora_dropout", -0.1),
+        ("lr_scheduler_type", "cosin"),
+        ("optim", "adam"),
+        ("use_4bit", "maybe"),
+        ("report_to", "tensorbored"),
+        ("model_name_or_path", ["a"]),
+        ("torch_dtype", "int8"),
+        ("seed", True + 0.5),
+    ],
+)
+def test_wrong_values_are_refused_by_name(name, value):
+    with pytest.raises(ConfigError, match=f"^{name}"):
+        FitConfig(**{name: value})
+
+
+def test_a_token_is_refused_without_being_shown():
+    with pytest.raises(ConfigError) as error:
+        TrainingConfig(use_auth_token="hf_canary")
+    assert "use_auth_token" in str(error.value) and "canary" not in str(error.value)
+
+
+def test_unknown_names_get_the_nearest_valid_one():
+    with pytest.raises(
+        ConfigError, match="unknown option 'learnig_rate'; did you mean 'learning_rate'"
+    ):
+        core.config.resolve_names(sft.SFTConfig, {"learnig_rate": 1})
+    with pytest.raises(ConfigError, match="model_name_or_path is given twice"):
+        core.config.resolve_names(sft.SFTConfig, {"model": "a", "model_name_or_path": "b"})
+    assert core.config.resolve_names(sft.SFTConfig, {"model": "a", "data": "b"}) == {
+        "model_name_or_path": "a",
+        "dataset_name_or_path": "b",
+    }
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({}, "model_name_or_path is missing"),
+        ({"dataset_name_or_path": ""}, "dataset_name_or_path is missing"),
+        ({"use_4bit": True, "use_8bit": True}, "exclude each other"),
+        ({"use_4bit": True, "lora_r": 0}, "lora_r=0"),
+        ({"torch_dtype": "float16", "lora_r": 0}, "underflows"),
+        ({"torch_dtype": "float16"}, "does not train on a CPU"),
+        ({"use_dora": True, "use_8bit": True}, "do not go together on a CPU"),
+        ({"lr_scheduler_type": "constant", "warmup_ratio": 0.5}, "warmup_ratio has no effect"),
+        ({"load_best_model_at_end": True}, "set eval_steps"),
+        (
+            {"eval_steps": 3, "save_steps": 4, "load_best_model_at_end": True},
+            "multiple of eval_steps=3",
+        ),
+        ({"auto_detect_format": False}, "goes with dataset_format"),
+        ({"dataset_format": "alpacca"}, "one of: messages"),
+        ({"auto_detect_format": False, "dataset_format": "alpacca"}, "one of: messages"),
+        ({"num_eval_samples": 4, "validation_split": 0}, "validation_split"),
+        ({"wandb_project": "p"}, "without use_wandb"),
+        ({"lora_r": 0, "lora_alpha": 64}, "lora_alpha has no effect with lora_r=0"),
+        ({"use_dora": True, "lora_r": 0}, "use_dora has no effect"),
+        ({"bnb_4bit_quant_type": "fp4"}, "without use_4bit=true"),
+        ({"max_new_tokens": 5}, "without num_eval_samples"),
+        ({"metric_for_best_model": "eval_kl"}, "without load_best_model_at_end=true"),
+        ({"wandb_run_name": "x"}, "without report_to"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(options, words):
+    given = {"model_name_or_path": "m", "dataset_name_or_path": "d"} if options else {}
+    with pytest.raises(ConfigError, match=words):
+        sft.SFTConfig(**given | options).validate()
+
+
+def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="report_to=wandb: not installed; run: pip install wandb"):
+        StageConfig(use_wandb=True).validate()
+
+
+def test_a_config_of_ones_own_is_strict_too():
+    @dataclass
+    class Mine(StageConfig):
+        weight: Annotated[float, Gt(0)] = 1.0
+        mode: Literal["a", "b"] = "a"
+        names: core.config.Names = field(default_factory=list)
+
+    assert Mine(weight="3", names="x,y").names == ["x", "y"]
+    with pytest.raises(ConfigError, match="^mode='c'"):
+        Mine(mode="c")
+
+
+def test_the_default_learning_rate_goes_with_what_trains():
+    assert [TrainingConfig(lora_r=r).learning_rate for r in (16, 0)] == [5e-4, 5e-5]
+    assert TrainingConfig(learning_rate="1e-3", lora_r=0).learning_rate == 1e-3
+
+
+def test_an_adapters_rate_that_a_changed_config_keeps_for_all_weights_is_said(caplog):
+    core.runtime.warn_once.cache_clear()
+    adapter = TrainingConfig(model_name_or_path="x")
+    adapter.validate()
+    replace(adapter, lora_r=0, learning_rate=1e-4).validate()
+    assert not caplog.text
+    replace(adapter, lora_r=0).validate()
+    assert (
+        "learning_rate=0.0005 is the default for an adapter" in caplog.text
+        and "for all weights it is 5e-05" in caplog.text
+    )
+
+
+def test_dtypes(monkeypatch):
+    assert (
+        core.runtime.compute_dtype("auto") == torch.float32
+        and core.runtime.compute_dtype("bfloat16") == torch.bfloat16
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for has_bf16, dtype in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation, has=has_bf16: has
+        )
+        assert TrainingConfig().weight_dtype == dtype == core.runtime.compute_dtype("auto")
+        assert TrainingConfig(lora_r=0).weight_dtype == torch.float32
+    assert TrainingConfig(lora_r=0, torch_dtype="bfloat16").weight_dtype == torch.bfloat16
+
+
+def test_a_home_folder_is_found_in_output_dir(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert (
+        sft.SFTConfig(output_dir="~/o").output_dir
+        == chain.PipelineConfig(output_dir="~/o").output_dir
+        == f"{tmp_path}/o"
+    )

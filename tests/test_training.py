@@ -1,0 +1,46 @@
+"""core/training.py: what the loop refuses before its first step."""
+
+import pytest
+import sft
+
+import core.training
+from core.config import FitConfig
+from core.errors import ConfigError
+
+
+def test_a_frozen_model_is_an_error_not_a_success(tokenizer, model, tmp_path):
+    with pytest.raises(RuntimeError, match="everything is frozen"):
+        core.training.fit(
+            FitConfig(model_name_or_path="m", output_dir=str(tmp_path)),
+            model.requires_grad_(False),
+            tokenizer,
+            [{"input_ids": [1]}],
+            [],
+            None,
+            None,
+        )
+
+
+def test_a_metric_that_no_evaluation_gives_is_refused_before_the_first_step(
+    model_dir, data, tmp_path
+):
+    config = sft.SFTConfig(
+        model_name_or_path=model_dir,
+        dataset_name_or_path=data,
+        max_steps=4,
+        eval_steps=2,
+        save_steps=2,
+        validation_split=0.2,
+        load_best_model_at_end=True,
+        metric_for_best_model="exact_match",
+        output_dir=str(tmp_path),
+    )
+    with pytest.raises(
+        ConfigError,
+        match="metric_for_best_model=exact_match: there are eval_loss, eval_token_accuracy",
+    ):
+        sft.SFTStage(config).execute()
+    assert (
+        not (tmp_path / "metrics.jsonl").exists()
+        or "loss" not in (tmp_path / "metrics.jsonl").read_text()
+    )
