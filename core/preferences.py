@@ -7,11 +7,14 @@ are lists of messages, except the label, which is true where the answer is desir
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from core.chat import IGNORE, as_messages, encode_turns, render_turns
 from core.errors import ConfigError, RowError
+from core.runtime import logger
 
 # Name of a format: the columns it needs. Where several fit, the one with more columns is used.
 PAIR_FORMATS = {
@@ -53,11 +56,13 @@ def to_pair(row: dict, form: str) -> dict:
 
     chosen = as_conversation(prompt, row[chosen_column])
     rejected = as_conversation(prompt, row[rejected_column])
+    # A system message of the prompt, for example, must not get lost.
     if not texts_of(prompt) <= texts_of(chosen) & texts_of(rejected):
         raise RowError("whose prompt is not in its answers, which are whole conversations")
     if chosen == rejected:
         raise RowError("with identical answers")
 
+    # Several turns may come before the answers differ: all of them are the prompt.
     start = common_prefix_length(chosen, rejected)
     answers = {"chosen": chosen[start:], "rejected": rejected[start:]}
     if not start or not all(is_answer(answer) for answer in answers.values()):
@@ -69,7 +74,8 @@ def read_prompt(row: dict, form: str, prompt_columns: list[str]) -> list[dict]:
     """The messages of a row's prompt column; none if its answers are whole conversations."""
     if not prompt_columns:
         return []
-    prompt = as_messages(row[prompt_columns[0]], "user")
+    (column,) = prompt_columns
+    prompt = as_messages(row[column], "user")
     if form in OPTIONAL_COLUMNS:
         parts = [row.get("instruction"), row.get("input")]
         texts = [str(part) for part in parts if part]
@@ -79,7 +85,7 @@ def read_prompt(row: dict, form: str, prompt_columns: list[str]) -> list[dict]:
 
 def prefers_second(row: dict, first_column: str, second_column: str) -> bool:
     """Whether the column "preference" names the second answer, by number, letter or column."""
-    preference = str(row["preference"]).lower().removesuffix(".0")
+    preference = as_code(row["preference"])
     if preference in ("1", "a", first_column):
         return False
     if preference in ("2", "b", second_column):
@@ -93,6 +99,12 @@ def prefers_second(row: dict, first_column: str, second_column: str) -> bool:
     raise RowError(reason)
 
 
+def as_code(value) -> str:
+    """A preference or label as lower-case text; a column of numbers may hold 1.0 for 1."""
+    text = str(value).lower()
+    return text.removesuffix(".0")
+
+
 def as_conversation(prompt: list[dict], answer) -> list[dict]:
     """Prompt and answer as one conversation, whether or not the answer repeats the prompt."""
     messages = as_messages(answer, "assistant")
@@ -102,7 +114,8 @@ def as_conversation(prompt: list[dict], answer) -> list[dict]:
 
 
 def texts_of(messages: list[dict]) -> set[str]:
-    return {message["content"].strip() for message in messages}
+    contents = [message["content"] for message in messages]
+    return set(map(str.strip, contents))
 
 
 def common_prefix_length(first: list, second: list) -> int:
@@ -118,12 +131,12 @@ def is_answer(messages: list[dict]) -> bool:
 
 def to_single(row: dict) -> dict:
     """Convert an unpaired row to a single answer; raises RowError if its label is not a boolean."""
-    text = str(row["label"]).lower().removesuffix(".0")
-    if text not in LABELS:
+    label = as_code(row["label"])
+    if label not in LABELS:
         raise RowError(f"whose label is {row['label']!r}, not true or false")
     prompt = as_messages(row["prompt"], "user")
     completion = as_messages(row["completion"], "assistant")
-    return {"prompt": prompt, "completion": completion, "label": LABELS[text]}
+    return {"prompt": prompt, "completion": completion, "label": LABELS[label]}
 
 
 def split_pairs(pairs: list[dict]) -> list[dict]:
@@ -142,14 +155,15 @@ def add_mismatched_answers(rows: list[dict]) -> list[dict]:
     def prompt_of(row: dict) -> str:
         return str(row["prompt"])
 
-    # Rows of one prompt become neighbours, so a shift by the largest group leads out of every group.
+    # Rows of one prompt become neighbours: a shift by the largest group leads out of every group.
     rows = sorted(rows, key=prompt_of)
     group_sizes = Counter(map(prompt_of, rows))
     shift = max(group_sizes.values())
-    shifted = rows[shift:] + rows[:shift]
-    return [
-        row | {"mismatched": other["completion"]} for row, other in zip(rows, shifted, strict=True)
-    ]
+    mismatched_rows = []
+    for index, row in enumerate(rows):
+        other = rows[(index + shift) % len(rows)]
+        mismatched_rows.append({**row, "mismatched": other["completion"]})
+    return mismatched_rows
 
 
 # -- messages to tokens ----------------------------------------------------------------------------
@@ -171,16 +185,18 @@ def encode_answers(
         start = is_target.index(True)
         prompts.append(ids[:start])
         encoded_answers.append((ids[start:], labels[start:]))
-    if any(ids != prompts[0] for ids in prompts):
+    first_prompt = prompts[0]
+    if any(ids != first_prompt for ids in prompts):
         raise RowError("whose prompt is tokenized differently before the two answers")
-    return prompts[0], encoded_answers
+    return first_prompt, encoded_answers
 
 
 def encode_conversation(
     prompt: list[dict], answer: list[dict], tokenizer
 ) -> tuple[list[int], list[int]]:
     """(ids, labels) of prompt and answer as one text. Answers within the prompt are not targets."""
-    num_earlier_answers = sum(message["role"] == "assistant" for message in prompt)
+    roles = [message["role"] for message in prompt]
+    num_earlier_answers = roles.count("assistant")
     pieces_of_prompt = 3 * num_earlier_answers  # render_turns gives three pieces for each of them
     pieces = []
     for number, (text, is_target) in enumerate(render_turns(tokenizer, prompt + answer)):
@@ -202,13 +218,15 @@ def truncate_answers(
         raise RowError(
             f"whose prompt leaves no room for an answer within {config.max_seq_length} tokens"
         )
-    prompt_is_cut = len(short_prompt) < len(prompt)
-    answer_is_cut = [len(ids) > max_length for ids, _ in answers]
+    short_answers = [ids[:max_length] for ids, _ in answers]
+    short_labels = [labels[:max_length] for _, labels in answers]
+    cut = [short_prompt != prompt]
+    cut += [len(ids) > max_length for ids, _ in answers]
     return {
         "prompt": short_prompt,
-        "answers": [ids[:max_length] for ids, _ in answers],
-        "labels": [labels[:max_length] for _, labels in answers],
-        "cut": (prompt_is_cut, *answer_is_cut),
+        "answers": short_answers,
+        "labels": short_labels,
+        "cut": tuple(cut),
     }
 
 
@@ -223,11 +241,55 @@ def truncate_prompt(ids: list[int], tokenizer, config) -> list[int]:
     bos = []
     if ids[0] == tokenizer.bos_token_id:
         bos = ids[:1]
-    num_dropped = len(ids) - max_length
-    return bos + ids[num_dropped + len(bos) :]
+    num_dropped = len(ids) - max_length + len(bos)
+    return bos + ids[num_dropped:]
 
 
-# -- figures ---------------------------------------------------------------------------------------
+def count_truncated(encoded: list[dict], name: str) -> None:
+    """Warn about rows of `truncate_answers` that were cut."""
+    num_cut = torch.tensor([row["cut"] for row in encoded]).sum(0)  # (3,)
+    if num_cut.any():
+        logger.warning(
+            "%s: of %d rows, %d prompts, %d first and %d second answers are cut to "
+            "max_prompt_length or max_seq_length",
+            name,
+            len(encoded),
+            *num_cut.tolist(),
+        )
+
+
+# -- batches ---------------------------------------------------------------------------------------
+
+
+def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def compute_in_batches(
+    compute: Callable[[list], Tensor], rows: list[dict], batch_size: int, device: torch.device
+) -> Tensor:
+    """`compute(rows)` over all rows, (len(rows), ...); each process takes some of the batches."""
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    def num_tokens(index: int) -> int:
+        return len(rows[index]["input_ids"])
+
+    # By length, so that batches need little padding.
+    order = sorted(range(len(rows)), key=num_tokens)
+    starts = range(0, len(rows), batch_size)
+    process = PartialState(cpu=device.type == "cpu")
+    results = []
+    for start in starts[process.process_index :: process.num_processes]:
+        indices = order[start : start + batch_size]
+        batch = [rows[index] for index in indices]
+        results += zip(indices, compute(batch), strict=True)
+    # Back to the order of the rows.
+    by_index = dict(gather_object(results))
+    return torch.stack([by_index[index] for index in range(len(rows))])
+
+
+# -- metrics ---------------------------------------------------------------------------------------
 
 
 def pair_accuracy(margins: Tensor) -> Tensor:

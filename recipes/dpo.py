@@ -46,7 +46,6 @@ from core.logprobs import (
     answer_logits,
     collate_answers,
     sharing_is_exact,
-    to_device,
     without_adapter,
 )
 from core.preferences import (  # rows of preferences, which recipes/reward.py reads too
@@ -54,9 +53,12 @@ from core.preferences import (  # rows of preferences, which recipes/reward.py r
     PAIR_FORMATS,
     UNPAIRED_FORMATS,
     add_mismatched_answers,
+    compute_in_batches,
+    count_truncated,
     encode_answers,
     pair_accuracy,
     split_pairs,
+    to_device,
     to_pair,
     to_single,
     truncate_answers,
@@ -68,6 +70,7 @@ from core.training import fit
 
 FORMATS = PAIR_FORMATS | UNPAIRED_FORMATS
 KL_STRIDE = 16  # KL is measured at every 16th token
+Weights = Annotated[list[NonNegative], comma_separated]
 
 
 @dataclass
@@ -87,9 +90,7 @@ class DPOConfig(FitConfig):
     # preference optimization
     learning_rate: Positive | None = None  # peak; default 5e-5 for an adapter, 1e-6 for all weights
     loss_type: Names = field(default_factory=lambda: ["sigmoid"])  # losses to sum; see LOSSES
-    loss_weights: Annotated[list[NonNegative], comma_separated] = field(
-        default_factory=list  # weight of each loss in the sum; default 1
-    )
+    loss_weights: Weights = field(default_factory=list)  # weight of each loss; default 1
     beta: Positive = 0.1  # strength of the pull towards the reference (IPO: tau, ORPO: lambda)
     label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = 0.0  # probability that a label is wrong
     simpo_gamma: NonNegative = 0.5  # target margin of SimPO
@@ -105,8 +106,7 @@ class DPOConfig(FitConfig):
         for name in self.loss_type:
             if name not in LOSSES:
                 raise ConfigError(unknown_name("loss_type", name, LOSSES))
-        num_weights = len(self.loss_weights or self.loss_type)
-        if not self.loss_type or num_weights != len(self.loss_type):
+        if not self.loss_type or len(self.loss_weights) not in (0, len(self.loss_type)):
             raise ConfigError("loss_type and loss_weights: give one weight for each loss")
         if "kto" in self.loss_type and len(self.loss_type) > 1:
             raise ConfigError(
@@ -152,7 +152,7 @@ def encode(row: dict, tokenizer, config: DPOConfig) -> dict:
 
 
 def encode_rows(rows: list[dict], tokenizer, config: DPOConfig, name: str) -> list[dict]:
-    """`encode` all rows; unusable and truncated ones are counted in a warning about `name`."""
+    """`encode` all rows; unusable and truncated ones are counted in warnings about `name`."""
     if not rows:
         return []
     if "label" in rows[0]:
@@ -162,20 +162,12 @@ def encode_rows(rows: list[dict], tokenizer, config: DPOConfig, name: str) -> li
         return encode(row, tokenizer, config)
 
     encoded = usable_rows(rows, encode_row, name)
-    num_cut = torch.tensor([row["cut"] for row in encoded]).sum(0)  # (3,)
-    if num_cut.any():
-        logger.warning(
-            "%s: of %d rows, %d prompts, %d first and %d second answers are cut to "
-            "max_prompt_length or max_seq_length",
-            name,
-            len(encoded),
-            *num_cut.tolist(),
-        )
+    count_truncated(encoded, name)
     return encoded
 
 
 def collate(rows: list[dict], share_prompt: bool = True) -> dict[str, Tensor]:
-    """A batch of `collate_answers`, with "ref_logps" (B, 2) and "label" (B,) if the rows have them.
+    """A batch of `collate_answers`, and "ref_logps" (B, 2) and "label" (B,) if rows have them.
 
     "targets" (rows, T) has the token to predict at each position, and "sequence" (rows, T) the
     number of its answer: 0 and 1 are those of the first pair, 2 and 3 of the second, and so on.
@@ -183,8 +175,7 @@ def collate(rows: list[dict], share_prompt: bool = True) -> dict[str, Tensor]:
     batch = collate_answers(rows, share_prompt)
     for name in ("ref_logps", "label"):
         if name in rows[0]:
-            values = [row[name] for row in rows]
-            batch[name] = torch.stack(values)
+            batch[name] = torch.stack([row[name] for row in rows])
     return batch
 
 
@@ -199,17 +190,10 @@ class PairLogps(NamedTuple):
     lengths: Tensor  # (B, 2): tokens of the answer
 
 
-def preference_nll(better: Tensor, worse: Tensor, beta: float) -> Tensor:
-    """-log sigmoid(beta (better - worse)), the negative log-likelihood by Bradley-Terry."""
-    margin = better - worse
-    return -F.logsigmoid(beta * margin)
-
-
 def dpo_loss(pairs: PairLogps, config: DPOConfig) -> Tensor:
     """-log sigmoid(beta (chosen - rejected)) of log-ratios (Rafailov et al. 2023, eq. 7).
 
-    With label_smoothing, its expectation if labels are wrong with that probability: conservative DPO
-    (Mitchell 2023).
+    With label_smoothing, its mean if labels are wrong so often: conservative DPO (Mitchell 2023).
     """
     chosen, rejected = pairs.log_ratios.unbind(1)  # (B,)
     margin = config.beta * (chosen - rejected)
@@ -222,8 +206,8 @@ def dpo_loss(pairs: PairLogps, config: DPOConfig) -> Tensor:
 def robust_loss(pairs: PairLogps, config: DPOConfig) -> Tensor:
     """Unbiased if labels are wrong with probability label_smoothing (Chowdhury et al. 2024)."""
     chosen, rejected = pairs.log_ratios.unbind(1)  # (B,)
-    right = preference_nll(chosen, rejected, config.beta)
-    wrong = preference_nll(rejected, chosen, config.beta)
+    right = -F.logsigmoid(config.beta * (chosen - rejected))
+    wrong = -F.logsigmoid(config.beta * (rejected - chosen))
     eps = config.label_smoothing
     return ((1 - eps) * right - eps * wrong) / (1 - 2 * eps)
 
@@ -231,15 +215,12 @@ def robust_loss(pairs: PairLogps, config: DPOConfig) -> Tensor:
 def hinge_loss(pairs: PairLogps, config: DPOConfig) -> Tensor:
     """max(0, 1 - beta (chosen - rejected)) (SLiC, Zhao et al. 2023; RSO, Liu et al. 2023)."""
     chosen, rejected = pairs.log_ratios.unbind(1)  # (B,)
-    margin = config.beta * (chosen - rejected)
-    return F.relu(1 - margin)
+    return F.relu(1 - config.beta * (chosen - rejected))
 
 
 def ipo_loss(pairs: PairLogps, config: DPOConfig) -> Tensor:
-    """(chosen - rejected - 1 / (2 tau))^2 (Azar et al. 2023, eq. 17), with tau = beta.
-
-    Log-ratios are per token, as in the authors' experiments.
-    """
+    """(chosen - rejected - 1 / (2 tau))^2 (Azar et al. 2023, eq. 17), with tau = beta."""
+    # Per token, as in the authors' experiments.
     chosen, rejected = (pairs.log_ratios / pairs.lengths).unbind(1)  # (B,)
     target = 1 / (2 * config.beta)
     return (chosen - rejected - target) ** 2
@@ -270,13 +251,11 @@ def simpo_loss(pairs: PairLogps, config: DPOConfig) -> Tensor:
 
 
 def cpo_loss(pairs: PairLogps, config: DPOConfig) -> Tensor:
-    """DPO without a reference, minus alpha times the log-likelihood of the chosen answer.
-
-    (Xu et al. 2024, eq. 3; the likelihood is per token, as in the authors' code.)
-    """
+    """DPO without a reference, minus alpha log pi(y_w|x) (Xu et al. 2024, eq. 3)."""
     chosen, rejected = pairs.logps.unbind(1)  # (B,)
+    # The likelihood is per token, as in the authors' code.
     chosen_per_token, _ = (pairs.logps / pairs.lengths).unbind(1)  # (B,)
-    preference = preference_nll(chosen, rejected, config.beta)
+    preference = -F.logsigmoid(config.beta * (chosen - rejected))
     return preference - config.cpo_alpha * chosen_per_token
 
 
@@ -298,10 +277,7 @@ def log_odds(logp: Tensor) -> Tensor:
 
 
 def nll_loss(pairs: PairLogps, config: DPOConfig) -> Tensor:
-    """Negative log-likelihood per token of the chosen answer, to add to another loss.
-
-    With "sigmoid" it is RPO (Pang et al. 2024, eq. 1).
-    """
+    """-chosen per token, to add to others: with "sigmoid" it is RPO (Pang et al. 2024, eq. 1)."""
     chosen, _ = (pairs.logps / pairs.lengths).unbind(1)  # (B,)
     return -chosen
 
@@ -324,7 +300,7 @@ class Loss(NamedTuple):
     compute: Callable[..., Tensor]
     needs_reference: bool
     options: tuple[str, ...] = ()  # the options that it reads besides beta
-    reward_per_token: bool = False  # whether its implicit reward is divided by the length
+    per_token: bool = False  # its implicit reward is per token
 
 
 PAIR_LOSSES = {
@@ -334,10 +310,8 @@ PAIR_LOSSES = {
     "robust": Loss(robust_loss, needs_reference=True, options=("label_smoothing",)),
     "exo_pair": Loss(exo_pair_loss, needs_reference=True, options=("label_smoothing",)),
     "apo_zero": Loss(apo_zero_loss, needs_reference=True),
-    "simpo": Loss(
-        simpo_loss, needs_reference=False, options=("simpo_gamma",), reward_per_token=True
-    ),
-    "orpo": Loss(orpo_loss, needs_reference=False, reward_per_token=True),
+    "simpo": Loss(simpo_loss, needs_reference=False, options=("simpo_gamma",), per_token=True),
+    "orpo": Loss(orpo_loss, needs_reference=False, per_token=True),
     "cpo": Loss(cpo_loss, needs_reference=False, options=("cpo_alpha",)),
     "nll": Loss(nll_loss, needs_reference=False),
 }
@@ -371,8 +345,7 @@ def sequence_logps(model, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     targets = batch["targets"][is_target]  # (N,)
     token_logps = TokenLogps.apply(logits, targets)  # (N,)
 
-    # Sum over the tokens of each answer, by a mask: index_add rounds differently from call to call
-    # on a GPU.
+    # Sum over each answer, by a mask: on a GPU index_add would round differently at each call.
     answer_of_token = batch["sequence"][is_target]  # (N,)
     num_answers = 2 * int(batch["num_items"])
     answers = torch.arange(num_answers, device=logits.device)  # (2 B,)
@@ -393,9 +366,7 @@ def reference_logps(model, batch: dict[str, Tensor], reference=None) -> tuple[Te
         return sequence_logps(model, batch)
 
 
-def loss(
-    model, batch: dict[str, Tensor], config: DPOConfig, reference=None
-) -> tuple[Tensor, dict[str, Tensor]]:
+def loss(model, batch: dict[str, Tensor], config: DPOConfig, reference=None) -> tuple[Tensor, dict]:
     """(loss, metrics) of a batch of pairs, or of single answers for KTO."""
     # 1. The reference: known from `precompute`, or by a pass without gradient, or not needed.
     ref_distributions = None
@@ -426,16 +397,17 @@ def loss(
     return losses.mean(), metrics
 
 
-def pair_objective(pairs: PairLogps, config: DPOConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    """(weighted sum of the chosen losses (B,), metrics)."""
+def pair_objective(pairs: PairLogps, config: DPOConfig) -> tuple[Tensor, dict]:
+    """(weighted sum of the losses of loss_type (B,), metrics)."""
     each = [PAIR_LOSSES[name].compute(pairs, config) for name in config.loss_type]
     losses = torch.stack(each, 1)  # (B, L) of L losses
-    weights = torch.ones(len(each))  # (L,)
+    weights = losses.new_ones(len(each))  # (L,)
     if config.loss_weights:
-        weights = torch.tensor(config.loss_weights)
+        weights = losses.new_tensor(config.loss_weights)
 
-    rewards = config.beta * pairs.log_ratios  # (B, 2): the implicit rewards
-    if any(PAIR_LOSSES[name].reward_per_token for name in config.loss_type):
+    # A model trained so has an implicit reward, beta times the log-ratio.
+    rewards = config.beta * pairs.log_ratios  # (B, 2)
+    if any(PAIR_LOSSES[name].per_token for name in config.loss_type):
         rewards = config.beta * (pairs.log_ratios / pairs.lengths)
     margins = rewards[:, 0] - rewards[:, 1]  # (B,)
     logp_margins = pairs.logps[:, 0] - pairs.logps[:, 1]  # (B,)
@@ -450,12 +422,10 @@ def pair_objective(pairs: PairLogps, config: DPOConfig) -> tuple[Tensor, dict[st
         "rejected_reward": rejected_reward,
         "margin": margins.mean(),
     }
-    return losses @ weights.to(losses), metrics
+    return losses @ weights, metrics
 
 
-def kto_objective(
-    log_ratios: Tensor, label: Tensor, config: DPOConfig
-) -> tuple[Tensor, dict[str, Tensor]]:
+def kto_objective(log_ratios: Tensor, label: Tensor, config: DPOConfig) -> tuple[Tensor, dict]:
     """(losses (B,), metrics) of KTO; column 1 of the log-ratios (B, 2) is of mismatched answers."""
     log_ratio, mismatched = log_ratios.unbind(1)  # (B,)
     # The mean of a micro-batch, as in the paper: small micro-batches make it noisy.
@@ -470,13 +440,8 @@ def kto_objective(
 # -- training --------------------------------------------------------------------------------------
 
 
-def train(
-    config: DPOConfig, model, tokenizer, train_rows: list, eval_rows: list
-) -> dict[str, float]:
-    """Optimize `model` in place on pairs, or for KTO on single answers; returns metrics.
-
-    What a row has is described in core/preferences.py.
-    """
+def train(config: DPOConfig, model, tokenizer, train_rows: list, eval_rows: list) -> dict:
+    """Train `model` in place on pairs or single answers (core/preferences.py); returns metrics."""
     # 1. Rows to tokens. The model has no positions beyond its context, whatever the option says.
     max_length = min(config.max_seq_length, model.config.max_position_embeddings)
     limits = replace(config, max_seq_length=max_length)
@@ -486,7 +451,7 @@ def train(
     # 2. The reference, which the policy has to start at.
     disable_dropout(model)
     reference = frozen_reference(config, model, tokenizer)
-    longest = max(training, key=num_tokens)
+    longest = max(training, key=lambda row: len(row["input_ids"]))
     check_start(config, model.eval(), reference, longest)
     share_prompt = config.share_prompt and sharing_is_exact(model, longest)
     if config.precompute_ref_log_probs:
@@ -554,29 +519,18 @@ def check_start(config: DPOConfig, model, reference, row: dict) -> None:
 
 @torch.no_grad()
 def precompute(config: DPOConfig, model, reference, rows: list[dict], share_prompt: bool) -> None:
-    """Give every row its "ref_logps" (2,); each process computes those of some batches."""
-    from accelerate import PartialState
-    from accelerate.utils import gather_object
-
-    process = PartialState(cpu=model.device.type == "cpu")
-    size = config.per_device_eval_batch_size
-    by_length = sorted(rows, key=num_tokens)  # so that batches need little padding
-    batches = [by_length[start : start + size] for start in range(0, len(rows), size)]
-
-    computed = []
+    """Give every row its "ref_logps" (2,)."""
     dtype = compute_dtype(config.torch_dtype)
-    with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
-        for number in range(process.process_index, len(batches), process.num_processes):
-            batch = to_device(collate(batches[number], share_prompt), model.device)
-            logps, _ = reference_logps(model, batch, reference)  # (B, 2)
-            computed.append((number, logps.cpu()))
-    for number, logps in gather_object(computed):
-        for row, row_logps in zip(batches[number], logps, strict=True):
-            row["ref_logps"] = row_logps  # (2,)
 
+    def compute(some_rows: list[dict]) -> Tensor:
+        batch = to_device(collate(some_rows, share_prompt), model.device)
+        with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
+            logps, _ = reference_logps(model, batch, reference)
+        return logps.cpu()  # (B, 2)
 
-def num_tokens(row: dict) -> int:
-    return len(row["input_ids"])
+    all_logps = compute_in_batches(compute, rows, config.per_device_eval_batch_size, model.device)
+    for row, logps in zip(rows, all_logps, strict=True):
+        row["ref_logps"] = logps  # (2,)
 
 
 def warn_if_chosen_answers_fell(metrics: dict[str, float]) -> None:

@@ -109,7 +109,7 @@ def test_every_format_gives_the_same_pair(form, tmp_path):
             validation_split=0,
         )
     )
-    assert stage.load_data() == [[{"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}] * 2, []]
+    assert stage.load_data() == ([{"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}] * 2, [])
     assert stage.lineage["data"]["format"] == form
 
 
@@ -494,20 +494,18 @@ W, L, NW, NL = -12.0, -14.5, 6, 5  # log-probabilities and lengths in tokens
 )
 def test_losses_are_the_printed_formulas(tmp_path, name, options, expected):
     logps, lengths = torch.tensor([[W, L]]), torch.tensor([[NW, NL]])
-    value = dpo.pair_loss(
-        name,
-        logps,
-        logps + 1.0 * (name == "sigmoid"),
-        lengths,
-        config(tmp_path, loss_type=[name], **options),
-    )
+    # Both answers have gained the same over the reference, which no loss may count as a margin.
+    pairs = dpo.PairLogps(logps, log_ratios=logps + 1.0, lengths=lengths)
+    settings = config(tmp_path, loss_type=[name], **options)
+    value = dpo.PAIR_LOSSES[name].compute(pairs, settings)
     assert value.item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_kto_is_the_printed_formula():
-    values = dpo.kto_loss(
-        torch.tensor([1.5, -0.5]), torch.tensor(0.4), torch.tensor([True, False]), 0.3, 1.2, 0.8
-    )
+def test_kto_is_the_printed_formula(tmp_path):
+    options = {"beta": 0.3, "desirable_weight": 1.2, "undesirable_weight": 0.8}
+    settings = config(tmp_path, loss_type=["kto"], **options)
+    log_ratio, z0 = torch.tensor([1.5, -0.5]), torch.tensor(0.4)
+    values = dpo.kto_loss(log_ratio, z0, torch.tensor([True, False]), settings)
     assert values.tolist() == pytest.approx(
         [1.2 * (1 - sigma(0.3 * 1.1)), 0.8 * (1 - sigma(0.3 * 0.9))]
     )
@@ -727,8 +725,8 @@ def test_with_trained_biases_the_reference_is_a_copy(tokenizer, tmp_path):
 
 def test_a_tie_counts_half():
     assert (
-        dpo.wins(torch.tensor([2.0, 0.0, -1.0, 0.0])) == 0.5
-        and dpo.wins(torch.tensor([0.0])) == 0.5
+        dpo.pair_accuracy(torch.tensor([2.0, 0.0, -1.0, 0.0])) == 0.5
+        and dpo.pair_accuracy(torch.tensor([0.0])) == 0.5
     )
 
 
