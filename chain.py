@@ -1,120 +1,75 @@
-"""Recipes in sequence, from a YAML file, handing the model on.
+"""Recipes in sequence, from a YAML file; each stage starts from the model of the one before.
 
     python chain.py yaml/quickstart.yaml
-    python chain.py --config=pipeline.yaml --stages sft dpo --sft.learning_rate=1e-4 --output_dir=outputs/try2
     python chain.py pipeline.yaml --dry_run
+    python chain.py pipeline.yaml --stages sft dpo --sft.learning_rate=1e-4 --output_dir=outputs/b
 
-What the command line does not name, the YAML decides. A stage is a file in recipes/ (`sft` is recipes/sft.py), a path
-to a copy of one (`research/my_dpo.py`), or a class given to `Pipeline.register_stage`. The chain knows no algorithm.
-From Python: `Pipeline.from_yaml("pipeline.yaml", output_dir="outputs/a").run()`, a list of StageResults.
+Options on the command line override those of the YAML file. A stage is a file in recipes/ (`sft` is
+recipes/sft.py), a path to a copy of one (`research/my_dpo.py`), or a class given to
+`Pipeline.register_stage`. The chain knows no algorithm.
+
+From Python, `Pipeline.from_yaml("pipeline.yaml", output_dir="outputs/a").run()` returns a list of
+StageResults.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
 import sys
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Sequence, get_type_hints
-
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError
+from typing import Any, ClassVar
 
 import report
 from common import BaseStage, StageResult, load_skeleton, save_model
 from core.checks import describe_stage
 from core.cli import option_help, read_command_line
-from core.config import (
-    Folder,
-    ModelConfig,
-    Names,
-    Precision,
-    StageConfig,
-    coerce_fields,
-    replace_aliases,
-    resolve_names,
-)
-from core.errors import ConfigError, as_config_error, unknown_name
-from core.files import atomic_folder, check_disk_space, file_digest, write_json
+from core.config import ModelConfig, resolve_names
+from core.errors import ConfigError, unknown_name
+from core.files import atomic_folder, check_disk_space, write_json
+from core.pipeline_config import SHARED_OPTIONS, PipelineConfig, refuse_unimplemented
+from core.recipe_files import LINK, find_links, get_config_class, load_recipe, resolve_options
 from core.runtime import exit_on_signals, is_main_process, logger, start_logging
 from core.statistics import before_and_after
+from core.yaml_files import load_yaml
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
-SHARED = (
-    "model_name_or_path",
-    "revision",
-    "torch_dtype",
-    "trust_remote_code",
-    "use_auth_token",
-    "log_level",
+# Files of a stage's folder that are not part of its model.
+NOT_IN_FINAL = shutil.ignore_patterns(
+    "adapter", "checkpoints*", "runs", "wandb", "stage*", "*.jsonl", "*.log", ".*"
 )
 
 
-@dataclass
-class PipelineConfig:
-    """The top level of a pipeline's YAML. The first six options are handed to every stage that has them."""
-
-    aliases: ClassVar[dict[str, str]] = {"model": "model_name_or_path"}
-
-    model_name_or_path: str = ""  # what the first stage starts from: hub name, folder or .gguf file
-    revision: str | None = None  # branch, tag or commit of a hub name
-    torch_dtype: Precision = "auto"  # precision of every stage
-    trust_remote_code: bool = False  # true runs Python code that comes with the model
-    use_auth_token: bool = (
-        False  # true: gated models, with your login (`hf auth login`, or the variable HF_TOKEN)
-    )
-    log_level: Literal["debug", "info", "warning", "error"] = "info"  # of the lines on the screen
-    output_dir: Folder = "outputs"  # OUT/01_sft/, OUT/02_.../, OUT/final/, OUT/pipeline.json, OUT/pipeline_training.log
-    stages: Names = field(default_factory=list)  # in order; a stage may stand twice
-    stage_configs: dict[str, dict[str, Any] | None] = field(
-        default_factory=dict
-    )  # by name (sft) or by folder (02_sft)
-    save_final_model: bool = True  # OUT/final has the last model
-    cleanup_intermediate: bool = (
-        False  # delete the models handed from stage to stage once the whole chain succeeded
-    )
-    dry_run: bool = False  # check every stage's config and data, print the plan, write nothing
-    from_stage: str | None = (
-        None  # run this stage and those after it again; those before it must be finished
-    )
-    until: str | None = None  # stop after this stage
-    force_restart: bool = False  # run all again, from the start, whatever is finished
-    auto_resume: bool = True  # false: the same as force_restart
-    enable_state_persistence: bool = (
-        True  # false: the same as force_restart; the records are written all the same
-    )
-    hub_token: str | None = (
-        None  # refused: a token comes from `hf auth login` or the variable HF_TOKEN
-    )
-    push_adapter_only: bool = False  # not built; refused
-    convert_to_gguf: bool = False  # not built; refused
-    gguf_quantization: str | None = None  # read with convert_to_gguf only
-    gguf_output_path: str | None = None  # the same
-    push_to_hub: bool = False  # not built yet; refused
-    hub_repo_id: str | None = None  # where to push
-    hub_private: bool = True  # whether that repository is private
-    hub_commit_message: str | None = None  # of the push
-
-    def __post_init__(self):
-        coerce_fields(self)
+def recipe_names() -> list[str]:
+    return [file.stem for file in RECIPES.glob("*.py")]
 
 
-def load_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML 1.2 file, where 2e-4 is a number. Builds no objects. Raises ConfigError naming the line."""
-    with as_config_error(f"{path} cannot be read as YAML"):
-        try:
-            values = YAML(typ="safe", pure=True).load(Path(path))
-        except MarkedYAMLError as error:
-            raise ConfigError(
-                f"{path}, line {error.problem_mark.line + 1}: {error.problem}"
-            ) from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected lines of the form key: value")
-    return values
+def short_name(folder: str) -> str:
+    """`sft` of the folder `02_sft`."""
+    return folder.split("_", 1)[1]
+
+
+def has_weights(folder: str | Path | None) -> bool:
+    return folder is not None and any(Path(folder).glob("*.safetensors"))
+
+
+def format_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text in aligned columns, below a head and a rule."""
+    columns = zip(head, *rows, strict=True)
+    widths = [max(map(len, column)) for column in columns]
+    rule = ["-" * width for width in widths]
+    lines = []
+    for row in (head, rule, *rows):
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+# -- pipeline --------------------------------------------------------------------------------------
 
 
 class Pipeline:
@@ -124,128 +79,111 @@ class Pipeline:
 
     @classmethod
     def register_stage(cls, name: str, stage_class: type[BaseStage]) -> None:
-        """Make `name` usable in `stages`. The config class is the stage's `config_class`, or the annotation of
-        `config` on its `__init__`."""
+        """Make `name` usable in `stages`. The config class is the stage's `config_class`, or the
+        annotation of `config` on its `__init__`."""
         cls.registry[name] = stage_class
 
     @classmethod
     def from_yaml(cls, path: str | Path, **overrides: Any) -> Pipeline:
-        """The pipeline of a YAML file; `overrides` are top-level options, or a stage's as {"sft.seed": 1}."""
+        """The pipeline of a YAML file; `overrides` are top-level options, or a stage's as
+        {"sft.seed": 1}."""
         return cls.from_dict(load_yaml(path), **overrides)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], **overrides: Any) -> Pipeline:
+        """The pipeline of a mapping such as a YAML file has; `overrides` as in `from_yaml`."""
+        top_level: dict[str, Any] = {}
         per_stage: dict[str, dict[str, Any]] = {}
-        for key in [key for key in overrides if "." in key]:
-            stage, option = key.split(".", 1)
-            per_stage.setdefault(stage, {})[option] = overrides.pop(key)
-        written, overrides = (
-            resolve_names(PipelineConfig, values),
-            resolve_names(PipelineConfig, overrides),
-        )
-        return cls(
-            PipelineConfig(**written | overrides), per_stage, PipelineConfig(**written).stages
-        )
+        for key, value in overrides.items():
+            stage, dot, option = key.partition(".")
+            if dot:
+                per_stage.setdefault(stage, {})[option] = value
+            else:
+                top_level[key] = value
+        in_file = resolve_names(PipelineConfig, values)
+        overriding = resolve_names(PipelineConfig, top_level)
+        # The file may have options of stages that `--stages` leaves out: those names are no
+        # mistake.
+        declared_stages = PipelineConfig(**in_file).stages
+        return cls(PipelineConfig(**in_file | overriding), per_stage, declared_stages)
 
     def __init__(
         self,
         config: PipelineConfig,
-        overrides: dict[str, dict] | None = None,
+        overrides: dict[str, dict[str, Any]] | None = None,
         declared: Sequence[str] = (),
     ):
-        self.config, self.overrides, self.results = config, overrides or {}, []
-        refuse_unbuilt(config)
+        """`overrides`: options by stage name or folder that win over the config's; `declared`:
+        further stage names that `stage_configs` may have options of. Raises ConfigError."""
+        self.config = config
+        self.overrides = overrides or {}
+        self.results: list[StageResult] = []
+        refuse_unimplemented(config)
         if not config.stages:
             raise ConfigError("stages is missing; name at least one, for example stages: [sft]")
-        self.folders = [f"{i:02d}_{Path(name).stem}" for i, name in enumerate(config.stages, 1)]
-        here = {*self.folders, *(folder[3:] for folder in self.folders)}
-        known = {
-            Path(str(name)).stem for name in (*declared, *self.registry, *RECIPES.glob("*.py"))
-        }
-        known |= here | {f"{i:02d}_{Path(name).stem}" for i, name in enumerate(declared, 1)}
-        for source, names, valid in (
-            ("stage_configs: ", config.stage_configs, known),
-            ("", self.overrides, here),
-        ):
-            for name in names:
-                if name not in valid:
-                    raise ConfigError(source + unknown_name("stage", name, valid))
-        self.unused = sorted({*config.stage_configs} - here)
+        self.folders = [f"{n:02d}_{Path(name).stem}" for n, name in enumerate(config.stages, 1)]
+        self.check_option_owners(declared)
         self.stages = [
-            self.stage(name, folder) for name, folder in zip(config.stages, self.folders)
+            self.build_stage(name, folder)
+            for name, folder in zip(config.stages, self.folders, strict=True)
         ]
-        self.enabled = [
-            folder for folder, stage in zip(self.folders, self.stages) if stage.config.enabled
-        ]
-        self.places = {
-            name: n
-            for n, folder in [*enumerate(self.enabled)][::-1]
-            for name in (folder, folder[3:])
+        self.enabled = {
+            folder: stage
+            for folder, stage in zip(self.folders, self.stages, strict=True)
+            if stage.config.enabled
         }
-        for option in ("from_stage", "until"):
-            if (name := getattr(config, option)) and name not in self.places:
-                raise ConfigError(f"{option}: " + unknown_name("stage", name, self.places))
-        if (
-            config.from_stage
-            and config.until
-            and self.places[config.until] < self.places[config.from_stage]
-        ):
-            raise ConfigError(
-                f"until={config.until} stands before from_stage={config.from_stage}: nothing would run"
-            )
-        saved = True  # whether the model that a stage is handed lies in a folder too
-        for folder, stage in zip(self.folders, self.stages):
-            if (
-                stage.config.enabled
-                and not saved
-                and (stage.needs_folder or stage.config.quantized)
-            ):
-                raise ConfigError(
-                    f"stage {folder} starts from a folder: set save_intermediate in the stage before"
-                )
-            saved = (
-                stage.config.save_intermediate if stage.config.enabled and stage.hands_on else saved
-            )
-            for option, name in links(stage.config).items():
-                named = [
-                    s
-                    for f, s in zip(self.folders, self.stages)
-                    if f in self.enabled and f < folder and name in (f, f[3:])
-                ]
-                if not named:
-                    raise ConfigError(
-                        f"stage {folder}: {option}=stage:{name}: no stage before it is named {name}"
-                    )
-                if not named[-1].config.save_intermediate:
-                    raise ConfigError(
-                        f"stage {folder}: {option}=stage:{name}: it sets save_intermediate=false"
-                    )
+        self.positions = self.stage_positions()
+        self.check_range()
+        self.check_hand_over()
+        self.check_links()
 
-    def stage(self, name: str, folder: str) -> BaseStage:
-        """The stage of a name, with its config: command line over stage over pipeline over default."""
-        stage_class, short = self.find_class(name), Path(name).stem
+    # ---- plan ----
+
+    def check_option_owners(self, declared: Sequence[str]) -> None:
+        """Refuse options of stages that do not exist. Those of stages that do not run are listed in
+        `unused`."""
+        here = {*self.folders, *map(short_name, self.folders)}
+        known = {*here, *self.registry, *recipe_names()}
+        for number, name in enumerate(declared, 1):
+            stem = Path(name).stem
+            known |= {stem, f"{number:02d}_{stem}"}
+        for name in self.config.stage_configs:
+            if name not in known:
+                raise ConfigError("stage_configs: " + unknown_name("stage", name, known))
+        for name in self.overrides:
+            if name not in here:
+                raise ConfigError(unknown_name("stage", name, here))
+        self.unused = sorted(self.config.stage_configs.keys() - here)
+
+    def build_stage(self, name: str, folder: str) -> BaseStage:
+        """The stage of a name, with its config: command line over stage over pipeline over
+        default."""
+        stage_class = self.find_class(name)
+        label = short_name(folder)
+        sources = []
+        for by_stage in (self.config.stage_configs, self.overrides):
+            for key in (label, folder):  # what is written for 02_sft wins over what is for sft
+                sources.append(by_stage.get(key) or {})
         try:
-            own: dict[str, Any] = {}
-            for source in (self.config.stage_configs, self.overrides):
-                for key in (short, folder):
-                    own |= replace_aliases(stage_class.config_class, source.get(key) or {})
-            stage_class, own = stage_class.resolve(own)
-            config_class = stage_class.config_class
-            if config_class is StageConfig:
-                config_class = get_type_hints(stage_class.__init__).get("config", StageConfig)
-            own = resolve_names(config_class, own)
+            stage_class, own = resolve_options(stage_class, sources)
             if "output_dir" in own:
                 raise ConfigError(
-                    "output_dir goes to the top of the YAML; a stage's folder is numbered inside it"
+                    "output_dir belongs to the top level of the YAML; "
+                    "the folder of a stage is numbered inside it"
                 )
             if "model_name_or_path" in own and folder != self.folders[0]:
                 raise ConfigError(
                     "it starts from the model of the stage before; remove model_name_or_path"
                 )
-            own["output_dir"] = str(Path(self.config.output_dir, folder))
-            names = {f.name for f in fields(config_class)}
-            shared = {key: getattr(self.config, key) for key in SHARED if key in names}
-            config = config_class(**{"stage_name": short} | shared | own)
+            config_class = get_config_class(stage_class)
+            shared = {
+                option.name: getattr(self.config, option.name)
+                for option in fields(config_class)
+                if option.name in SHARED_OPTIONS
+            }
+            output_dir = str(Path(self.config.output_dir, folder))
+            defaults = {"stage_name": label, "output_dir": output_dir}
+            config = config_class(**defaults | shared | own)
             config.validate()
         except ConfigError as error:
             raise ConfigError(f"stage {folder}: {error}") from None
@@ -257,224 +195,287 @@ class Pipeline:
             return self.registry[name]
         path = Path(name).expanduser() if name.endswith(".py") else RECIPES / f"{name}.py"
         if not path.is_file():
-            raise ConfigError(
-                unknown_name(
-                    "stage", name, [*self.registry, *(file.stem for file in RECIPES.glob("*.py"))]
+            raise ConfigError(unknown_name("stage", name, [*self.registry, *recipe_names()]))
+        return load_recipe(path, BaseStage)
+
+    def stage_positions(self) -> dict[str, int]:
+        """{name or folder: index among the enabled stages}; of two stages of one name the first."""
+        positions: dict[str, int] = {}
+        for index, folder in enumerate(self.enabled):
+            positions[folder] = index
+            positions.setdefault(short_name(folder), index)
+        return positions
+
+    def check_range(self) -> None:
+        """Refuse a from_stage or until that is no enabled stage, and a range that is empty."""
+        first, last = self.config.from_stage, self.config.until
+        for option, name in (("from_stage", first), ("until", last)):
+            if name and name not in self.positions:
+                raise ConfigError(f"{option}: " + unknown_name("stage", name, self.positions))
+        if first and last and self.positions[last] < self.positions[first]:
+            raise ConfigError(f"until={last} comes before from_stage={first}: nothing would run")
+
+    def check_hand_over(self) -> None:
+        """Refuse a stage that needs its input model on disk where the stage before saves none."""
+        on_disk = True  # whether a folder has the model that the next stage starts from
+        for folder, stage in self.enabled.items():
+            if not on_disk and (stage.needs_folder or stage.config.quantized):
+                raise ConfigError(
+                    f"stage {folder} starts from a folder: "
+                    "set save_intermediate in the stage before"
                 )
-            )
-        which = hashlib.sha256(
-            f"{path.resolve()} {file_digest(path)}".encode()
-        ).hexdigest()  # a changed file is another one
-        spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}_{which[:12]}", path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # dataclasses look their module up there
-        with as_config_error(f"stage {name} cannot be imported"):
-            spec.loader.exec_module(module)
-        own = [
-            c for c in vars(module).values() if isinstance(c, type) and c.__module__ == spec.name
+            if stage.hands_on:
+                on_disk = stage.config.save_intermediate
+
+    def check_links(self) -> None:
+        """Refuse an option stage:NAME where no stage before has that name, or where it saves
+        nothing."""
+        for folder, stage in zip(self.folders, self.stages, strict=True):
+            for option, name in find_links(stage.config).items():
+                target = self.last_stage_before(folder, name)
+                link = f"stage {folder}: {option}={LINK}{name}"
+                if target is None:
+                    raise ConfigError(f"{link}: no stage before it is named {name}")
+                if not target.config.save_intermediate:
+                    raise ConfigError(f"{link}: that stage has save_intermediate=false")
+
+    def last_stage_before(self, folder: str, name: str) -> BaseStage | None:
+        """The last enabled stage before `folder` that has that name or folder."""
+        named = [
+            stage
+            for other, stage in self.enabled.items()
+            if other < folder and name in (other, short_name(other))
         ]
-        classes = [c for c in own if issubclass(c, BaseStage)]
-        if len(classes) != 1:
-            raise ConfigError(
-                f"stage {name}: {path} must define one subclass of BaseStage, and defines {len(classes)}"
-            )
-        return classes[0]
+        return named[-1] if named else None
 
     def plan(self) -> str:
-        first = next((stage.config for stage in self.stages if stage.config.enabled), self.config)
-        source, rows = vars(first).get("model_name_or_path", self.config.model_name_or_path), []
-        for folder, stage in zip(self.folders, self.stages):
-            enabled, hands_on = stage.config.enabled, stage.config.enabled and stage.hands_on
-            rows.append(
-                (
-                    folder,
-                    source if enabled else "skipped: enabled is false",
-                    stage.config.output_dir,
-                )
-            )
-            source = f"the model of {folder}" if hands_on else source
-        return table(("stage", "starts from", "folder"), rows)
+        """A table of the stages, the models they start from and their folders."""
+        first = next(iter(self.enabled.values()), None)
+        source = self.config.model_name_or_path
+        if first is not None:
+            source = vars(first.config).get("model_name_or_path", source)
+        rows = []
+        for folder, stage in zip(self.folders, self.stages, strict=True):
+            output_dir = stage.config.output_dir
+            if not stage.config.enabled:
+                rows.append((folder, "skipped: enabled is false", output_dir))
+                continue
+            rows.append((folder, source, output_dir))
+            if stage.hands_on:
+                source = f"the model of {folder}"
+        return format_table(("stage", "starts from", "folder"), rows)
+
+    # ---- check ----
 
     def check(self) -> list[str]:
-        """Everything that can be refused before a model is loaded: configs and data of all stages, room on the disk.
-        Returns what the stages will do, in lines."""
-        lines, needed, loaded = [], 0.0, None
-        for folder, stage in zip(self.folders, self.stages):
-            if stage.config.enabled:
-                try:
-                    stage.check()
-                    if not isinstance(stage.config, ModelConfig):
-                        continue
-                    more, size = describe_stage(
-                        stage, *(loaded := loaded or load_skeleton(stage.config))
-                    )
-                except ConfigError as error:
-                    raise ConfigError(f"stage {folder}: {error}") from None
-                lines += [f"\n{folder}", *more]
-                needed += size
-        check_disk_space(self.config.output_dir, needed)
+        """Check all that can be known before a model is loaded: configs and data of all stages,
+        space on the disk. Returns lines that describe what the stages will do; raises
+        ConfigError."""
+        lines: list[str] = []
+        bytes_needed = 0.0
+        skeleton = (
+            None  # the model of the first stage without its weights stands for those of the others
+        )
+        for folder, stage in self.enabled.items():
+            try:
+                stage.check()
+                if not isinstance(stage.config, ModelConfig):
+                    continue
+                skeleton = skeleton or load_skeleton(stage.config)
+                description, size = describe_stage(stage, *skeleton)
+            except ConfigError as error:
+                raise ConfigError(f"stage {folder}: {error}") from None
+            lines += [f"\n{folder}", *description]
+            bytes_needed += size
+        check_disk_space(self.config.output_dir, bytes_needed)
         return lines
 
+    # ---- run ----
+
+    @property
+    def log_path(self) -> Path:
+        return Path(self.config.output_dir, "pipeline_training.log")
+
     def run(self) -> list[StageResult]:
-        """Run the stages in order, each on the model of the one before; stops at the first that fails, deleting
-        nothing. With dry_run, check and print the plan only. Raises ConfigError before the first stage runs."""
-        config, out = self.config, Path(self.config.output_dir)
-        with start_logging(
-            config.log_level, None if config.dry_run else out / "pipeline_training.log"
-        ):
-            lines = self.check()
+        """Run the stages in order, each on the model of the one before; stop at the first that
+        fails, deleting nothing. With dry_run, only check and print the plan. Raises ConfigError
+        before the first stage runs."""
+        dry_run = self.config.dry_run
+        with start_logging(self.config.log_level, None if dry_run else self.log_path):
+            descriptions = self.check()
             logger.info("%s", self.plan())
             if self.unused:
-                logger.info(
-                    "not used, since no such stage runs: stage_configs of %s",
-                    ", ".join(self.unused),
-                )
-            if config.dry_run:
-                logger.info("%s", "\n".join(lines))
+                names = ", ".join(self.unused)
+                logger.info("unused, because no such stage runs: stage_configs of %s", names)
+            if dry_run:
+                logger.info("%s", "\n".join(descriptions))
                 return []
-            finished, self.results = [*(known := self.finished())], []
-            result: StageResult | None = None
-            for number, (folder, stage) in enumerate(zip(self.folders, self.stages), 1):
-                if not stage.config.enabled:
-                    logger.info("\n%s skipped: enabled is false", folder)
-                    continue
-                if config.until and len(self.results) > self.places[config.until]:
-                    break
-                if finished:
-                    result = finished.pop(0)
-                    self.results.append(result)
-                    logger.info("%s is finished already", folder)
-                    continue
-                logger.info("\n%d/%d %s", number, len(self.stages), folder)
-                self.write_state(running=folder)
-                try:
-                    for option, name in links(stage.config).items():
-                        setattr(
-                            stage.config, option, self.artifact(name, option.removesuffix("_path"))
-                        )
-                    current = stage.execute(
-                        result and result.model, result and result.tokenizer, result
-                    )
-                    if not isinstance(current, StageResult):
-                        raise TypeError(f"its execute() returned {current!r}, not a StageResult")
-                except (
-                    Exception
-                ) as error:  # seen only once the model was there, or of an execute() of its own
-                    logger.debug("the failure in full", exc_info=True)
-                    current = StageResult(
-                        stage.stage_name, False, error_message=f"{type(error).__name__}: {error}"
-                    )
-                    logger.error("%s: %s", folder, current.error_message)
-                except SystemExit:  # by a signal
-                    self.write_state(interrupted=folder)
-                    raise
-                if (
-                    result and current.success and not (current.model or current.model_path)
-                ):  # it left the model alone
-                    current = replace(
-                        current,
-                        model_path=result.model_path,
-                        model=result.model,
-                        tokenizer=result.tokenizer,
-                    )
-                if result:
-                    result.model = result.tokenizer = None  # one model in memory at a time
-                self.results.append(current)
-                if not current.success:
-                    self.write_state(failed=folder)
-                    logger.error(
-                        "stage %s failed; the log is %s", folder, out / "pipeline_training.log"
-                    )
-                    return self.results
-                result = current
-            if len(self.results) == len(self.enabled):
-                kept = len(known) == len(self.results) and self.has_final()
-                if (
-                    config.save_final_model
-                    and result
-                    and not kept
-                    and (result.model or result.model_path)
-                ):
-                    self.save_final(result, out / "final")
-                if config.cleanup_intermediate and is_main_process():
-                    self.clean_up(result)
-            self.write_state(finished=len(self.results) == len(self.enabled))
+            finished = self.finished()
+            self.results = []
+            if not self.run_stages(finished):
+                return self.results
+            complete = len(self.results) == len(self.enabled)
+            if complete and self.results:
+                all_reused = len(finished) == len(self.enabled)
+                self.keep_final_model(self.results[-1], all_reused)
+            self.write_state(finished=complete)
             logger.info("\n%s", self.summary())
         return self.results
 
+    def run_stages(self, finished: Sequence[StageResult]) -> bool:
+        """Fill `results`: those of finished stages first, then those of the stages that run now.
+        False if one fails."""
+        previous: StageResult | None = None
+        for number, (folder, stage) in enumerate(zip(self.folders, self.stages, strict=True), 1):
+            if not stage.config.enabled:
+                logger.info("\n%s skipped: enabled is false", folder)
+                continue
+            position = len(self.results)
+            if self.config.until and position > self.positions[self.config.until]:
+                break
+            if position < len(finished):
+                previous = finished[position]
+                self.results.append(previous)
+                logger.info("%s is finished already", folder)
+                continue
+            logger.info("\n%d/%d %s", number, len(self.stages), folder)
+            self.write_state(running=folder)
+            result = self.run_stage(folder, stage, previous)
+            self.results.append(result)
+            if not result.success:
+                self.write_state(failed=folder)
+                logger.error("stage %s failed; the log is %s", folder, self.log_path)
+                return False
+            previous = result
+        return True
+
+    def run_stage(self, folder: str, stage: BaseStage, previous: StageResult | None) -> StageResult:
+        """Run one stage on the model of `previous`, which is then released: one model in memory at
+        a time."""
+        try:
+            for option, name in find_links(stage.config).items():
+                kind = option.removesuffix("_path")
+                setattr(stage.config, option, self.artifact(name, kind))
+            if previous is None:
+                result = stage.execute(None, None, None)
+            else:
+                result = stage.execute(previous.model, previous.tokenizer, previous)
+            if not isinstance(result, StageResult):
+                raise TypeError(f"its execute() returned {result!r}, not a StageResult")
+        except Exception as error:  # an input refused late, or an execute() of a user's own
+            logger.debug("the failure in full", exc_info=True)
+            message = f"{type(error).__name__}: {error}"
+            logger.error("%s: %s", folder, message)
+            result = StageResult(stage.stage_name, False, error_message=message)
+        except SystemExit:  # by a signal
+            self.write_state(interrupted=folder)
+            raise
+        if previous is None:
+            return result
+        if result.success and not (result.model or result.model_path):
+            # No model returned: keep the previous one.
+            result = replace(
+                result,
+                model_path=previous.model_path,
+                model=previous.model,
+                tokenizer=previous.tokenizer,
+            )
+        previous.model = previous.tokenizer = None
+        return result
+
     def finished(self) -> list[StageResult]:
-        """The results of the stages, from the first on, that need not run: they are done with the same options, data,
-        code and start, and their model is there for what follows. Says why the next one has to run."""
-        config, running = (
-            self.config,
-            [(f, s) for f, s in zip(self.folders, self.stages) if s.config.enabled],
-        )
-        start, reasons = "", []
-        for _, stage in running:
-            stage.start = hashlib.sha256(start.encode()).hexdigest() if start else None
-            start += json.dumps(stage.fingerprint(), sort_keys=True)
-            reasons.append(stage.stale())
-        anew = config.force_restart or not (config.auto_resume and config.enable_state_persistence)
-        first = next((n for n, reason in enumerate(reasons) if reason or anew), len(running))
+        """Results of the stages, from the first on, that need not run: finished with the same
+        options, data, code and start, and with the model that the next one needs. Logs why the next
+        one has to run."""
+        config = self.config
+        folders, stages = list(self.enabled), list(self.enabled.values())
+        reasons = self.reasons_to_run()
+        restart = config.force_restart or not config.auto_resume
+        restart = restart or not config.enable_state_persistence
+        first = 0  # index of the first stage to run
+        while first < len(stages) and not (restart or reasons[first]):
+            first += 1
         if config.from_stage:
-            if first < (wanted := self.places[config.from_stage]) and not anew:
-                why = f"{running[first][0]} has to run first: {reasons[first]}"
-                raise ConfigError(f"from_stage={config.from_stage}: {why}")
-            first, anew = wanted, True
-        results = [stage.recorded() for _, stage in running[:first]]
-        kept = lambda path: path and any(Path(path).glob("*.safetensors"))
-        if first < len(running) or not self.has_final():
-            while (
-                first
-                and not kept(results[first - 1].model_path)
-                and any(s.hands_on for _, s in running[:first])
-            ):
-                first -= 1  # its weights were not kept
-        if 0 < first < len(running) or (
-            first < len(running) and Path(running[0][1].config.output_dir).exists()
-        ):
-            why = reasons[first] or ("as asked" if anew else "its weights are gone")
-            logger.info("from %s on: %s", running[first][0], why)
-        for _, stage in running[first:]:
-            if anew and "resume_from_checkpoint" in vars(stage.config):
+            wanted = self.positions[config.from_stage]
+            if first < wanted and not restart:
+                reason = f"{folders[first]} has to run first: {reasons[first]}"
+                raise ConfigError(f"from_stage={config.from_stage}: {reason}")
+            first = wanted
+            restart = True
+
+        results = [stage.recorded() for stage in stages[:first]]
+        if first < len(stages) or not self.has_final():
+            # A stage whose weights were deleted or never saved runs again, unless no stage so far
+            # made a model.
+            while first and not has_weights(results[first - 1].model_path):
+                if not any(stage.hands_on for stage in stages[:first]):
+                    break
+                first -= 1
+
+        begun_before = first > 0 or (stages and Path(stages[0].config.output_dir).exists())
+        if first < len(stages) and begun_before:
+            default_reason = "restart requested" if restart else "its weights are gone"
+            logger.info("running from %s on: %s", folders[first], reasons[first] or default_reason)
+        for stage in stages[first:]:
+            if restart and "resume_from_checkpoint" in vars(stage.config):
                 stage.config.resume_from_checkpoint = False
         return results[:first]
 
-    def artifact(self, stage: str, name: str) -> str:
-        """What the last stage of that name left: its artifact `name`, its only one but the adapter, or its model."""
-        result = [
-            made
-            for folder, made in zip(self.enabled, self.results)
-            if stage in (folder, folder[3:])
-        ][-1]
-        left = [path for kind, path in result.artifacts.items() if kind != "adapter"] or [
-            result.model_path
-        ]
-        left = [result.artifacts[name]] if name in result.artifacts else left
-        if len(left) != 1 or left[0] is None:
-            raise ConfigError(
-                f"stage {stage} leaves no {name}, but {', '.join(result.artifacts) or 'nothing'}"
-            )
-        return left[0]
+    def reasons_to_run(self) -> list[str]:
+        """For each enabled stage why it has to run, or an empty text. The fingerprint of a stage
+        has its start, which is all the fingerprints before it: a change of one stage reaches all
+        after it."""
+        reasons = []
+        start = ""
+        for stage in self.enabled.values():
+            stage.start = hashlib.sha256(start.encode()).hexdigest() if start else None
+            start += json.dumps(stage.fingerprint(), sort_keys=True)
+            reasons.append(stage.stale())
+        return reasons
 
-    def marks(self) -> list[Path]:
-        """What tells whose model OUT/final has, and whose the last stage that hands one on has left."""
-        makers = [
-            stage.config.output_dir
-            for stage in self.stages
-            if stage.config.enabled and stage.hands_on
-        ]
-        return [
-            Path(folder, "fingerprint.json")
-            for folder in (f"{self.config.output_dir}/final", *makers[-1:])
-        ]
+    def artifact(self, name: str, kind: str) -> str:
+        """What the last stage of that name left: its artifact `kind`, else its only one but the
+        adapter, else its model. Raises ConfigError."""
+        ran = zip(self.enabled, self.results, strict=False)  # later stages have no result yet
+        named = [result for folder, result in ran if name in (folder, short_name(folder))]
+        artifacts = named[-1].artifacts
+        if kind in artifacts:
+            return artifacts[kind]
+        paths = [path for other, path in artifacts.items() if other != "adapter"]
+        paths = paths or [named[-1].model_path]
+        if len(paths) != 1 or paths[0] is None:
+            names = ", ".join(artifacts) or "nothing"
+            raise ConfigError(f"stage {name} leaves no {kind}; it leaves {names}")
+        return paths[0]
+
+    # ---- hand over ----
+
+    def fingerprint_paths(self) -> list[Path]:
+        """Fingerprints of the model in OUT/final and of the last stage that hands a model on, if
+        there is one."""
+        folders = [f"{self.config.output_dir}/final"]
+        makers = [stage for stage in self.enabled.values() if stage.hands_on]
+        if makers:
+            folders.append(makers[-1].config.output_dir)
+        return [Path(folder, "fingerprint.json") for folder in folders]
 
     def has_final(self) -> bool:
-        same = (
-            all(file.exists() for file in self.marks())
-            and len({file.read_bytes() for file in self.marks()}) == 1
-        )
-        return same and any(self.marks()[0].parent.glob("*.safetensors"))
+        """Whether OUT/final has the model of the last stage that hands one on."""
+        paths = self.fingerprint_paths()
+        if not all(path.exists() for path in paths):
+            return False
+        contents = {path.read_bytes() for path in paths}
+        return len(contents) == 1 and has_weights(paths[0].parent)
+
+    def keep_final_model(self, last: StageResult, all_reused: bool) -> None:
+        """After a complete chain: save OUT/final, and delete the stages' models, as the options
+        say."""
+        up_to_date = all_reused and self.has_final()
+        has_model = last.model or last.model_path
+        if self.config.save_final_model and has_model and not up_to_date:
+            self.save_final(last, Path(self.config.output_dir, "final"))
+        if self.config.cleanup_intermediate and is_main_process():
+            self.clean_up(last)
 
     def save_final(self, result: StageResult, folder: Path) -> None:
         """OUT/final: the last stage's model, by hard links where the file system has them."""
@@ -482,137 +483,109 @@ class Pipeline:
             return
         if result.model_path is None:
             save_model(result.model, result.tokenizer, str(folder))
-            shutil.copy(*self.marks()[::-1])
+            final, last = self.fingerprint_paths()
+            shutil.copy(last, final)
             return
-        records = shutil.ignore_patterns(
-            "adapter", "checkpoints*", "runs", "wandb", "stage*", "*.jsonl", "*.log", ".*"
-        )
-        with atomic_folder(folder) as aside:
+        with atomic_folder(folder) as temporary:
+            copy = {"src": result.model_path, "dst": temporary, "ignore": NOT_IN_FINAL}
             try:
-                shutil.copytree(
-                    result.model_path,
-                    aside,
-                    ignore=records,
-                    copy_function=os.link,
-                    dirs_exist_ok=True,
-                )
+                shutil.copytree(**copy, dirs_exist_ok=True, copy_function=os.link)
             except shutil.Error:  # no hard links here
-                shutil.copytree(result.model_path, aside, ignore=records, dirs_exist_ok=True)
+                shutil.copytree(**copy, dirs_exist_ok=True)
 
-    def clean_up(self, last: StageResult | None) -> None:
-        """Delete weights and checkpoints of the stages; the last model's only when OUT/final has it. Records stay."""
-        kept = {None} if self.config.save_final_model else {None, last and last.model_path}
-        for folder in map(Path, sorted({result.model_path for result in self.results} - kept)):
-            for file in [*folder.glob("*.safetensors"), *folder.glob("adapter/*.safetensors")]:
+    def clean_up(self, last: StageResult) -> None:
+        """Delete weights and checkpoints of the stages; the last model's only if OUT/final has it.
+        Records stay."""
+        paths = {result.model_path for result in self.results} - {None}
+        if not self.config.save_final_model:
+            paths.discard(last.model_path)
+        for folder in map(Path, sorted(paths)):
+            for file in (*folder.glob("*.safetensors"), *folder.glob("adapter/*.safetensors")):
                 file.unlink()
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             logger.info("deleted the weights in %s", folder)
 
+    # ---- records ----
+
     def write_state(self, **state: Any) -> None:
-        """OUT/pipeline.json and OUT/report.html: the plan, where the chain stands, and the results so far."""
-        if is_main_process():
-            results = [
-                {k: v for k, v in vars(r).items() if k not in ("model", "tokenizer")}
-                for r in self.results
-            ]
-            plan = {
-                folder: asdict(stage.config) for folder, stage in zip(self.folders, self.stages)
-            }
-            state = {
-                "state": state,
-                "results": results,
-                "config": asdict(self.config),
-                "plan": plan,
-            }
-            write_json(Path(self.config.output_dir, "pipeline.json"), state)
-            try:
-                report.write(self.config.output_dir)
-            except Exception as error:  # a page must not cost a run
-                logger.warning("no report: %s", error)
+        """OUT/pipeline.json and report.html: the plan, where the chain stands, and the results so
+        far."""
+        if not is_main_process():
+            return
+        results = []
+        for result in self.results:
+            record = dict(vars(result))
+            del record["model"], record["tokenizer"]
+            results.append(record)
+        plan = {}
+        for folder, stage in zip(self.folders, self.stages, strict=True):
+            plan[folder] = asdict(stage.config)
+        values = {
+            "state": state,
+            "results": results,
+            "config": asdict(self.config),
+            "plan": plan,
+        }
+        write_json(Path(self.config.output_dir, "pipeline.json"), values)
+        try:
+            report.write(self.config.output_dir)
+        except Exception as error:  # a page must not cost a run
+            logger.warning("report.html was not written: %s", error)
 
     def summary(self) -> str:
+        """A table of the metrics before and after each stage."""
         rows = []
-        for folder, result in zip(self.enabled, self.results):
-            minutes, where = (
-                f"{result.metrics.get('seconds', 0) / 60:.1f}",
-                str(Path(self.config.output_dir, folder)),
-            )
-            for name, change in (before_and_after(result.metrics) or {"": ""}).items():
-                rows.append((folder, minutes, name, change, where))
-                folder = minutes = where = ""
-        return table(("stage", "minutes", "figure", "before -> after", "folder"), rows)
+        for folder, result in zip(self.enabled, self.results, strict=False):
+            minutes = f"{result.metrics.get('seconds', 0) / 60:.1f}"
+            path = str(Path(self.config.output_dir, folder))
+            changes = before_and_after(result.metrics) or {"": ""}
+            stage_cells = (folder, minutes, path)
+            for metric, change in changes.items():
+                name, time, place = stage_cells
+                rows.append((name, time, metric, change, place))
+                stage_cells = ("", "", "")  # only the first row of a stage names it
+        return format_table(("stage", "minutes", "metric", "before -> after", "folder"), rows)
 
 
-def refuse_unbuilt(config: PipelineConfig) -> None:
-    """Refuse, with what to do instead, the options of older configuration files that are not built."""
-    final, name = f"{config.output_dir}/final", config.hub_repo_id or "NAME/MODEL"
-    options = (
-        "--private " * config.hub_private
-        + f"--commit-message={config.hub_commit_message or 'model'!r}"
-    )
-    folder = f"{config.output_dir}/NN_STAGE/adapter" if config.push_adapter_only else final
-    if config.hub_token:
-        raise ConfigError(
-            "hub_token is refused: a secret in a file is read by others. Log in by `hf auth login`, or "
-            "set the variable HF_TOKEN, and write use_auth_token: true"
-        )
-    if config.push_to_hub or config.push_adapter_only:
-        raise ConfigError(
-            f"{'push_to_hub' if config.push_to_hub else 'push_adapter_only'} is not built yet; set it to "
-            f"false and run, after the chain: hf upload {name} {folder} {options}"
-        )
-    if config.convert_to_gguf:
-        raise ConfigError(
-            "convert_to_gguf is not built yet; set it to false and run, after the chain, llama.cpp's "
-            f"convert_hf_to_gguf.py {final} --outfile {config.gguf_output_path or 'model.gguf'} "
-            f"--outtype {config.gguf_quantization or 'q8_0'}"
-        )
+# -- command line ----------------------------------------------------------------------------------
 
 
-def links(config: StageConfig) -> dict[str, str]:
-    """{option: stage} of the options written as stage:NAME, which stand for what that stage leaves."""
-    return {
-        key: value[6:]
-        for key, value in vars(config).items()
-        if isinstance(value, str) and value[:6] == "stage:"
-    }
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text in aligned columns."""
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
-        for row in [head, *rows]
-    ]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+def read_arguments(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """(YAML file, options) of a command line. Raises ConfigError."""
+    words, options = read_command_line(arguments)
+    if "--stages" in arguments:
+        # `--stages sft dpo`: the words after the first belong to it, except the YAML file
+        files = [word for word in words if word.endswith((".yaml", ".yml"))]
+        others = [word for word in words if word not in files]
+        options["stages"] = ",".join([options["stages"], *others])
+        words = files
+    if "config" in options:
+        words.append(options.pop("config"))
+    if len(words) != 1:
+        given = ", ".join(words) or "none"
+        raise ConfigError(f"give one YAML file, python chain.py FILE; got {given}")
+    return words[0], options
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line. Exit status 0: done; 1: a stage failed; 2: the input has to be mended."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """The command line. Exit status 0: done; 1: a stage failed; 2: invalid user input."""
+    if arguments is None:
+        arguments = sys.argv[1:]
     exit_on_signals()
-    if not arguments or {"-h", "--help"} & set(arguments):
-        return print(f"{__doc__.strip()}\n\nOptions:\n{option_help(PipelineConfig)}")
+    if not arguments or "-h" in arguments or "--help" in arguments:
+        print(f"{__doc__.strip()}\n\nOptions:\n{option_help(PipelineConfig)}")
+        return
     try:
-        words, options = read_command_line(arguments)
-        if "--stages" in arguments:  # `--stages sft dpo`: the words after the first belong to it
-            files = [word for word in words if word.endswith((".yaml", ".yml"))]
-            options["stages"] = ",".join(
-                [options["stages"], *(word for word in words if word not in files)]
-            )
-            words = files
-        words += [options.pop("config")] if "config" in options else []
-        if len(words) != 1:
-            raise ConfigError(
-                f"give one YAML file, python chain.py FILE; got {', '.join(words) or 'none'}"
-            )
-        results = Pipeline.from_yaml(words[0], **options).run()
+        path, options = read_arguments(arguments)
+        results = Pipeline.from_yaml(path, **options).run()
     except ConfigError as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except OSError as error:  # such as a full disk, while a record is written
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 1)
-    sys.exit(not all(result.success for result in results))
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    all_succeeded = all(result.success for result in results)
+    sys.exit(0 if all_succeeded else 1)
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def check_encoded_rows(
     for side, rows in zip(("training", "evaluation"), stage.data or ()):
         make = lambda row: (row, stage.sequences(row, tokenizer, context))
         for row, made in (
-            usable_rows(rows[:MAX_ROWS_CHECKED], make, f"{side} data", say) if rows else ()
+            usable_rows(rows[:MAX_ROWS_CHECKED], make, f"{side} data", warn=say) if rows else ()
         ):
             if made is None:
                 return None

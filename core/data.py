@@ -1,9 +1,15 @@
-"""Files to rows to splits: reading data sets, detecting their format, counting what cannot be used."""
+"""From files to rows to splits: read a data set, detect its format, convert and split its rows.
+
+load_dataset_from_path   file, folder or hub name  ->  a datasets.Dataset
+detect_format            its column names          ->  "alpaca", "messages", ...
+usable_rows              its rows                  ->  converted rows; unusable ones are counted
+split_dataset            rows                      ->  training rows, evaluation rows
+load_rows                all of it, as the options of a stage say
+"""
 
 from __future__ import annotations
 
 import csv
-import functools
 import glob
 import hashlib
 import itertools
@@ -11,8 +17,9 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 
@@ -21,221 +28,375 @@ from core.errors import ConfigError, RowError, as_config_error
 from core.hub import hub_is_reachable
 from core.runtime import logger
 
-FILE_READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+# In a folder of several files, those named like this are not for training: test.jsonl, dev/a.csv.
+EVALUATION_NAME = re.compile(
+    r"(^|[\W_])(test|testing|valid|validation|val|dev|eval|evaluation)([\W_]|$)"
+)
+
+NO_OPTIONAL_COLUMNS: Mapping[str, Sequence[str]] = MappingProxyType({})
 
 
-def read_text_file(file: Path) -> list[dict]:
-    """The rows of a .json, .jsonl or .csv file, texts as they stand: `datasets` would make dates of some."""
-    if file.suffix == ".csv":
-        csv.field_size_limit(2**31 - 1)  # an answer may be long
-        with open(file, encoding="utf-8-sig", newline="") as lines:
-            table = csv.DictReader(
-                itertools.dropwhile(lambda line: not line.strip(), lines), strict=True
-            )
-            for number, row in enumerate(rows := [*table], 1):
-                if None in row:
-                    raise ConfigError(
-                        f"data {file}: row {number} has more cells than the header; quote its commas"
-                    )
-            if twice := [name for name, count in Counter(table.fieldnames).items() if count > 1]:
-                raise ConfigError(f"data {file}: several columns are named {twice[0]}")
-            return rows
-    text = file.read_text(encoding="utf-8-sig")
-    if text.lstrip()[:1] != "[":  # lines; so joined, an error names the right one
-        text = "[" + re.sub(r"(?<=\S)(?=\s*\n\s*\S)", ",", text) + "]"
-    rows = json.loads(text, parse_constant=lambda name: None)  # NaN is no text
-    if not all(isinstance(row, dict) for row in rows):
-        raise ConfigError(f'data {file}: a row has to be an object, {{"column": value, ...}}')
-    return rows
+# -- files to rows -----------------------------------------------------------------------------
 
 
 def load_dataset_from_path(path: str, config_name: str | None = None, split: str = "train"):
-    """A `datasets.Dataset` from a .json, .jsonl, .csv or .parquet file, a folder of such files (or one written by
-    `save_to_disk`), or a hub name. Raises ConfigError with the remedy."""
+    """The `datasets.Dataset` at `path`, which is one of
+
+    - a .json, .jsonl, .csv or .parquet file, or a folder of files of one of these types,
+    - a folder written by `Dataset.save_to_disk`,
+    - the name of a data set on the Hugging Face hub, with `config_name` and `split`.
+
+    Raises ConfigError, with the remedy, if there is no such data or it cannot be read.
+    """
     import datasets
 
     datasets.disable_progress_bars()
     local = Path(path).expanduser()
     with as_config_error(f"data {path} cannot be read"):
-        if config_name and (local.is_file() or (local / "state.json").exists()):
-            raise ConfigError(
-                f"dataset_config_name={config_name}: data {path} has no configurations; remove it"
-            )
-        if local.is_file() and local.suffix not in FILE_READERS:
-            raise ConfigError(f"data {path}: expected a file of type {', '.join(FILE_READERS)}")
-        files = (
-            [local]
-            if local.is_file()
-            else sorted(  # without .ipynb_checkpoints and the like
-                file
-                for file in local.rglob("[!.]*")
-                if file.suffix in FILE_READERS
-                and not file.stem.startswith("dataset_info")
-                and not any(part.startswith(".") for part in file.relative_to(local).parts)
-            )
-        )
-        name = re.compile(
-            r"(^|[\W_])(test|testing|valid|validation|val|dev|eval|evaluation)([\W_]|$)"
-        )
-        later = [
-            file for file in files if len(files) > 1 and name.search(str(file.relative_to(local)))
-        ]
-        if files and len(later) == len(files):
-            raise ConfigError(
-                f"data {path}: by their names none of its files is for training; give one of them"
-            )
-        if (local / "dataset_dict.json").exists():
-            raise ConfigError(
-                f"data {path} holds several data sets; give one's folder, such as {local / 'train'}"
-            )
+        check_local_path(path, local, config_name)
+        training_files, evaluation_files = find_data_files(path, local)
+
         if (local / "state.json").exists():
             dataset = datasets.load_from_disk(str(local))
-        elif len(kinds := {FILE_READERS[file.suffix] for file in files}) > 1:
-            raise ConfigError(
-                f"data {path} has files of several types ({', '.join(sorted(kinds))}); keep one of them"
-            )
-        elif files and "parquet" not in kinds and not config_name:
-            rows = [row for file in files if file not in later for row in read_text_file(file)]
-            names = dict.fromkeys(name for row in rows for name in row)
-            columns = {name: [row.get(name) for row in rows] for name in names}
-            dataset = datasets.Dataset.from_dict(columns, on_mixed_types="use_json")
-            mixed = {
-                name: datasets.Json()
-                for name in names
-                if {int, float} <= {*map(type, columns[name])}
-            }
-            if mixed:  # 7 stays 7 beside 7.5
-                dataset = datasets.Dataset.from_dict(
-                    columns, datasets.Features(dataset.features | mixed)
-                )
-        elif files and not config_name and split == "train":
-            read = [glob.escape(str(file)) for file in files if file not in later]
-            dataset = datasets.load_dataset("parquet", data_files=read, split="train")
-        elif local.is_dir() or hub_is_reachable("data", path):
-            dataset = datasets.load_dataset(
-                str(local) if local.is_dir() else path, config_name, split=split
-            )
         else:
-            raise ConfigError(
-                f"data {path}: no such file or folder here, and the hub cannot be reached"
-            )
-        if later:
-            logger.warning(
-                "data %s: not read, by name not for training: %s",
-                path,
-                ", ".join(f.name for f in later),
-            )
+            file_type = common_file_type(path, [*training_files, *evaluation_files])
+            if file_type in ("json", "csv") and not config_name:
+                # Read here, since `datasets` would make dates and numbers of some texts.
+                read_file = read_csv_file if file_type == "csv" else read_json_file
+                rows: list[dict] = []
+                for file in training_files:
+                    rows.extend(read_file(file))
+                dataset = dataset_from_rows(rows)
+            elif file_type == "parquet" and not config_name and split == "train":
+                patterns = [glob.escape(str(file)) for file in training_files]
+                dataset = datasets.load_dataset("parquet", data_files=patterns, split="train")
+            elif local.is_dir():
+                dataset = datasets.load_dataset(str(local), config_name, split=split)
+            elif hub_is_reachable("data", path):
+                dataset = datasets.load_dataset(path, config_name, split=split)
+            else:
+                raise ConfigError(
+                    f"data {path}: no such file or folder here, and the hub cannot be reached"
+                )
+
+        if evaluation_files:
+            names = ", ".join(file.name for file in evaluation_files)
+            logger.warning("data %s: not read, by name not for training: %s", path, names)
     if not len(dataset):
         raise ConfigError(f"data {path} has no rows")
     return dataset
 
 
+def check_local_path(path: str, local: Path, config_name: str | None) -> None:
+    """Raise ConfigError for local data that cannot be one data set."""
+    is_single_data_set = local.is_file() or (local / "state.json").exists()
+    if config_name and is_single_data_set:
+        raise ConfigError(
+            f"dataset_config_name={config_name}: data {path} has no configurations; remove it"
+        )
+    if local.is_file() and local.suffix not in FILE_TYPES:
+        raise ConfigError(f"data {path}: expected a file of type {', '.join(FILE_TYPES)}")
+    if (local / "dataset_dict.json").exists():
+        raise ConfigError(
+            f"data {path} holds several data sets; give the folder of one, such as "
+            f"{local / 'train'}"
+        )
+
+
+def find_data_files(path: str, local: Path) -> tuple[list[Path], list[Path]]:
+    """(files to train on, files that are for evaluation by their names); none for a hub name.
+
+    Raises ConfigError for a folder of evaluation files alone.
+    """
+    if local.is_file():
+        return [local], []
+
+    files = []
+    for file in sorted(local.rglob("[!.]*")):
+        folders = file.relative_to(local).parts
+        is_hidden = any(part.startswith(".") for part in folders)  # such as .ipynb_checkpoints
+        is_description = file.stem.startswith("dataset_info")
+        if file.suffix in FILE_TYPES and not is_hidden and not is_description:
+            files.append(file)
+    # The name of a single file decides nothing: it may be the only data there is.
+    if len(files) < 2:
+        return files, []
+
+    training_files, evaluation_files = [], []
+    for file in files:
+        is_evaluation = EVALUATION_NAME.search(str(file.relative_to(local)))
+        (evaluation_files if is_evaluation else training_files).append(file)
+    if not training_files:
+        raise ConfigError(
+            f"data {path}: by their names none of its files is for training; give one of them"
+        )
+    return training_files, evaluation_files
+
+
+def common_file_type(path: str, files: Sequence[Path]) -> str | None:
+    """The type that all files have, None without files. Raises ConfigError for several types."""
+    types = sorted({FILE_TYPES[file.suffix] for file in files})
+    if len(types) > 1:
+        raise ConfigError(
+            f"data {path} has files of several types ({', '.join(types)}); keep one of them"
+        )
+    return types[0] if types else None
+
+
+def read_csv_file(file: Path) -> list[dict]:
+    """The rows of a comma-separated file with a header, all values as text, a missing cell as None.
+
+    Raises ConfigError for a column name that comes twice, and for a row that is longer than the
+    header, where pandas would rename the column, or take the first one for an index.
+    """
+    csv.field_size_limit(2**31 - 1)  # an answer may be longer than the default of 128 KB
+    with open(file, encoding="utf-8-sig", newline="") as lines:
+        from_header = itertools.dropwhile(is_blank, lines)
+        table = csv.DictReader(from_header, strict=True)
+        rows = list(table)
+        column_names = table.fieldnames or []
+
+    for number, row in enumerate(rows, start=1):
+        if None in row:  # where DictReader puts the cells that have no column
+            raise ConfigError(
+                f"data {file}: row {number} has more cells than the header; quote its commas"
+            )
+    for name, count in Counter(column_names).items():
+        if count > 1:
+            raise ConfigError(f"data {file}: several columns are named {name}")
+    return rows
+
+
+def is_blank(line: str) -> bool:
+    return not line.strip()
+
+
+def read_json_file(file: Path) -> list[dict]:
+    """The rows of a file that is one JSON list, or has one JSON object a line (.jsonl)."""
+    text = file.read_text(encoding="utf-8-sig")
+    is_list = text.lstrip().startswith("[")
+    if not is_list:
+        # Put a comma after each line and parse all as one list, so an error names the right line.
+        text = "[" + re.sub(r"(?<=\S)(?=\s*\n\s*\S)", ",", text) + "]"
+    rows = json.loads(text, parse_constant=missing_value)
+    if not all(isinstance(row, dict) for row in rows):
+        raise ConfigError(f'data {file}: a row has to be an object, {{"column": value, ...}}')
+    return rows
+
+
+def missing_value(constant: str) -> None:
+    """None for NaN and Infinity: pandas writes NaN for a missing text."""
+    return None
+
+
+def dataset_from_rows(rows: Sequence[Mapping]):
+    """A `datasets.Dataset` with the columns of all rows; missing values are None."""
+    import datasets
+
+    names: dict[str, None] = {}  # a set that keeps the order of the files
+    for row in rows:
+        names.update(dict.fromkeys(row))
+    columns = {}
+    for name in names:
+        columns[name] = [row.get(name) for row in rows]
+    dataset = datasets.Dataset.from_dict(columns, on_mixed_types="use_json")
+
+    # Where integers and decimals are mixed, each keeps its type: 7 would become 7.0 beside 7.5.
+    json_features = {}
+    for name, values in columns.items():
+        types = {type(value) for value in values}
+        if {int, float} <= types:
+            json_features[name] = datasets.Json()
+    if json_features:
+        features = datasets.Features(dataset.features | json_features)
+        dataset = datasets.Dataset.from_dict(columns, features)
+    return dataset
+
+
+# -- what the columns mean ---------------------------------------------------------------------
+
+
 def detect_format(
     columns: Sequence[str], formats: Mapping[str, Sequence[str]], wanted: str = "auto"
 ) -> str:
-    """The name of the one format among `formats` (name -> required columns) whose columns are all there; of several,
-    one that contains the others. Raises ConfigError with the columns found and the formats known, never guesses."""
-    if wanted != "auto" and not set(formats[wanted]) <= set(columns):
+    """The name of the one format in `formats` (name -> required columns) that the columns fit.
+
+    A format that requires all columns of another and more is preferred to it. Raises ConfigError
+    with the columns and the known formats if none fits, or several do: it never guesses.
+    """
+    if wanted != "auto":
+        if not set(formats[wanted]) <= set(columns):
+            raise ConfigError(
+                f"dataset_format={wanted} needs {', '.join(formats[wanted])}; "
+                f"found {', '.join(columns)}"
+            )
+        return wanted
+
+    # Every format whose columns are all there, then those that no other one contains.
+    fitting = {name: set(needs) for name, needs in formats.items() if set(needs) <= set(columns)}
+    candidates = []
+    for name, needs in fitting.items():
+        has_wider_format = any(needs < other_needs for other_needs in fitting.values())
+        if not has_wider_format:
+            candidates.append(name)
+    if len(candidates) > 1 and "text" in candidates:
+        # Beside other columns, `text` is usually the same row once more, already rendered.
+        candidates.remove("text")
+
+    if len(candidates) > 1:
         raise ConfigError(
-            f"dataset_format={wanted} needs {', '.join(formats[wanted])}; found {', '.join(columns)}"
+            f"the columns {', '.join(columns)} fit {' and '.join(candidates)}; "
+            "choose by dataset_format"
         )
-    fitting = [
-        name
-        for name, needs in formats.items()
-        if set(needs) <= set(columns) and wanted in ("auto", name)
-    ]
-    fitting = [a for a in fitting if not any(set(formats[a]) < set(formats[b]) for b in fitting)]
-    # A column `text` beside others is the same row once more, already rendered.
-    fitting = [name for name in fitting if name != "text"] or fitting
-    if len(fitting) > 1:
-        raise ConfigError(
-            f"the columns {', '.join(columns)} fit {' and '.join(fitting)}; choose by dataset_format"
-        )
-    if not fitting:
+    if not candidates:
         known = "; ".join(f"{name} ({', '.join(needs)})" for name, needs in formats.items())
         raise ConfigError(
             f"unknown data format: the columns are {', '.join(columns)}. Known: {known}"
         )
-    return fitting[0]
+    return candidates[0]
 
 
-def usable_rows(rows: Iterable, convert: Callable, what: str, say: bool = True) -> list:
-    """`[convert(row) for row in rows]` without the rows for which it raises RowError: those are counted, and the
-    counts said if `say`. Raises ConfigError when they are the majority, or nothing is there."""
-    kept, reasons = [], Counter()
+# -- rows that can be used ---------------------------------------------------------------------
+
+
+def usable_rows(rows: Iterable, convert: Callable, what: str, warn: bool = True) -> list:
+    """`[convert(row) for row in rows]`, without the rows for which it raises RowError.
+
+    The reasons are counted, and with `warn` logged as "`what`: 3 of 40 rows left out: ...". Raises
+    ConfigError if no row is usable, or fewer than are left out.
+    """
+    usable = []
+    reasons: Counter[str] = Counter()
     for row in rows:
         try:
-            kept.append(convert(row))
+            usable.append(convert(row))
         except RowError as error:
             reasons[str(error)] += 1
-    said = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-    if len(kept) < max(1, reasons.total()):
-        raise ConfigError(f"{what}: {len(kept) or 'no'} usable rows ({said or 'it is empty'})")
-    if reasons and say:
-        logger.warning(
-            "%s: %d of %d rows left out: %s",
-            what,
-            reasons.total(),
-            reasons.total() + len(kept),
-            said,
-        )
-    return kept
+
+    left_out = reasons.total()
+    summary = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+    if len(usable) < max(1, left_out):
+        raise ConfigError(f"{what}: {len(usable) or 'no'} usable rows ({summary or 'it is empty'})")
+    if left_out and warn:
+        total = left_out + len(usable)
+        logger.warning("%s: %d of %d rows left out: %s", what, left_out, total, summary)
+    return usable
+
+
+# -- training and evaluation rows --------------------------------------------------------------
 
 
 def split_dataset(rows: Sequence, validation_split: float, seed: int) -> tuple[list, list]:
-    """(training rows, evaluation rows), shuffled by `seed`; `validation_split` is the share held out, at most, and at
-    least the rows of one prompt. Those that ask the same (a "prompt", a "question", a conversation up to its end) stay
-    on one side; if all do, equal rows."""
-    dump, groups = functools.partial(json.dumps, sort_keys=True, default=str), {}
-    asked = lambda row: (
-        row.get("prompt", row.get("question", row)) if isinstance(row, dict) else row
-    )
-    keys = [dump(row[:-1] if isinstance(row, list) else asked(row)) for row in rows]
-    for key, row in zip(keys if len({*keys}) > 1 else map(dump, rows), rows):
-        groups.setdefault(key, []).append(row)
-    members = list(groups.values())
-    training, evaluation, wanted = [], [], math.ceil(len(rows) * validation_split)
-    wanted = wanted and max(wanted, min(map(len, members)))
-    for group in torch.randperm(
-        len(members), generator=torch.Generator().manual_seed(seed)
-    ).tolist():
-        fits = len(evaluation) + len(members[group]) <= wanted
-        (evaluation if fits else training).extend(members[group])
+    """(training rows, evaluation rows), in an order that `seed` decides.
+
+    `validation_split` is the fraction of rows held out. Rows that share a prompt stay on one side,
+    so that no evaluation prompt was trained on; the fraction is met from below, except that at
+    least the rows of one prompt are held out.
+    """
+    groups = list(group_by_prompt(rows).values())
+    most_held_out = math.ceil(len(rows) * validation_split)
+    if most_held_out:
+        smallest_group = min(len(group) for group in groups)
+        most_held_out = max(most_held_out, smallest_group)
+
+    # Hold out whole groups in random order, as long as they fit.
+    training: list = []
+    evaluation: list = []
+    generator = torch.Generator().manual_seed(seed)
+    for index in torch.randperm(len(groups), generator=generator).tolist():
+        group = groups[index]
+        fits = len(evaluation) + len(group) <= most_held_out
+        (evaluation if fits else training).extend(group)
     return training, evaluation
 
 
-def read_rows(
-    config: DataConfig, convert: Callable, optional: Mapping[str, Sequence[str]] | None = {}
-) -> tuple:
-    """(rows, what was found) of the configured data set, each as `convert(row, format)` makes it. Columns are reported;
-    besides the format's own, only its `optional` ones are used, or all if that is None."""
-    dataset = load_dataset_from_path(
-        path := getattr(config, config.aliases["data"]), config.dataset_config_name
-    )
-    form = detect_format(dataset.column_names, config.formats, config.dataset_format)
-    known = (
-        dataset.column_names
-        if optional is None
-        else [*config.formats[form], *optional.get(form, ())]
-    )
-    used, ignored = (
-        ", ".join(c for c in dataset.column_names if (c in known) is use) for use in (True, False)
-    )
-    note, say = (f" (not used: {ignored})", logger.warning) if ignored else ("", logger.info)
-    say("data %s: %s, %d rows: %s%s", path, form, len(dataset), used, note)
-    rows = usable_rows(dataset, lambda row: convert(row, form), "data")
-    digest = hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
-    return rows, {"path": path, "format": form, "rows": len(rows), "sha256": digest}
+def group_by_prompt(rows: Sequence) -> dict[str, list]:
+    """The rows by what they ask; by their whole content if all of them ask the same."""
+    keys = [json_key(prompt_of(row)) for row in rows]
+    # Rows that all share one prompt, or begin empty, would otherwise all be on one side.
+    if len(set(keys)) <= 1:
+        keys = [json_key(row) for row in rows]
+    groups: dict[str, list] = {}
+    for key, row in zip(keys, rows, strict=True):
+        groups.setdefault(key, []).append(row)
+    return groups
+
+
+def prompt_of(row):
+    """What a converted row asks: a chat without its end, a prompt, a question, or the whole row."""
+    if isinstance(row, list):
+        return row[:-1]
+    if isinstance(row, dict):
+        return row.get("prompt", row.get("question", row))
+    return row
+
+
+def json_key(value) -> str:
+    """A text that is the same for equal values."""
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+# -- all of it ---------------------------------------------------------------------------------
 
 
 def load_rows(
-    config, convert: Callable, optional: Mapping[str, Sequence[str]] | None = {}
-) -> tuple:
-    """(training rows, evaluation rows, what was found): `read_rows`, split as `validation_split` says."""
-    rows, found = read_rows(config, convert, optional)
+    config,
+    convert: Callable,
+    optional: Mapping[str, Sequence[str]] | None = NO_OPTIONAL_COLUMNS,
+) -> tuple[list, list, dict]:
+    """(training rows, evaluation rows, lineage): `read_rows`, split by `validation_split`."""
+    rows, lineage = read_rows(config, convert, optional)
     training, evaluation = split_dataset(rows, config.validation_split, config.seed)
     if not training:
         raise ConfigError(
-            f"data {found['path']}: validation_split={config.validation_split} leaves no row to train on"
+            f"data {lineage['path']}: validation_split={config.validation_split} leaves no row to "
+            "train on"
         )
-    return training, evaluation, found
+    return training, evaluation, lineage
+
+
+def read_rows(
+    config: DataConfig,
+    convert: Callable,
+    optional: Mapping[str, Sequence[str]] | None = NO_OPTIONAL_COLUMNS,
+) -> tuple[list, dict]:
+    """(rows, lineage) of the configured data set, each row as `convert(row, format)` makes it.
+
+    `optional` names, by format, the columns that are used beside the required ones; None uses all.
+    The lineage is {"path", "format", "rows", "sha256"}, as stage.json records it.
+    """
+    path = getattr(config, config.aliases["data"])
+    dataset = load_dataset_from_path(path, config.dataset_config_name)
+    data_format = detect_format(dataset.column_names, config.formats, config.dataset_format)
+    log_columns(path, dataset, data_format, config.formats, optional)
+
+    def convert_row(row):
+        return convert(row, data_format)
+
+    rows = usable_rows(dataset, convert_row, "data")
+    digest = hashlib.sha256(json_key(rows).encode()).hexdigest()
+    return rows, {"path": path, "format": data_format, "rows": len(rows), "sha256": digest}
+
+
+def log_columns(
+    path: str,
+    dataset,
+    data_format: str,
+    formats: Mapping[str, Sequence[str]],
+    optional: Mapping[str, Sequence[str]] | None,
+) -> None:
+    """Log which columns are used; a column that is not used is worth a warning."""
+    used = list(dataset.column_names)
+    ignored = []
+    if optional is not None:
+        known = {*formats[data_format], *optional.get(data_format, ())}
+        used = [name for name in dataset.column_names if name in known]
+        ignored = [name for name in dataset.column_names if name not in known]
+
+    summary = f"data {path}: {data_format}, {len(dataset)} rows: {', '.join(used)}"
+    if ignored:
+        logger.warning("%s (not used: %s)", summary, ", ".join(ignored))
+    else:
+        logger.info("%s", summary)

@@ -196,12 +196,12 @@ def test_a_dry_run_opens_the_data_and_writes_nothing(pipeline, tmp_path, capsys)
         ({"stages": []}, "stages is missing"),
         (
             {"push_to_hub": True, "hub_repo_id": "me/it"},
-            "not built yet.*hf upload me/it .*/final --private",
+            "not implemented.*hf upload me/it .*/final --private",
         ),
         ({"stages": ["no/such.py"]}, "unknown stage"),
         (
             {"stage_configs": {"sft": {"data": "d", "output_dir": "x"}}},
-            "output_dir goes to the top",
+            "output_dir belongs to the top level",
         ),
         (
             {
@@ -226,7 +226,7 @@ def test_a_dry_run_opens_the_data_and_writes_nothing(pipeline, tmp_path, capsys)
                 "until": "note",
                 "stage_configs": {"sft": {"data": "d"}},
             },
-            "until=note stands before from_stage=sft",
+            "until=note comes before from_stage=sft",
         ),
         ({"stage_configs": {"sft": {"data": "d", "seed": -1}}}, "stage 01_sft: seed=-1"),
         ({"log_level": "loud"}, "log_level='loud'"),
@@ -367,7 +367,7 @@ def test_a_stage_that_cannot_be_imported_is_refused(pipeline, tmp_path):
 
 def test_options_of_stages_that_do_not_run_are_said(pipeline, capsys):
     Pipeline.from_yaml(pipeline(["note"], {"dpo": {"beta": 0.2}})).run()
-    assert "not used, since no such stage runs: stage_configs of dpo" in capsys.readouterr().out
+    assert "unused, because no such stage runs: stage_configs of dpo" in capsys.readouterr().out
 
 
 def test_what_a_stage_is_made_of_counts(pipeline, model_dir, tmp_path, monkeypatch):
@@ -770,7 +770,7 @@ def test_a_link_to_a_stage_that_saves_nothing_is_refused(pipeline, data):
         "evaluate": {"dataset_name_or_path": data, "baseline": "stage:sft"},
     }
     with pytest.raises(
-        ConfigError, match="stage 02_evaluate: baseline=stage:sft: it sets save_intermediate=false"
+        ConfigError, match="stage 02_evaluate: baseline=stage:sft: that stage has save_intermediate=false"
     ):
         Pipeline.from_yaml(pipeline(["sft", "evaluate"], configs))
 

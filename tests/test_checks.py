@@ -139,7 +139,7 @@ def test_a_template_that_writes_more_before_an_answer_than_it_keeps_is_refused(w
     words.chat_template = CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
     with pytest.raises(
         ConfigError,
-        match="give instruction_template instead: every turn is one: which .* without its generation prompt",
+        match="set instruction_template instead; every conversation is one: which .* without its generation prompt",
     ):
         core.chat.stop_tokens(words)
 

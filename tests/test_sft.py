@@ -159,7 +159,7 @@ PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
         (
             MESSAGE.replace("CONTENT", "m['content'].split('</think>')[-1]"),
             [*CHAT[1:2], {"role": "assistant", "content": "<think>long</think>Uno."}],
-            "leaves a part out",
+            "the chat template shortens",
         ),
         (
             MESSAGE.replace(
@@ -374,7 +374,7 @@ def test_every_file_of_a_folder_is_read_but_hidden_ones(tmp_path, kind):
         core.data.load_dataset_from_path(str(folder))
     datasets.DatasetDict(train=rows).save_to_disk(tmp_path / "dict")
     with pytest.raises(
-        ConfigError, match="holds several data sets; give one's folder, such as .*train"
+        ConfigError, match="holds several data sets; give the folder of one, such as .*train"
     ):
         core.data.load_dataset_from_path(str(tmp_path / "dict"))
 
