@@ -6,10 +6,8 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import os
 import shutil
-import statistics
 import sys
 import time
 import traceback
@@ -23,7 +21,7 @@ from pydantic import TypeAdapter
 
 from core import checkpoints
 from core.chat import prepare_tokenizer, stop_tokens
-from core.checks import check_encoded_rows, describe_stage
+from core.checks import check_encoded_rows, describe_stage, estimate_fit
 from core.cli import option_help, read_command_line
 from core.config import ModelConfig, StageConfig, TrainingConfig, resolve_names
 from core.errors import ConfigError, as_config_error
@@ -106,19 +104,8 @@ class BaseStage:
         None: this stage is not checked."""
 
     def work(self, lengths: Sequence[int]) -> tuple[int, float, float, int]:
-        """(steps, tokens, passes over a token, rows at a time), estimated for a dry run from the
-        `lengths` of the training rows. A backward pass counts as two, and as one where only an
-        adapter trains: it takes no gradients of the weights."""
-        config = self.config
-        rows = len(self.data[0])
-        batch_size = config.per_device_train_batch_size
-        world_size = int(os.environ.get("WORLD_SIZE", 1))
-        rows_per_step = batch_size * config.gradient_accumulation_steps * world_size
-        steps_per_epoch = math.ceil(rows / rows_per_step)
-        steps = config.max_steps or math.ceil(steps_per_epoch * config.num_train_epochs)
-        tokens = statistics.fmean(lengths) * rows * steps / steps_per_epoch
-        passes = 2.0 if config.lora_r else 3.0
-        return steps, tokens, passes, min(batch_size, rows)
+        """(steps, tokens, passes over a token, rows at a time), estimated for a dry run."""
+        return estimate_fit(self.config, len(self.data[0]), lengths)
 
     def prepare_model_and_tokenizer(
         self, model, tokenizer, previous_result: StageResult | None = None
@@ -388,7 +375,10 @@ def load_model_and_tokenizer(
     base, adapter, _ = find_model_parts(config)
     # The tokenizer comes first: a missing chat template is reported before any weights are read.
     tokenizer, model_config = load_tokenizer(config)
-    adapter_task = read_adapter_task(adapter) if adapter else task
+    adapter_task = task
+    if adapter:
+        settings = json.loads((adapter / "adapter_config.json").read_text())
+        adapter_task = settings.get("task_type")
     architectures = model_config.architectures or []
     is_classifier = any(name.endswith("ForSequenceClassification") for name in architectures)
     if task != "SEQ_CLS" and (is_classifier or adapter_task == "SEQ_CLS"):
@@ -407,11 +397,6 @@ def load_model_and_tokenizer(
             model = load_weights(config, base, adapter, task)
             return model.to(default_device()), tokenizer
         return load_quantized(config, base, task), tokenizer
-
-
-def read_adapter_task(adapter: Path) -> str | None:
-    settings = json.loads((adapter / "adapter_config.json").read_text())
-    return settings.get("task_type")
 
 
 def load_weights(

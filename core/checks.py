@@ -6,6 +6,8 @@ import copy
 import functools
 import itertools
 import math
+import os
+import statistics
 import sys
 from dataclasses import fields
 from types import SimpleNamespace
@@ -199,6 +201,21 @@ def estimate_cost(stage: Any, shape, lengths: Sequence[int]) -> tuple[list[str],
         f"disk        about {disk / 1e9:.1f} GB: the model in float32, the adapter, up to {config.save_total_limit} "
         "checkpoints",
     ], float(disk)
+
+
+def estimate_fit(config: Any, rows: int, lengths: Sequence[int]) -> tuple[int, float, float, int]:
+    """(optimizer steps, tokens, passes over a token, rows at a time) of a training by `fit` on
+    `rows` rows, whose `lengths` in tokens may be those of a sample."""
+    batch_size = config.per_device_train_batch_size
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    rows_per_step = batch_size * config.gradient_accumulation_steps * processes
+    steps_per_epoch = math.ceil(rows / rows_per_step)
+    steps = config.max_steps or math.ceil(steps_per_epoch * config.num_train_epochs)
+    tokens = statistics.fmean(lengths) * rows * steps / steps_per_epoch
+    # A backward pass counts as two, and as one where only an adapter trains: the gradients of the
+    # weights are half of its work.
+    passes = 2.0 if config.lora_r else 3.0
+    return steps, tokens, passes, min(batch_size, rows)
 
 
 @functools.cache

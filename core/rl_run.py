@@ -38,9 +38,9 @@ from core.rollout import (
     encode_prompts,
     outputs_before_update,
 )
+from core.run_log import log_step, truncate_metrics
 from core.runtime import compute_dtype, deferred_signals, is_main_process, logger
 from core.sampling import decode_completions, sample_completions, uniform_numbers
-from core.training import log_step, truncate_metrics
 
 # Metrics that only metrics.jsonl has; the lines on the screen would be too long with them.
 NOT_ON_SCREEN = (

@@ -21,7 +21,7 @@ import core.checkpoints
 import core.config
 import core.files
 import core.fingerprints
-import core.training
+import core.trainer
 import yaml
 from chain import Pipeline
 from core.errors import ConfigError
@@ -424,7 +424,7 @@ def test_a_checkpoint_whose_saving_fails_leaves_the_older_one(
             raise OSError(28, "No space left on device")
         seal(folder, config)
 
-    monkeypatch.setattr(core.training, "seal_checkpoint", full)
+    monkeypatch.setattr(core.trainer, "seal_checkpoint", full)
     options = dict(
         model_name_or_path=model_dir,
         dataset_name_or_path=data,
@@ -437,7 +437,7 @@ def test_a_checkpoint_whose_saving_fails_leaves_the_older_one(
     assert [path.name for path in (out / "checkpoints").glob("[a-z]*")] == [
         "checkpoint-2"
     ] and not core.files.find_damage(out / "checkpoints/checkpoint-2")
-    monkeypatch.setattr(core.training, "seal_checkpoint", seal)
+    monkeypatch.setattr(core.trainer, "seal_checkpoint", seal)
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "lo')  # of a line too there was only half
     assert sft.SFTStage(sft.SFTConfig(**options, output_dir=str(out))).execute().success
@@ -728,7 +728,7 @@ def test_early_stopping_has_waited_as_long_after_an_interruption(
         seal(folder, config)
 
     with monkeypatch.context() as patch:
-        patch.setattr(core.training, "seal_checkpoint", full)
+        patch.setattr(core.trainer, "seal_checkpoint", full)
         assert not cut.execute().success
     again = sft.SFTStage(sft.SFTConfig(**options, output_dir=str(tmp_path / "cut"))).execute()
     assert again.metrics["steps"] == whole.metrics["steps"] < 8

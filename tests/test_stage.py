@@ -10,7 +10,7 @@ import torch
 from conftest import training_config
 
 import common
-import core.checkpoints
+import core.fingerprints
 from common import BaseStage, StageResult
 from core.config import StageConfig, TrainingConfig
 from core.errors import ConfigError
@@ -273,5 +273,5 @@ def test_a_stage_that_a_notebook_defines_anew_is_another(tmp_path):
     one, two, three = (stage(number).fingerprint() for number in (1, 1, 2))
     assert (
         one == two != three
-        and core.checkpoints.describe_differences(two, three) == "train() changed"
+        and core.fingerprints.describe_differences(two, three) == "train() changed"
     )

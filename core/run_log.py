@@ -1,0 +1,43 @@
+"""What a run logs at a step: a line in metrics.jsonl, and a shorter one on the screen."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from core.files import atomic_writer
+from core.runtime import logger
+
+# How a figure is shown on the screen; the others are shown as "name value", with four digits.
+SCREEN_FORMATS = {"learning_rate": "lr {:.2g}", "tokens_per_s": "{:,.0f} tokens/s"}
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Keep the complete lines of a .jsonl up to `step`.
+
+    A resumed run writes again what the interrupted one wrote after its last checkpoint.
+    """
+    lines = []
+    if step and path.exists():
+        lines = re.findall(r".*\n", path.read_text(encoding="utf-8"))
+    with atomic_writer(path) as file:
+        file.writelines(line for line in lines if json.loads(line)["step"] <= step)
+
+
+def log_step(
+    folder: Path, step: int, steps: int, logs: Mapping[str, float], not_on_screen: str
+) -> None:
+    """Append `logs` to metrics.jsonl, and show them without the names that match the regular
+    expression `not_on_screen`."""
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": step, **logs}) + "\n")
+    shown = []
+    for name, value in logs.items():
+        if re.fullmatch(not_on_screen, name):
+            continue
+        template = SCREEN_FORMATS.get(name, f"{name} {{:.4g}}")
+        shown.append(template.format(value))
+    width = len(str(steps))
+    logger.info("step %*d/%d  %s", width, step, steps, "  ".join(shown))
