@@ -287,6 +287,8 @@ class FitConfig(DataConfig, TrainingConfig):
     """Options of every stage that trains by `fit`, on the data that `aliases` names."""
 
     aliases: ClassVar[dict[str, str]] = TrainingConfig.aliases | {"data": "dataset_name_or_path"}
+    # options that --help shows first
+    everyday: ClassVar[tuple[str, ...]] = ("model", "data", "output_dir", "learning_rate")
 
     validation_split: Share = 0.05  # share of the rows held out for evaluation
     num_train_epochs: Positive = 1.0  # passes over the data

@@ -80,7 +80,7 @@ class DPOConfig(FitConfig):
     aliases: ClassVar = FitConfig.aliases | {"data": "preference_dataset_path"}
     formats: ClassVar = FORMATS
     default_rates: ClassVar = (5e-5, 1e-6)
-    everyday: ClassVar = ("loss_type", "beta", *FitConfig.everyday)
+    everyday: ClassVar = (*FitConfig.everyday, "loss_type", "beta")
 
     # preference data
     preference_dataset_path: str = ""  # .json, .jsonl, .csv or .parquet file, folder, or hub name
@@ -89,7 +89,8 @@ class DPOConfig(FitConfig):
     truncation_side: Literal["left", "right"] = "left"  # side on which prompts are truncated
     # preference optimization
     learning_rate: Positive | None = None  # peak; default 5e-5 for an adapter, 1e-6 for all weights
-    loss_type: Names = field(default_factory=lambda: ["sigmoid"])  # losses to sum; see LOSSES
+    # losses to sum: sigmoid, hinge, ipo, robust, exo_pair, apo_zero, simpo, orpo, cpo, nll; or kto
+    loss_type: Names = field(default_factory=lambda: ["sigmoid"])
     loss_weights: Weights = field(default_factory=list)  # weight of each loss; default 1
     beta: Positive = 0.1  # strength of the pull towards the reference (IPO: tau, ORPO: lambda)
     label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = 0.0  # probability that a label is wrong
@@ -285,8 +286,7 @@ def nll_loss(pairs: PairLogps, config: DPOConfig) -> Tensor:
 def kto_loss(log_ratio: Tensor, z0: Tensor, label: Tensor, config: DPOConfig) -> Tensor:
     """lambda_y - v(x, y) of single answers with log-ratios (B,) (Ethayarajh et al. 2024, eq. 8).
 
-    `label` (B,) is true where an answer is desirable; the reference point z0 () estimates
-    KL(pi || pi_ref).
+    `label` (B,) is true for desirable answers; z0 () estimates KL(pi || pi_ref).
     """
     gain = config.beta * (log_ratio - z0)
     if_desirable = config.desirable_weight * torch.sigmoid(-gain)

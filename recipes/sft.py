@@ -66,19 +66,7 @@ class SFTConfig(FitConfig):
     """Options of supervised fine-tuning."""
 
     formats: ClassVar = FORMATS
-    everyday: ClassVar = (
-        "model_name_or_path",
-        "dataset_name_or_path",
-        "output_dir",
-        "num_train_epochs",
-        "max_steps",
-        "per_device_train_batch_size",
-        "learning_rate",
-        "lora_r",
-        "max_seq_length",
-        "packing",
-        "num_eval_samples",
-    )
+    everyday: ClassVar = (*FitConfig.everyday, "packing", "num_eval_samples")
 
     # supervised fine-tuning
     dataset_name_or_path: str = ""  # .json, .jsonl, .csv or .parquet file, folder, or hub name

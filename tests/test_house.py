@@ -49,6 +49,7 @@ CONTAINS = {
 # What every recipe has, each its own; any other function that two recipes hold under one name is the same in both.
 SECTIONS = {
     "encode",
+    "encode_rows",
     "collate",
     "loss",
     "train",
