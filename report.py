@@ -1,25 +1,31 @@
-"""A run's folder as one page: alarms, figures before and after, curves, answers side by side, lineage, options.
+"""A run's folder as one page: alarms, metrics, curves, answers side by side, lineage, options.
 
     python report.py outputs/quickstart               # writes outputs/quickstart/report.html
-    python report.py outputs/lr1e-4 outputs/lr5e-4    # writes outputs/lr5e-4/compare.html: the second against the first
+    python report.py outputs/lr1e-4 outputs/lr5e-4    # writes outputs/lr5e-4/compare.html
 
-A folder is that of a chain or of one stage, however far it has come. A page loads nothing and runs no script.
+The folder is that of a chain or of one stage, finished or not; of two folders, the second is
+compared with the first. The page loads nothing and runs no script. This file reads and computes;
+report.html.j2 lays out.
 """
+
+from __future__ import annotations
 
 import json
 import math
 import os
 import re
 import sys
-from contextlib import suppress
-from datetime import datetime, timedelta
-from html import escape
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
-from types import SimpleNamespace as Stage
+from typing import Any
 
-import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-MAIN = (
+from core.run_folder import LogEntry, Stage, dump_yaml, is_number, read_run
+
+MAIN_CURVES = (  # shown at once, in this order; the others unfold
     "loss",
     "reward",
     "kl",
@@ -30,434 +36,524 @@ MAIN = (
     "entropy",
     "learning_rate",
 )
-ANSWERS = (
-    "before",
-    "old",
-    "baseline",
-    "completion",
-    "answer",
-    "after",
-    "new",
-)  # what recipes call them in their rows
-STYLE = """:root { color-scheme: light dark; --page: #fbfbfa; --card: #fff; --ink: #222; --soft: #667; --line: #e2e4e8;
---c0: #2c6cb5; --c1: #b9581a; --c2: #27795a; --c3: #8659ad } @media (prefers-color-scheme: dark) { :root { --page:
-#121316; --card: #1a1d22; --ink: #ddd; --soft: #99a; --line: #333; --c0: #72abea; --c1: #f0a15f; --c2: #6fc799; --c3:
-#c5a3e8 } } svg { width: 100%; font-size: 10px; overflow: visible } h1, p { margin: 4px 0 } h2 { margin-top: 44px }
-small, .soft, thead { color: var(--soft); font-size: .9em; font-weight: 400 } a, summary { color: var(--c0) }
-.state::before { content: "\\25CF\\A0"; color: var(--soft) } .done::before, .c2 { color: var(--c2) } .running::before,
-.c0 { color: var(--c0) } .failed::before, .c1 { color: var(--c1) } .c3 { color: var(--c3) } .box { border: 1px solid
-var(--line); border-radius: 8px; background: var(--card); overflow-x: auto; margin: 0 0 1em } table { border-collapse:
-collapse; width: 100%; overflow-wrap: normal } td, th { padding: 6px 8px; text-align: right; vertical-align: top;
-font-weight: 400 } tbody tr { border-top: 1px solid var(--line) } th:first-child { text-align: left; position: sticky;
-left: 0; background: var(--card); min-width: 7em; overflow-wrap: anywhere } th[colspan] { font-weight: 600; padding-top:
-1em } td small { display: block } .grid { display: grid; gap: 0 20px; grid-template-columns: repeat(auto-fill,
-minmax(min(300px, 100%), 1fr)) } figure, article { padding: 12px } a, figcaption span { display: inline-block;
-margin-right: 1em } body { margin: auto; max-width: 70em; padding: 1.5em; background: var(--page); color: var(--ink);
-font: 15px/1.55 system-ui; font-variant-numeric: tabular-nums; overflow-wrap: anywhere } text { fill: var(--soft) }
-polyline, circle { fill: none; stroke: currentColor; stroke-width: 1.8 } polyline.dashed { stroke-dasharray: 5 4 } path
-{ stroke: var(--line) } .grid > div, .alarm { border-left: 2px solid var(--line); padding-left: 1em } .alarm {
-border-color: var(--c1) } .text { max-height: 17em; overflow-y: auto } .text, pre, .alarm { margin: 0 0 8px;
-white-space: pre-wrap } @media (max-width: 30em) { body { padding: 1em; font-size: 13px } td, th { padding: 5px } }"""
+# What recipes call the answers in the rows of samples.jsonl and win_rate.jsonl: of an earlier
+# model, of the trained one.
+EARLIER_ANSWERS = ("before", "old", "baseline")
+LATER_ANSWERS = ("completion", "answer", "after", "new")
+MAX_ANSWER_LENGTH = 4000  # characters
+MAX_PROMPTS = 12  # of those that a stage was the first to answer
+MAX_POINTS = 100  # groups of neighbouring points in a curve
 
 
-def read(path: Path) -> list:
-    """Of a .jsonl, .json or .yaml the mappings, if whole; of a .log our own entries: (time, level, logger, message)."""
-    text, found = path.read_text("utf-8", "replace") if path.is_file() else "", []
-    if path.suffix == ".log":
-        parts = re.split(
-            r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d{3} ([A-Z]+) ([\w.]+):\s", text, flags=re.M
-        )[1:]
-        return [
-            (*e, text.strip())
-            for *e, text in zip(*(parts[n::4] for n in range(4)))
-            if e[2][:7] == "recipes"
-        ]
-    for piece in text.split("\n") if path.suffix == ".jsonl" else [text]:
-        with suppress(ValueError, RecursionError, yaml.YAMLError):
-            found.append(yaml.safe_load(piece) if path.suffix == ".yaml" else json.loads(piece))
-    return [value for value in found if isinstance(value, dict)] or [{}] * (path.suffix != ".jsonl")
+# -- figures ---------------------------------------------------------------------------------------
 
 
-def read_stage(
-    folder: Path, name: str, state="running", config=None, metrics=None, since=""
-) -> Stage:
-    """What a stage's folder says. What it has from before `since`, when the stage began, is of an older run."""
-    (record,) = read(folder / "stage.json")
-    record = record if record.get("finished", "").replace("T", " ") >= since else {}
-    metrics = {
-        k: v
-        for k, v in (record.get("metrics") or metrics or {}).items()
-        if isinstance(v, int | float)
-    }
-    if "finished" in record and not since:
-        since = str(
-            datetime.fromisoformat(record["finished"][:19])
-            - timedelta(seconds=2 + metrics.get("seconds", 0))
-        )
-    rows = [
-        read(path)
-        if record or path.exists() and str(datetime.fromtimestamp(path.stat().st_mtime)) >= since
-        else []
-        for path in map(folder.joinpath, ("metrics.jsonl", "samples.jsonl", "win_rate.jsonl"))
-    ]
-    for key, value in (
-        []
-        if metrics
-        else [item for row in rows[0] for item in row.items() if item[0][:5] == "eval_"]
-    ):
-        metrics[key if f"{key}_before" in metrics else f"{key}_before"] = (
-            value  # so far: the first and the last
-        )
-    return Stage(
-        name=name,
-        state="done" if record else state,
-        since=since,
-        metrics=metrics,
-        config=config or read(folder / "stage_config.yaml")[0],
-        curves=rows[0],
-        samples=rows[1] + rows[2],
-        lineage={
-            k: v
-            for k, v in record.items()
-            if k not in ("stage", "success", "metrics", "fingerprint")
-        },
-    )
+@dataclass
+class Row:
+    """A row of a table: cells of (text, note below it), or a heading with a note beside it if there
+    are no cells."""
+
+    name: str
+    cells: list[tuple[str, str]] = field(default_factory=list)
+    note: str = ""
 
 
-def read_run(folder: Path) -> tuple[list[Stage], list[tuple]]:
-    """(stages, alarms) of the run in a folder. Raises ValueError if there is none."""
-    (chain,), stages = read(folder / "pipeline.json"), []
-    if not (
-        chain
-        or any((folder / file).exists() for file in ("stage.json", "metrics.jsonl", "training.log"))
-    ):
-        raise ValueError(
-            f"{folder}: no run here, neither pipeline.json nor stage.json, metrics.jsonl, training.log"
-        )
-    log, results = (
-        read(folder / ("pipeline_" * bool(chain) + "training.log")),
-        iter(chain.get("results", ())),
-    )
-    begun = {text.split()[1]: time for time, *_, text in log if re.fullmatch(r"\d+/\d+ \S+", text)}
-    alone = "failed" if log and log[-1][1] == "ERROR" else "running"
-    marked = {
-        at: state for state, at in chain.get("state", {alone: ""}).items()
-    }  # running, interrupted or failed
-    for name, config in chain.get("plan", {"": {}}).items():
-        result = next(results, None) if config.get("enabled") else None
-        state = ("done" if result["success"] else "failed") if result else marked.get(name)
-        if not state:
-            state, begun[name] = (
-                "waiting" if config["enabled"] else "skipped",
-                "9",
-            )  # what lies there is older
-        stages.append(
-            stage := read_stage(
-                folder / name,
-                name or folder.resolve().name,
-                state,
-                config,
-                (result or {}).get("metrics"),
-                begun.get(name, ""),
-            )
-        )
-        for file in sorted((folder / name).glob("*/metrics.jsonl")):  # rlaif contains other recipes
-            since = (
-                ""
-                if any(f"{file.parent.name} is finished already" in text for *_, text in log)
-                else stage.since
-            )
-            part = read_stage(
-                file.parent, f"{stage.name}/{file.parent.name}", stage.state, since=since
-            )
-            stages += [part] * (
-                bool(part.lineage) or stage.state in ("running", "interrupted", "failed")
-            )
-    return stages, [
-        e
-        for e in log
-        if e[1] in ("WARNING", "ERROR") and e[0] >= min(stage.since for stage in stages)
-    ]
+def format_number(value: float | None) -> str:
+    if value is None:
+        return "–"
+    size = abs(value)
+    text = f"{value:,.0f}" if 1e4 <= size < 1e15 else f"{value:.4g}"
+    return text.replace("-", "−")
 
 
-def shown(value: float | None) -> str:
-    return (
-        "–"
-        if value is None
-        else f"{value:{',.0f' if 1e4 <= abs(value) < 1e15 else '.4g'}}".replace("-", "−")
-    )
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A table of ready cells in a box that scrolls by itself. A row of one cell heads those after it."""
-    cells = lambda tag, texts: "".join(f"<{tag}>{text}</{tag}>" for text in texts)
-    body = "".join(
-        f"<tr><th{' colspan=9' * (not rest)}>{first}</th>{cells('td', rest)}</tr>"
-        for first, *rest in rows
-    )
-    return (
-        f"<div class=box><table><thead><tr>{cells('th', map(escape, head))}<tbody>{body}</table></div>"
-        * bool(rows)
-    )
-
-
-def ticks(low: float, top: float) -> list[float]:
-    """Round numbers from below `low` to above `top`, 1, 2 or 5 times a power of ten apart."""
-    step = next(
-        m * 10**e
-        for e in range(-99, 308)
-        for m in (1, 2, 5)
-        if 4.1 * m * 10**e > (top - low or abs(low) or 1)
-    )
-    first = math.floor(low / step + 1e-6)
-    return [step * n for n in range(first, max(first + 1, math.ceil(top / step - 1e-6)) + 1)]
-
-
-def chart(title: str, lines: list[tuple[str, str, list]]) -> str:
-    """An inline SVG of lines (name, look, points); the legend has the last value of each."""
-    xs, ys = zip(*(point for *_, points in lines for point in points))
-    left, right, up, legend = min(xs), max(xs), ticks(min(ys), max(ys)), ""
-    x_at = lambda x: f"{44 + 276 * (x - left) / (right - left or 1):.1f}"
-    y_at = lambda y: f"{146 - 136 * (y - up[0]) / (up[-1] - up[0]):.1f}"
-    label = lambda x, y, text, at: f"<text x={x} y={y} dy=3.5 text-anchor={at}>{text}</text>"
-    svg = "".join(
-        f"<path d=M44,{y_at(y)}H320 />" + label(38, y_at(y), f"{y:.6g}", "end") for y in up
-    )
-    svg += label(38, 161, "step", "end") + "".join(
-        label(x_at(x), 161, f"{x:g}", "middle")
-        for x in ticks(left, right)
-        if left <= x <= right and x == int(x)
-    )
-    for name, look, points in lines:
-        size = math.ceil(
-            len(points) / 100
-        )  # of a long run the lowest and the highest of every few points
-        groups = [
-            sorted(points[n : n + size], key=lambda point: point[1])
-            for n in range(0, len(points), size)
-        ]
-        some = [(x_at(x), y_at(y)) for near in groups for x, y in sorted({near[0], near[-1]})]
-        svg += f'<polyline class="{look}" points="{" ".join(map(",".join, some))}" />'
-        svg += "".join(
-            f'<circle class="{look}" r=2.6 cx={x} cy={y} />' for x, y in some if "dashed" in look
-        )
-        legend += f"<span class='{look}'>{'━┅'['dashed' in look]} {escape(name)} {shown(points[-1][1])}</span>"
-    return (
-        f"<figure class=box><figcaption><b>{escape(title)}</b><br><small>{legend}</small></figcaption>"
-        f'<svg viewBox="0 0 340 170" role=img aria-label="{escape(title)} by step">{svg}</svg></figure>'
-    )
-
-
-def curves(title: str, group: dict[str, Stage]) -> str:
-    """Charts of a stage, or of the same stage in two runs: x and eval_x in one, and chosen_x with rejected_x."""
-    charts: dict[str, list] = {}
-    for run, (label, stage) in enumerate(group.items()):
-        for name in sorted(
-            set().union(*stage.curves) - {"step", "epoch"}, key=lambda k: (k[:5] == "eval_", k)
-        ):
-            lines = charts.setdefault(re.sub("^(eval_)?(chosen_|rejected_)?", "", name), [])
-            look = f"c{run + 2 * ('rejected_' in name) if len(group) > 1 else len(lines) % 4}"
-            points = [
-                (row["step"], row[name])
-                for row in stage.curves
-                if isinstance(row.get(name), int | float) and math.isfinite(row[name])
-            ]
-            lines += [(f"{label} {name}", look + " dashed" * (name[:5] == "eval_"), points)] * bool(
-                points
-            )
-    drawn = {
-        title: chart(title, lines)
-        for title, lines in charts.items()
-        if any(len(line[2]) > 1 for line in lines)
-    }
-    first = "".join(drawn.pop(title) for title in MAIN if title in drawn)
-    more = f"<details><summary>{len(drawn)} more</summary><div class=grid>{''.join(drawn.values())}</div></details>"
-    return f"<h3>{escape(title)}</h3><div class=grid>{first}</div>{more * bool(drawn)}" * bool(
-        first or drawn
-    )
-
-
-def figures(title: str, group: dict[str, Stage], labels: list[str]) -> list[list[str]]:
-    """Rows of a stage's figures before and after, or of two runs, and how they differ; beside its name those alone."""
-    known = [group[label].metrics if label in group else {} for label in labels]
-    ends, rows = (
-        {f"{name}_{end}" for one in known for name in one for end in ("low", "high", "n")},
-        [],
-    )
-    names = dict.fromkeys(
-        key.removesuffix("_before") for one in known for key in one if key not in ends
-    )
-    twice = [n for n in names if len(known) == 2 or {f"{n}_before", f"{n}_low"} & {*known[0]}]
-    once = ", ".join(
-        f"{escape(name)} {shown(known[0][name])}" for name in names if name not in twice
-    )
-    for name in twice:
-        cells, keys = [], [(one, key) for one in known for key in (f"{name}_before", name)]
-        for one, key in keys:
-            low, high, n = (shown(one.get(f"{key}_{end}")) for end in ("low", "high", "n"))
-            cells.append(
-                shown(one.get(key))
-                + f"<small>{low} to {high}, n {n}</small>" * (f"{key}_low" in one)
-            )
-        a, b = (one.get(key) for one, key in (keys if len(keys) == 2 else keys[1::2]))
-        rows.append([escape(name), *cells, "–" if None in (a, b) else "+" * (b > a) + shown(b - a)])
-    return [[f"{escape(title)} <small>{once}</small>"], *rows] if names else []
-
-
-def answers(stages: dict[str, Stage]) -> str:
-    """The same held-out prompts answered by each stage, side by side: 12 of those that a stage was first to answer."""
-    cards, page, cut = (
-        {},
-        "",
-        lambda text: escape(str(text or "–")[:4000]) + " …" * (len(str(text)) > 4000),
-    )
-    for name, stage in stages.items():
-        steps = sorted(row["step"] for row in stage.samples if "step" in row) or [0]
-        for row in (
-            row for row in stage.samples if row.get("step", steps[0]) in (steps[0], steps[-1])
-        ):
-            turns, expected = (
-                row.get("prompt", row.get("question", "")),
-                row.get("expected", row.get("answer")),
-            )
-            turns = turns if isinstance(turns, list) else [{"role": "user", "content": turns}]
-            asked = "\n\n".join(
-                f"{turn['role']}: " * (len(turns) > 1) + turn["content"] for turn in turns
-            )
-            last = turns[-1][
-                "content"
-            ].strip()  # a system turn before it may be a stage's own; chats may end alike
-            known = len(turns) == 1 or cards.get(last, ("", asked))[1] in (asked, last)
-            texts = cards.setdefault(last if known else asked, (name, asked, expected, {}))[3]
-            said = ", ".join(
-                f"{k} {shown(x)}"
-                for k, x in row.items()
-                if isinstance(x, int | float) and k != "step"
-            )
-            for key in (
-                key for key in ANSWERS if key in row and (key != "answer" or "expected" in row)
-            ):
-                when = row.get("when", f"step {row['step']}" if key == "completion" else key)
-                text = row[key]["answer"] if key == "baseline" else row[key]
-                if when not in ("before", "old", "step 0") or text not in [
-                    old for old, _ in texts.values()
-                ]:
-                    texts[f"{name} {when}"] = text, said * (key not in ANSWERS[:3])
-    chosen = [
-        card
-        for name in stages
-        for card in [card for card in cards.values() if card[0] == name][:12]
-    ]
-    for _, asked, expected, texts in chosen:
-        page += (
-            (
-                f"<article class=box><div class=text><b>{cut(asked)}</b></div><p class=soft>expected: {cut(expected)}"
-                "<div class=grid>"
-            )
-            + "".join(
-                f"<div><small>{escape(when)}</small><div class=text>{cut(text)}</div>"
-                f"<small>{escape(said)}</small></div>"
-                for when, (text, said) in texts.items()
-            )
-            + "</div></article>"
-        )
-    return f"<p class=soft>{len(chosen)} of {len(cards)} prompts</p>{page}" * bool(page)
-
-
-def options(
-    labels: list[str], groups: dict[str, dict[str, Stage]], stages: dict[str, Stage]
-) -> str:
-    """What two runs do not have in common, then each stage's lineage and its options, resolved."""
-    rows, page, dump = (
-        [],
-        "",
-        lambda values: escape(yaml.safe_dump(values, sort_keys=False, allow_unicode=True)),
-    )
+def build_figures(
+    groups: Mapping[str, dict[str, Stage]], labels: Sequence[str]
+) -> tuple[list[str], list[Row]] | None:
+    """(head, rows) of the metrics before and after each stage, of one run or of two, and the
+    change."""
+    head = [""]
+    for label in labels:
+        head += [f"{label} before".strip(), f"{label} after".strip()]
+    head.append("change")
+    rows: list[Row] = []
     for title, group in groups.items():
-        each = [
-            {k: escape(json.dumps(v)) for k, v in (s.config | s.lineage).items()}
-            for s in group.values()
-        ]
-        differ = [
-            k for k in each[0] | each[-1] if each[0].get(k) != each[-1].get(k) and k != "output_dir"
-        ]
-        rows += [
-            [escape(title)],
-            *([escape(k), *(one.get(k, "–") for one in each)] for k in differ),
-        ] * bool(differ)
+        metrics = []
+        for label in labels:
+            metrics.append(group[label].metrics if label in group else {})
+        rows += figure_rows(title, metrics)
+    return (head, rows) if rows else None
+
+
+def figure_rows(title: str, runs: Sequence[Mapping[str, float]]) -> list[Row]:
+    """Rows of the metrics of one stage in one run or in two. A metric of one run that has neither a
+    value before nor an interval is named beside the title."""
+    interval_ends = set()
+    for metrics in runs:
+        for name in metrics:
+            interval_ends |= {f"{name}_low", f"{name}_high", f"{name}_n"}
+    names: dict[str, None] = {}  # in order
+    for metrics in runs:
+        for key in metrics:
+            if key not in interval_ends:
+                names[key.removesuffix("_before")] = None
+
+    first, last = runs[0], runs[-1]
+    comparing = len(runs) == 2
+    beside, rows = [], []
+    for name in names:
+        two_values = {f"{name}_before", f"{name}_low"} & first.keys()
+        if not comparing and not two_values:
+            value = format_number(first[name])
+            beside.append(f"{name} {value}")
+            continue
+        cells = []
+        for metrics in runs:
+            cells += [metric_cell(metrics, f"{name}_before"), metric_cell(metrics, name)]
+        old = first.get(name if comparing else f"{name}_before")
+        change = format_change(old, last.get(name))
+        cells.append((change, ""))
+        rows.append(Row(name, cells))
+    heading = Row(title, note=", ".join(beside))
+    return [heading, *rows] if names else []
+
+
+def metric_cell(metrics: Mapping[str, float], name: str) -> tuple[str, str]:
+    """(value, its 95% interval and number of samples if they are known)."""
+    note = ""
+    if f"{name}_low" in metrics:
+        low = format_number(metrics.get(f"{name}_low"))
+        high = format_number(metrics.get(f"{name}_high"))
+        n = format_number(metrics.get(f"{name}_n"))
+        note = f"{low} to {high}, n {n}"
+    return format_number(metrics.get(name)), note
+
+
+def format_change(old: float | None, new: float | None) -> str:
+    if old is None or new is None:
+        return "–"
+    change = format_number(new - old)
+    return f"+{change}" if new > old else change
+
+
+# -- curves ----------------------------------------------------------------------------------------
+
+LEFT, RIGHT, TOP, BOTTOM = 44, 320, 10, 146  # the plot inside a chart of 340 by 170
+
+
+@dataclass
+class Line:
+    name: str
+    look: str  # classes of the style sheet: a colour, and `dashed` for evaluations
+    points: list[tuple[float, float]]  # (step, value)
+    last: str = ""
+    positions: list[tuple[str, str]] = field(default_factory=list)  # (x, y) in the chart
+
+    @property
+    def is_evaluation(self) -> bool:
+        return "dashed" in self.look
+
+
+@dataclass
+class Chart:
+    title: str
+    lines: list[Line]
+    x_ticks: list[tuple[str, str]]  # (position, label)
+    y_ticks: list[tuple[str, str]]
+
+
+@dataclass
+class CurveGroup:
+    """The charts of a stage: those shown at once, and those that unfold."""
+
+    title: str
+    main: list[Chart]
+    more: list[Chart]
+
+
+def build_curves(groups: Mapping[str, dict[str, Stage]]) -> list[CurveGroup]:
+    """The charts of each stage, or of the same stage in two runs."""
+    curve_groups = []
+    for title, group in groups.items():
+        charts = {}
+        for name, lines in collect_lines(group).items():
+            if any(len(line.points) > 1 for line in lines):
+                charts[name] = build_chart(name, lines)
+        main = [charts.pop(name) for name in MAIN_CURVES if name in charts]
+        if main or charts:
+            curve_groups.append(CurveGroup(title, main, list(charts.values())))
+    return curve_groups
+
+
+def collect_lines(group: Mapping[str, Stage]) -> dict[str, list[Line]]:
+    """{title of a chart: its lines}: x and eval_x are in one chart, and so are chosen_x and
+    rejected_x."""
+    charts: dict[str, list[Line]] = {}
+    comparing = len(group) > 1
+    for run, (label, stage) in enumerate(group.items()):
+        names = {name for row in stage.curves for name in row} - {"step", "epoch"}
+        for name in sorted(names, key=evaluations_last):
+            lines = charts.setdefault(re.sub("^(eval_)?(chosen_|rejected_)?", "", name), [])
+            # Of two runs each has its colours; otherwise the lines of a chart take turns.
+            colour = len(lines) % 4
+            if comparing:
+                colour = run + 2 if "rejected_" in name else run
+            look = f"c{colour} dashed" if name.startswith("eval_") else f"c{colour}"
+            points = points_of(stage, name)
+            if points:
+                line_name = f"{label} {name}".strip()
+                lines.append(Line(line_name, look, points))
+    return charts
+
+
+def points_of(stage: Stage, name: str) -> list[tuple[float, float]]:
+    """(step, value) of a metric, where it is a finite number."""
+    points = []
+    for row in stage.curves:
+        value = row.get(name)
+        if is_number(value) and math.isfinite(value):
+            points.append((row["step"], value))
+    return points
+
+
+def evaluations_last(name: str) -> tuple[bool, str]:
+    return name.startswith("eval_"), name
+
+
+def build_chart(title: str, lines: list[Line]) -> Chart:
+    """Lines with their positions in the chart, and round numbers at the axes."""
+    points = [point for line in lines for point in line.points]
+    steps = [step for step, _ in points]
+    values = [value for _, value in points]
+    first, last = min(steps), max(steps)
+    y_numbers = round_numbers(min(values), max(values))
+    bottom, top = y_numbers[0], y_numbers[-1]
+    width = (last - first) or 1  # in steps
+    height = top - bottom
+
+    def x_of(step: float) -> str:
+        x = LEFT + (RIGHT - LEFT) * (step - first) / width
+        return f"{x:.1f}"
+
+    def y_of(value: float) -> str:
+        y = BOTTOM - (BOTTOM - TOP) * (value - bottom) / height
+        return f"{y:.1f}"
+
+    for line in lines:
+        _, last_value = line.points[-1]
+        line.last = format_number(last_value)
+        for step, value in thin_out(line.points):
+            line.positions.append((x_of(step), y_of(value)))
+    x_ticks = []
+    for step in round_numbers(first, last):
+        if first <= step <= last and step == int(step):
+            x_ticks.append((x_of(step), f"{step:g}"))
+    y_ticks = [(y_of(value), f"{value:.6g}") for value in y_numbers]
+    return Chart(title, lines, x_ticks, y_ticks)
+
+
+def thin_out(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of a long curve the lowest and the highest of every few neighbours, so that no spike is
+    lost."""
+    size = math.ceil(len(points) / MAX_POINTS)
+    visible: list[tuple[float, float]] = []
+    for start in range(0, len(points), size):
+        neighbours = points[start : start + size]
+        lowest = min(neighbours, key=value_of)
+        highest = max(reversed(neighbours), key=value_of)
+        visible += sorted({lowest, highest})  # by step
+    return visible
+
+
+def value_of(point: tuple[float, float]) -> float:
+    return point[1]
+
+
+def round_numbers(low: float, high: float) -> list[float]:
+    """Round numbers from below `low` to above `high`, 1, 2 or 5 times a power of ten apart, at most
+    about five."""
+    span = (high - low) or abs(low) or 1
+    smallest = span / 4.1
+    power = 10.0 ** math.floor(math.log10(smallest))
+    step = power
+    for factor in (2, 5, 10):
+        if step <= smallest:
+            step = factor * power
+    tolerance = 1e-6  # of a step, against rounding
+    first = math.floor(low / step + tolerance)
+    last = math.ceil(high / step - tolerance)
+    last = max(last, first + 1)
+    return [step * n for n in range(first, last + 1)]
+
+
+# -- answers ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Answer:
+    title: str  # stage, and when: 02_rl step 100
+    text: str
+    note: str  # its reward and other scores
+
+
+@dataclass
+class Card:
+    """A prompt and all answers to it, of all stages."""
+
+    first_stage: str
+    prompt: str
+    expected: str | None
+    answers: dict[str, Answer] = field(default_factory=dict)
+
+
+def build_answers(stages: Mapping[str, Stage]) -> tuple[list[Card], int] | None:
+    """(cards, number of all prompts): the same held-out prompts answered by each stage, side by
+    side."""
+    cards: dict[str, Card] = {}
     for name, stage in stages.items():
-        page += (
-            f"<article class=box><b>{escape(name)}</b><pre>{dump({'state': stage.state} | stage.lineage)}</pre>"
-            f"<details><summary>options</summary><pre>{dump(stage.config)}</pre></details></article>"
-        )
-    return table(["differs", *labels], rows) + f"<div class=grid>{page}</div>"
+        for row in first_and_last(stage.samples):
+            card = find_card(cards, name, row)
+            add_answers(card, name, row)
+    chosen = []
+    for name in stages:
+        own = [card for card in cards.values() if card.first_stage == name]
+        chosen += own[:MAX_PROMPTS]
+    return (chosen, len(cards)) if cards else None
+
+
+def first_and_last(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the first and of the last evaluation, and those that belong to no step."""
+    steps = [row["step"] for row in rows if "step" in row]
+    if not steps:
+        return list(rows)
+    ends = (min(steps), max(steps))
+    return [row for row in rows if "step" not in row or row["step"] in ends]
+
+
+def find_card(cards: dict[str, Card], stage_name: str, row: Mapping[str, Any]) -> Card:
+    """The card of a row's prompt, a new one for the first row that has it."""
+    turns = row.get("prompt", row.get("question", ""))
+    if not isinstance(turns, list):
+        turns = [{"role": "user", "content": turns}]
+    last_text = turns[-1]["content"]
+    last_turn = last_text.strip()
+    prompt = last_text
+    if len(turns) > 1:
+        texts = [f"{turn['role']}: {turn['content']}" for turn in turns]
+        prompt = "\n\n".join(texts)
+    # A chat is known by its last turn, since a stage may put a system turn of its own before it.
+    # But two chats may end alike: then the second is known by all its turns.
+    key = last_turn
+    if len(turns) > 1 and last_turn in cards and cards[last_turn].prompt not in (prompt, last_turn):
+        key = prompt
+    if key not in cards:
+        expected = row.get("expected", row.get("answer"))
+        cards[key] = Card(stage_name, prompt, expected)
+    return cards[key]
+
+
+def add_answers(card: Card, stage_name: str, row: Mapping[str, Any]) -> None:
+    """Add what a row has of answers, but no answer of the stage's input that the stage before gave
+    already."""
+    scores = []
+    for name, value in row.items():
+        if is_number(value) and name != "step":
+            score = format_number(value)
+            scores.append(f"{name} {score}")
+    for key in (*EARLIER_ANSWERS, *LATER_ANSWERS):
+        if key not in row or (key == "answer" and "expected" not in row):
+            continue  # in a row without `expected`, `answer` is what is expected
+        when = f"step {row['step']}" if key == "completion" else key
+        when = row.get("when", when)
+        text = row[key]["answer"] if key == "baseline" else row[key]
+        known_texts = [answer.text for answer in card.answers.values()]
+        if when in ("before", "old", "step 0") and text in known_texts:
+            continue
+        title = f"{stage_name} {when}"
+        note = "" if key in EARLIER_ANSWERS else ", ".join(scores)
+        card.answers[title] = Answer(title, text, note)
+
+
+def cut(text: Any) -> str:
+    """A text that is not too long for the page; a dash for none."""
+    text = str(text or "–")
+    if len(text) > MAX_ANSWER_LENGTH:
+        return text[:MAX_ANSWER_LENGTH] + " …"
+    return text
+
+
+# -- lineage and options ---------------------------------------------------------------------------
+
+
+def build_options(
+    groups: Mapping[str, dict[str, Stage]], stages: Mapping[str, Stage]
+) -> tuple[list[Row], list[tuple[str, str, str]]]:
+    """(options in which two runs differ, (name, lineage, options) of each stage as YAML)."""
+    rows: list[Row] = []
+    for title, group in groups.items():
+        runs = list(group.values())
+        if len(runs) == 2:
+            rows += differing_rows(title, *runs)
+    texts = []
+    for name, stage in stages.items():
+        lineage = {"state": stage.state, **stage.lineage}
+        texts.append((name, dump_yaml(lineage), dump_yaml(stage.config)))
+    return rows, texts
+
+
+def differing_rows(title: str, first: Stage, second: Stage) -> list[Row]:
+    """Rows of the options, and of the lineage, that two runs of a stage do not have in common."""
+    old_values = first.config | first.lineage
+    new_values = second.config | second.lineage
+    rows = []
+    for name in old_values | new_values:
+        old = format_option(old_values, name)
+        new = format_option(new_values, name)
+        if old != new and name != "output_dir":
+            rows.append(Row(name, [(old, ""), (new, "")]))
+    return [Row(title), *rows] if rows else []
+
+
+def format_option(values: Mapping[str, Any], name: str) -> str:
+    return json.dumps(values[name], default=str) if name in values else "–"
+
+
+# -- page ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """One folder of the page."""
+
+    label: str  # empty if the page is of one run
+    name: str
+    stages: list[Stage]
+    alarms: list[LogEntry]
+
+    @property
+    def start(self) -> str:
+        """The model that the first stage started from."""
+        first = self.stages[0]
+        parent = first.lineage.get("parent", {})
+        named = first.config.get("model_name_or_path", "")
+        return str(parent.get("model", named))
+
+
+@dataclass
+class Section:
+    title: str
+    content: Any = None
+    error: str = ""  # why it cannot be shown
 
 
 def write(*folders: str | Path) -> Path:
-    """Write OUT/report.html, or of two runs OUT2/compare.html; returns its path. Raises ValueError if one is no run."""
-    paths, groups, stages, alarms, page, bar, top = [*map(Path, folders)], {}, {}, "", "", "", ""
+    """Write OUT/report.html, or of two runs OUT2/compare.html; returns its path. Raises ValueError
+    if one is no run."""
+    paths = [Path(folder) for folder in folders]
     names = [path.resolve().name for path in paths]
-    labels = [""] if len(paths) == 1 else names if len({*names}) == 2 else [*map(str, paths)]
-    title, columns = (
-        " / ".join(names),
-        [f"{label} {when}" for label in labels for when in ("before", "after")],
+    labels = names
+    if len(paths) == 1:
+        labels = [""]
+    elif names[0] == names[1]:
+        labels = [str(path) for path in paths]
+    runs = []
+    for label, name, path in zip(labels, names, paths, strict=True):
+        stages, alarms = read_run(path)
+        runs.append(Run(label, name, stages, alarms))
+    page = render(" / ".join(names), runs)
+    file_name = "report.html" if len(paths) == 1 else "compare.html"
+    path = paths[-1] / file_name
+    # A reader, or a crash, meets the old page or the new one, never half of one.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(page.encode("utf-8", "replace"))
+    return temporary.replace(path)
+
+
+def render(title: str, runs: Sequence[Run]) -> str:
+    """The page as HTML; every text in it is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).resolve().parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    for label, name, (run, said) in zip(labels, names, map(read_run, paths)):
-        start = (
-            run[0]
-            .lineage.get("parent", {})
-            .get("model", run[0].config.get("model_name_or_path", ""))
-        )
-        top += f"<p><b>{escape(label)}</b> <bdi class=soft>{escape(str(start))}</bdi>"
-        for stage in run:  # stages of one name go together, and two runs of one stage
-            groups.setdefault(
-                stage.name.replace(name, title, stage.name.split("/")[0] == name), {}
-            )[label] = stage
-            stages[label if label == stage.name else f"{label} {stage.name}".strip()] = stage
-            top += f" → <span class='state {stage.state}'>{escape(stage.name)} {stage.state}</span>"
-        alarms += "".join(
-            f"<p class=alarm>{escape(' '.join((*e, label)))}\n{escape(text)}" for *e, text in said
-        )
-    parts = {
-        "Alarms": lambda: alarms,
-        "Figures": lambda: table(
-            ["", *columns, "change"],
-            [row for item in groups.items() for row in figures(*item, labels)],
-        ),
-        "Curves": lambda: "".join(curves(*item) for item in groups.items()),
-        "Answers": lambda: answers(stages),
-        "Lineage and options": lambda: options(labels, groups, stages),
-    }
-    for name, make in parts.items():
-        try:
-            body = make()
-        except Exception as error:  # one odd file must not cost the page
-            body = f"<p class=alarm>not shown: {escape(f'{type(error).__name__}: {error}')}</p>"
-        page += f"<h2 id={name[:3]}>{name}</h2>{body}" * bool(body)
-        bar += f"<a href=#{name[:3]}>{name}</a>" * bool(body)
-    path = paths[-1] / ("report.html" if len(paths) == 1 else "compare.html")
-    aside, title = path.with_name(f".{path.name}.{os.getpid()}"), escape(title)
-    aside.write_bytes(
-        f"""<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>
-<meta name=viewport content="width=device-width"><meta http-equiv=Content-Security-Policy content="default-src 'none';
-style-src 'unsafe-inline'"><h1>{title}</h1>{top}<p class=soft>written {datetime.now():%Y-%m-%d %H:%M}<p>{bar}{page}
-""".encode("utf-8", "replace")
+    environment.filters["cut"] = cut
+    return environment.get_template("report.html.j2").render(
+        title=title,
+        runs=runs,
+        labels=[run.label for run in runs],
+        sections=build_sections(title, runs),
+        written=f"{datetime.now():%Y-%m-%d %H:%M}",
+        plot={"left": LEFT, "right": RIGHT, "bottom": BOTTOM},
     )
-    return aside.replace(path)
+
+
+def build_sections(title: str, runs: Sequence[Run]) -> list[Section]:
+    """The parts of the page that have something to show. One odd file costs its section, not the
+    page."""
+    labels = [run.label for run in runs]
+    groups = group_stages(title, runs)
+    stages = {}
+    for run in runs:
+        for stage in run.stages:
+            name = f"{run.label} {stage.name}".strip()
+            stages[run.label if stage.name == run.label else name] = stage
+    sections = [
+        build_section("Alarms", build_alarms, runs),
+        build_section("Figures", build_figures, groups, labels),
+        build_section("Curves", build_curves, groups),
+        build_section("Answers", build_answers, stages),
+        build_section("Lineage and options", build_options, groups, stages),
+    ]
+    return [section for section in sections if section.content or section.error]
+
+
+def build_section(title: str, build: Callable[..., Any], *arguments: Any) -> Section:
+    try:
+        return Section(title, build(*arguments))
+    except Exception as error:
+        return Section(title, error=f"{type(error).__name__}: {error}")
+
+
+def group_stages(title: str, runs: Sequence[Run]) -> dict[str, dict[str, Stage]]:
+    """{name of a stage: {label of a run: the stage in that run}}."""
+    groups: dict[str, dict[str, Stage]] = {}
+    for run in runs:
+        for stage in run.stages:
+            name = stage.name
+            # The folders of two single stages may have two names: they are compared all the same.
+            if name.split("/")[0] == run.name:
+                name = title + name.removeprefix(run.name)
+            groups.setdefault(name, {})[run.label] = stage
+    return groups
+
+
+def build_alarms(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """(when and where, message) of the warnings and errors."""
+    alarms = []
+    for run in runs:
+        for entry in run.alarms:
+            heading = f"{entry.time} {entry.level} {entry.logger} {run.label}".strip()
+            alarms.append((heading, entry.message))
+    return alarms
+
+
+# -- command line ----------------------------------------------------------------------------------
 
 
 def main() -> None:
-    """The command line. Exit status 2: the input has to be mended."""
-    if {"-h", "--help"} & {*sys.argv}:
-        return print(__doc__.strip())
+    """The command line. Exit status 2: invalid user input."""
+    arguments = sys.argv[1:]
+    if "-h" in arguments or "--help" in arguments:
+        print(__doc__.strip())
+        return
     try:
-        if len(sys.argv) not in (2, 3):
-            raise ValueError(
-                f"give the folder of a run, or two to compare; got {len(sys.argv) - 1}"
-            )
-        print(write(*sys.argv[1:]))
+        if len(arguments) not in (1, 2):
+            raise ValueError(f"give the folder of a run, or two to compare; got {len(arguments)}")
+        print(write(*arguments))
     except (ValueError, OSError) as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

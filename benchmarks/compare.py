@@ -76,7 +76,7 @@ def contend(contender, options: dict) -> None:
 
 
 def run(name: str, options: dict, counted: bool = False) -> dict[str, float]:
-    """A contender's run in a process of its own; the allocator's settings of `common.lean_memory` are the recipe's."""
+    """A contender's run in a process of its own; the allocator's settings of `core.runtime.configure_allocator` are the recipe's."""
     arguments = [f"--{key}={value}" for key, value in options.items()]
     command = [
         sys.executable,

@@ -21,11 +21,11 @@ os.environ["CUDA_VISIBLE_DEVICES"] = (
 
 import compare
 import sft
+import yaml
 
 import common
 import core.config
 import core.files
-import yaml
 
 HOME = Path("outputs/benchmark/pipeline").resolve()
 REWARD = "def words(prompts, completions, **_):\n    return [len({*str(text).split()}) / 10 for text in completions]\n"

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from core.config import StageConfig, TrainingConfig
 from core.errors import ConfigError, as_config_error
 from core.files import file_digest, find_damage, write_json

@@ -2,47 +2,355 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import io
 import re
+import shutil
+import textwrap
+import tokenize
 from collections import Counter
-from dataclasses import MISSING, fields
-from typing import Any, Sequence
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, dataclass, fields
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
+from annotated_types import Ge, Gt, Le, Lt
+
+from core.config import MAPPINGS, SEQUENCES, plain_types
 from core.errors import ConfigError
+
+# ---- parsing -------------------------------------------------------------------------------------
 
 
 def read_command_line(arguments: Sequence[str]) -> tuple[list[str], dict[str, str | None]]:
-    """(words, options) of a command line, all as text: the config's annotations say what a value is, not its looks."""
+    """(words, options) of a command line, where options are --name=value, --name value or --name.
+
+    All values are text: an option's annotation decides what a value is, not its looks. Raises
+    ConfigError for an option that is given twice.
+    """
     import fire
 
-    flags = Counter(
-        word.partition("=")[0].strip("-").replace("-", "_")
-        for word in arguments
-        if word[:2] == "--"
-    )
-    if wrong := [
-        f"--{name} stands {count} times" for name, count in flags.items() if count > 1 or not name
-    ]:
-        raise ConfigError(f"{wrong[0]}; an option is written once, as --name=value")
-    found: list = []
-    cli = fire.decorators.SetParseFn(str)(
-        lambda *words, **options: found.extend((list(words), options))
-    )
-    fire.Fire(cli, command=list(arguments))
-    return found[0], {
-        key: None if value in ("None", "null") else value for key, value in found[1].items()
-    }
+    words: list[str] = []
+    options: dict[str, str] = {}
+
+    @fire.decorators.SetParseFn(str)
+    def collect(*positional, **named):
+        words.extend(positional)
+        options.update(named)
+
+    # Fire would let the last of two win.
+    refuse_repetition(arguments)
+    fire.Fire(collect, command=list(arguments))
+    nothing = ("None", "null")
+    return words, {name: None if options[name] in nothing else options[name] for name in options}
+
+
+def refuse_repetition(arguments: Sequence[str]) -> None:
+    """Raise ConfigError for an option that is given twice, or has no name."""
+    flags = [argument for argument in arguments if argument.startswith("--")]
+    names = [flag.partition("=")[0].strip("-").replace("-", "_") for flag in flags]
+    for name, count in Counter(names).items():
+        if not name:
+            raise ConfigError("an option without a name; options are written --name=value")
+        if count > 1:
+            raise ConfigError(f"--{name} was given {count} times; keep one")
+
+
+# ---- comments of a config class ------------------------------------------------------------------
+
+# Remarks for tools, which are no help text.
+PRAGMA = re.compile(r"\s*#?\s*\b(noqa|type: ignore|fmt: \w+|pragma: |pylint: ).*")
+MAX_HEADING_LENGTH = 50
+
+
+@dataclass
+class Comment:
+    """A comment in the source of a config class."""
+
+    text: str
+    column: int
+    alone: bool  # no code on its line
+
+
+@dataclass
+class FieldComments:
+    """What the source says about an option."""
+
+    beside: str  # the comment on the lines of the field
+    above: list[str]  # the lines of comment directly above
+
+
+def read_comments(source: str) -> dict[int, Comment]:
+    """{line number: comment} of a Python source."""
+    comments = {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            line, column = token.start
+            alone = token.line.strip().startswith("#")
+            text = PRAGMA.sub("", token.string.lstrip("#").strip())
+            comments[line] = Comment(text, column, alone)
+    return comments
+
+
+def read_field_comments(config_class: type) -> dict[str, FieldComments]:
+    """{field: its comments} of a class, without those of its parents.
+
+    Empty where there is no source, such as for a class that was typed at a prompt.
+    """
+    try:
+        source = textwrap.dedent(inspect.getsource(config_class))
+        class_body = ast.parse(source).body[0].body  # type: ignore[attr-defined]
+        comments = read_comments(source)
+    except (OSError, TypeError, SyntaxError, tokenize.TokenError):
+        return {}
+    described = {}
+    for node in class_body:
+        # A field has an annotation; methods and constants have none.
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            described[node.target.id] = comments_of_field(node, comments)
+    return described
+
+
+def comments_of_field(node: ast.AnnAssign, comments: dict[int, Comment]) -> FieldComments:
+    """The comments that belong to one field, which may take several lines."""
+    last_line = node.end_lineno or node.lineno
+    beside = [comments[line].text for line in range(node.lineno, last_line + 1) if line in comments]
+    # A comment beside a field may go on below, further right than the fields.
+    line = last_line + 1
+    while line in comments and comments[line].alone and comments[line].column > node.col_offset:
+        beside.append(comments[line].text)
+        line += 1
+    above: list[str] = []
+    line = node.lineno - 1
+    while line in comments and comments[line].alone and comments[line].column == node.col_offset:
+        above.insert(0, comments[line].text)
+        line -= 1
+    return FieldComments(" ".join(beside).strip(), above)
+
+
+def as_heading(lines: Sequence[str]) -> str:
+    """The heading that a comment above a field is: one short line that is no sentence; or ""."""
+    text = " ".join(lines).strip("-=# ")
+    if len(lines) != 1 or len(text) > MAX_HEADING_LENGTH or text.endswith("."):
+        return ""
+    return text
+
+
+# ---- what --help says of an option ---------------------------------------------------------------
+
+# The word that stands for a value of a type.
+VALUE_WORDS = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
+MAX_DEFAULT_LENGTH = 60
+DRY_RUN = ("--dry_run", "check options, data and memory, print the plan, then stop")
+
+
+def value_word(hint: Any) -> str:
+    """What stands for the value of an option, such as NUMBER; "" if the annotation is unknown."""
+    members = [member for member in unwrap(hint) if member is not type(None)]
+    origins = [get_origin(member) or member for member in members]
+    if any(origin in MAPPINGS for origin in origins):
+        return "{NAME: VALUE}"
+    if any(origin in SEQUENCES for origin in origins):
+        return "A,B,..."
+    if Literal in origins:
+        return "NAME"
+    if bool in origins and str in origins:
+        return "true|false|TEXT"
+    if bool in origins:
+        return "true|false"
+    for kind, word in VALUE_WORDS.items():
+        if kind in origins:
+            return word
+    return ""
+
+
+def unwrap(hint: Any) -> list[Any]:
+    """The members of an annotation, without any metadata."""
+    members = []
+    for member in plain_types(hint):
+        if get_origin(member) is Annotated:
+            members.extend(unwrap(member.__origin__))
+        else:
+            members.append(member)
+    return members
+
+
+def allowed_values(hint: Any) -> str:
+    """The values that a Literal allows, also as the items of a list; "" for other annotations."""
+    for member in unwrap(hint):
+        if get_origin(member) is Literal:
+            return "one of " + ", ".join(map(str, get_args(member)))
+        for item in get_args(member):
+            if get_origin(item) is Literal:
+                return "any of " + ", ".join(map(str, get_args(item)))
+    return ""
+
+
+def bounds(hint: Any) -> str:
+    """The bounds of a number, such as "from 0 to below 1"; "" where they are obvious or absent."""
+    if get_origin(hint) is not Annotated:
+        parts = [bounds(member) for member in get_args(hint)]
+        return next((part for part in parts if part), "")
+    lower, upper = "", ""
+    for rule in hint.__metadata__:
+        if isinstance(rule, Gt):
+            lower = f"above {rule.gt}"
+        elif isinstance(rule, Ge):
+            lower = f"from {rule.ge}"
+        elif isinstance(rule, Lt):
+            upper = f"below {rule.lt}"
+        elif isinstance(rule, Le):
+            upper = f"to {rule.le}"
+    # A count or a size: nobody expects it to be negative.
+    if lower.startswith("from") and not upper:
+        return ""
+    if lower.startswith("from") and upper.startswith("below"):
+        upper = f"to {upper}"
+    return " ".join(part for part in (lower, upper) if part)
+
+
+def shown_default(option: Field) -> str:
+    """The default of an option as one would write it; "" if it is empty or cannot be shown."""
+    value = option.default
+    if option.default_factory is not MISSING:
+        try:
+            value = option.default_factory()
+        except Exception:  # a factory of the author's, which may need what is not there yet
+            return ""
+    if value is MISSING or value == "":
+        return ""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple | set | frozenset):
+        value = ",".join(str(item) for item in value)
+    text = str(value).replace("\n", r"\n")
+    if len(text) > MAX_DEFAULT_LENGTH:
+        return text[: MAX_DEFAULT_LENGTH - 3] + "..."
+    return text
+
+
+def describe_option(option: Field, hint: Any, comment: str) -> str:
+    """The help text of an option: its comment, what it allows, its default."""
+    required = option.default is MISSING and option.default_factory is MISSING
+    default = shown_default(option)
+    details = [allowed_values(hint), bounds(hint)]
+    if required:
+        details.append("required")
+    elif default:
+        details.append(f"default: {default}")
+    details = [detail for detail in details if detail]
+    if not details:
+        return comment
+    return f"{comment} ({'; '.join(details)})".strip()
+
+
+# ---- --help --------------------------------------------------------------------------------------
+
+COLUMN = 36  # where the help texts begin
+MIN_WIDTH, MAX_WIDTH = 70, 110
 
 
 def option_help(config_class: Any) -> str:
-    """The options of a config class: name, default, and the comment beside it in the source."""
-    source = "".join(
-        inspect.getsource(cls) for cls in reversed(config_class.__mro__) if hasattr(cls, "aliases")
-    )
-    comments, lines = dict(re.findall(r"^    (\w+): .*  # (.*)$", source, re.M)), []
-    for f in fields(config_class):
-        default = f.default if f.default_factory is MISSING else ",".join(f.default_factory())
-        default = str(default).replace("\n", r"\n") if len(str(default)) < 60 else "..."
-        lines.append(f"{f'  --{f.name}={default}':<46}  {comments[f.name]}")
-    short = ", ".join(f"--{alias} is --{name}" for alias, name in config_class.aliases.items())
-    return "\n".join([*lines, f"\n{short}"])
+    """The options of a config class in groups: names, explanation, allowed values, default.
+
+    The first group has those of `everyday`. The section comments between the fields are the
+    headings of the others, the options of the class itself before those of its parents. A field is
+    explained by `metadata={"help": ...}`, the comment beside it, or the comment above it.
+    """
+    hints = read_hints(config_class)
+    names = option_names(config_class)
+    options = {option.name: option for option in fields(config_class)}
+    groups: dict[str, list[tuple[str, str]]] = {}
+    lines: dict[str, tuple[str, str]] = {}
+    for name, (heading, comment) in explain_fields(config_class).items():
+        left = ", ".join(names[name])
+        word = value_word(hints.get(name))
+        if word:
+            left += f"={word}"
+        lines[name] = (left, describe_option(options[name], hints.get(name), comment))
+        groups.setdefault(heading, []).append(lines[name])
+
+    everyday = [config_class.aliases.get(name, name) for name in everyday_options(config_class)]
+    first = [lines[name] for name in everyday if name in lines]
+    if "dry_run" not in options:
+        first.append(DRY_RUN)
+    blocks = [format_group("everyday options", first)]
+    for heading, group in groups.items():
+        rest = [line for line in group if line not in first]
+        if rest:
+            blocks.append(format_group(heading, rest))
+    return "\n\n".join(blocks)
+
+
+def everyday_options(config_class: Any) -> Sequence[str]:
+    return getattr(config_class, "everyday", ())
+
+
+def read_hints(config_class: Any) -> dict[str, Any]:
+    """The annotations of the fields; {} if one names what does not exist at runtime."""
+    try:
+        return get_type_hints(config_class, include_extras=True)
+    except (NameError, TypeError):
+        return {}
+
+
+def option_names(config_class: Any) -> dict[str, list[str]]:
+    """{field: the ways to write it, short ones first}."""
+    names: dict[str, list[str]] = {option.name: [] for option in fields(config_class)}
+    for alias, name in config_class.aliases.items():
+        if name in names:
+            names[name].append(f"--{alias}")
+    for name, spellings in names.items():
+        spellings.append(f"--{name}")
+    return names
+
+
+def explain_fields(config_class: Any) -> dict[str, tuple[str, str]]:
+    """{field: (heading of its group, explanation)}, the fields of the class before its parents'."""
+    help_of = {option.name: option.metadata.get("help") for option in fields(config_class)}
+    explained: dict[str, tuple[str, str]] = {}
+    for cls in config_class.__mro__:
+        # `object`, and plain classes that only add methods.
+        if "__dataclass_fields__" not in vars(cls):
+            continue
+        heading = f"{cls.__name__.removesuffix('Config')} options"
+        comments = read_field_comments(cls)
+        for name in inspect.get_annotations(cls):
+            # A ClassVar is annotated too, and is no option.
+            if name not in help_of:
+                continue
+            comment = comments.get(name, FieldComments("", []))
+            # A comment above is a heading only where the field is explained without it.
+            text = help_of[name] or comment.beside
+            if text:
+                heading = as_heading(comment.above) or heading
+            else:
+                text = " ".join(comment.above)
+            # A subclass that only changes a default keeps its parent's explanation.
+            known_heading, known_text = explained.get(name, (heading, ""))
+            explained[name] = (known_heading, known_text or text)
+    return explained
+
+
+def format_group(heading: str, lines: Sequence[tuple[str, str]]) -> str:
+    """A heading and two columns, wrapped to the terminal."""
+    terminal_width = shutil.get_terminal_size().columns
+    width = min(max(terminal_width, MIN_WIDTH), MAX_WIDTH)
+    formatted = [f"{heading}:"]
+    for left, text in lines:
+        start = f"  {left}"
+        # A long name has a line of its own.
+        if len(start) > COLUMN - 2:
+            formatted.append(start)
+            start = ""
+        wrapped = textwrap.fill(
+            text,
+            width,
+            initial_indent=start.ljust(COLUMN),
+            subsequent_indent=" " * COLUMN,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        # `fill` of an empty text is empty.
+        formatted.append(wrapped or start.rstrip())
+    return "\n".join(line for line in formatted if line)

@@ -1,36 +1,70 @@
-"""Configuration: option types and the checked dataclasses that every recipe's options build on."""
+"""Configuration: option types, and the checked dataclasses that the options of every recipe extend.
+
+An option is a field of a dataclass, with a comment that `--help` shows. Its annotation decides how
+a value is read, whether it comes from the command line, from YAML or from Python:
+
+    sizes: list[int] = field(default_factory=list)  # --sizes=1,2,3 or --sizes="[1, 2, 3]"
+    rate: float | None = None  # --rate=2e-4 or --rate=none
+"""
 
 from __future__ import annotations
 
+import collections.abc
+import functools
 import importlib.util
 import os
 import re
+import types
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Mapping, Sequence, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
+import yaml
 from annotated_types import Ge, Gt, Lt, MinLen
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
-import yaml
 from core.errors import ConfigError, unknown_name
 from core.files import find_damage
 from core.runtime import compute_dtype, default_device, warn_once
+
+# ---- text to values ------------------------------------------------------------------------------
+
+
+def parse_yaml(value: Any) -> Any:
+    """A value written as YAML text; anything but text is returned as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        # The whole message would repeat the value, which may be a secret.
+        reason = getattr(error, "problem", None) or "invalid syntax"
+        raise ValueError(f"not valid YAML: {reason}") from None
+
+
+def split_names(value: Any) -> Any:
+    """The names in a text, which commas or spaces separate; None is an empty list."""
+    if isinstance(value, str):
+        return re.findall(r"[^,\s]+", value)
+    return value or []
+
+
+# ---- option types --------------------------------------------------------------------------------
 
 Count = Annotated[int, Ge(1)]
 Natural = Annotated[int, Ge(0)]
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Lt(1)]
-comma_separated = BeforeValidator(
-    lambda v: re.findall(r"[^,\s]+", v) if isinstance(v, str) else v or []
-)
+comma_separated = BeforeValidator(split_names)
+as_yaml = BeforeValidator(parse_yaml)
 Names = Annotated[list[str], comma_separated]
 Folder = Annotated[str, MinLen(1), AfterValidator(os.path.expanduser)]
 Trackers = Annotated[list[Literal["tensorboard", "wandb", "trackio"]], comma_separated]
-as_yaml = BeforeValidator(lambda v: yaml.safe_load(v) if isinstance(v, str) else v)
 Switch = Annotated[bool | str, as_yaml]
+LayerInterval = Annotated[Natural, as_yaml]
 Options = Annotated[dict[str, Any], as_yaml]
 Sentences = Annotated[list[str], as_yaml]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
@@ -39,26 +73,84 @@ Optimizer = Literal[
 ]
 Scheduler = Literal["linear", "cosine", "polynomial", "constant", "constant_with_warmup"]
 
+MAPPINGS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
+SEQUENCES = (list, tuple, set, frozenset, collections.abc.Sequence, collections.abc.Iterable)
+SECRET_NAMES = re.compile("token|secret|password|key")
+VALIDATION = ConfigDict(coerce_numbers_to_str=True, allow_inf_nan=False)
 
-def coerce_fields(config) -> None:
-    """Coerce every field of a dataclass to its annotation ("2e-4" to 0.0002); raises ConfigError naming the field."""
-    hints = get_type_hints(type(config), include_extras=True)
-    for name in (f.name for f in fields(config)):
-        value, rules = (
-            getattr(config, name),
-            ConfigDict(coerce_numbers_to_str=True, allow_inf_nan=False),
-        )
+
+def plain_types(hint: Any) -> Iterator[Any]:
+    """The members of an annotation: `Annotated[list[int], ...] | None` gives list[int] and None.
+
+    A member that brings its own reader of text (such as Names) comes with its annotation.
+    """
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        for member in get_args(hint):
+            yield from plain_types(member)
+    elif origin is Annotated and not any(isinstance(m, BeforeValidator) for m in hint.__metadata__):
+        yield from plain_types(hint.__origin__)
+    else:
+        yield hint
+
+
+def read_text(hint: Any, value: Any) -> Any:
+    """Text as the None, list or mapping that the annotation `hint` asks for; else as it is."""
+    if not isinstance(value, str):
+        return value
+    members = list(plain_types(hint))
+    choices = [choice for member in members for choice in get_args(member)]
+    if type(None) in members and value.lower() in ("none", "null") and value not in choices:
+        return None
+    if str in members:
+        return value
+    origins = [get_origin(member) or member for member in members]
+    if any(origin in MAPPINGS for origin in origins):
+        return parse_yaml(value) or {}
+    if any(origin in SEQUENCES for origin in origins):
+        if value.strip().startswith("["):
+            return parse_yaml(value)
+        parts = [part.strip() for part in value.split(",")]
+        return [part for part in parts if part]
+    return value
+
+
+# ---- checked dataclasses -------------------------------------------------------------------------
+
+
+@functools.cache
+def field_readers(config_class: type) -> dict[str, TypeAdapter]:
+    """{field: what validates and converts its values}, by the annotations of a dataclass."""
+    hints = get_type_hints(config_class, include_extras=True)
+    readers = {}
+    for option in fields(config_class):
+        hint = hints[option.name]
+        from_text = BeforeValidator(functools.partial(read_text, hint))
+        annotation: Any = Annotated[hint, from_text]
+        readers[option.name] = TypeAdapter(annotation, config=VALIDATION)
+    return readers
+
+
+def coerce_fields(config: Any) -> None:
+    """Convert every field of a dataclass to its annotation ("2e-4" to 0.0002), in place.
+
+    Raises ConfigError naming the field. pydantic's own dataclasses would do this by themselves, but
+    only in classes decorated by pydantic: a recipe's author writes the decorator of the standard
+    library, and is checked as well.
+    """
+    for name, reader in field_readers(config.__class__).items():
+        value = getattr(config, name)
         try:
-            setattr(config, name, TypeAdapter(hints[name], config=rules).validate_python(value))
+            setattr(config, name, reader.validate_python(value))
         except ValidationError as error:
-            shown = (
-                "" if re.search("token|secret|password|key", name) else f"={value!r}"
-            )  # may be a secret by mistake
-            raise ConfigError(f"{name}{shown}: {error.errors()[0]['msg'].lower()}") from None
+            message = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+            # A secret may have been given to the wrong option, such as use_auth_token.
+            shown = "" if SECRET_NAMES.search(name) else f"={value!r}"
+            raise ConfigError(f"{name}{shown}: {message[0].lower()}{message[1:]}") from None
 
 
-def replace_aliases(config_class, values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with aliases replaced by field names; raises ConfigError if an option is given by both."""
+def replace_aliases(config_class: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with aliases replaced by field names; raises ConfigError for both names of one."""
     replaced: dict[str, Any] = {}
     for key, value in values.items():
         name = config_class.aliases.get(key, key)
@@ -68,9 +160,9 @@ def replace_aliases(config_class, values: Mapping[str, Any]) -> dict[str, Any]:
     return replaced
 
 
-def resolve_names(config_class, values: Mapping[str, Any]) -> dict[str, Any]:
-    """`replace_aliases`; raises ConfigError with the nearest name for an unknown option."""
-    names = {f.name for f in fields(config_class)}
+def resolve_names(config_class: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` by field names; raises ConfigError for an unknown name, with the nearest one."""
+    names = {option.name for option in fields(config_class)}
     for key in values:
         if config_class.aliases.get(key, key) not in names:
             raise ConfigError(unknown_name("option", key, names | set(config_class.aliases)))
@@ -79,40 +171,46 @@ def resolve_names(config_class, values: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass
 class StageConfig:
-    """Options that every stage has. A stage of your own extends it: `@dataclass class MyConfig(StageConfig): ...`."""
+    """Options of every stage, for your own to extend: `@dataclass class MyConfig(StageConfig)`."""
 
-    aliases: ClassVar[dict[str, str]] = {}  # short names, for the command line
-    quantized: ClassVar[Any] = False  # whether the model's weights are: see ModelConfig
+    aliases: ClassVar[dict[str, str]] = {}  # short names of options
+    everyday: ClassVar[tuple[str, ...]] = ("output_dir",)  # options that --help shows first
+    quantized: ClassVar[Any] = False  # whether the weights are quantized: see ModelConfig
 
-    stage_name: str = ""  # name in logs and results; empty: the name of the recipe
-    output_dir: Folder = (
-        "outputs"  # folder of the stage: model, tokenizer, training.log, metrics.jsonl, stage.json
-    )
-    enabled: bool = True  # false: a chain skips the stage, and says so
-    save_intermediate: bool = True  # false: write no weights, hand the model on in memory only
-    seed: Natural = 42  # of initialisation, shuffling, splits and dropout
-    log_level: Literal["debug", "info", "warning", "error"] = (
-        "info"  # of the lines on the screen; the log has all
-    )
-    report_to: Trackers = field(default_factory=list)  # tensorboard, wandb, trackio
-    use_wandb: bool = False  # the same as report_to=wandb
-    wandb_project: str | None = None  # project in Weights & Biases
+    # the stage and its logs
+    stage_name: str = ""  # name in logs and results; empty uses the recipe's name
+    output_dir: Folder = "outputs"  # folder for the model, tokenizer, metrics and logs of the stage
+    enabled: bool = True  # false skips the stage in a chain
+    save_intermediate: bool = True  # false saves no weights and hands the model on in memory
+    seed: Natural = 42  # random seed of initialization, shuffling, splits and dropout
+    log_level: Literal["debug", "info", "warning", "error"] = "info"  # level of lines on the screen
+    report_to: Trackers = field(default_factory=list)  # experiment trackers
+    use_wandb: bool = False  # same as report_to=wandb
+    wandb_project: str | None = None  # Weights & Biases project
     wandb_run_name: str | None = None  # name of the run in the trackers
 
     def __post_init__(self):
         coerce_fields(self)
 
     def refuse_unread(self, unread: bool, names: str, why: str, **like) -> None:
-        """Raise ConfigError if one of `names` is `unread` and not as by default, beside the options `like`."""
-        standard = type(self)(**like) if unread else self
+        """If `unread`, raise ConfigError for each of the `names` that is not at its default.
+
+        `like` are options that the defaults of others depend on.
+        """
+        if not unread:
+            return
+        defaults = type(self)(**like)
         for name in names.split():
-            if getattr(self, name) != getattr(standard, name):
+            if getattr(self, name) != getattr(defaults, name):
                 raise ConfigError(f"{name} has no effect {why}")
 
     def validate(self) -> None:
-        """Check what no single field shows; raises ConfigError. Opens nothing."""
+        """Check the options together; raises ConfigError. Opens no file but a named checkpoint."""
         coerce_fields(self)  # a notebook may have assigned fields since
-        self.report_to = sorted({*self.report_to} | ({"wandb"} if self.use_wandb else set()))
+        trackers = set(self.report_to)
+        if self.use_wandb:
+            trackers.add("wandb")
+        self.report_to = sorted(trackers)
         if self.wandb_project and "wandb" not in self.report_to:
             raise ConfigError("wandb_project has no effect without use_wandb=true")
         self.refuse_unread(not self.report_to, "wandb_run_name", "without report_to")
@@ -123,33 +221,24 @@ class StageConfig:
 
 @dataclass
 class ModelConfig(StageConfig):
-    """Options of every stage that loads a model: where it is, its precision, its quantization by bitsandbytes."""
+    """Options of every stage that loads a model: source, precision, quantization."""
 
     aliases: ClassVar[dict[str, str]] = {"model": "model_name_or_path", "dtype": "torch_dtype"}
+    everyday: ClassVar[tuple[str, ...]] = ("model", "data", *StageConfig.everyday)
 
-    model_name_or_path: str = (
-        ""  # hub name, folder, adapter folder, or .gguf file (also package/file.gguf)
-    )
+    # model
+    model_name_or_path: str = ""  # hub name, folder of a model or adapter, or .gguf file
     revision: str | None = None  # branch, tag or commit of a hub name
-    torch_dtype: Precision = (
-        "auto"  # auto: bfloat16 on GPUs that have it, else float16; float32 on CPU and MPS
-    )
-    trust_remote_code: bool = False  # true runs Python code that comes with the model
-    use_auth_token: bool = (
-        False  # true: gated models, with your login (`hf auth login`, or the variable HF_TOKEN)
-    )
-    attn_implementation: str | None = (
-        None  # sdpa, eager, flash_attention_2, ...; none: the model's own choice
-    )
-    instruction_template: str | None = (
-        None  # such as "Q: {instruction}\nA: {response}"; none: the chat template
-    )
-    # quantization
-    use_4bit: bool = False  # QLoRA (Dettmers et al. 2023)
-    use_8bit: bool = False  # LLM.int8 (Dettmers et al. 2022)
-    bnb_4bit_compute_dtype: Precision = (
-        "auto"  # precision of the multiplications; auto: as torch_dtype
-    )
+    torch_dtype: Precision = "auto"  # auto: bfloat16 on a GPU that has it, float32 on CPU and MPS
+    trust_remote_code: bool = False  # run the Python code that comes with the model
+    use_auth_token: bool = False  # use your login, for gated models (`hf auth login` or HF_TOKEN)
+    attn_implementation: str | None = None  # sdpa, eager, flash_attention_2; none: model's choice
+    # prompt format such as "Q: {instruction}\nA: {response}"; none uses the chat template
+    instruction_template: str | None = None
+    # quantization by bitsandbytes
+    use_4bit: bool = False  # load the weights in 4 bits, for QLoRA (Dettmers et al. 2023)
+    use_8bit: bool = False  # load the weights in 8 bits, LLM.int8 (Dettmers et al. 2022)
+    bnb_4bit_compute_dtype: Precision = "auto"  # precision of 4-bit matmuls; auto uses torch_dtype
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"  # data type of the 4-bit weights
     bnb_4bit_use_double_quant: bool = True  # quantize the quantization constants too
 
@@ -164,7 +253,10 @@ class ModelConfig(StageConfig):
         names = "bnb_4bit_compute_dtype bnb_4bit_quant_type bnb_4bit_use_double_quant"
         self.refuse_unread(not self.use_4bit, names, "without use_4bit=true")
 
-    quantized = property(lambda self: self.use_4bit or self.use_8bit)
+    @property
+    def quantized(self) -> bool:  # type: ignore[override]
+        """Whether the weights are loaded in 4 or 8 bits."""
+        return self.use_4bit or self.use_8bit
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -172,83 +264,90 @@ class ModelConfig(StageConfig):
         return compute_dtype(self.torch_dtype)
 
 
+def all_linear() -> list[str]:
+    """PEFT's word for every linear layer but the output layer."""
+    return ["all-linear"]
+
+
 @dataclass
 class TrainingConfig(ModelConfig):
-    """Options of every stage that trains: LoRA, optimizer and schedule."""
+    """Options of every stage that trains: LoRA, optimizer, schedule, checkpoints."""
 
-    default_rates: ClassVar[tuple[float, float]] = (
-        5e-4,
-        5e-5,
-    )  # learning_rate for an adapter, for all weights
+    # Default learning rates for an adapter and for all weights; full training needs a lower one.
+    default_rates: ClassVar[tuple[float, float]] = (5e-4, 5e-5)
+    everyday: ClassVar[tuple[str, ...]] = (*ModelConfig.everyday, "learning_rate", "lora_r")
 
-    # adapter by PEFT
-    lora_r: Natural = 16  # rank; 0 trains all weights
+    # LoRA
+    lora_r: Natural = 16  # rank of the LoRA adapter; 0 trains all weights
     lora_alpha: Count = 32  # the adapter's output is scaled by lora_alpha / lora_r
     lora_dropout: Share = 0.0  # dropout before the adapter
-    lora_target_modules: Names = field(
-        default_factory=lambda: ["all-linear"]
-    )  # or names, such as q_proj,v_proj
-    lora_bias: Literal["none", "all", "lora_only"] = "none"  # which biases train
+    lora_target_modules: Names = field(default_factory=all_linear)  # or q_proj,v_proj,...
+    lora_bias: Literal["none", "all", "lora_only"] = "none"  # biases to train
     use_dora: bool = False  # weight-decomposed LoRA (Liu et al. 2024)
     use_rslora: bool = False  # scale by lora_alpha / sqrt(lora_r) (Kalajdzievski 2023)
     # optimizer and schedule
-    gradient_accumulation_steps: Count = 1  # micro-batches an optimizer step
-    learning_rate: Positive | None = (
-        None  # its peak; none: 5e-4 for an adapter, 5e-5 for all weights
-    )
-    weight_decay: NonNegative = 0.0  # of AdamW
-    warmup_ratio: Share = 0.03  # share of the steps over which the learning rate rises
-    lr_scheduler_type: Scheduler = "cosine"  # its course after that
-    optim: Optimizer = "adamw_torch"  # the 8-bit and paged ones are those of bitsandbytes
-    max_grad_norm: NonNegative = 1.0  # longer gradients are clipped to this norm; 0: none are
-    gradient_checkpointing: Annotated[Natural, as_yaml] = (
-        0  # recompute activations of every n-th layer; true: of all
-    )
+    gradient_accumulation_steps: Count = 1  # micro-batches per optimizer step
+    learning_rate: Positive | None = None  # peak rate; none: 5e-4 for LoRA, 5e-5 else
+    weight_decay: NonNegative = 0.0  # decoupled weight decay of AdamW
+    warmup_ratio: Share = 0.03  # fraction of steps used for warm-up
+    lr_scheduler_type: Scheduler = "cosine"  # learning-rate schedule after warm-up
+    optim: Optimizer = "adamw_torch"  # optimizer; 8-bit and paged: bitsandbytes
+    max_grad_norm: NonNegative = 1.0  # maximum gradient norm; 0 disables clipping
+    gradient_checkpointing: LayerInterval = 0  # recompute every Nth layer; true is every layer
     # checkpoints
-    save_total_limit: Count = 2  # so many checkpoints are kept
-    resume_from_checkpoint: Switch = (
-        True  # the newest whole checkpoint of the same run; false: none; or one's folder
-    )
+    save_total_limit: Count = 2  # number of checkpoints to keep
+    resume_from_checkpoint: Switch = True  # true: newest intact; false: start over; or a folder
 
     def __post_init__(self):
         super().__post_init__()
         if self.learning_rate is None:
-            self.learning_rate = self.default_rates[not self.lora_r]
+            adapter_rate, full_rate = self.default_rates
+            self.learning_rate = adapter_rate if self.lora_r else full_rate
 
     def validate(self) -> None:
         super().validate()
-        if (self.use_4bit or self.use_8bit) and not self.lora_r:
+        self.check_adapter()
+        self.check_precision()
+        flat = self.lr_scheduler_type == "constant" and self.warmup_ratio > 0
+        why = "with lr_scheduler_type=constant; constant_with_warmup has it"
+        self.refuse_unread(flat, "warmup_ratio", why)
+        if isinstance(self.resume_from_checkpoint, str):
+            damage = find_damage(Path(self.resume_from_checkpoint))
+            if damage:
+                raise ConfigError(f"resume_from_checkpoint={self.resume_from_checkpoint}: {damage}")
+
+    def check_adapter(self) -> None:
+        """Check the options of LoRA; raises ConfigError."""
+        if self.quantized and not self.lora_r:
             raise ConfigError(
-                "lora_r=0 trains all weights, and quantized ones cannot train; set lora_r=16"
+                "lora_r=0 trains all weights, and quantized weights cannot train; set lora_r=16"
             )
         names = "lora_alpha lora_dropout lora_target_modules lora_bias use_dora use_rslora"
         self.refuse_unread(not self.lora_r, names, "with lora_r=0")
-        if (
-            not self.lora_r and self.learning_rate == self.default_rates[0]
-        ):  # as `replace(config, lora_r=0)` leaves it
+        # `replace(config, lora_r=0)` keeps the rate that __post_init__ chose for an adapter.
+        if not self.lora_r and self.learning_rate == self.default_rates[0]:
+            adapter_rate, full_rate = self.default_rates
             warn_once(
-                "learning_rate=%g is the default for an adapter; for all weights it is %g"
-                % self.default_rates
+                f"learning_rate={adapter_rate:g} is the default for an adapter; "
+                f"for all weights it is {full_rate:g}"
             )
-        flat = self.lr_scheduler_type == "constant" and self.warmup_ratio > 0
-        self.refuse_unread(
-            flat, "warmup_ratio", "with lr_scheduler_type=constant; constant_with_warmup has it"
-        )
+
+    def check_precision(self) -> None:
+        """Refuse combinations that do not work; raises ConfigError."""
         if self.use_dora and self.use_8bit and default_device().type == "cpu":
             raise ConfigError("use_dora and use_8bit do not go together on a CPU; use_4bit does")
         if self.torch_dtype == "float16" and not self.lora_r:
             raise ConfigError(
-                "torch_dtype=float16 with lora_r=0 underflows; write auto, bfloat16 or float32"
+                "torch_dtype=float16 with lora_r=0 underflows; use auto, bfloat16 or float32"
             )
-        if isinstance(named := self.resume_from_checkpoint, str) and (
-            wrong := find_damage(Path(named))
-        ):
-            raise ConfigError(f"resume_from_checkpoint={named}: {wrong}")
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """Frozen weights are stored in the compute dtype. Weights that train are stored in float32 under autocast,
-        since small updates vanish in 16 bits, unless a torch_dtype is asked for by name."""
+        """Precision in which the weights are stored.
+
+        Frozen weights have the compute dtype. Weights that train are float32 under autocast, since
+        small updates vanish in 16 bits, unless torch_dtype names another precision.
+        """
         if self.torch_dtype == "auto" and not self.lora_r:
             return torch.float32
         return compute_dtype(self.torch_dtype)
@@ -256,89 +355,86 @@ class TrainingConfig(ModelConfig):
 
 @dataclass
 class DataConfig(StageConfig):
-    """Options of every stage that reads one data set, which the alias `data` names; its recipe knows the `formats`."""
+    """Options of every stage that reads one data set, which the alias `data` names."""
 
-    formats: ClassVar[Mapping[str, Sequence[str]]] = {}
+    formats: ClassVar[Mapping[str, Sequence[str]]] = {}  # {format: its columns}, of the recipe
 
+    # data
     dataset_config_name: str | None = None  # configuration of a hub data set
-    auto_detect_format: bool = True  # false: refuse to guess without dataset_format
-    dataset_format: str = (
-        "auto"  # what the columns mean, one of FORMATS in the recipe; auto: by their names
-    )
+    auto_detect_format: bool = True  # false refuses to guess the format without dataset_format
+    dataset_format: str = "auto"  # meaning of the columns, by name; auto goes by the column names
 
     def validate(self) -> None:
         super().validate()
-        if not getattr(self, name := self.aliases["data"]):
-            raise ConfigError(f"{name} is missing: --data=<file, folder or hub name>")
-        if self.dataset_format not in self.formats and (
-            self.dataset_format,
-            self.auto_detect_format,
-        ) != ("auto", True):
-            what = (
-                "auto_detect_format=false goes with dataset_format"
-                if self.dataset_format == "auto"
-                else (f"dataset_format={self.dataset_format} is unknown")
-            )
-            raise ConfigError(f"{what}, one of: {', '.join(self.formats)}")
+        path_option = self.aliases["data"]
+        if not getattr(self, path_option):
+            raise ConfigError(f"{path_option} is missing: --data=<file, folder or hub name>")
+        if self.dataset_format in self.formats:
+            return
+        known = ", ".join(self.formats)
+        if self.dataset_format != "auto":
+            raise ConfigError(f"dataset_format={self.dataset_format} is unknown, one of: {known}")
+        if not self.auto_detect_format:
+            raise ConfigError(f"auto_detect_format=false goes with dataset_format, one of: {known}")
 
 
 @dataclass
 class FitConfig(DataConfig, TrainingConfig):
-    """Options of every stage that trains by `fit`, on the data that `aliases` names."""
+    """Options of every stage that trains by `fit` on one data set."""
 
     aliases: ClassVar[dict[str, str]] = TrainingConfig.aliases | {"data": "dataset_name_or_path"}
-    # options that --help shows first
-    everyday: ClassVar[tuple[str, ...]] = ("model", "data", "output_dir", "learning_rate")
+    everyday: ClassVar[tuple[str, ...]] = (
+        *ModelConfig.everyday,
+        "num_train_epochs",
+        "max_steps",
+        "per_device_train_batch_size",
+        "learning_rate",
+        "lora_r",
+        "max_seq_length",
+    )
 
-    validation_split: Share = 0.05  # share of the rows held out for evaluation
-    num_train_epochs: Positive = 1.0  # passes over the data
-    max_steps: Natural = 0  # stop after so many optimizer steps; 0: as num_train_epochs says
-    per_device_train_batch_size: Count = 8  # rows a device in a micro-batch
-    per_device_eval_batch_size: Count = 8  # the same in evaluation
-    logging_steps: Count = 1  # a line on the screen and in metrics.jsonl every so many steps
-    eval_steps: Natural = (
-        0  # evaluate every so many steps; 0: before the first and after the last only
-    )
-    save_steps: Natural = 500  # a checkpoint every so many steps; 0: none
-    load_best_model_at_end: bool = (
-        False  # keep the best evaluated checkpoint instead of the last state
-    )
-    metric_for_best_model: str = "eval_loss"  # the figure that decides
-    greater_is_better: bool | None = (
-        None  # whether more of it is; none: yes, unless it ends in loss, kl or error
-    )
-    early_stopping_patience: Natural = (
-        0  # stop after so many evaluations without improvement; 0: never
-    )
+    # training and evaluation
+    validation_split: Share = 0.05  # fraction of rows held out for evaluation
+    num_train_epochs: Positive = 1.0  # passes over the training data
+    max_steps: Natural = 0  # stop after N optimizer steps; 0 goes by num_train_epochs
+    per_device_train_batch_size: Count = 8  # rows per device in a micro-batch
+    per_device_eval_batch_size: Count = 8  # rows per device in a batch of evaluation
+    logging_steps: Count = 1  # log metrics every N steps
+    eval_steps: Natural = 0  # evaluate every N steps; 0 evaluates only before and after training
+    early_stopping_patience: Natural = 0  # stop after N evaluations without improvement; 0: never
+    # checkpoints
+    save_steps: Natural = 500  # save a checkpoint every N steps; 0 saves none
+    load_best_model_at_end: bool = False  # keep the best evaluated checkpoint, not the last state
+    metric_for_best_model: str = "eval_loss"  # metric that decides which checkpoint is best
+    greater_is_better: bool | None = None  # none: true unless the metric ends in loss, kl or error
 
     def __post_init__(self):
         super().__post_init__()
         if self.greater_is_better is None:
-            self.greater_is_better = not self.metric_for_best_model.endswith(
-                ("loss", "kl", "error")
-            )
+            smaller_is_better = self.metric_for_best_model.endswith(("loss", "kl", "error"))
+            self.greater_is_better = not smaller_is_better
 
     def validate(self) -> None:
         super().validate()
         if self.torch_dtype == "float16" and default_device().type == "cpu":
             raise ConfigError(
-                "torch_dtype=float16 does not train on a CPU; write auto, bfloat16 or float32"
+                "torch_dtype=float16 does not train on a CPU; use auto, bfloat16 or float32"
             )
-        best = self.load_best_model_at_end or self.early_stopping_patience
-        if best and not self.eval_steps:
+        compares_evaluations = self.load_best_model_at_end or self.early_stopping_patience
+        if compares_evaluations and not self.eval_steps:
             raise ConfigError(
-                "load_best_model_at_end and early_stopping_patience compare evaluations; set eval_steps"
+                "load_best_model_at_end and early_stopping_patience compare evaluations; "
+                "set eval_steps"
             )
+        # The best checkpoint must have been saved when it was evaluated.
         if self.load_best_model_at_end and (
             not self.save_steps or self.save_steps % self.eval_steps
         ):
             raise ConfigError(
-                f"load_best_model_at_end: save_steps must be a multiple of eval_steps={self.eval_steps}"
+                "load_best_model_at_end: save_steps must be a multiple of "
+                f"eval_steps={self.eval_steps}"
             )
-        self.refuse_unread(
-            not best,
-            "metric_for_best_model greater_is_better",
-            "without load_best_model_at_end=true",
-        )
+        names = "metric_for_best_model greater_is_better"
+        self.refuse_unread(not compares_evaluations, names, "without load_best_model_at_end=true")
         if self.eval_steps and not self.validation_split:
             raise ConfigError("eval_steps needs held-out rows; set validation_split above 0")

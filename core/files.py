@@ -8,122 +8,150 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Callable, Iterable, Sequence
+from typing import Any, TextIO
 
 from core.errors import ConfigError
 from core.runtime import is_main_process, logger, wait_for_everyone
 
+# ---- digests and disk space ----------------------------------------------------------------------
+
 
 def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def find_damage(folder: Path) -> str:
+    """What is wrong with the checkpoint in `folder`, by its manifest of digests; "" if intact."""
+    try:
+        manifest = Path(folder, "manifest.json").read_text(encoding="utf-8")
+        digests = json.loads(manifest)
+        damaged = [name for name in digests if file_digest(folder / name) != digests[name]]
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except ValueError:
+        return "manifest.json is damaged"
+    if damaged:
+        return f"{', '.join(damaged)} is damaged"
+    if not digests:
+        return "manifest.json is empty"
+    return ""
+
+
 def check_disk_space(folder: str, needed: float) -> None:
-    """Refuse a run for which the disk has no room; raises ConfigError."""
-    there = next(
-        path
-        for path in (Path(folder).absolute(), *Path(folder).absolute().parents)
-        if path.exists()
-    )
-    if (free := shutil.disk_usage(there).free) < needed:
+    """Raise ConfigError if the disk of `folder` has less than `needed` bytes free."""
+    path = Path(folder).absolute()
+    # The folder itself may not have been created yet.
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
         raise ConfigError(
-            f"output_dir={folder}: the disk has {free / 1e9:.1f} GB left, and about {needed / 1e9:.1f} "
-            "GB will be written; make room, save fewer checkpoints, or take another disk"
+            f"output_dir={folder}: the disk has {free / 1e9:.1f} GB left, and about "
+            f"{needed / 1e9:.1f} GB will be written; make room, keep fewer checkpoints, "
+            "or choose another disk"
         )
 
 
+# ---- atomic writing ------------------------------------------------------------------------------
+
+
 @contextlib.contextmanager
-def atomic_folder(folder: Path):
-    """A folder beside `folder` that takes its place when the block ends without an error."""
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    aside.mkdir(parents=True)
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder, which replaces `folder` if the block ends without an error."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    temporary.mkdir(parents=True)
     try:
-        yield aside
+        yield temporary
         shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
+        temporary.rename(folder)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def atomic_writer(path: Path) -> Iterator[TextIO]:
+    """Yield a text file that replaces `path` at the end, once all of it is on the disk."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
+    """Write one JSON object a line, atomically."""
+    with atomic_writer(path) as file:
+        for row in rows:
+            line = json.dumps(row, ensure_ascii=False, default=str)
+            file.write(line + "\n")
+
+
+def number_or_text(value: Any) -> float | str:
+    """A number of NumPy or PyTorch as a float, anything else that JSON does not know as text."""
+    if hasattr(value, "__float__"):
+        return float(value)
+    return str(value)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, atomically."""
+    with atomic_writer(path) as file:
+        json.dump(value, file, indent=2, ensure_ascii=False, default=number_or_text)
+
+
+# ---- results of one process that all of them read ------------------------------------------------
+#
+# The others wait for the file to appear: a barrier of torch.distributed would time out while one
+# process converts a model or asks a server for an hour.
+
+
+def wait_for_path(path: Path) -> None:
+    """Return once another process has created `path`."""
+    while not path.exists():
+        time.sleep(1)
 
 
 def cached_folder(
     kind: str, files: Sequence[Path], build: Callable[[Path], None] | None, how: str = ""
 ) -> Path | None:
-    """A folder that `build(folder)` fills once for the content of `files`; without `build` None where it is not."""
-    content = hashlib.sha256(
-        b"".join(bytes.fromhex(file_digest(file)) for file in files) + how.encode()
-    ).hexdigest()
-    folder = (
-        Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-        / "recipes"
-        / kind
-        / content[:32]
-    )
-    if not folder.exists():
-        if build is None:
-            return None
-        logger.info(
-            "%s %s once, kept in %s",
-            kind,
-            files[0].name,
-            str(folder).replace(str(Path.home()), "~"),
-        )
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            with atomic_folder(folder) as aside:
-                build(aside)
-        while not folder.exists():  # one process of a machine builds; a barrier would time out
-            time.sleep(1)
+    """The cached folder for the content of `files`; `build(folder)` fills it the first time.
+
+    `how` names what else the result depends on, `kind` what is done, for the log. Without `build`
+    the result is None where there is no such folder yet.
+    """
+    content = hashlib.sha256()
+    for file in files:
+        content.update(bytes.fromhex(file_digest(file)))
+    content.update(how.encode())
+    key = content.hexdigest()[:32]
+    cache = os.environ.get("HF_HOME", "~/.cache/huggingface")
+    folder = Path(cache, "recipes", kind, key).expanduser()
+    if folder.exists():
+        return folder
+    if build is None:
+        return None
+    shown = str(folder).replace(str(Path.home()), "~")
+    logger.info("%s %s once, cached in %s", kind, files[0].name, shown)
+    # One process of each machine builds.
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        with atomic_folder(folder) as temporary:
+            build(temporary)
+    wait_for_path(folder)
     return folder
 
 
-@contextlib.contextmanager
-def atomic_writer(path: Path):
-    """A text file, written aside, flushed and renamed: a reader, or a crash, meets the old one or the new one whole."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(aside, "w", encoding="utf-8") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-
-
-def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
-    with atomic_writer(path) as file:
-        file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-
-
-def write_json(path: Path, value: Any) -> None:
-    with atomic_writer(path) as file:
-        number = lambda value: (
-            float(value) if hasattr(value, "__float__") else str(value)
-        )  # of NumPy or torch
-        json.dump(value, file, indent=2, ensure_ascii=False, default=number)
-
-
 def rows_from_main_process(path: Path, make: Callable[[], list[dict]]) -> list[dict]:
-    """The rows that `make()` returns in the main process, kept at `path`; others wait for it: a barrier times out."""
+    """The rows of `make()`, which the main process calls; they are written to `path` for all."""
     if is_main_process():
         path.unlink(missing_ok=True)
-    wait_for_everyone()  # till an older run's file is gone
+    wait_for_everyone()  # nobody may read the file of an earlier run
     if is_main_process():
         write_jsonl(path, make())
-    while not path.exists():
-        time.sleep(1)
-    return [
-        json.loads(line) for line in path.read_bytes().splitlines()
-    ]  # of a text it would split at U+2028 too
-
-
-def find_damage(folder: Path) -> str:
-    """What is wrong with a checkpoint; empty if it is whole."""
-    try:
-        files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        broken = [name for name, known in files.items() if file_digest(folder / name) != known]
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except ValueError:
-        return "manifest.json is damaged"
-    return (
-        f"{', '.join(broken)} is damaged" if broken else "" if files else "manifest.json is empty"
-    )
+    wait_for_path(path)
+    # Lines of bytes: splitting text would also split inside a value, at U+2028.
+    lines = path.read_bytes().splitlines()
+    return [json.loads(line) for line in lines]

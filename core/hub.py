@@ -1,4 +1,4 @@
-"""Where a model lies: a folder, an adapter on a base, the hub, a .gguf file, also of an installed package."""
+"""Where a model is: a folder, an adapter on a base model, the hub, or a .gguf file."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import contextlib
 import importlib.util
 import json
 import os
+import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,101 +19,154 @@ from core.errors import ConfigError, as_config_error
 from core.files import cached_folder
 
 FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".gguf", ".txt")  # no hub name ends so
+TEXT_FILES = ("*.json", "*.jinja", "*.model", "*.txt")  # configuration and tokenizer
+WEIGHT_FILES = ("model*.safetensors", "adapter_model.safetensors")
+CODE_FILES = ("*.py",)
+
+
+# ---- the hub -------------------------------------------------------------------------------------
 
 
 def hub_is_reachable(kind: str, name: str) -> bool:
-    """Whether the hub can be reached (its client would retry for half a minute). Refuses what can only be a path."""
-    if (
-        name.startswith((".", "/", "~"))
-        or name.count("/") > 1
-        or Path(name).suffix in FILE_SUFFIXES
-    ):
+    """Whether the hub answers within five seconds; its own client would retry for half a minute.
+
+    Raises ConfigError if `name` can only be a path, since then the file or folder is missing.
+    `kind` is what the name stands for in the message.
+    """
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_like_path or Path(name).suffix in FILE_SUFFIXES:
         raise ConfigError(f"{kind} {name}: no such file or folder")
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
         return False
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
-        urllib.request.urlopen(
-            os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=5
-        ).close()
-    except OSError as error:
-        return hasattr(error, "code")  # an HTTPError has one: it is an answer
+        urllib.request.urlopen(endpoint, timeout=5).close()
+    except urllib.error.HTTPError:
+        return True  # an error status is an answer too
+    except OSError:
+        return False
     return True
 
 
-def find_model(name: str, config: ModelConfig, weights: bool = True) -> Path:
-    """The folder of a model: as named, downloaded from the hub, or converted from a .gguf file, also of an installed
-    package. Without `weights` none are converted or downloaded. Raises ConfigError when there is no such model."""
+def download_model(name: str, config: ModelConfig, weights: bool) -> Path:
+    """The local folder of a model on the hub, downloaded where needed. Raises ConfigError."""
     from huggingface_hub import snapshot_download
 
+    patterns = [*TEXT_FILES]
+    if weights:
+        patterns += WEIGHT_FILES
+    if config.trust_remote_code:
+        patterns += CODE_FILES
+    online = hub_is_reachable("model", name)
+    reason = "the hub answers" if online else "the hub cannot be reached"
+    # Offline, a model that was downloaded earlier is still in the cache.
+    with as_config_error(f"model {name}: no such folder, and {reason}"):
+        folder = snapshot_download(
+            name,
+            revision=config.revision,
+            token=config.use_auth_token or None,
+            allow_patterns=patterns,
+            local_files_only=not online,
+        )
+        return Path(folder)
+
+
+# ---- finding a model -----------------------------------------------------------------------------
+
+
+def find_model(name: str, config: ModelConfig, weights: bool = True) -> Path:
+    """The folder of a model: a local one, one from the hub, or the conversion of a .gguf file.
+
+    Without `weights` no weights are downloaded or converted; then the result may be the .gguf file.
+    Raises ConfigError if there is no such model.
+    """
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
-        spec = importlib.util.find_spec(path.parts[0]) if path.parts[0].isidentifier() else None
-        homes = spec.submodule_search_locations or [] if spec else []
-        found = [
-            file
-            for file in (path, *(Path(home, *path.parts[1:]) for home in homes))
-            if file.is_file()
-        ]
-        if found:
-            build = lambda folder: convert_gguf(found[0], folder)
-            return cached_folder("converting", found[:1], build if weights else None) or found[0]
+        file = find_gguf(path)
+        if file:
+            return find_converted(file, weights)
+    if path.is_file():
+        raise ConfigError(f"model {name} is a file; give its folder")
     if path.exists():
-        if path.is_dir() and not config.revision:
-            return path
-        wrong = (
-            "is a file; give its folder"
-            if path.is_file()
-            else "is a folder, and revision goes with a hub name"
-        )
-        raise ConfigError(f"model {name} {wrong}")
-    files = ["*.json", "*.jinja", "*.model", "*.txt"] + [
-        "model*.safetensors",
-        "adapter_model.safetensors",
-    ] * weights
-    files += ["*.py"] if config.trust_remote_code else []
-    ask: dict[str, Any] = {
-        "revision": config.revision,
-        "token": config.use_auth_token or None,
-        "allow_patterns": files,
-    }
-    online = hub_is_reachable("model", name)
-    with as_config_error(
-        f"model {name}: no such folder, and {'the hub says' if online else 'the hub cannot be reached'}"
-    ):
-        return Path(snapshot_download(name, local_files_only=not online, **ask))
+        if config.revision:
+            raise ConfigError(f"model {name} is a folder, and revision goes with a hub name")
+        return path
+    return download_model(name, config, weights)
+
+
+def find_model_parts(config: ModelConfig, weights: bool = True) -> tuple[Path, Path | None, Path]:
+    """(model, adapter on it or None, tokenizer): the folders for `model_name_or_path`."""
+    folder = find_model(config.model_name_or_path, config, weights)
+    adapter_config = folder / "adapter_config.json"
+    if not adapter_config.exists():
+        return folder, None, folder
+    with as_config_error(f"model {config.model_name_or_path} cannot be loaded"):
+        base_name = json.loads(adapter_config.read_text())["base_model_name_or_path"]
+        # `revision` is that of the adapter.
+        base = find_model(base_name, replace(config, revision=None), weights)
+    tokenizer = folder if (folder / "tokenizer_config.json").exists() else base
+    return base, folder, tokenizer
 
 
 def check_model(name: str | None) -> None:
-    """Refuse another model than the stage's own that is not there; stage:NAME is not there yet."""
+    """Raise ConfigError if another model that a stage names does not exist.
+
+    stage:NAME stands for what an earlier stage of the chain will leave.
+    """
     if name and not name.startswith("stage:"):
         find_model(name, ModelConfig(model_name_or_path=name), weights=False)
 
 
-def find_model_parts(config: ModelConfig, weights: bool = True) -> tuple[Path, Path | None, Path]:
-    """(model, adapter on it or None, tokenizer) of `model_name_or_path`: where they lie, as `find_model` says."""
-    folder = find_model(config.model_name_or_path, config, weights)
-    if not (folder / "adapter_config.json").exists():
-        return folder, None, folder
-    with as_config_error(f"model {config.model_name_or_path} cannot be loaded"):
-        name = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-        base = find_model(name, replace(config, revision=None), weights)
-    return base, folder, folder if (folder / "tokenizer_config.json").exists() else base
+# ---- .gguf files ---------------------------------------------------------------------------------
+
+
+def find_gguf(path: Path) -> Path | None:
+    """The .gguf file at `path`, or at that path in an installed package; None if there is none."""
+    if path.is_file():
+        return path
+    package_name = path.parts[0]
+    if not package_name.isidentifier():
+        return None
+    # find_spec imports nothing: the package may depend on libraries that are not installed.
+    package = importlib.util.find_spec(package_name)
+    if package is None or package.submodule_search_locations is None:
+        return None
+    for location in package.submodule_search_locations:
+        file = Path(location, *path.parts[1:])
+        if file.is_file():
+            return file
+    return None
+
+
+def find_converted(file: Path, weights: bool) -> Path:
+    """The folder of a .gguf file's conversion; without `weights` the file, if not yet converted."""
+
+    def build(folder: Path) -> None:
+        convert_gguf(file, folder)
+
+    return cached_folder("converting", [file], build if weights else None) or file
+
+
+@contextlib.contextmanager
+def silent_stderr() -> Iterator[None]:
+    """Discard what libraries write to stderr, such as progress bars."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        yield
 
 
 def convert_gguf(file: Path, folder: Path) -> None:
-    """Write the model and the tokenizer of a GGUF file as float32 safetensors."""
+    """Write the model and the tokenizer of a .gguf file as float32 safetensors into `folder`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # its progress bars
+    with silent_stderr():
         model = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.float32
         )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    del (
-        model.config.quantization_config
-    )  # the weights are plain by now; save_pretrained goes by this field
-    plain = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
-    plain.load_state_dict(model.state_dict())
-    plain.generation_config = model.generation_config
-    plain.save_pretrained(folder)
+    # The weights are dequantized by now, but save_pretrained would still go by this field.
+    del model.config.quantization_config
+    plain_model = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+    plain_model.load_state_dict(model.state_dict())
+    plain_model.generation_config = model.generation_config
+    plain_model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,92 +21,80 @@ import torch
 from core.errors import as_config_error
 
 logger = logging.getLogger("recipes")
-warnings.filterwarnings(
-    "ignore", ".*is_gradient_checkpointing|Synchronization debug mode"
-)  # of peft; of `cuda_graph_steps`
-for noisy in (
-    "bitsandbytes.autograd",
-    "bitsandbytes.backends.cpu.ops",
-    "math_verify",
-):  # they warn at every layer of
-    logging.getLogger(noisy).setLevel(
-        logging.ERROR
-    )  # every step, of a kernel not needed, of timeouts `Subprocess` has
+
+# Warnings about things that are intended here: PEFT's about gradient checkpointing, and PyTorch's
+# about the synchronization checks around CUDA graphs.
+warnings.filterwarnings("ignore", ".*is_gradient_checkpointing|Synchronization debug mode")
+# These warn at every layer of every step: of kernels that are not needed, and of timeouts that
+# `Subprocess` enforces itself.
+NOISY_LOGGERS = ("bitsandbytes.autograd", "bitsandbytes.backends.cpu.ops", "math_verify")
+for logger_name in NOISY_LOGGERS:
+    logging.getLogger(logger_name).setLevel(logging.ERROR)
+
+EXIT_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def lean_memory() -> None:
-    """On Linux, lay large tensors on huge pages, give them back when freed (glibc would keep the holes), and let the
-    heap grow by 128 MB, so that it has such pages too. THP_MEM_ALLOC_ENABLE=0 in the environment: all as it was."""
-    pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    wanted = os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1") == "1"
-    if wanted and pages.exists() and "[never]" not in pages.read_text():
-        with contextlib.suppress(AttributeError):  # musl has no mallopt
-            for option, size in (
-                (-3, 2**24),
-                (-2, 2**27),
-                (-1, 2**27),
-            ):  # mmap threshold, top pad, trim threshold
-                ctypes.CDLL(None).mallopt(option, size)
+# ---- memory --------------------------------------------------------------------------------------
 
 
-def wait_for_everyone() -> None:
-    """Until all processes are here."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        from accelerate import PartialState
+def configure_allocator() -> None:
+    """On Linux: large tensors on huge pages, returned to the system as soon as they are freed.
 
-        PartialState(cpu=default_device().type == "cpu").wait_for_everyone()
-
-
-def is_sharded() -> bool:
-    """Whether the processes hold the model in parts while they train: launched with FSDP or DeepSpeed."""
-    return any(
-        os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true"
-        for kind in ("FSDP", "DEEPSPEED")
-    )
-
-
-def exit_on_signals() -> None:
-    """SIGINT and SIGTERM end the program with status 130 and 143 (see `deferred_signals`), gloo's threads before it."""
-
-    def leave(number, _):
-        print(
-            f"stopped by {signal.Signals(number).name}; the same command goes on", file=sys.stderr
-        )
-        sys.exit(128 + number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, leave)
-    atexit.register(
-        lambda: torch.distributed.is_initialized() and torch.distributed.destroy_process_group()
-    )
+    glibc would raise its mmap threshold with every large block it frees, and keep the holes. The
+    heap grows in steps of 128 MB, so that it has huge pages too. THP_MEM_ALLOC_ENABLE=0 in the
+    environment leaves the allocator as it is.
+    """
+    # mallopt's option numbers, from malloc.h.
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3
+    setting = os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    huge_pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if setting != "1" or not huge_pages.exists() or "[never]" in huge_pages.read_text():
+        return
+    with contextlib.suppress(AttributeError):  # musl has no mallopt
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_threshold, 2**24)
+        mallopt(top_pad, 2**27)
+        mallopt(trim_threshold, 2**27)
 
 
-@contextlib.contextmanager
-def deferred_signals():
-    """Within it SIGINT and SIGTERM only come into the list that it yields, so that a loop can save first; after it the
-    program ends with status 130 or 143. A second signal does not wait."""
-    came: list[int] = []
+def peak_memory() -> dict[str, float]:
+    """{"peak_gb": peak memory of this process}, of its GPU if it has one; {} on Windows."""
+    if torch.cuda.is_available():
+        return {"peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2)}
+    if importlib.util.find_spec("resource") is None:
+        return {}
+    import resource
 
-    def wait(number, _):
-        if came:
-            sys.exit(128 + number)
-        came.append(number)
-        logger.warning(
-            "%s: a checkpoint is saved after this step, then the run ends; the same command goes on",
-            signal.Signals(number).name,
-        )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kilobytes on Linux
+    return {"peak_gb": round(peak * unit / 1e9, 2)}
 
-    mine = threading.current_thread() is threading.main_thread()  # signals come to no other
-    old = {
-        number: signal.signal(number, wait) for number in (signal.SIGINT, signal.SIGTERM) if mine
-    }
-    try:
-        yield came
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-    if came:
-        sys.exit(128 + came[0])
+
+# ---- device and precision ------------------------------------------------------------------------
+
+
+def default_device() -> torch.device:
+    """This process's GPU, else MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def compute_dtype(precision: str) -> torch.dtype:
+    """The dtype of a Precision. "auto" is the fast one of the GPU, and float32 on CPU and MPS."""
+    if precision != "auto":
+        return getattr(torch, precision)
+    if not torch.cuda.is_available():
+        return torch.float32
+    # Older GPUs emulate bfloat16, slowly.
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float16
+
+
+# ---- processes -----------------------------------------------------------------------------------
 
 
 def is_main_process() -> bool:
@@ -113,29 +102,110 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
+def wait_for_everyone() -> None:
+    """Return once every process of the run has called this."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    from accelerate import PartialState
+
+    on_cpu = default_device().type == "cpu"
+    PartialState(cpu=on_cpu).wait_for_everyone()
+
+
+def is_sharded() -> bool:
+    """Whether each process holds only a part of the model: launched with FSDP or DeepSpeed."""
+    variables = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    return any(os.environ.get(variable, "").lower() == "true" for variable in variables)
+
+
+def close_process_group() -> None:
+    """End the threads of torch.distributed, which could otherwise outlive the interpreter."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+# ---- signals -------------------------------------------------------------------------------------
+
+
+def exit_on_signals() -> None:
+    """SIGINT and SIGTERM end the program with status 130 and 143 (see also `deferred_signals`)."""
+
+    def exit_now(number, frame):
+        name = signal.Signals(number).name
+        print(f"stopped by {name}; run the same command again to resume", file=sys.stderr)
+        sys.exit(128 + number)
+
+    for number in EXIT_SIGNALS:
+        signal.signal(number, exit_now)
+    atexit.register(close_process_group)
+
+
+@contextlib.contextmanager
+def deferred_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in the list that is yielded, so that a loop can save first.
+
+    After the block the program ends with status 130 or 143 if there was a signal. A second signal
+    ends it at once.
+    """
+    received: list[int] = []
+
+    def defer(number, frame):
+        if received:
+            sys.exit(128 + number)
+        received.append(number)
+        logger.warning(
+            "%s: saving a checkpoint after this step, then exiting; "
+            "run the same command again to resume",
+            signal.Signals(number).name,
+        )
+
+    previous_handlers = {}
+    # Python allows signal handlers in the main thread alone.
+    if threading.current_thread() is threading.main_thread():
+        for number in EXIT_SIGNALS:
+            previous_handlers[number] = signal.signal(number, defer)
+    try:
+        yield received
+    finally:
+        for number, handler in previous_handlers.items():
+            signal.signal(number, handler)
+    if received:
+        sys.exit(128 + received[0])
+
+
+# ---- logging -------------------------------------------------------------------------------------
+
+
+warn_once = functools.cache(logger.warning)
+
+
 def start_logging(level: str, path: Path | None = None) -> contextlib.ExitStack:
-    """Until closed: our own tidy lines on the screen, and those and all that libraries say in the file at `path`."""
+    """Log to the screen, and to the file at `path`, until the returned stack is closed.
+
+    The screen gets this project's lines from `level` on, without decoration. The file gets all
+    levels, and what libraries log and warn. Only the main process logs. Raises ConfigError if the
+    file cannot be written.
+    """
     import transformers
 
-    stack, main, root = contextlib.ExitStack(), is_main_process(), logging.getLogger()
-    handler: logging.Handler = (
-        logging.NullHandler()
-    )  # without any, Python prints what libraries warn of
-    if main and path:
+    stack = contextlib.ExitStack()
+    # Without any handler on the root, Python would print the libraries' warnings.
+    file_handler: logging.Handler = logging.NullHandler()
+    if is_main_process() and path:
         with as_config_error(f"output_dir={path.parent} cannot be written to"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            handler = logging.FileHandler(path, encoding="utf-8")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    handlers = [(root, handler)]
-    if main and not logger.handlers:  # within a chain the screen is set up already
-        handlers.append((logger, logging.StreamHandler(sys.stdout)))
-        handlers[-1][1].setLevel(level.upper())
-    for target, handler in handlers:
-        target.addHandler(handler)
-        stack.callback(handler.close)
-        stack.callback(target.removeHandler, handler)
+            file_handler = logging.FileHandler(path, encoding="utf-8")
+        layout = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+        file_handler.setFormatter(logging.Formatter(layout))
+    add_handler(stack, logging.getLogger(), file_handler)
+    # In a chain, the chain has set up the screen for its stages.
+    if is_main_process() and not logger.handlers:
+        screen_handler = logging.StreamHandler(sys.stdout)
+        screen_handler.setLevel(level.upper())
+        add_handler(stack, logger, screen_handler)
+
     logger.setLevel(logging.DEBUG)
-    logging.raiseExceptions = False  # a full disk is said once, by what fails
+    logging.raiseExceptions = False  # a full disk is reported once, by the code that fails
     logging.captureWarnings(True)
     stack.callback(logging.captureWarnings, False)
     transformers.utils.logging.disable_default_handler()
@@ -144,37 +214,13 @@ def start_logging(level: str, path: Path | None = None) -> contextlib.ExitStack:
     return stack
 
 
-warn_once = functools.cache(logger.warning)
+def add_handler(
+    stack: contextlib.ExitStack, target: logging.Logger, handler: logging.Handler
+) -> None:
+    """Add `handler` to `target`; remove and close it when the stack is closed."""
+    target.addHandler(handler)
+    stack.callback(handler.close)
+    stack.callback(target.removeHandler, handler)
 
 
-def default_device() -> torch.device:
-    """This process's GPU, else MPS, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def peak_memory() -> dict[str, float]:
-    """{"peak_gb": the most that this process has held}, of a GPU if there is one; {} on Windows, which does not say."""
-    if torch.cuda.is_available():
-        return {"peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2)}
-    if importlib.util.find_spec("resource") is None:
-        return {}
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return {"peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)}
-
-
-def compute_dtype(precision: str) -> torch.dtype:
-    """The dtype of a Precision here: by default the fast one of the GPU, and float32 on CPU and MPS."""
-    if precision == "auto" and torch.cuda.is_available():
-        return (
-            torch.bfloat16
-            if torch.cuda.is_bf16_supported(including_emulation=False)
-            else torch.float16
-        )
-    return torch.float32 if precision == "auto" else getattr(torch, precision)
-
-
-lean_memory()
+configure_allocator()

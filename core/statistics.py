@@ -1,33 +1,50 @@
-"""Confidence intervals and the comparison of metrics before and after training."""
+"""Confidence intervals, and the comparison of metrics before and after training."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from typing import Mapping, Sequence
+from collections.abc import Mapping, Sequence
+
+
+def wilson_interval(mean: float, n: int, z: float) -> tuple[float, float]:
+    """Wilson's score interval (Wilson 1927) of the mean of n values between 0 and 1."""
+    center = mean + z * z / (2 * n)
+    variance = mean * (1 - mean) / n
+    correction = z / (2 * n)
+    spread = z * math.sqrt(variance + correction**2)
+    scale = 1 + z * z / n
+    low = (center - spread) / scale
+    high = (center + spread) / scale
+    # Where all values are 0, or all are 1, that end is exact; rounding would move it.
+    if mean <= 0:
+        low = 0.0
+    if mean >= 1:
+        high = 1.0
+    return low, high
 
 
 def confidence_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
-    """Ends of the confidence interval of the mean of values: Wilson's where all lie between 0 and 1 (Wilson 1927; with
-    values in between it is too wide, never too narrow), else the mean +- z standard errors."""
-    n, mean, z = (
-        len(values),
-        statistics.fmean(values),
-        statistics.NormalDist().inv_cdf((1 + confidence) / 2),
-    )
-    if 0 <= min(values) and max(values) <= 1:
-        centre, spread = (
-            mean + z * z / (2 * n),
-            z * math.sqrt(mean * (1 - mean) / n + (z / (2 * n)) ** 2),
-        )
-        low, high = (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
-        return low * (mean > 0), high if mean < 1 else 1.0  # no rounding where the ends are known
-    error = z * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.inf
+    """(low, high) of the confidence interval of the mean of `values`.
+
+    If all values are between 0 and 1 it is Wilson's score interval (Wilson 1927), which is made for
+    values of 0 and 1 and is too wide, never too narrow, for values in between. Otherwise it is the
+    mean +- z standard errors.
+    """
+    n = len(values)
+    mean = statistics.fmean(values)
+    z = statistics.NormalDist().inv_cdf((1 + confidence) / 2)
+    if min(values) >= 0 and max(values) <= 1:
+        return wilson_interval(mean, n, z)
+    # One value says nothing about the spread.
+    if n == 1:
+        return -math.inf, math.inf
+    error = z * statistics.stdev(values) / math.sqrt(n)
     return mean - error, mean + error
 
 
 def mean_with_interval(name: str, values: Sequence[float]) -> dict[str, float]:
-    """{name: mean, name_low, name_high: its 95% interval, name_n: of how many}; empty without values."""
+    """{name: mean, name_low, name_high: 95% interval, name_n: count}; {} without values."""
     if not values:
         return {}
     low, high = confidence_interval(values)
@@ -40,14 +57,10 @@ def mean_with_interval(name: str, values: Sequence[float]) -> dict[str, float]:
 
 
 def before_and_after(metrics: Mapping[str, float]) -> dict[str, str]:
-    """{name: "before -> after"} of the metrics taken both before and after training."""
-    pairs = {
-        name: (metrics[f"{name}_before"], value)
-        for name, value in metrics.items()
-        if f"{name}_before" in metrics
-    }
-    return {
-        name: f"{before:.3f} -> {after:.3f}"
-        for name, (before, after) in pairs.items()
-        if isinstance(before, int | float) and isinstance(after, int | float)
-    }
+    """{name: "before -> after"} of the metrics measured both before and after training."""
+    changes = {}
+    for name, after in metrics.items():
+        before = metrics.get(f"{name}_before")
+        if isinstance(before, int | float) and isinstance(after, int | float):
+            changes[name] = f"{before:.3f} -> {after:.3f}"
+    return changes

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT
 
 import common
@@ -18,7 +19,6 @@ import core.checkpoints
 import core.config
 import core.fingerprints
 import core.rewards
-import yaml
 from chain import Pipeline, load_yaml
 from common import BaseStage, StageResult
 from core.config import StageConfig, TrainingConfig
@@ -445,7 +445,7 @@ def test_the_command_line(pipeline, tmp_path):
         (["--sft.learnig_rate=1"], "did you mean 'learning_rate'"),
         (["--dryrun"], "did you mean 'dry_run'"),
         (["--dpo.seed=1"], "unknown stage 'dpo'"),
-        (["--sft.seed=1", "--sft.seed=2"], "--sft.seed stands 2 times"),
+        (["--sft.seed=1", "--sft.seed=2"], "--sft.seed was given 2 times"),
         (["--", "--dry_run"], "-- stands 1 times"),
         (["--stages", "sft", "dpoo"], "unknown stage 'dpoo'"),
         (["other.yaml"], "give one YAML file"),
@@ -770,7 +770,8 @@ def test_a_link_to_a_stage_that_saves_nothing_is_refused(pipeline, data):
         "evaluate": {"dataset_name_or_path": data, "baseline": "stage:sft"},
     }
     with pytest.raises(
-        ConfigError, match="stage 02_evaluate: baseline=stage:sft: that stage has save_intermediate=false"
+        ConfigError,
+        match="stage 02_evaluate: baseline=stage:sft: that stage has save_intermediate=false",
     ):
         Pipeline.from_yaml(pipeline(["sft", "evaluate"], configs))
 

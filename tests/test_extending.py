@@ -19,7 +19,15 @@ FILES = dict(re.findall(r"^`([\w/]+\.\w+)`\n\n```\w+\n(.*?)^```$", PAGE, re.MULT
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     """A copy of the repository with the files of the page."""
-    for name in ("common.py", "chain.py", "report.py", "core", "recipes", "examples"):
+    for name in (
+        "common.py",
+        "chain.py",
+        "report.py",
+        "report.html.j2",
+        "core",
+        "recipes",
+        "examples",
+    ):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
     for template in ROOT.glob("*.j2"):

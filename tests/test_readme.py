@@ -8,13 +8,12 @@ import sys
 from dataclasses import fields
 
 import pytest
+import yaml
 from conftest import ROOT
 from test_chain import SMALL
 from test_client import server  # noqa: F401 (a fixture)
 from test_house import CONFIGS
 from test_rlaif import verdict
-
-import yaml
 
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", TEXT, re.DOTALL)

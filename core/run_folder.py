@@ -1,0 +1,219 @@
+"""What the folder of a run says, however far it has come: its stages, their records, and alarms.
+
+A file may be missing, damaged, or half written by a run in progress; then it says nothing.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+UNFINISHED = ("running", "interrupted", "failed")
+NEVER = "9"  # sorts after every time: whatever the folder has is of an older run
+
+
+@dataclass
+class LogEntry:
+    time: str  # 2026-11-28 13:05:09, local
+    level: str
+    logger: str
+    message: str
+
+
+@dataclass
+class Stage:
+    """What the folder of a stage says."""
+
+    name: str
+    state: str  # done, running, interrupted, failed, waiting or skipped
+    since: str  # when it began; files from before are of an older run
+    metrics: dict[str, float]
+    config: dict[str, Any]
+    curves: list[dict[str, Any]]  # rows of metrics.jsonl
+    samples: list[dict[str, Any]]  # rows of samples.jsonl and win_rate.jsonl
+    lineage: dict[str, Any]  # stage.json without its metrics
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, with a mark for bytes that are no UTF-8; empty if there is no file."""
+    return path.read_text("utf-8", "replace") if path.is_file() else ""
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping in a .json or .yaml file; empty if there is none, or a damaged one."""
+    text = read_text(path)
+    try:
+        value = parse_yaml(text) if path.suffix == ".yaml" else json.loads(text)
+    except (ValueError, RecursionError, YAMLError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The mappings in a .jsonl file. A line that is damaged, such as the last one of a run in
+    progress, is skipped."""
+    rows = []
+    for line in read_text(path).split("\n"):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def read_log(path: Path) -> list[LogEntry]:
+    """The entries of our own loggers; a message may have several lines."""
+    head = r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d{3} ([A-Z]+) ([\w.]+):\s"
+    # re.split gives the text before the first entry, then time, level, logger and message of each.
+    parts = re.split(head, read_text(path), flags=re.MULTILINE)[1:]
+    entries = []
+    for n in range(0, len(parts), 4):
+        time, level, logger, message = parts[n : n + 4]
+        if logger.startswith("recipes"):
+            entries.append(LogEntry(time, level, logger, message.strip()))
+    return entries
+
+
+def parse_yaml(text: str) -> Any:
+    return YAML(typ="safe", pure=True).load(text)
+
+
+def dump_yaml(values: Mapping[str, Any]) -> str:
+    yaml: Any = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False
+    stream = io.StringIO()
+    yaml.dump(dict(values), stream)
+    return stream.getvalue()
+
+
+def read_stage(
+    folder: Path,
+    name: str,
+    state: str = "running",
+    config: dict[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    since: str = "",
+) -> Stage:
+    """What a stage's folder says; what it has from before `since`, when the stage began, is of an
+    older run."""
+    record = read_mapping(folder / "stage.json")
+    finished = str(record.get("finished", "")).replace("T", " ")
+    if finished < since:
+        record = {}
+    metrics = record.get("metrics") or metrics or {}
+    numbers = {name: value for name, value in metrics.items() if is_number(value)}
+    if record and finished and not since:
+        took = timedelta(seconds=2 + numbers.get("seconds", 0))
+        since = str(datetime.fromisoformat(finished[:19]) - took)
+
+    def rows_of(file_name: str) -> list[dict[str, Any]]:
+        path = folder / file_name
+        if not record and path.exists():
+            changed = datetime.fromtimestamp(path.stat().st_mtime)
+            if str(changed) < since:
+                return []
+        return read_rows(path)
+
+    curves = rows_of("metrics.jsonl")
+    lineage = dict(record)
+    for key in ("stage", "success", "metrics", "fingerprint"):
+        lineage.pop(key, None)
+    return Stage(
+        name=name,
+        state="done" if record else state,
+        since=since,
+        metrics=numbers or metrics_so_far(curves),
+        config=config or read_mapping(folder / "stage_config.yaml"),
+        curves=curves,
+        samples=rows_of("samples.jsonl") + rows_of("win_rate.jsonl"),
+        lineage=lineage,
+    )
+
+
+def metrics_so_far(curves: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The first and the last evaluation of a stage in progress, as x_before and x."""
+    metrics: dict[str, float] = {}
+    for row in curves:
+        for name, value in row.items():
+            if name.startswith("eval_") and is_number(value):
+                before = f"{name}_before"
+                metrics[name if before in metrics else before] = value
+    return metrics
+
+
+def read_run(folder: Path) -> tuple[list[Stage], list[LogEntry]]:
+    """(stages, alarms) of the run in a folder. Raises ValueError if there is none."""
+    chain = read_mapping(folder / "pipeline.json")
+    of_a_stage = ("stage.json", "metrics.jsonl", "training.log")
+    if not chain and not any((folder / name).exists() for name in of_a_stage):
+        raise ValueError(
+            f"{folder}: no run here, neither pipeline.json nor {', '.join(of_a_stage)}"
+        )
+    log = read_log(folder / ("pipeline_training.log" if chain else "training.log"))
+    # The folder of a single stage is read like a chain of one stage that has no name.
+    failed = bool(log) and log[-1].level == "ERROR"
+    default_state = {"failed" if failed else "running": ""}
+    states = {name: state for state, name in chain.get("state", default_state).items()}
+    plan = chain.get("plan", {"": {}})
+    results = iter(chain.get("results", ()))
+    begun = start_times(log)
+
+    stages = []
+    for name, config in plan.items():
+        result = next(results, None) if config.get("enabled") else None
+        since = begun.get(name, "")
+        if result:
+            state = "done" if result["success"] else "failed"
+        elif name in states:
+            state = states[name]
+        else:
+            state = "waiting" if config["enabled"] else "skipped"
+            since = NEVER
+        metrics = (result or {}).get("metrics")
+        label = name or folder.resolve().name
+        stage = read_stage(folder / name, label, state, config, metrics, since)
+        stages.append(stage)
+        stages += read_contained_stages(folder / name, stage, log)
+    first = min(stage.since for stage in stages)
+    alarms = [entry for entry in log if entry.level in ("WARNING", "ERROR") and entry.time >= first]
+    return stages, alarms
+
+
+def start_times(log: Sequence[LogEntry]) -> dict[str, str]:
+    """{folder of a stage: when it began last}, from entries such as `2/4 02_dpo`."""
+    times = {}
+    for entry in log:
+        begins = re.fullmatch(r"\d+/\d+ (\S+)", entry.message)
+        if begins:
+            times[begins[1]] = entry.time
+    return times
+
+
+def read_contained_stages(folder: Path, stage: Stage, log: Sequence[LogEntry]) -> list[Stage]:
+    """The recipes that ran as parts of a stage, as in rlaif, each in a folder inside that of the
+    stage."""
+    parts = []
+    for path in sorted(folder.glob("*/metrics.jsonl")):
+        name = path.parent.name
+        reused = any(f"{name} is finished already" in entry.message for entry in log)
+        since = "" if reused else stage.since
+        part = read_stage(path.parent, f"{stage.name}/{name}", stage.state, since=since)
+        if part.lineage or stage.state in UNFINISHED:
+            parts.append(part)
+    return parts
