@@ -304,7 +304,7 @@ def train(
         training = pack(training, max_length)
 
     # 2. Answer some held-out prompts before training.
-    conversations = [row for row in eval_rows if ends_with_answer(row)]
+    conversations = [row for row in eval_rows if ends_in_answer(row)]
     samples = conversations[: config.num_eval_samples]
     prompts = [messages[:-1] for messages in samples]
     before = generate(model, tokenizer, prompts, config.max_new_tokens)
@@ -317,7 +317,7 @@ def train(
     return metrics | compare_answers(config, samples, before, after)
 
 
-def ends_with_answer(row: list[dict] | str) -> bool:
+def ends_in_answer(row: list[dict] | str) -> bool:
     """Whether a row is a conversation whose last message answers a prompt."""
     if isinstance(row, str) or len(row) < 2:
         return False
