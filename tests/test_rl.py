@@ -1092,8 +1092,8 @@ def test_functions_of_a_file(tmp_path, caplog):
         "def loud(prompts, completions, **columns):\n    import os\n    os.write(1, b'noise\\n')\n    return [1.0]\n"
     )
     for name, words in (
-        ("short", "has to return 2 numbers or None, a list"),
-        ("named", "a list: {'0': 0.0"),
+        ("short", "must return a list of 2 numbers or None"),
+        ("named", "not {'0': 0.0"),
         ("much", "a reward is infinite"),
     ):
         with pytest.raises(RuntimeError, match=words):
