@@ -21,11 +21,11 @@ os.environ["CUDA_VISIBLE_DEVICES"] = (
 
 import compare
 import sft
-import yaml
 
 import common
 import core.config
 import core.files
+from core.yaml_files import dump_yaml
 
 HOME = Path("outputs/benchmark/pipeline").resolve()
 REWARD = "def words(prompts, completions, **_):\n    return [len({*str(text).split()}) / 10 for text in completions]\n"
@@ -65,7 +65,7 @@ def recipe(rows: int, pairs: int, steps: int) -> tuple[int, float]:
         validation_split=0, save_steps=0, per_device_train_batch_size=8, gradient_checkpointing=True
     )
     (HOME / "pipeline.yaml").write_text(
-        yaml.safe_dump(
+        dump_yaml(
             dict(
                 model_name_or_path=str(HOME / "model"),
                 output_dir=str(HOME / "run"),

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from conftest import ROOT
 
 import common
@@ -19,10 +18,11 @@ import core.checkpoints
 import core.config
 import core.fingerprints
 import core.rewards
-from chain import Pipeline, load_yaml
+from chain import Pipeline
 from common import BaseStage, StageResult
 from core.config import StageConfig, TrainingConfig
 from core.errors import ConfigError
+from core.yaml_files import dump_yaml, load_yaml, parse_yaml
 
 
 @dataclass
@@ -77,7 +77,7 @@ def pipeline(model_dir, data, tmp_path):
             "stage_configs": configs,
         }
         path = tmp_path / "pipeline.yaml"
-        path.write_text(yaml.safe_dump(values | top))
+        path.write_text(dump_yaml(values | top))
         return str(path)
 
     return write
@@ -259,7 +259,7 @@ def test_a_copied_recipe_runs_by_its_path(pipeline, tmp_path):
         (ROOT / "recipes/sft.py").read_text().replace("parents[1]", f"parents[1] / {str(ROOT)!r}")
     )
     (tmp_path / "my_sft.py").write_text(source.replace('"sft", SFTConfig', '"mine", SFTConfig'))
-    options = yaml.safe_load(open(pipeline(["sft"])))["stage_configs"]["sft"]
+    options = load_yaml(pipeline(["sft"]))["stage_configs"]["sft"]
     path = pipeline(["note", str(tmp_path / "my_sft.py")], {"my_sft": options})
     assert Pipeline.from_yaml(path, stages="note").config.stages == [
         "note"
@@ -635,7 +635,7 @@ def older(tmp_path, model_dir, **changes):
         .replace("OUT", str(tmp_path / "out"))
         .replace("JUDGE", str(judge))
     )
-    return yaml.safe_load(text) | changes
+    return parse_yaml(text) | changes
 
 
 def test_a_configuration_of_the_older_form_is_taken_as_it_is(

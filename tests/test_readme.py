@@ -8,12 +8,13 @@ import sys
 from dataclasses import fields
 
 import pytest
-import yaml
 from conftest import ROOT
 from test_chain import SMALL
 from test_client import server  # noqa: F401 (a fixture)
 from test_house import CONFIGS
 from test_rlaif import verdict
+
+from core.yaml_files import load_yaml
 
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", TEXT, re.DOTALL)
@@ -75,7 +76,7 @@ def miniature(words, model, out, judge, pipeline):
     ]
     if script == "chain.py":
         path = next(word for word in rest if word.endswith(".yaml")).rpartition("=")[2]
-        stages = yaml.safe_load((ROOT / path).read_text())["stages"]
+        stages = load_yaml(ROOT / path)["stages"]
         more = {
             f"{stage}.{option}": value for stage in stages for option, value in SMALL[stage].items()
         }
