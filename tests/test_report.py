@@ -1,4 +1,4 @@
-"""report.py: pages made of folders, however far a run has come; folders are written by hand here."""
+"""report.py: pages of folders, however far a run has come; the folders are written by hand here."""
 
 import html
 import json
@@ -69,7 +69,8 @@ def page(*folders):
 
 
 def cells(text, name):
-    """The texts in the row of a table that begins with `name`; those below each other parted by a bar."""
+    """The texts in the row of a table that begins with `name`; those below each other parted by a
+    bar."""
     row = re.search(rf"<tr><th>{name}</th>(.*?)</tr>", text)[1]
     return [
         html.unescape(cell.replace("<small>", "|").replace("</small>", ""))
@@ -164,7 +165,8 @@ def test_a_stage_that_runs_shows_what_it_has_so_far(tmp_path):
     rows(tmp_path / "metrics.jsonl", lines[0])
     assert cells(page(tmp_path), "eval_reward") == ["0.1", "–", "–"]
     (tmp_path / "training.log").write_text(
-        f"{stamp(0)},000 ERROR recipes.rl: rl failed: RuntimeError: no memory\nThe traceback is in x\n"
+        f"{stamp(0)},000 ERROR recipes.rl: rl failed: RuntimeError: no memory\n"
+        "The traceback is in x\n"
     )
     assert "state failed" in (text := page(tmp_path)) and "no memory\nThe traceback" in text
 
@@ -179,7 +181,10 @@ def test_a_chain_shows_every_stage_in_its_state_and_nothing_of_an_older_run(tmp_
         for when, n, name in ((-9999, 2, "02_dpo"), (-200, 1, "01_sft"), (3, 2, "02_dpo"))
     )
     old = f"{stamp(-9998)},000 WARNING recipes: an old alarm\n"
-    new = f"{stamp(-100)},000 WARNING recipes.sft: 3 rows left out\n{stamp(-99)},000 WARNING py.warnings: not ours\n  warn(\n"
+    new = (
+        f"{stamp(-100)},000 WARNING recipes.sft: 3 rows left out\n"
+        f"{stamp(-99)},000 WARNING py.warnings: not ours\n  warn(\n"
+    )
     plan = {"01_sft": {}, "02_dpo": {}, "03_rl": {"enabled": False}, "04_sft": {}}
     text = page(
         chain(tmp_path, {"running": "02_dpo"}, [{"success": True}], plan, old + started + new)
@@ -565,10 +570,13 @@ def test_a_report_needs_neither_torch_nor_a_recipe():
 
 
 def test_other_chats_that_end_in_the_same_words_are_other_prompts(tmp_path):
-    ask = lambda system: [
-        {"role": "system", "content": system},
-        {"role": "user", "content": "Hello!"},
-    ]
+
+    def ask(system):
+        return [
+            {"role": "system", "content": system},
+            {"role": "user", "content": "Hello!"},
+        ]
+
     stage(tmp_path)
     rows(
         tmp_path / "samples.jsonl",
