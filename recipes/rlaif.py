@@ -1,20 +1,26 @@
-"""Reinforcement learning from AI feedback: another model says which of two answers is better, and the policy learns it.
+"""Reinforcement learning from AI feedback: another model judges answers, and the policy learns
+from its verdicts.
 
-    P(y_1 > y_2 | x) from a judge, asked in both orders (Lee et al. 2024, "RLAIF vs. RLHF", section 3.1), by written
-    principles (Bai et al. 2022, "Constitutional AI", section 4), then by --feedback_mode:
-    reward_model   a reward model of the preferences (recipes/reward.py), and RL with it (recipes/rl.py)
-    direct         the judge's score of an answer as RL's reward (Lee et al. 2024, section 3.3, "d-RLAIF")
-    preference     DPO on the preferences (recipes/dpo.py), in one or several rounds (Guo et al. 2024, "OAIF")
+    P(y_1 > y_2 | x) from a judge, asked in both orders (Lee et al. 2024, "RLAIF vs. RLHF",
+    section 3.1), by written principles (Bai et al. 2022, "Constitutional AI", section 4),
+    then by --feedback_mode:
 
-The figure at the end is the win rate of the new policy over the old one on held-out prompts, by the same judge. One row
-of data (other formats: those of rl.py):
+    reward_model   train a reward model on the preferences (recipes/reward.py), then RL with it
+    direct         RL with the judge's score of an answer as the reward
+                   (Lee et al. 2024, section 3.3, "d-RLAIF")
+    preference     DPO on the preferences (recipes/dpo.py), in one or several rounds
+                   (Guo et al. 2024, "OAIF")
+
+--algorithm names the RL recipe: recipes/ppo.py, a2c.py, trpo.py, or grpo.py (grpo, rloo). The
+final metric is the win rate of the new policy over the old one on held-out prompts, by the same
+judge. One row of data (other formats: those of the RL recipes):
 
     {"prompt": "Write a two-line poem about rain."}
 
 Run it on a laptop with a reward model as judge, and with a judge behind a server:
 
-    python recipes/rlaif.py --model=outputs/sft --data=prompts.jsonl --feedback_model_type=reward_model \\
-        --feedback_model_path=outputs/reward --num_training_steps=20
+    python recipes/rlaif.py --model=outputs/sft --data=prompts.jsonl --num_training_steps=20 \\
+        --feedback_model_type=reward_model --feedback_model_path=outputs/reward
     python recipes/rlaif.py --model=outputs/sft --data=prompts.jsonl --feedback_mode=preference \\
         --feedback_model_type=openai --feedback_model_path=gpt-4.1-mini --max_calls=4000
 """
@@ -23,131 +29,121 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
+
+from pydantic import TypeAdapter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import BaseStage, StageResult, load_model_and_tokenizer, main
-from core.config import Count, DataConfig, FitConfig, Options, TrainingConfig, resolve_names
-from core.data import load_rows, usable_rows
-from core.errors import ConfigError
+from core.config import Count, FitConfig, Options, TrainingConfig, resolve_names
+from core.data import load_rows
+from core.errors import ConfigError, as_config_error
 from core.files import rows_from_main_process, write_jsonl
 from core.judge import PROMPT_VERSION, Judge, JudgingConfig
 from core.llm_client import LLMClient, LLMClientError
 from core.rewards import load_reward_model, start_reward_functions, stopping_functions
-from core.rollout import RLConfig, encode_prompt, estimate_work, prompt_sequences, to_prompt
+from core.rollout import RLConfig, encode_prompts, estimate_work, prompt_sequences, to_prompt
 from core.runtime import is_main_process, logger
 from core.sampling import generate
 from recipes import a2c, dpo, grpo, ppo, reward, trpo
 
-# -- configuration ----------------------------------------------------------------------------------------------------
+# -- configuration ---------------------------------------------------------------------------------
 
-
-RL_CONFIGS = {
+# algorithm: the config of the RL recipe that has it, and its page.
+RL_CONFIGS: dict[str, type[RLConfig]] = {
     "ppo": ppo.PPOConfig,
     "a2c": a2c.A2CConfig,
     "trpo": trpo.TRPOConfig,
     "grpo": grpo.GRPOConfig,
     "rloo": grpo.GRPOConfig,
 }
-RL_TRAIN = {
-    "ppo": ppo.train,
-    "a2c": a2c.train,
-    "trpo": trpo.train,
-    "grpo": grpo.train,
-    "rloo": grpo.train,
+RL_PAGES: dict[str, Any] = {"ppo": ppo, "a2c": a2c, "trpo": trpo, "grpo": grpo, "rloo": grpo}
+
+
+def option_names(config_class) -> set[str]:
+    """Names and short names of the options of a config class."""
+    return {option.name for option in fields(config_class)} | set(config_class.aliases)
+
+
+# What feedback_mode=preference reads of the options of the RL recipes. Of the training options DPO
+# has these three itself, in preference_kwargs.
+READ_WITHOUT_RL = option_names(FitConfig) | {
+    "prompt_dataset_path",
+    "max_seq_length",
+    "generation_kwargs",
+    "num_eval_prompts",
 }
+READ_WITHOUT_RL -= {"learning_rate", "warmup_ratio", "lr_scheduler_type"}
 
 
 @dataclass
 class RLAIFConfig(RLConfig, JudgingConfig):
-    """Options of reinforcement learning from AI feedback; those of rl.py are for its modes reward_model and direct."""
+    """Options of reinforcement learning from AI feedback. Those shared by the RL recipes are for
+    the modes reward_model and direct."""
 
-    feedback_mode: Literal["reward_model", "direct", "preference"] = (
-        "reward_model"  # what is made of the feedback
+    everyday: ClassVar[tuple[str, ...]] = (
+        "model_name_or_path",
+        "prompt_dataset_path",
+        "output_dir",
+        "feedback_mode",
+        "feedback_model_type",
+        "feedback_model_path",
+        "algorithm",
+        "num_training_steps",
+        "batch_size",
+        "learning_rate",
+        "lora_r",
+        "generation_kwargs",
     )
-    algorithm: Literal["ppo", "a2c", "trpo", "grpo", "rloo"] = (
-        "ppo"  # the RL recipe that learns from the feedback
-    )
+
+    # learning from feedback
+    feedback_mode: Literal["reward_model", "direct", "preference"] = "reward_model"  # how to learn
+    algorithm: Literal["ppo", "a2c", "trpo", "grpo", "rloo"] = "ppo"  # the RL algorithm
+    num_generations: Count | None = None  # completions per prompt; none: the RL recipe's default
+    num_candidates: Count = 2  # answers to each prompt that are compared in pairs
+    num_rounds: Count = 1  # (preference) rounds of sampling, judging and DPO
     rl_kwargs: Options = field(
         default_factory=dict
-    )  # options of that recipe's page alone, such as {clip_range: 0.1}
-    num_generations: Count | None = (
-        None  # completions sampled for each prompt; none: as the RL recipe's page says
-    )
-    num_candidates: Count = 2  # answers a prompt, two of them a pair
-    num_rounds: Count = 1  # `preference`: of sampling, judging and learning
-    reward_kwargs: Options = field(
-        default_factory=dict
-    )  # `reward_model`: options of recipes/reward.py
-    preference_kwargs: Options = field(
-        default_factory=dict
-    )  # `preference`: options of recipes/dpo.py
+    )  # options of the RL recipe alone, {name: value}
+    reward_kwargs: Options = field(default_factory=dict)  # (reward_model) of recipes/reward.py
+    preference_kwargs: Options = field(default_factory=dict)  # (preference) of recipes/dpo.py
+
+    def __post_init__(self):
+        super().__post_init__()
+        # Groups of GRPO and RLOO need several completions, the other algorithms only one.
+        if self.num_generations is None:
+            self.num_generations = RL_CONFIGS[self.algorithm].num_generations
 
     @property
     def trains_with_rl(self) -> bool:
         return self.feedback_mode != "preference"
 
-    def __post_init__(self):
-        if self.num_generations is None:
-            self.num_generations = RL_CONFIGS[self.algorithm].num_generations
-        super().__post_init__()
+    @property
+    def trains_reward_model(self) -> bool:
+        """A judge that is a reward model already is used as it is."""
+        return self.feedback_mode == "reward_model" and self.feedback_model_type != "reward_model"
 
-    def rl_config(self) -> RLConfig:
-        """The config of the RL recipe that this one contains."""
-        options = {f.name: getattr(self, f.name) for f in fields(RLConfig)}
-        if self.algorithm == "rloo":
-            options["advantage"] = "rloo"
-        config_class = RL_CONFIGS[self.algorithm]
-        return config_class(**options | resolve_names(config_class, self.rl_kwargs))
+    @property
+    def needs_preferences(self) -> bool:
+        return self.trains_reward_model or self.feedback_mode == "preference"
 
-    rewarding = property(lambda self: [*self.reward, "feedback"])
-    labelling = property(
-        lambda self: (
-            self.feedback_mode == "preference"
-            or (self.feedback_mode == "reward_model" and self.feedback_model_type != "reward_model")
-        )
-    )
+    @property
+    def rewarding(self) -> list[str]:
+        """The rewards, in the order of `reward_weights`."""
+        return [*self.reward, "feedback"]
 
     def validate(self) -> None:
         super().validate()
-        mode, kind = (
-            f"feedback_mode={self.feedback_mode}",
-            f"feedback_model_type={self.feedback_model_type}",
-        )
+        mode = f"feedback_mode={self.feedback_mode}"
+        kind = f"feedback_model_type={self.feedback_model_type}"
         if self.reward_model_path:
             raise ConfigError(
                 "reward_model_path: write feedback_model_type=reward_model and feedback_model_path"
             )
-        needs = {
-            "num_rounds": self.feedback_mode == "preference",
-            "num_candidates": self.labelling,
-            "preference_kwargs": self.feedback_mode == "preference",
-            "reward_kwargs": self.feedback_mode == "reward_model" and self.labelling,
-            "constitution": self.feedback_model_type != "reward_model",
-            "max_verdict_tokens": self.feedback_model_type
-            not in ("reward_model", "preference_model"),
-        }
-        if self.feedback_mode == "preference":  # then those of rl.py have no effect, but for these
-            used = {
-                "prompt_dataset_path",
-                "max_seq_length",
-                "generation_kwargs",
-                "num_eval_prompts",
-            }
-            used |= {f.name for f in (*fields(DataConfig), *fields(FitConfig))}
-            used -= {
-                "learning_rate",
-                "warmup_ratio",
-                "lr_scheduler_type",
-            }  # those of dpo.py are its own
-            own = {f.name for f in fields(RLConfig)} - used
-            needs |= dict.fromkeys(own, False)
-        unread, like = (
-            [name for name in needs if not needs[name]],
-            {"algorithm": self.algorithm, "lora_r": self.lora_r},
-        )
-        self.refuse_unread(True, " ".join(unread), f"with {mode} and {kind}", **like)
+        unread = " ".join(self.unread_options())
+        like = {"algorithm": self.algorithm, "lora_r": self.lora_r}
+        self.refuse_unread(True, unread, f"with {mode} and {kind}", **like)
         if self.feedback_mode == "direct" and self.feedback_model_type == "preference_model":
             raise ConfigError(
                 f"{mode} needs scores, and a preference_model only compares; set "
@@ -155,138 +151,208 @@ class RLAIFConfig(RLConfig, JudgingConfig):
             )
         if self.num_candidates % 2:
             raise ConfigError(
-                f"num_candidates={self.num_candidates}: two make a pair; write an even number"
+                f"num_candidates={self.num_candidates}: answers are compared in pairs; "
+                "set an even number"
             )
         if not self.constitution:
-            raise ConfigError("constitution is empty: say in words what makes an answer better")
+            raise ConfigError("constitution is empty: describe what makes an answer better")
         if not self.save_intermediate:
             raise ConfigError(
                 "save_intermediate=false would lose what is learnt between the parts; remove it"
             )
+        self.validate_parts()
+
+    def unread_options(self) -> list[str]:
+        """Names of the options that nothing reads in this mode and with this kind of judge."""
+        is_preference = self.feedback_mode == "preference"
+        judge_writes = self.feedback_model_type not in ("reward_model", "preference_model")
+        is_read = {
+            "num_rounds": is_preference,
+            "num_candidates": self.needs_preferences,
+            "preference_kwargs": is_preference,
+            "reward_kwargs": self.trains_reward_model,
+            "rl_kwargs": self.trains_with_rl,
+            "constitution": self.feedback_model_type != "reward_model",
+            "max_verdict_tokens": judge_writes,
+        }
+        unread = [name for name, read in is_read.items() if not read]
+        if not self.trains_with_rl:
+            rl_names = {option.name for option in fields(RLConfig)}
+            unread += sorted(rl_names - READ_WITHOUT_RL)
+        return unread
+
+    def validate_parts(self) -> None:
+        """Check the configs of the contained recipes now rather than after hours of sampling."""
         if self.feedback_mode == "preference":
-            self.preferring("parent", 1).validate()
-        if self.feedback_mode == "reward_model" and self.labelling:
-            self.rewarding_by("parent").validate()
-        if self.trains_with_rl:  # with some reward, since the feedback is none that a page knows
+            self.dpo_config("parent", 1).validate()
+        if self.trains_reward_model:
+            self.reward_config("parent").validate()
+        if self.trains_with_rl:
+            # The RL recipe does not know the reward "feedback": check it with another one instead.
             replace(
-                self.rl_config(), reward=["length"], reward_length=1, reward_weights=[]
+                self.rl_config(),
+                reward=["length"],
+                reward_length=1,
+                reward_pattern="",
+                reward_weights=[],
             ).validate()
 
-    def part(
-        self, config_class: type[TrainingConfig], start: str, name: str, labels: str, options: dict
+    # The configs of the recipes that this one contains.
+
+    def rl_config(self) -> RLConfig:
+        """The shared options of RL as they are here, and `rl_kwargs`."""
+        config_class = RL_CONFIGS[self.algorithm]
+        options = {option.name: getattr(self, option.name) for option in fields(RLConfig)}
+        if self.algorithm == "rloo":
+            options["advantage"] = "rloo"
+        options |= resolve_names(config_class, self.rl_kwargs)
+        return config_class(**options)
+
+    def dpo_config(self, start: str, number: int) -> dpo.DPOConfig:
+        """The config of DPO in round `number`, which starts from the model at `start`."""
+        name = f"dpo_{number}"
+        preferences = f"preferences_{number}.jsonl"
+        return self.part_config(dpo.DPOConfig, start, name, preferences, self.preference_kwargs)
+
+    def reward_config(self, start: str) -> reward.RewardConfig:
+        """The config of the reward model, which starts from the model at `start`."""
+        preferences = "preferences_1.jsonl"
+        return self.part_config(
+            reward.RewardConfig, start, "reward", preferences, self.reward_kwargs
+        )
+
+    def part_config(
+        self,
+        config_class: type[TrainingConfig],
+        start: str,
+        name: str,
+        preferences: str,
+        options: dict,
     ) -> Any:
-        """The config of a recipe that this one contains: what all training has in common, and its own options."""
-        own = ["warmup_ratio", "lr_scheduler_type"]  # each recipe has defaults of its own
-        own += ["learning_rate"] * (self.learning_rate == self.default_rates[not self.lora_r])
-        given = {f.name: getattr(self, f.name) for f in fields(TrainingConfig) if f.name not in own}
-        given |= {
+        """A config for learning from a file of preferences: the training options of this one, with
+        `options` on top."""
+        # Each recipe has its own defaults for these.
+        not_shared = {"warmup_ratio", "lr_scheduler_type"}
+        default_rate = self.default_rates[not self.lora_r]
+        if self.learning_rate == default_rate:
+            not_shared.add("learning_rate")
+        values = {}
+        for shared in fields(TrainingConfig):
+            if shared.name not in not_shared:
+                values[shared.name] = getattr(self, shared.name)
+        values |= {
             "model_name_or_path": start,
             "stage_name": name,
             "output_dir": str(Path(self.output_dir, name)),
-            "preference_dataset_path": str(Path(self.output_dir, labels)),
+            "preference_dataset_path": str(Path(self.output_dir, preferences)),
             "validation_split": 0.1,
         }
-        return config_class(**given | resolve_names(config_class, options))
-
-    def preferring(self, start: str, number: int) -> dpo.DPOConfig:
-        return self.part(
-            dpo.DPOConfig,
-            start,
-            f"dpo_{number}",
-            f"preferences_{number}.jsonl",
-            self.preference_kwargs,
-        )
-
-    def rewarding_by(self, start: str) -> reward.RewardConfig:
-        return self.part(
-            reward.RewardConfig, start, "reward", "preferences_1.jsonl", self.reward_kwargs
-        )
+        values |= resolve_names(config_class, options)
+        return config_class(**values)
 
 
-# -- the judge: what it is asked, what is read of its answer -----------------------------------------------------------
-# A text from outside, a conversation or an answer, stands alone in a message of its own, between marks that it cannot
-# know, since they are made of all texts together. The verdict has such a mark too.
+# -- feedback --------------------------------------------------------------------------------------
 
 
-# -- feedback ----------------------------------------------------------------------------------------------------------
-
-
-def candidates(
+def sample_candidates(
     config: RLAIFConfig, model, tokenizer, name: str, rows: list[dict]
 ) -> list[list[str]]:
-    """`num_candidates` answers of the policy to each prompt. They are kept in OUT/calls.jsonl like a judge's, by the
-    `name` of the model."""
-    policy, count = LLMClient(config, "policy", name, "local"), config.num_candidates
-    policy.local = model.eval(), tokenizer
-    requests = [(row["prompt"], number) for row in rows for number in range(count)]
-    texts = policy.ask(
-        f"answers of {name}", requests, config.sampling, PROMPT_VERSION, lambda text: text
-    )
-    return [
-        [text for text in texts[start : start + count] if text is not None]
-        for start in range(0, len(texts), count)
-    ]
+    """`num_candidates` answers of the policy to each prompt. They are recorded in calls.jsonl like
+    those of a judge, under the `name` of the model, so that a run that continues reuses them."""
+    policy = LLMClient(config, "policy", name, "local")
+    policy.local = (model.eval(), tokenizer)
+    requests = []
+    for row in rows:
+        requests += [(row["prompt"], number) for number in range(config.num_candidates)]
+    # Every text counts as it is, so nothing is parsed.
+    texts = policy.ask(f"answers of {name}", requests, config.sampling, PROMPT_VERSION, str)
+    candidates = []
+    for start in range(0, len(texts), config.num_candidates):
+        group = texts[start : start + config.num_candidates]
+        candidates.append([text for text in group if text is not None])
+    return candidates
 
 
-def label(
-    config: RLAIFConfig, model, tokenizer, name: str, rows: list[dict], judge: Judge, said: dict
-) -> list[dict]:
-    """Preferences {"prompt", "chosen", "rejected"} between the policy's own answers. `said` takes the figures."""
-    sampled, counts, pairs = candidates(config, model, tokenizer, name, rows), Counter(), []
-    for row, texts in zip(rows, sampled):
-        for first, second in zip(texts[::2], texts[1::2]):
-            counts["equal"] += first == second
-            counts["empty"] += not (first.strip() and second.strip())
-            if first != second and first.strip() and second.strip():
+def pair_candidates(
+    rows: list[dict], candidates: list[list[str]]
+) -> tuple[list[tuple[list[dict], str, str]], Counter]:
+    """([(prompt, first answer, second answer)], counts of the pairs left out): neighbours make a
+    pair, unless they are equal or one of them is empty."""
+    pairs = []
+    left_out: Counter[str] = Counter(equal=0, empty=0)
+    for row, texts in zip(rows, candidates, strict=True):
+        # A missing answer can leave an odd number: the last one then has no partner.
+        for first, second in zip(texts[::2], texts[1::2], strict=False):
+            is_equal = first == second
+            is_empty = not first.strip() or not second.strip()
+            left_out["equal"] += is_equal
+            left_out["empty"] += is_empty
+            if not is_equal and not is_empty:
                 pairs.append((row["prompt"], first, second))
+    return pairs, left_out
+
+
+def label_preferences(
+    config: RLAIFConfig, model, tokenizer, name: str, rows: list[dict], judge: Judge
+) -> tuple[list[dict], dict[str, float]]:
+    """(preferences {"prompt", "chosen", "rejected"} between the policy's own answers, metrics).
+    Raises RuntimeError if no pair has a winner."""
+    candidates = sample_candidates(config, model, tokenizer, name, rows)
+    pairs, left_out = pair_candidates(rows, candidates)
     if not pairs:
         raise RuntimeError(
-            f"no two answers differ ({counts['equal']} pairs are equal); raise the temperature in "
-            "generation_kwargs"
+            f"no two answers differ ({left_out['equal']} pairs are equal); "
+            "raise the temperature in generation_kwargs"
         )
+    # The judge sees each pair in both orders, so that what it prefers is not the place.
     verdicts, figures = judge.compare(pairs, "comparisons")
-    labelled = [
-        {
-            "prompt": prompt,
-            "chosen": first if verdict else second,
-            "rejected": second if verdict else first,
-        }
-        for (prompt, first, second), verdict in zip(pairs, verdicts)
-        if verdict in (0.0, 1.0)
-    ]
+    preferences = []
+    for (prompt, first, second), verdict in zip(pairs, verdicts, strict=True):
+        # A tie (0.5) or a missing verdict (None) teaches nothing.
+        if verdict == 1.0:
+            preferences.append({"prompt": prompt, "chosen": first, "rejected": second})
+        elif verdict == 0.0:
+            preferences.append({"prompt": prompt, "chosen": second, "rejected": first})
     logger.info(
-        "feedback: %d preferences of %d pairs; %d ties, %d without a verdict; left out before that: %d equal "
-        "and %d empty pairs",
-        len(labelled),
+        "feedback: %d preferences of %d pairs; %d ties, %d without a verdict; "
+        "left out before that: %d equal and %d empty pairs",
+        len(preferences),
         len(pairs),
         verdicts.count(0.5),
         verdicts.count(None),
-        counts["equal"],
-        counts["empty"],
+        left_out["equal"],
+        left_out["empty"],
     )
-    if not labelled:
-        first = 100 * (figures.get("position_bias", 0.0) + 0.5)
+    if not preferences:
+        first_shown = 100 * (figures.get("position_bias", 0.0) + 0.5)
         raise RuntimeError(
-            f"nothing to learn from: the judge's verdicts are {100 * figures['ties']:.0f}% ties, and it "
-            f"chooses the answer shown first in {first:.0f}% of the cases; take a stronger judge, or "
-            "answers that differ more"
+            f"nothing to learn from: the judge's verdicts are {100 * figures['ties']:.0f}% ties, "
+            f"and it chooses the answer shown first in {first_shown:.0f}% of the cases; use a "
+            "stronger judge, or answers that differ more"
         )
-    said |= {f"feedback_{name}": value for name, value in figures.items()} | {
-        "preferences": float(len(labelled))
-    }
-    return labelled
+    metrics = {f"feedback_{name}": value for name, value in figures.items()}
+    metrics["preferences"] = float(len(preferences))
+    return preferences, metrics
 
 
-def run_part(stage: BaseStage, model, tokenizer, start: str) -> StageResult:
-    """The result of a contained recipe; a finished one of the same fingerprint is taken as it is."""
-    stage.reuse_finished = True
-    result = stage.execute(model, tokenizer, StageResult("start", True, start, start))
-    if not result.success:
-        raise RuntimeError(f"{stage.stage_name}: {result.error_message}")
-    return result
+def write_preferences(
+    config: RLAIFConfig, model, tokenizer, source: str, rows: list[dict], judge: Judge, number: int
+) -> dict[str, float]:
+    """Write preferences_NUMBER.jsonl between answers of the model, which comes from `source`;
+    returns the metrics, which only the main process has."""
+    metrics: dict[str, float] = {}
+
+    def make_rows() -> list[dict]:
+        preferences, figures = label_preferences(config, model, tokenizer, source, rows, judge)
+        metrics.update(figures)
+        return preferences
+
+    path = Path(config.output_dir, f"preferences_{number}.jsonl")
+    rows_from_main_process(path, make_rows)
+    return metrics
 
 
-# -- training ---------------------------------------------------------------------------------------------------------
+# -- training --------------------------------------------------------------------------------------
 
 
 def train(
@@ -299,83 +365,146 @@ def train(
     functions: dict,
     start: str,
 ) -> tuple[dict[str, float], object]:
-    """(metrics, model): the policy, taught on prompts {"prompt": messages, "columns": {...}}, `start` being the folder
-    or name it comes from. `functions` are further rewards for RL."""
-    folder, said, metrics = Path(config.output_dir), {}, {}
-    asked = (
-        [row["prompt"] for row in eval_rows[: config.num_eval_prompts]] if is_main_process() else []
-    )
-    answer = lambda policy: [
-        text for text, _ in generate(policy, tokenizer, asked, config.sampling["max_new_tokens"])
-    ]
-    before = answer(model)
-
-    def labels(number: int, source: str) -> None:
-        rows_from_main_process(
-            folder / f"preferences_{number}.jsonl",
-            lambda: label(config, model, tokenizer, source, train_rows, judge, said),
-        )
+    """(metrics, model): the policy, trained on prompts {"prompt": messages, "columns": {...}}.
+    `start` is the folder or name that it comes from, `functions` are further rewards for RL."""
+    metrics: dict[str, float] = {}
+    feedback: dict[str, float] = {}
+    eval_prompts = []
+    if is_main_process():
+        eval_prompts = [row["prompt"] for row in eval_rows[: config.num_eval_prompts]]
+    # Before the policy is trained in place.
+    old_answers = answer_prompts(config, model, tokenizer, eval_prompts)
 
     if config.feedback_mode == "preference":
         source = start
         for number in range(1, config.num_rounds + 1):
-            labels(number, source)
-            stage = dpo.DPOStage(config.preferring(source, number))
-            result = run_part(stage, model, tokenizer, source)
-            source, model = result.model_path, result.model
-            if model is None:
-                model, _ = load_model_and_tokenizer(
-                    replace(config, model_name_or_path=source, use_4bit=False, use_8bit=False)
-                )
-            metrics |= {
-                f"dpo_{number}_{name}": value
-                for name, value in result.metrics.items()
-                if "eval_" in name
-            }
-    else:
-        if config.labelling:
-            labels(1, start)
-            if judge.client:
-                judge.client.local = None
-            result = run_part(reward.RewardStage(config.rewarding_by(start)), None, None, start)
-            metrics = {
-                f"reward_{name}": value for name, value in result.metrics.items() if "eval_" in name
-            }
-            scores = load_reward_model(replace(config, reward_model_path=str(folder / "reward")))
-        else:
-            scores = judge.score
-        metrics |= RL_TRAIN[config.algorithm](
-            config.rl_config(),
-            model,
-            tokenizer,
-            train_rows,
-            eval_rows,
-            functions | {"feedback": scores},
-        )
-
-    if asked:
-        both = [*zip(asked, answer(model), before, strict=True)]
-        try:
-            verdicts, wins = judge.win_rate(both)
-        except (LLMClientError, ValueError) as error:  # what was learnt is not lost for it
-            logger.error(
-                "no win rate: %s. What was learnt is kept; recipes/evaluate.py compares two models too",
-                error,
+            # 1. Sample answers of the present policy and let the judge compare them.
+            feedback |= write_preferences(
+                config, model, tokenizer, source, train_rows, judge, number
             )
-            verdicts, wins = [None] * len(both), {}
-        write_jsonl(
-            folder / "win_rate.jsonl",
-            [
-                {"prompt": prompt, "new": new, "old": old, "win": verdict}
-                for (prompt, new, old), verdict in zip(both, verdicts)
-            ],
+            # 2. Learn the preferences; the result is the policy of the next round.
+            stage = dpo.DPOStage(config.dpo_config(source, number))
+            result = run_part(stage, model, tokenizer, source)
+            source = result.model_path
+            model = load_if_missing(config, result)
+            metrics |= evaluation_metrics(result, f"dpo_{number}")
+    else:
+        # 1. The reward: a model of the judge's preferences, or the judge itself.
+        score = judge.score
+        if config.trains_reward_model:
+            feedback |= write_preferences(config, model, tokenizer, start, train_rows, judge, 1)
+            score = train_reward_model(config, judge, start, metrics)
+        # 2. RL with it.
+        page = RL_PAGES[config.algorithm]
+        rewards = functions | {"feedback": score}
+        metrics |= page.train(config.rl_config(), model, tokenizer, train_rows, eval_rows, rewards)
+
+    # Finally: do the new answers beat the old ones?
+    if eval_prompts:
+        new_answers = answer_prompts(config, model, tokenizer, eval_prompts)
+        metrics |= measure_win_rate(config, judge, eval_prompts, new_answers, old_answers)
+    metrics |= feedback
+    if judge.client:
+        metrics |= judge.client.report()
+    return metrics, model
+
+
+def answer_prompts(config: RLAIFConfig, model, tokenizer, prompts: list) -> list[str]:
+    """The policy's greedy answers."""
+    max_new_tokens = config.sampling["max_new_tokens"]
+    return [text for text, _ in generate(model, tokenizer, prompts, max_new_tokens)]
+
+
+def run_part(stage: BaseStage, model, tokenizer, start: str) -> StageResult:
+    """The result of a contained recipe, which is not run again if it has finished with the same
+    fingerprint. Raises RuntimeError if it fails."""
+    stage.reuse_finished = True
+    result = stage.execute(model, tokenizer, StageResult("start", True, start, start))
+    if not result.success:
+        raise RuntimeError(f"{stage.stage_name}: {result.error_message}")
+    return result
+
+
+def load_if_missing(config: RLAIFConfig, result: StageResult):
+    """The model of a result; a reused one is on disk alone."""
+    if result.model is not None:
+        return result.model
+    # What a round has saved is merged, at full precision.
+    saved = replace(config, model_name_or_path=result.model_path, use_4bit=False, use_8bit=False)
+    model, _ = load_model_and_tokenizer(saved)
+    return model
+
+
+def train_reward_model(config: RLAIFConfig, judge: Judge, start: str, metrics: dict):
+    """The function that scores completions by a reward model, trained on preferences_1.jsonl. Its
+    evaluation goes to `metrics`."""
+    if judge.client:
+        judge.client.local = None  # frees the memory of a judge that is run here
+    stage = reward.RewardStage(config.reward_config(start))
+    result = run_part(stage, None, None, start)
+    metrics |= evaluation_metrics(result, "reward")
+    folder = str(Path(config.output_dir, "reward"))
+    return load_reward_model(replace(config, reward_model_path=folder))
+
+
+def evaluation_metrics(result: StageResult, prefix: str) -> dict[str, float]:
+    """The evaluation metrics of a contained recipe, under its name."""
+    return {f"{prefix}_{name}": value for name, value in result.metrics.items() if "eval_" in name}
+
+
+def measure_win_rate(
+    config: RLAIFConfig, judge: Judge, prompts: list, new_answers: list, old_answers: list
+) -> dict[str, float]:
+    """{"win_rate", its interval, ...} of the new answers; the verdicts go to win_rate.jsonl. Empty
+    if the judge does not answer: that must not cost the trained model."""
+    pairs = list(zip(prompts, new_answers, old_answers, strict=True))
+    metrics: dict[str, float] = {}
+    verdicts: list[float | None] = [None] * len(pairs)
+    try:
+        verdicts, metrics = judge.win_rate(pairs)
+    except (LLMClientError, ValueError) as error:
+        logger.error(
+            "no win rate: %s. The trained model is kept; recipes/evaluate.py can compare the two",
+            error,
         )
-        metrics |= wins
-    return metrics | said | (judge.client.report() if judge.client else {}), model
+    rows = []
+    for (prompt, new, old), verdict in zip(pairs, verdicts, strict=True):
+        rows.append({"prompt": prompt, "new": new, "old": old, "win": verdict})
+    write_jsonl(Path(config.output_dir, "win_rate.jsonl"), rows)
+    return metrics
 
 
 class RLAIFStage(BaseStage):
-    stage_name, config_class, needs_folder = "rlaif", RLAIFConfig, "rlaif"
+    stage_name = "rlaif"
+    config_class = RLAIFConfig
+    needs_folder = "rlaif"
+
+    @classmethod
+    def resolve(cls, options: dict[str, Any]) -> tuple[type[BaseStage], dict[str, Any]]:
+        """Move options of the RL recipe alone, such as clip_range, into rl_kwargs. Raises
+        ConfigError for those of another RL recipe."""
+        algorithm = options.get("algorithm") or RLAIFConfig.algorithm
+        if algorithm not in RL_CONFIGS:
+            return cls, options  # the config refuses it
+        own_names = option_names(RLAIFConfig)
+        page_names = option_names(RL_CONFIGS[algorithm])
+        other_names = set().union(*(option_names(page) for page in RL_CONFIGS.values()))
+        # The command line and YAML take them beside the others: --clip_range=0.1 is enough.
+        kept = {}
+        moved = {}
+        for name, value in options.items():
+            if name in page_names - own_names:
+                moved[name] = value
+            elif name in other_names - own_names:
+                raise ConfigError(f"{name} has no effect with algorithm={algorithm}")
+            else:
+                kept[name] = value
+        if moved:
+            # The command line hands rl_kwargs over as YAML.
+            with as_config_error("rl_kwargs"):
+                rl_kwargs = TypeAdapter(Options).validate_python(options.get("rl_kwargs", {}))
+            kept["rl_kwargs"] = rl_kwargs | moved
+        return cls, kept
 
     def load_data(self):
         config = self.config
@@ -383,9 +512,10 @@ class RLAIFStage(BaseStage):
         self.judge.check()
         self.functions = start_reward_functions(config)
         training, evaluation, self.lineage["data"] = load_rows(config, to_prompt, None)
-        self.lineage |= {
-            "reference": "the model the stage starts from",
-            "judge": {"model": config.feedback_model_path, "type": config.feedback_model_type},
+        self.lineage["reference"] = "the model the stage starts from"
+        self.lineage["judge"] = {
+            "model": config.feedback_model_path,
+            "type": config.feedback_model_type,
         }
         return training, evaluation
 
@@ -393,24 +523,27 @@ class RLAIFStage(BaseStage):
         return prompt_sequences(self.config, row, tokenizer)
 
     def work(self, lengths):
-        return estimate_work(self.config, lengths)
+        return estimate_work(self.config.rl_config(), lengths)
 
     def train(self, model, tokenizer):
-        config, start = self.config, self.lineage["parent"]["model"]
-        limit = (
-            min(config.max_seq_length, model.config.max_position_embeddings)
-            - config.sampling["max_new_tokens"]
-        )
-        usable = lambda rows, what: (
-            usable_rows(rows, lambda r: encode_prompt(r, tokenizer, limit), what) if rows else []
-        )
+        config = self.config
         self.judge.load()
-        rows = (
-            usable(rows, what)
-            for rows, what in zip(self.data, ("training data", "evaluation data"))
-        )
+        limit = min(config.max_seq_length, model.config.max_position_embeddings)
+        training, evaluation = self.data
+        training = encode_prompts(config, training, tokenizer, limit, "training data")
+        evaluation = encode_prompts(config, evaluation, tokenizer, limit, "evaluation data")
+        start = self.lineage["parent"]["model"]
         with stopping_functions(self.functions):
-            return train(config, model, tokenizer, *rows, self.judge, self.functions, start)
+            return train(
+                config,
+                model,
+                tokenizer,
+                training,
+                evaluation,
+                self.judge,
+                self.functions,
+                start,
+            )
 
 
 if __name__ == "__main__":

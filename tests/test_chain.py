@@ -464,7 +464,7 @@ def test_the_command_line(pipeline, tmp_path):
         (["--dryrun"], "did you mean 'dry_run'"),
         (["--dpo.seed=1"], "unknown stage 'dpo'"),
         (["--sft.seed=1", "--sft.seed=2"], "--sft.seed was given 2 times"),
-        (["--", "--dry_run"], "-- stands 1 times"),
+        (["--", "--dry_run"], "an option without a name"),
         (["--stages", "sft", "dpoo"], "unknown stage 'dpoo'"),
         (["other.yaml"], "give one YAML file"),
     ],

@@ -40,9 +40,8 @@ def config(tmp_path, **options):
 def judge_behind(server, tmp_path, **options):  # noqa: F811
     settings = config(tmp_path, feedback_model_type="api", feedback_base_url=server.url, **options)
     (tmp_path / "out").mkdir(exist_ok=True)
-    return core.judge.Judge(
-        settings, core.llm_client.LLMClient(settings, "feedback", "judge", "api", server.url)
-    )
+    client = core.llm_client.LLMClient(settings, "feedback", "judge", "api", server.url)
+    return core.judge.Judge(settings, client=client)
 
 
 def verdict(letter):
@@ -71,8 +70,8 @@ def test_what_rl_alone_cannot_take_goes_to_the_other_recipe(tmp_path):
         tmp_path, feedback_mode="preference", gradient_accumulation_steps=3, lora_dropout=0.1
     )
     assert (
-        settings.preferring("start", 1).gradient_accumulation_steps == 3
-        and settings.preferring("start", 1).lora_dropout == 0.1
+        settings.dpo_config("start", 1).gradient_accumulation_steps == 3
+        and settings.dpo_config("start", 1).lora_dropout == 0.1
     )
     for options in (dict(gradient_accumulation_steps=3), dict(lora_dropout=0.1)):
         with pytest.raises(ConfigError):
@@ -94,8 +93,8 @@ def test_a_model_in_memory_alone_is_refused(tmp_path, model, tokenizer):
         (dict(reward_model_path="x"), "write feedback_model_type=reward_model"),
         (dict(num_rounds=2), "num_rounds has no effect with feedback_mode=reward_model"),
         (
-            dict(feedback_mode="preference", ppo_epochs=3),
-            "ppo_epochs has no effect with feedback_mode=preference",
+            dict(feedback_mode="preference", rl_kwargs={"ppo_epochs": 3}),
+            "rl_kwargs has no effect with feedback_mode=preference",
         ),
         (dict(feedback_mode="preference", warmup_ratio=0.5), "warmup_ratio has no effect"),
         (dict(feedback_mode="preference", learning_rate=2e-4), "learning_rate has no effect"),
@@ -108,7 +107,15 @@ def test_a_model_in_memory_alone_is_refused(tmp_path, model, tokenizer):
             dict(feedback_model_type="reward_model", constitution=["Be kind."]),
             "constitution has no effect",
         ),
-        (dict(num_candidates=3), "two make a pair"),
+        (
+            dict(feedback_mode="preference", num_training_steps=3),
+            "num_training_steps has no effect",
+        ),
+        (dict(algorithm="reinforce"), "algorithm='reinforce'"),
+        (dict(rl_kwargs={"clip_rang": 0.1}), "did you mean 'clip_range'"),
+        (dict(rl_kwargs={"clip_range": -1}), "clip_range=-1"),
+        (dict(algorithm="a2c", gradient_accumulation_steps=2), "gradient_accumulation_steps"),
+        (dict(num_candidates=3), "set an even number"),
         (dict(constitution=[]), "constitution is empty"),
         (dict(reward_kwargs={"learning_rat": 1}), "did you mean 'learning_rate'"),
         (dict(feedback_mode="preference", preference_kwargs={"beta": -1}), "beta"),
@@ -122,7 +129,7 @@ def test_bad_options_are_refused_with_the_remedy(tmp_path, options, words):
 
 def test_the_parts_get_their_own_defaults_and_options(tmp_path):
     settings = config(tmp_path, seed=7, lora_r=4, reward_kwargs={"num_train_epochs": 2})
-    part = settings.rewarding_by("start")
+    part = settings.reward_config("start")
     assert (
         part.seed,
         part.lora_r,
@@ -131,13 +138,46 @@ def test_the_parts_get_their_own_defaults_and_options(tmp_path):
         part.lr_scheduler_type,
     ) == (7, 4, 2e-4, 2, "cosine")
     assert part.output_dir == str(tmp_path / "out/reward") and part.model_name_or_path == "start"
-    assert config(tmp_path, learning_rate=3e-5).rewarding_by("start").learning_rate == 3e-5
+    assert config(tmp_path, learning_rate=3e-5).reward_config("start").learning_rate == 3e-5
     preferring = config(
         tmp_path, feedback_mode="preference", preference_kwargs={"beta": 0.5}
-    ).preferring("start", 2)
+    ).dpo_config("start", 2)
     assert preferring.beta == 0.5 and preferring.preference_dataset_path.endswith(
         "preferences_2.jsonl"
     )
+
+
+def test_the_rl_recipe_gets_the_shared_options_and_its_own(tmp_path):
+    settings = config(
+        tmp_path,
+        algorithm="rloo",
+        num_training_steps=3,
+        rl_kwargs={"ppo_epochs": 2},
+        reward=["regex"],
+        reward_pattern="a",
+        reward_weights=[0.5, 1],
+    )
+    page = settings.rl_config()
+    assert type(page) is rlaif.grpo.GRPOConfig and page.advantage == "rloo"
+    assert (page.num_training_steps, page.ppo_epochs, page.num_generations) == (3, 2, 4)
+    assert page.reward_weights == [0.5, 1.0]
+    assert config(tmp_path).rl_config().num_generations == 1
+    assert config(tmp_path, algorithm="grpo", num_generations=2).rl_config().num_generations == 2
+
+
+def test_options_of_the_rl_recipe_may_stand_beside_the_others():
+    options = {"algorithm": "ppo", "clip_range": "0.1", "rl_kwargs": "{max_kl: 0.5}", "seed": "1"}
+    stage_class, resolved = rlaif.RLAIFStage.resolve(options)
+    assert stage_class is rlaif.RLAIFStage
+    assert resolved == {
+        "algorithm": "ppo",
+        "seed": "1",
+        "rl_kwargs": {"max_kl": 0.5, "clip_range": "0.1"},
+    }
+    assert rlaif.RLAIFConfig(**resolved).rl_config().clip_range == 0.1
+    with pytest.raises(ConfigError, match="cg_damping has no effect with algorithm=ppo"):
+        rlaif.RLAIFStage.resolve({"cg_damping": 0.2})
+    assert rlaif.RLAIFStage.resolve({"seed": 1}) == (rlaif.RLAIFStage, {"seed": 1})
 
 
 # -- the judge ---------------------------------------------------------------------------------------------------------
@@ -479,7 +519,7 @@ def test_a_win_rate_that_cannot_be_taken_costs_no_model(server, tmp_path, model_
 def test_the_win_rate_is_that_of_the_new_policy_over_the_old(tmp_path, monkeypatch):
     written = iter(("old", "new"))
     monkeypatch.setattr(rlaif, "generate", lambda *_: [(next(written), True)])
-    monkeypatch.setattr(rlaif.rl, "train", lambda *_: {})
+    monkeypatch.setattr(rlaif.ppo, "train", lambda *_: {})
     settings = config(tmp_path, feedback_model_type="reward_model")
     (tmp_path / "out").mkdir()
     judge = core.judge.Judge(
