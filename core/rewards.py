@@ -1,13 +1,17 @@
-"""Rewards of completions: verifiers and users' functions in killable processes, and reward models."""
+"""Rewards of completions: verifiers and users' functions in killable processes, and reward models.
+
+Shapes: B completions, R rewards of each.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Callable, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -27,148 +31,184 @@ REWARDS = {  # built-in verifiers: the function, and the column or option it rea
     "format": (f"{verifiers.__file__}:format", "reward_pattern"),
     "length": (f"{verifiers.__file__}:length", "reward_length"),
 }
+Weights = Annotated[list[float], comma_separated]
+REWARD_OPTIONS = ("reward_pattern", "reward_length")
+NO_VERDICT = float("nan")
+
+
+# -- options ---------------------------------------------------------------------------------------
 
 
 @dataclass
 class ScoringConfig(ModelConfig):
     """Options of rewards."""
 
+    # rewards
     reward: Names = field(
-        default_factory=list
-    )  # numeric, exact, regex, format, length, or path/to/file.py:function
-    reward_weights: Annotated[list[float], comma_separated] = field(
-        default_factory=list
-    )  # of their sum; none: 1
-    reward_model_path: str | None = (
-        None  # folder of a sequence classifier, or stage:NAME; added to the sum
+        default_factory=list,  # numeric, exact, regex, format, length, or path/to/file.py:function
     )
+    reward_weights: Weights = field(default_factory=list)  # weights of the sum; empty: 1 each
+    reward_model_path: str | None = None  # folder of a sequence classifier, or stage:NAME
     reward_model_type: Literal["regression", "classification"] = (
-        "regression"  # its score; or its last label's chance
+        "regression"  # use its score, or the probability of its last label
     )
-    reward_pattern: str = ""  # regular expression: `regex` finds it in a completion, `format` wants the whole to match
-    reward_length: Natural = (
-        0  # words, for `length`: 1 up to so many, falling to 0 at twice as many
-    )
-    reward_timeout: Positive = 60.0  # seconds that a function may take for a batch
-    on_reward_error: Literal["stop", "skip"] = (
-        "stop"  # a reward raises or times out: stop, or leave the row out
-    )
+    reward_pattern: str = ""  # regular expression: `regex` searches it, `format` matches it whole
+    reward_length: Natural = 0  # words, for `length`: 1 up to here, falling to 0 at twice as many
+    reward_timeout: Positive = 60.0  # seconds that a reward function may take for a batch
+    on_reward_error: Literal["stop", "skip"] = "stop"  # if it fails: stop, or leave the row out
 
-    rewarding = property(
-        lambda self: [*self.reward, *(["reward_model"] if self.reward_model_path else [])]
-    )
+    @property
+    def rewarding(self) -> list[str]:
+        """The names of all rewards, in the order of their columns."""
+        names = list(self.reward)
+        if self.reward_model_path:
+            names.append("reward_model")
+        return names
 
     def validate(self) -> None:
         super().validate()
         for name in self.reward:
-            if name not in REWARDS and not re.fullmatch(r".+\.py:\w+", name):
-                raise ConfigError(
-                    unknown_name("reward", name, [*REWARDS, "path/to/file.py:function"])
-                )
-            if (
-                name in REWARDS
-                and (needs := REWARDS[name][1]) != "answer"
-                and not getattr(self, needs)
-            ):
-                raise ConfigError(f"reward={name} needs {needs}")
-        if len({*self.reward}) < len(self.reward):
+            self.validate_reward(name)
+        if len(set(self.reward)) < len(self.reward):
             raise ConfigError(
                 "reward names a function twice; give it another weight by reward_weights"
             )
-        read = {REWARDS[name][1] for name in {*self.reward} & {*REWARDS}}
-        for name in {"reward_pattern", "reward_length"} - read:
-            self.refuse_unread(True, name, f"with reward={','.join(self.reward)}")
+
+        options_read = {REWARDS[name][1] for name in self.reward if name in REWARDS}
+        for option in REWARD_OPTIONS:
+            is_unread = option not in options_read
+            self.refuse_unread(is_unread, option, f"with reward={','.join(self.reward)}")
         with as_config_error(f"reward_pattern={self.reward_pattern}"):
             re.compile(self.reward_pattern)
-        if len(self.reward_weights or self.rewarding) != len(self.rewarding):
+
+        if self.reward_weights and len(self.reward_weights) != len(self.rewarding):
             raise ConfigError(f"reward_weights: give one for each of {', '.join(self.rewarding)}")
         self.refuse_unread(
             not self.reward_model_path, "reward_model_type", "without reward_model_path"
         )
 
-
-def check_reward_model(path: str) -> None:
-    """Refuse a folder whose model has no trained head: transformers would make one of random numbers."""
-    with as_config_error(f"reward_model_path={path} is not the folder of a model"):
-        kind = json.loads(Path(path, "config.json").read_text(encoding="utf-8"))["architectures"]
-    if not any(name.endswith("ForSequenceClassification") for name in kind):
-        raise ConfigError(
-            f"reward_model_path={path} is a {', '.join(kind)}; train one with recipes/reward.py"
-        )
-
-
-def load_reward_model(config: ScoringConfig) -> Callable:
-    """function(prompts, completions) -> rewards by the classifier at `reward_model_path`, with its own tokenizer."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    path = config.reward_model_path
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = (
-        AutoModelForSequenceClassification.from_pretrained(
-            path, dtype=compute_dtype(config.torch_dtype), use_safetensors=True
-        )
-        .to(default_device())
-        .eval()
-    )
-    if (config.reward_model_type == "regression") != (model.config.num_labels == 1):
-        raise ConfigError(
-            f"reward_model_type={config.reward_model_type}: it has {model.config.num_labels} labels"
-        )
-
-    def ids(prompt: list[dict], completion: str) -> list[int]:
-        if tokenizer.chat_template:
-            chat = [*prompt, {"role": "assistant", "content": completion}]
-            return encode_turns(tokenizer, render_turns(tokenizer, chat))[0]
-        return tokenizer("\n".join(message["content"] for message in prompt), completion).input_ids
-
-    @torch.no_grad()
-    def score(prompts: list, completions: list[str], **_) -> list[float]:
-        texts = [ids(prompt, completion) for prompt, completion in zip(prompts, completions)]
-        if max(map(len, texts)) > model.config.max_position_embeddings:
-            raise ValueError(
-                f"longer than the reward model's {model.config.max_position_embeddings} tokens"
-            )
-        # Models score the last token that is not padding: so pad with one that none of the texts has.
-        model.config.pad_token_id = min({*range(model.config.vocab_size)} - {*sum(texts, [])})
-        batch = [torch.tensor(text, device=model.device) for text in texts]
-        padded = pad_sequence(batch, True, model.config.pad_token_id)
-        mask = pad_sequence([torch.ones_like(text) for text in batch], True, 0)
-        logits = model(input_ids=padded, attention_mask=mask).logits.float()
-        return (logits[:, 0] if logits.shape[1] == 1 else logits.softmax(-1)[:, -1]).tolist()
-
-    return score
+    def validate_reward(self, name: str) -> None:
+        """Check one name of `reward`, and that the option it reads is given."""
+        if name not in REWARDS:
+            if not re.fullmatch(r".+\.py:\w+", name):
+                valid = [*REWARDS, "path/to/file.py:function"]
+                raise ConfigError(unknown_name("reward", name, valid))
+            return
+        _, needs = REWARDS[name]
+        if needs in REWARD_OPTIONS and not getattr(self, needs):
+            raise ConfigError(f"reward={name} needs {needs}")
 
 
 def rewards_reading_answers(config: ScoringConfig) -> list[str]:
-    """The rewards that read the column answer."""
+    """The names of the rewards that read the column answer."""
     return [name for name in config.reward if name in REWARDS and REWARDS[name][1] == "answer"]
 
 
 def check_answer_column(config: ScoringConfig, columns: dict) -> None:
-    """Refuse rows of these columns for a reward that reads an answer, and there is none; raises ConfigError."""
-    if (needs := rewards_reading_answers(config)) and "answer" not in columns:
+    """Raise ConfigError if a reward reads the column answer and there is none."""
+    names = rewards_reading_answers(config)
+    if names and "answer" not in columns:
+        known_columns = ", ".join(columns) or "none"
+        raise ConfigError(f"reward={names[0]} needs a column answer; found {known_columns}")
+
+
+# -- reward models ---------------------------------------------------------------------------------
+
+
+def check_reward_model(path: str) -> None:
+    """Raise ConfigError if the model at `path` has no trained head: transformers would create a
+    random one."""
+    with as_config_error(f"reward_model_path={path} is not the folder of a model"):
+        text = Path(path, "config.json").read_text(encoding="utf-8")
+        architectures = json.loads(text)["architectures"]
+    if not any(name.endswith("ForSequenceClassification") for name in architectures):
+        names = ", ".join(architectures)
         raise ConfigError(
-            f"reward={needs[0]} needs a column answer; found {', '.join(columns) or 'none'}"
+            f"reward_model_path={path} is a {names}; train one with recipes/reward.py"
         )
+
+
+def load_reward_model(config: ScoringConfig) -> Callable:
+    """function(prompts, completions) -> rewards, by the classifier at `reward_model_path`.
+
+    The reward is its score, or the probability of its last label. Raises ConfigError if
+    `reward_model_type` does not suit the model."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    path = config.reward_model_path
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    dtype = compute_dtype(config.torch_dtype)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        path, dtype=dtype, use_safetensors=True
+    )
+    model = model.to(default_device()).eval()
+    num_labels = model.config.num_labels
+    is_regression = config.reward_model_type == "regression"
+    # A single label is a score without bounds, several are classes: softmax of one is always 1.
+    if is_regression != (num_labels == 1):
+        raise ConfigError(
+            f"reward_model_type={config.reward_model_type} does not suit {path}: it has "
+            f"{num_labels} labels; regression is for one, classification for several"
+        )
+
+    @torch.no_grad()
+    def score(prompts: list, completions: list[str], **_) -> list[float]:
+        rows = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            rows.append(encode_answer(tokenizer, prompt, completion))
+        max_length = model.config.max_position_embeddings
+        if max(map(len, rows)) > max_length:
+            raise ValueError(f"longer than the reward model's {max_length} tokens")
+
+        # The score is that of the last token that is not padding, so no text may have the padding
+        # token.
+        used_tokens = {token for row in rows for token in row}
+        model.config.pad_token_id = min(set(range(model.config.vocab_size)) - used_tokens)
+        tensors = [torch.tensor(row, device=model.device) for row in rows]
+        masks = [torch.ones_like(tensor) for tensor in tensors]
+        output = model(
+            input_ids=pad_sequence(tensors, True, model.config.pad_token_id),  # (B, T)
+            attention_mask=pad_sequence(masks, True, 0),
+        )
+        logits = output.logits.float()  # (B, labels)
+        scores = logits[:, 0] if is_regression else logits.softmax(-1)[:, -1]
+        return scores.tolist()
+
+    return score
+
+
+def encode_answer(tokenizer, prompt: list[dict], completion: str) -> list[int]:
+    """Token ids of a conversation, by the chat template of a reward model if it has one."""
+    if tokenizer.chat_template:
+        messages = [*prompt, {"role": "assistant", "content": completion}]
+        return encode_turns(tokenizer, render_turns(tokenizer, messages))[0]
+    prompt_text = "\n".join(message["content"] for message in prompt)
+    return tokenizer(prompt_text, completion).input_ids
+
+
+# -- scoring ---------------------------------------------------------------------------------------
 
 
 def start_reward_functions(config: ScoringConfig) -> dict[str, Callable]:
-    """{name: function(prompts, completions, **columns) -> list of numbers or None} of `reward`, and a first look at the
-    reward model, which is loaded later; raises ConfigError."""
+    """{name: function(prompts, completions, **columns) -> list of numbers or None}, one for each of
+    `reward`.
+
+    Checks the folder of the reward model too, which is loaded later. Raises ConfigError."""
     if config.reward_model_path and not config.reward_model_path.startswith("stage:"):
         check_reward_model(config.reward_model_path)
     functions: dict[str, Callable] = {}
+    # A file that cannot be loaded is reported now, before a model is loaded.
     for name in config.reward:
-        functions[name] = function = Subprocess(
-            REWARDS.get(name, (name,))[0], config.reward_timeout
-        )
+        spec = REWARDS[name][0] if name in REWARDS else name
+        function = Subprocess(spec, config.reward_timeout)
         function.start()
+        functions[name] = function
     return functions
 
 
 @contextlib.contextmanager
-def stopping_functions(functions: dict[str, Callable]):
-    """After it no process of the functions runs."""
+def stopping_functions(functions: dict[str, Callable]) -> Iterator[None]:
+    """Stop the processes of the functions afterwards."""
     try:
         yield
     finally:
@@ -180,44 +220,72 @@ def stopping_functions(functions: dict[str, Callable]):
 def score_completions(
     config: ScoringConfig, functions: dict[str, Callable], rows: list[dict], completions: list
 ) -> torch.Tensor:
-    """(B, R): what each function says of each completion; NaN is no verdict. A function that fails is asked row by row
-    for the one it fails at; `on_reward_error` decides whether that stops the run."""
+    """The rewards (B, R) that the functions give; NaN where there is no verdict.
 
-    def ask(name: str, some: range) -> list[float]:
-        asked, texts = [rows[i]["prompt"] for i in some], [completions[i] for i in some]
-        columns = {key: [rows[i]["columns"][key] for i in some] for key in rows[0]["columns"]}
-        options = {
-            option: getattr(config, option)
-            for option in ("reward_pattern", "reward_length")
-            if name in REWARDS
-        }
-        try:
-            found = functions[name](asked, texts, **columns | options)
-            values = [float("nan") if value is None else float(value) for value in found]
-            if float("inf") in map(abs, values):
-                raise ValueError("a reward is infinite")
-        except LLMClientError:  # what a judge's server says is about no single row
-            raise
-        except Exception as error:
-            if len(some) > 1:
-                return [value for i in some for value in ask(name, range(i, i + 1))]
-            row = {"completion": texts[0], "prompt": asked[0], **rows[some[0]]["columns"]}
-            text = f"reward {name}: {type(error).__name__}: {error}; the row: {json.dumps(row, default=str)}"
-            if config.on_reward_error == "stop":
-                raise RuntimeError(
-                    text + ". Mend the reward, or leave such rows out: on_reward_error=skip"
-                ) from error
-            logger.warning("%s is left out", text)
-            return [float("nan")]
-        if not isinstance(found, list) or len(found) != len(some):
-            raise RuntimeError(
-                f"reward {name} has to return {len(some)} numbers or None, a list: {str(found)[:80]}"
-            )
-        return values
-
-    return torch.tensor([ask(name, range(len(rows))) for name in functions]).T
+    A row is {"prompt", "columns"}; there is one for each completion. Raises RuntimeError if a
+    function fails, unless `on_reward_error` is skip: then the rows at which it fails have no
+    verdict."""
+    columns = []
+    for name, function in functions.items():
+        columns.append(call_reward(config, name, function, rows, completions))
+    return torch.tensor(columns).T
 
 
-def weighted_total(config: ScoringConfig, each: torch.Tensor) -> torch.Tensor:
-    """(B,): the weighted sum of the rewards (B, R); NaN where one of them has no verdict."""
-    return each @ torch.tensor(config.reward_weights or [1.0] * each.shape[1])
+def call_reward(
+    config: ScoringConfig, name: str, function: Callable, rows: list[dict], completions: list
+) -> list[float]:
+    """The rewards of one function. If it fails, it is called row by row to find the one at which it
+    fails."""
+    arguments: dict[str, Any] = {}
+    for column in rows[0]["columns"]:
+        arguments[column] = [row["columns"][column] for row in rows]
+    if name in REWARDS:
+        arguments |= {option: getattr(config, option) for option in REWARD_OPTIONS}
+    prompts = [row["prompt"] for row in rows]
+
+    # A verdict that is no number fails like a function that raises.
+    try:
+        verdicts = function(prompts, completions, **arguments)
+        rewards = [NO_VERDICT if verdict is None else float(verdict) for verdict in verdicts]
+        if float("inf") in map(abs, rewards):
+            raise ValueError("a reward is infinite")
+    except LLMClientError:  # a judge that can no longer be queried: no single row is the reason
+        raise
+    except Exception as error:
+        if len(rows) == 1:
+            handle_reward_error(config, name, error, rows[0], completions[0])
+            return [NO_VERDICT]
+        rewards = []
+        for row, completion in zip(rows, completions, strict=True):
+            rewards += call_reward(config, name, function, [row], [completion])
+        return rewards
+
+    # A wrong number of verdicts is a mistake in the function, not of a row: no reason to skip.
+    if not isinstance(verdicts, list) or len(verdicts) != len(rows):
+        raise RuntimeError(
+            f"reward {name} must return a list of {len(rows)} numbers or None, "
+            f"not {str(verdicts)[:80]}"
+        )
+    return rewards
+
+
+def handle_reward_error(
+    config: ScoringConfig, name: str, error: Exception, row: dict, completion: str
+) -> None:
+    """Raise RuntimeError with the row at which a reward fails, or log it if `on_reward_error` is
+    skip."""
+    shown = {"completion": completion, "prompt": row["prompt"], **row["columns"]}
+    row_text = json.dumps(shown, default=str)
+    message = f"reward {name}: {type(error).__name__}: {error}; the row: {row_text}"
+    if config.on_reward_error == "stop":
+        raise RuntimeError(
+            f"{message}. Fix the reward, or skip such rows with on_reward_error=skip"
+        ) from error
+    logger.warning("%s is left out", message)
+
+
+def weighted_total(config: ScoringConfig, rewards: torch.Tensor) -> torch.Tensor:
+    """The weighted sum (B,) of rewards (B, R); NaN where one of them has no verdict."""
+    num_rewards = rewards.shape[1]
+    weights = config.reward_weights or [1.0] * num_rewards
+    return rewards @ torch.tensor(weights)

@@ -76,6 +76,7 @@ def sample_next_token(
         tokens = logits.argmax(-1)
     else:
         candidates = probabilities
+        # Both are off by default, and a second softmax over the vocabulary costs time.
         if sampling["top_k"] or sampling["top_p"] < 1:
             candidates = keep_likely_tokens(logits, sampling).softmax(-1)
         cumulative = candidates.cumsum(-1, dtype=torch.float64)
@@ -127,6 +128,7 @@ def fast_decoding(model) -> Iterator[None]:
         return
 
     lora_layers: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    # DoRA rescales the sum of both weights, so its adapter cannot simply be added.
     uses_dora = any(layer.use_dora.get("default") for layer in lora_layers)
     merges_adapter = bool(lora_layers) and not uses_dora
     base_layers = [layer.get_base_layer() for layer in lora_layers]
@@ -200,6 +202,7 @@ def cuda_graph_steps(step: Callable[[], torch.Tensor], use_graph: bool) -> Itera
             result = step()
         torch.cuda.set_sync_debug_mode("default")
 
+    # No graph, or a step that cannot be recorded.
     if result is None:
         while True:
             yield step()

@@ -1,4 +1,7 @@
-"""Verifiers: functions that compare a completion with an expected answer or pattern. Called in a process of their own."""
+"""Verifiers: functions that compare a completion with an expected answer or pattern.
+
+They are called in a process of their own (core/function_process.py), because some expressions never
+finish."""
 
 from __future__ import annotations
 
@@ -6,69 +9,104 @@ import re
 from decimal import Decimal
 
 NUMBER = re.compile(r"[-+\s\\$€£]*[\d,]*\.?\d+%?")
-NOT_A_NUMBER = re.compile(
-    r"\d:\d|\d-\d+-\d|(?<![\\\w])[^\W\d_]\d"
-)  # a time, a date, a code: texts with numbers in them
+SCIENTIFIC = re.compile(r"[-+]?\d+(\.\d+)?[eE][-+]?\d{1,3}")  # 1e6
+MIXED_FRACTION = re.compile(r"(?<![\w.])(-?)(\d+) (\d+/\d+)$")  # 3 1/2
+EMPHASIS = re.compile(r"^[\s*`_]+|[\s*`_]+$")  # Markdown's marks at both ends
+CURRENCY = re.compile(r"[\s\\$€£]")
+SENTENCE = re.compile(r"\$|\\boxed|\\[\[(]|: |(?<!\\)\b[^\W\d_]{2,}")  # words, or marked formulas
+# A time, a date, a code: texts with numbers in them.
+NOT_A_NUMBER = re.compile(r"\d:\d|\d-\d+-\d|(?<![\\\w])[^\W\d_]\d")
 
 
 def may_be_number(answer: str) -> bool:
-    """Whether an expected answer can be a number or a formula, and is no text that has numbers in it."""
-    return bool(re.search(r"[\d\\]", answer)) and not NOT_A_NUMBER.search(answer)
+    """Whether an expected answer can be a number or a formula, rather than a text that contains
+    numbers."""
+    has_digit_or_latex = re.search(r"[\d\\]", answer)
+    is_text_with_numbers = NOT_A_NUMBER.search(answer)
+    return bool(has_digit_or_latex and not is_text_with_numbers)
 
 
 def parse_formula(text: str, alone: bool = True) -> list:
-    """What math-verify makes of a number or formula, or of the last one in a sentence; empty without one. It looks for
-    formulas between dollars, and of one without them takes the last number: so they are put around what has no words
-    and is `alone`, or is LaTeX."""
+    """What math-verify reads from a number or formula, or from the last one in a sentence; empty if
+    there is none.
+
+    math-verify looks for formulas between dollars, and takes the last number of a text without
+    them. So a text without words is put between dollars if it is expected to be a formula
+    (`alone`), or is LaTeX."""
     from math_verify import parse
 
-    text = re.sub(r"^[\s*`_]+|[\s*`_]+$", "", text).removesuffix(".")  # marks of emphasis
-    text = (
-        f"{Decimal(text):f}" if re.fullmatch(r"[-+]?\d+(\.\d+)?[eE][-+]?\d{1,3}", text) else text
-    )  # 1e6
-    text = re.sub(r"(?<![\w.])(-?)(\d+) (\d+/\d+)$", r"$\1(\2+\3)$", text)  # 3 1/2
+    text = EMPHASIS.sub("", text).removesuffix(".")
+    if SCIENTIFIC.fullmatch(text):
+        text = f"{Decimal(text):f}"
+    text = MIXED_FRACTION.sub(r"$\1(\2+\3)$", text)
+    # A plain number needs no dollars; signs of currency and spaces would hide it.
     if NUMBER.fullmatch(text):
-        return parse(re.sub(r"[\s\\$€£]", "", text), parsing_timeout=None)
-    sentence = re.search(r"\$|\\boxed|\\[\[(]|: |(?<!\\)\b[^\W\d_]{2,}", text)
-    if not sentence and NOT_A_NUMBER.search(text):
+        return parse(CURRENCY.sub("", text), parsing_timeout=None)
+
+    # A single letter is a variable, a word of two letters or more makes a sentence.
+    is_sentence = bool(SENTENCE.search(text))
+    if not is_sentence and NOT_A_NUMBER.search(text):
         return []
-    return parse(
-        f"${text}$" if not sentence and (alone or "\\" in text) else text, parsing_timeout=None
-    )
+    if not is_sentence and (alone or "\\" in text):
+        text = f"${text}$"
+    return parse(text, parsing_timeout=None)
 
 
 def numeric(prompts: list, completions: list[str], answer: list, **_) -> list[float]:
-    """1.0 where the final answer of a completion equals the number or formula `answer` (of "... #### 72" what follows
-    the hashes), else 0.0. To be called by `Subprocess`: some formulas take for ever."""
+    """1.0 where the final answer of a completion equals the number or formula `answer`, else 0.0.
+
+    Of an answer "... #### 72" and of a completion, what follows the hashes counts. Raises
+    ValueError if `answer` is not a number or formula."""
+    scores = []
+    for text, expected in zip(completions, answer, strict=True):
+        score = numeric_score(text, str(expected))
+        scores.append(score)
+    return scores
+
+
+def numeric_score(text: str, expected: str) -> float:
     from math_verify import verify
 
-    def equal(text: str, gold: str) -> float:
-        gold = gold.split("####")[-1].strip()
-        if not may_be_number(gold) or not (wanted := parse_formula(gold)):
-            raise ValueError(f"the answer {gold!r} is not a number or formula")
-        found = parse_formula(text.rpartition("####")[2], alone=not NUMBER.fullmatch(gold))
-        return float(verify(wanted, found, timeout_seconds=None))
-
-    return [equal(text, str(gold)) for text, gold in zip(completions, answer)]
+    expected = expected.rpartition("####")[2].strip()
+    expected_value = parse_formula(expected) if may_be_number(expected) else []
+    if not expected_value:
+        raise ValueError(f"the answer {expected!r} is not a number or formula")
+    ending = text.rpartition("####")[2]
+    # Where a number is expected, the last number of an ending without words is the answer.
+    value = parse_formula(ending, alone=not NUMBER.fullmatch(expected))
+    # Without timeouts of its own, which need signals: the process is killed from outside.
+    return float(verify(expected_value, value, timeout_seconds=None))
 
 
 def exact(prompts: list, completions: list[str], answer: list, **_) -> list[float]:
-    """1.0 where a completion is `answer`, but for white space around it, else 0.0."""
-    return [float(text.strip() == str(gold).strip()) for text, gold in zip(completions, answer)]
+    """1.0 where a completion equals `answer`, white space around both aside, else 0.0."""
+    scores = []
+    for text, expected in zip(completions, answer, strict=True):
+        is_equal = text.strip() == str(expected).strip()
+        scores.append(float(is_equal))
+    return scores
 
 
 def regex(prompts: list, completions: list[str], reward_pattern: str, **_) -> list[float]:
-    """1.0 where the pattern is found."""
-    return [float(bool(re.search(reward_pattern, text, re.DOTALL))) for text in completions]
+    """1.0 where the pattern is found, else 0.0."""
+    pattern = re.compile(reward_pattern, re.DOTALL)
+    matches = [pattern.search(text) for text in completions]
+    return [float(match is not None) for match in matches]
 
 
 def format(prompts: list, completions: list[str], reward_pattern: str, **_) -> list[float]:
-    """1.0 where the whole completion has the form of the pattern."""
-    return [
-        float(bool(re.fullmatch(reward_pattern, text.strip(), re.DOTALL))) for text in completions
-    ]
+    """1.0 where the whole completion matches the pattern, else 0.0."""
+    pattern = re.compile(reward_pattern, re.DOTALL)
+    matches = [pattern.fullmatch(text.strip()) for text in completions]
+    return [float(match is not None) for match in matches]
 
 
 def length(prompts: list, completions: list[str], reward_length: int, **_) -> list[float]:
-    """1.0 up to so many words, falling to 0.0 at twice as many."""
-    return [min(1.0, max(0.0, 2 - len(text.split()) / reward_length)) for text in completions]
+    """1.0 up to `reward_length` words, falling to 0.0 at twice as many."""
+    scores = []
+    for text in completions:
+        words = text.split()
+        score = 2 - len(words) / reward_length
+        score = min(1.0, max(0.0, score))
+        scores.append(score)
+    return scores

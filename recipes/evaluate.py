@@ -133,7 +133,7 @@ def convert(row: dict, form: str) -> dict:
         pair = dpo.to_pair(row, form)
         answers = [pair["chosen"], pair["rejected"]]
         return {"prompt": pair["prompt"], "answers": answers, "columns": columns}
-    if form in ANSWERED or (form == "messages" and ends_with_answer(row)):
+    if form in ANSWERED or (form == "messages" and has_final_answer(row)):
         *prompt, answer = sft.to_messages(row, form)
         # A column `answer` beside messages is the expected answer, more exactly.
         columns = {"answer": answer["content"]} | columns
@@ -156,7 +156,7 @@ def convert_unpaired(row: dict, columns: dict) -> dict:
     return {"prompt": single["prompt"], "answers": answers, "columns": columns}
 
 
-def ends_with_answer(row: dict) -> bool:
+def has_final_answer(row: dict) -> bool:
     """Whether the last message of a conversation is the assistant's."""
     last_message = as_messages(row["messages"], "user")[-1]
     return last_message["role"] == "assistant"

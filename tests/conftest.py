@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -10,42 +11,46 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks the network is broken
-os.environ.setdefault(
-    "CUDA_VISIBLE_DEVICES", ""
-)  # the tests are of float32 on a CPU; test_gpu.py says what is not
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # on so small a model threads only wait for each other
+# The tests run in float32 on a CPU; test_gpu.py has those for a GPU.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+# On a model this small, threads only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-    """Converted models and read data sets of the tests lie in a folder of their own."""
-    os.environ["HF_HOME"] = os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    """Converted models and data sets are cached in a folder of the test session."""
+    folder = str(tmp_path_factory.mktemp("cache"))
+    os.environ["HF_HOME"] = folder
+    os.environ["HF_DATASETS_CACHE"] = folder
 
 
 @pytest.fixture(scope="session")
 def tokenizer(own_cache):
-    """A byte-level BPE of 400 tokens whose turns end in <|im_end|>, while its eos is <|endoftext|>: the trap."""
+    """A byte-level BPE of 400 tokens. Its turns end in <|im_end|>, but its eos is <|endoftext|>.
+
+    Code that takes the eos for the end of a turn fails on it.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    bpe.train_from_iterator((ROOT / "examples/sample_data.jsonl").read_text().splitlines(), trainer)
+    lines = (ROOT / "examples/sample_data.jsonl").read_text().splitlines()
+    bpe.train_from_iterator(lines, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         eos_token="<|endoftext|>",
@@ -55,6 +60,7 @@ def tokenizer(own_cache):
 
 
 def make_model(tokenizer, seed=0, **changes):
+    """A random Llama of two layers; `changes` are options of its LlamaConfig."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -95,12 +101,12 @@ def model_dir(tokenizer, tmp_path_factory):
 @pytest.fixture
 def data(tmp_path):
     """A .jsonl of 24 question-answer rows of different lengths."""
-    rows = [
-        {"question": f"Say {'x' * (n % 7)} {n}", "answer": f"{'y' * (1 + n % 5)} {n}."}
-        for n in range(24)
-    ]
+    lines = []
+    for n in range(24):
+        row = {"question": f"Say {'x' * (n % 7)} {n}", "answer": f"{'y' * (1 + n % 5)} {n}."}
+        lines.append(json.dumps(row) + "\n")
     path = tmp_path / "data.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(lines))
     return str(path)
 
 
@@ -109,3 +115,16 @@ def training_config(model_dir, **options):
     from core.config import TrainingConfig
 
     return TrainingConfig(model_name_or_path=str(model_dir), **options)
+
+
+def read_help(text):
+    """{option: (its other names, explanation)} of a help text."""
+    entries = {}
+    for entry in re.split(r"\n  (?=--)", text)[1:]:
+        names, _, explanation = re.sub(r"\n\n.*", "", entry, flags=re.DOTALL).partition(" ")
+        while names.endswith(",") or explanation.startswith("VALUE}"):
+            more, _, explanation = explanation.partition(" ")
+            names += more
+        *aliases, name = re.findall(r"--([\w.]+)", names)
+        entries[name] = (aliases, " ".join(explanation.split()))
+    return entries

@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 import dpo
+import ppo
 import pytest
-import rl
 import sft
 from conftest import CHATML, ROOT
 
@@ -86,19 +86,19 @@ def test_data_without_trained_tokens_is_refused(tmp_path, words):
         [(ids, [core.chat.IGNORE] * len(ids)) for ids, _ in encode(*args)[0]],
         False,
     )
-    with pytest.raises(ConfigError, match="none of its tokens would be learnt"):
+    with pytest.raises(ConfigError, match="none of its tokens is a target"):
         core.checks.check_encoded_rows(stage, words, 512)
     words.chat_template = CHATML.replace(
         "message['content']", "''"
     )  # the template leaves all texts out
-    with pytest.raises(ConfigError, match="none of its tokens would be learnt"):
+    with pytest.raises(ConfigError, match="none of its tokens is a target"):
         core.checks.check_encoded_rows(stage_on(tmp_path, ROWS), words, 512)
 
 
 def test_a_text_that_begins_twice_is_refused(tmp_path, words):
     words.bos_token = "<|endoftext|>"
     words.chat_template = "<|endoftext|><|endoftext|>" + CHATML
-    with pytest.raises(ConfigError, match="begins with the token that begins a text twice"):
+    with pytest.raises(ConfigError, match="begins with two bos tokens"):
         core.checks.check_encoded_rows(stage_on(tmp_path, ROWS), words, 512)
     words.chat_template = "<|endoftext|>" + CHATML
     assert core.checks.check_encoded_rows(stage_on(tmp_path, ROWS), words, 512)
@@ -129,7 +129,7 @@ def test_a_prompt_that_has_other_tokens_before_its_answer_is_refused(tmp_path):
         words.chat_template = core.chat.template_from_instruction(template, words)
         stage = stage_on(tmp_path, ROWS)
         if refused:
-            with pytest.raises(ConfigError, match="has other tokens alone than before an answer"):
+            with pytest.raises(ConfigError, match="prompt tokenizes differently without its answer"):
                 core.checks.check_encoded_rows(stage, words, 512)
         else:
             assert core.checks.check_encoded_rows(stage, words, 512).lengths
@@ -221,7 +221,7 @@ def test_plain_text_may_begin_and_end_anywhere(tmp_path, words):
             core.checks.check_encoded_rows(stage, words, 512).lengths
         ) == len(stage.data[0])
     stage.data[1].append(stage.data[0][0])
-    with pytest.raises(ConfigError, match="it is trained on too"):
+    with pytest.raises(ConfigError, match="it is in the training data too"):
         core.checks.check_encoded_rows(stage, words, 512)
 
 
@@ -294,14 +294,14 @@ def test_prompts_and_answers_that_are_cut_are_seen_as_training_sees_them(tmp_pat
 
 def test_a_row_on_both_sides_is_refused(tmp_path, words):
     twice = [row | {"source": str(n)} for row in ROWS for n in range(2)]
-    settings = rl.RLConfig(
+    settings = ppo.PPOConfig(
         model_name_or_path="tiny",
         prompt_dataset_path=write(tmp_path / "twice.jsonl", twice),
         reward=["exact"],
         output_dir=str(tmp_path / "out"),
         validation_split=0.3,
     )
-    stage = rl.RLStage(settings)
+    stage = ppo.PPOStage(settings)
     stage.check()
     asked = [{str(row["prompt"]) for row in side} for side in stage.data]
     assert (
@@ -310,7 +310,7 @@ def test_a_row_on_both_sides_is_refused(tmp_path, words):
         and not asked[0] & asked[1]
     )
     stage.data[1].append(stage.data[0][0])
-    with pytest.raises(ConfigError, match="a row of the evaluation data: it is trained on too"):
+    with pytest.raises(ConfigError, match="a row of the evaluation data: it is in the training data too"):
         core.checks.check_encoded_rows(stage, words, 512)
 
 

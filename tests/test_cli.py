@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import pytest
 import sft
 from annotated_types import Ge, Le
-from conftest import ROOT
+from conftest import ROOT, read_help
 
 import chain
 from chain import Pipeline
@@ -24,19 +24,6 @@ def run(*arguments, **options):
     return subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, **options
     )
-
-
-def read_help(text):
-    """{option: (its other names, explanation)} of a help text."""
-    entries = {}
-    for entry in re.split(r"\n  (?=--)", text)[1:]:
-        names, _, explanation = re.sub(r"\n\n.*", "", entry, flags=re.DOTALL).partition(" ")
-        while names.endswith(",") or explanation.startswith("VALUE}"):
-            more, _, explanation = explanation.partition(" ")
-            names += more
-        *aliases, name = re.findall(r"--([\w.]+)", names)
-        entries[name] = (aliases, " ".join(explanation.split()))
-    return entries
 
 
 # -- parsing --------------------------------------------------------------------------------------

@@ -245,7 +245,7 @@ def test_limits_hold_over_all_runs(server, tmp_path):
     ],
 )
 def test_odd_answers_are_missing_or_text_and_break_nothing(server, tmp_path, monkeypatch, answer):
-    monkeypatch.setattr(common.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     server.instead = answer
     for _ in range(2):  # also of those that are kept
         try:
@@ -280,7 +280,7 @@ def test_a_cost_that_nobody_can_tell_stops_the_asking(server, tmp_path):
         {"input_price": 1, "output_price": 1, "concurrency": 1},
     )
     with pytest.raises(
-        RuntimeError, match="does not say how many tokens it took; set the prices to 0"
+        RuntimeError, match="does not report token usage; set the prices to 0"
     ):
         client(server, tmp_path, max_cost=0.01, **prices).ask(
             "x", asked(*(f"q{n}" for n in range(20))), GREEDY, "1", str
@@ -305,11 +305,13 @@ def test_killed_ten_times_nothing_is_lost_doubled_or_asked_again(server, tmp_pat
     """A server with 30% troubles; the asker is killed ten times, then let finish."""
     server.trouble = 0.3
     script = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import common\n"
-        f"config = common.AskingConfig(output_dir={str(tmp_path)!r}, call_timeout=1.0, concurrency=4, max_missing=0.0)\n"
-        f"client = common.Client(config, 'teacher', 'big', 'api', {server.url!r})\n"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from core.llm_client import LLMClient, LLMClientConfig\n"
+        "from core.sampling import SAMPLING_DEFAULTS\n"
+        f"config = LLMClientConfig(output_dir={str(tmp_path)!r}, call_timeout=1.0, concurrency=4, max_missing=0.0)\n"
+        f"client = LLMClient(config, 'teacher', 'big', 'api', {server.url!r})\n"
         "requests = [([{'role': 'user', 'content': f'q{n}'}], 0) for n in range(400)]\n"
-        "found = client.ask('x', requests, common.SAMPLING, '1', str)\n"
+        "found = client.ask('x', requests, SAMPLING_DEFAULTS, '1', str)\n"
         "assert found == [f'answer to q{n}' for n in range(400)]\n"
     )
     repeated, chance = 0, random.Random(1)
@@ -354,7 +356,7 @@ def test_a_line_that_a_crash_cut_off_is_asked_again(server, tmp_path):
 @pytest.mark.parametrize(
     "kind, url, variable, words",
     [
-        ("api", None, None, "teacher_base_url says where the server is"),
+        ("api", None, None, "teacher_base_url is the address of the server"),
         ("api", "http://127.0.0.1:9/v1?api_key=sk-secret", None, "has a query in it"),
         (
             "api",
@@ -465,6 +467,7 @@ def test_a_model_run_here_answers_by_its_own_random_numbers(model_dir, tmp_path)
         "teacher",
         model_dir,
         "local",
+        load_model=common.load_model_and_tokenizer,
     ).ask(
         "x",
         [*asked("one", "a longer question"), (asked("one")[0][0], 1)],

@@ -1,4 +1,4 @@
-"""rl.py: the mathematics against enumeration and TRL, one rollout for all algorithms, rewards that may fail."""
+"""a2c, ppo, trpo, grpo, rloo: the mathematics against enumeration and TRL, rollouts, rewards that may fail."""
 
 import copy
 import itertools
@@ -9,18 +9,44 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-import rl
 import torch
 from conftest import ROOT, make_model
 
 import common
 import core.chat
+import core.config
 import core.data
+import core.function_process
 import core.rewards
 import core.sampling
+from core import rl_run
 from core.errors import ConfigError
+from core.kl import ESTIMATORS, exact_kl, k1, k2, k3, kl_loss, next_kl_coef
+from core.rl_run import rollout_metrics
+from core.rollout import (
+    PROMPT_FORMATS,
+    completion_outputs,
+    encode_prompt,
+    sample_rollout,
+    score_rollout,
+    to_prompt,
+)
+from recipes import a2c, grpo, ppo, rl, trpo
 
-ALGORITHMS = ("ppo", "a2c", "trpo", "grpo", "rloo")
+PAGES = {"ppo": ppo, "a2c": a2c, "trpo": trpo, "grpo": grpo, "rloo": grpo}
+ALGORITHMS = tuple(PAGES)
+
+
+def page_config(algorithm="ppo", **options):
+    """The config of an algorithm's page."""
+    stage_class, options = rl.RLStage.resolve({"algorithm": algorithm} | options)
+    return stage_class.config_class(**core.config.resolve_names(stage_class.config_class, options))
+
+
+def stage_of(config):
+    """The stage of a page's config."""
+    stages = {page.config_class: page for page in rl.PAGES.values()}
+    return stages[type(config)](config)
 
 
 def config(tmp_path, **options):
@@ -35,12 +61,16 @@ def config(tmp_path, **options):
         num_training_steps=2,
         save_freq=0,
     )
-    return rl.RLConfig(**values | options)
+    return page_config(**values | options)
+
+
+def page_of(config):
+    return sys.modules[type(config).__module__]
 
 
 def prompts(tokenizer, *texts, **columns):
     rows = [{"prompt": [{"role": "user", "content": text}], "columns": columns} for text in texts]
-    return [rl.encode(row, tokenizer, 256) for row in rows]
+    return [encode_prompt(row, tokenizer, 256) for row in rows]
 
 
 def make_run(tokenizer, tmp_path, rows=None, functions=None, **options):
@@ -57,15 +87,43 @@ def make_run(tokenizer, tmp_path, rows=None, functions=None, **options):
     functions = functions or {
         "words": lambda prompts, completions, **_: [len(text) / 10 for text in completions]
     }
-    return rl.start(settings, model, tokenizer, functions, rows[0]), rows
+    return rl_run.build_run(settings, model, tokenizer, functions, rows[0]), rows
 
 
 def rolled(run, rows, seed=0):
+    """A rollout with its advantages, by the steps of the page's loop."""
+    page = page_of(run.config)
     count = run.config.batch_size // run.config.num_generations
-    chances = core.sampling.uniform_numbers(run.config.batch_size, run.config.sampling, seed)
-    data = rl.rollout(run, (rows * 8)[:count], chances)
-    rl.judge(run, data)
-    return data
+    uniforms = core.sampling.uniform_numbers(run.config.batch_size, run.config.sampling, seed)
+    rollout = sample_rollout(run, (rows * 8)[:count], uniforms)
+    score_rollout(run, rollout)
+    if page is grpo:
+        grpo.evaluate_groups(run, rollout)
+        rollout.advantages = grpo.compute_advantages(run, rollout)
+    else:
+        rl_run.evaluate_rollout(run, rollout)
+        page.compute_advantages(run, rollout)
+    return rollout
+
+
+def update(run, rollout):
+    return page_of(run.config).update(run, rollout)
+
+
+def losses_of(run, rollout):
+    """(losses, weights, metrics) of the whole rollout as one mini-batch."""
+    page = page_of(run.config)
+    rollout.weights = rollout.used
+    if getattr(run.config, "advantage", "") == "rloo":
+        rollout.weights = rollout.used.amax(1, keepdim=True)
+    outputs = rl_run.policy_outputs(run, rollout)
+    losses, metrics = page.token_losses(run, rollout, outputs)
+    return losses, rollout.weights, metrics
+
+
+def unchanged(total):
+    """The sum over the processes, of which there is one."""
+    return total
 
 
 # -- configuration and data --------------------------------------------------------------------------------------------
@@ -80,9 +138,18 @@ def rolled(run, rows, seed=0):
         (dict(reward=["regex"], reward_length=0, reward_pattern="("), r"reward_pattern=\("),
         (dict(reward_pattern="a"), "reward_pattern has no effect"),
         (dict(reward_weights=[1, 2]), "give one for each of length"),
-        (dict(algorithm="a2c", clip_range=0.1), "clip_range has no effect with algorithm=a2c"),
+        (
+            dict(algorithm="a2c", clip_range=0.1),
+            "clip_range has no effect with algorithm=a2c; it belongs to ppo, grpo, rloo",
+        ),
         (dict(algorithm="grpo", gae_lambda=0.5), "gae_lambda has no effect with algorithm=grpo"),
         (dict(algorithm="trpo", learning_rate=3e-4), "learning_rate has no effect"),
+        (
+            dict(algorithm="a2c", mini_batch_size=4, gradient_accumulation_steps=2),
+            "gradient_accumulation_steps has no",
+        ),
+        (dict(algorithm="rloo", scale_rewards=False), "scale_rewards has no effect"),
+        (dict(algorithm="grop"), "did you mean 'grpo'"),
         (dict(algorithm="grpo", num_generations=1), "compares completions of one prompt"),
         (
             dict(batch_size=6, algorithm="grpo"),
@@ -97,10 +164,10 @@ def rolled(run, rows, seed=0):
             "leaves no room for a prompt",
         ),
         (dict(kl_horizon=5), "kl_horizon has no effect without target_kl"),
-        (dict(kl_in="loss", algorithm="trpo"), "takes the KL in the reward"),
+        (dict(kl_in="loss", algorithm="trpo"), "set kl_in=reward"),
         (dict(kl_penalty="full"), "set kl_in=loss"),
         (dict(target_kl=1, init_kl_coef=0), "target_kl scales init_kl_coef"),
-        (dict(lora_dropout=0.1), "lora_dropout=0"),
+        (dict(lora_dropout=0.1), "set lora_dropout=0"),
         (dict(eval_freq=2, validation_split=0), "eval_freq needs held-out rows"),
     ],
 )
@@ -109,20 +176,47 @@ def test_bad_options_are_refused_with_the_remedy(tmp_path, options, words):
         config(tmp_path, **options).validate()
 
 
-def test_every_algorithm_takes_its_own_options(tmp_path):
-    for name, readers in rl.READERS.items():
-        for algorithm in readers:
-            value = {
-                "learning_rate": 3e-4,
-                "ppo_epochs": 2,
-                "max_kl": 0.5,
-                "whiten_advantages": False,
-                "whiten_rewards": True,
-                "scale_rewards": False,
-                "cg_iterations": 3,
-                "gradient_accumulation_steps": 1,
-            }.get(name, 0.3)
-            config(tmp_path, algorithm=algorithm, **{name: value}).validate()
+OWN_OPTIONS = {  # option: a value other than the default, the algorithms that read it
+    "ppo_epochs": (2, {"ppo", "grpo", "rloo", "trpo"}),
+    "clip_range": (0.3, {"ppo", "grpo", "rloo"}),
+    "clip_range_value": (0.3, {"ppo"}),
+    "gamma": (0.3, {"ppo", "a2c", "trpo"}),
+    "gae_lambda": (0.3, {"ppo", "a2c", "trpo"}),
+    "value_loss_coef": (0.3, {"ppo", "a2c"}),
+    "value_learning_rate": (0.3, {"ppo", "a2c", "trpo"}),
+    "whiten_rewards": (True, {"ppo", "a2c", "trpo"}),
+    "whiten_advantages": (False, {"ppo", "a2c", "trpo"}),
+    "max_kl": (0.5, {"ppo", "trpo"}),
+    "cg_iterations": (3, {"trpo"}),
+    "cg_damping": (0.3, {"trpo"}),
+    "scale_rewards": (False, {"grpo"}),
+    "learning_rate": (3e-4, {"ppo", "a2c", "grpo", "rloo"}),
+    "entropy_coef": (0.3, {"ppo", "a2c", "grpo", "rloo"}),
+    "gradient_accumulation_steps": (2, {"ppo", "grpo", "rloo"}),
+}
+
+
+@pytest.mark.parametrize("name", OWN_OPTIONS)
+def test_every_algorithm_takes_its_own_options_and_no_others(tmp_path, name):
+    value, readers = OWN_OPTIONS[name]
+    for algorithm in ALGORITHMS:
+
+        def validate(algorithm=algorithm):
+            config(tmp_path, algorithm=algorithm, mini_batch_size=4, **{name: value}).validate()
+
+        if algorithm in readers:
+            validate()
+        else:
+            with pytest.raises(ConfigError, match=f"{name} has no effect"):
+                validate()
+
+
+def test_the_door_hands_over_to_the_page():
+    for algorithm, stage in rl.PAGES.items():
+        stage_class, options = rl.RLStage.resolve({"algorithm": algorithm, "batch_size": 8})
+        assert stage_class is stage and options.pop("batch_size") == 8
+        assert options == ({"advantage": "rloo"} if algorithm == "rloo" else {})
+    assert rl.RLStage.resolve({})[0] is ppo.PPOStage
 
 
 @pytest.mark.parametrize(
@@ -147,19 +241,19 @@ def test_every_algorithm_takes_its_own_options(tmp_path):
     ],
 )
 def test_formats(row, form, asked):
-    assert core.data.detect_format(list(row), rl.FORMATS) == form
-    assert rl.convert(row, form) == {
+    assert core.data.detect_format(list(row), PROMPT_FORMATS) == form
+    assert to_prompt(row, form) == {
         "prompt": [{"role": "user", "content": asked}],
         "columns": {"answer": "1"},
     }
 
 
 def test_prompts_come_over_and_over_in_a_new_order():
-    settings, rows = SimpleNamespace(seed=1), list(range(5))
-    seen = sum((rl.prompts_of(settings, rows, step, 3) for step in range(10)), [])
+    rows = list(range(5))
+    seen = sum((rl_run.prompts_of_step(1, rows, step, 3) for step in range(10)), [])
     epochs = [seen[start : start + 5] for start in range(0, 30, 5)]
     assert all(sorted(epoch) == rows for epoch in epochs) and len({*map(tuple, epochs)}) > 3
-    assert sum((rl.prompts_of(settings, rows, step, 6) for step in range(5)), []) == seen
+    assert sum((rl_run.prompts_of_step(1, rows, step, 6) for step in range(5)), []) == seen
 
 
 # -- mathematics -------------------------------------------------------------------------------------------------------
@@ -176,7 +270,7 @@ def test_gae_is_the_double_sum():
     ends = torch.tensor([7, 4, 1])
     mask = torch.arange(7) < ends[:, None]
     rewards, values = rewards * mask, values * mask
-    ours = rl.gae(rewards, values, gamma, lam)
+    ours = ppo.gae(rewards, values, gamma, lam)
     for row, end in enumerate(ends.tolist()):
         for t in range(7):
             wanted = 0.0
@@ -186,7 +280,7 @@ def test_gae_is_the_double_sum():
                     rewards[row, k] + gamma * after - values[row, k]
                 )
             assert ours[row, t] == pytest.approx(float(wanted), abs=1e-12)
-    assert rl.gae(rewards, values, 1.0, 1.0)[0, 0] == pytest.approx(
+    assert ppo.gae(rewards, values, 1.0, 1.0)[0, 0] == pytest.approx(
         float(rewards[0].sum() - values[0, 0])
     )
 
@@ -199,32 +293,27 @@ def test_kl_estimators_by_enumeration():
     chance, kl = logps.exp().detach(), (logps.exp() * (logps - ref)).sum()
     mean = lambda estimate: (chance * estimate(logps, ref)).sum()
     gradient = lambda value: torch.autograd.grad(value, theta, retain_graph=True)[0]
-    assert (
-        abs(mean(rl.k1) - kl) < 1e-12
-        and abs(mean(rl.k3) - kl) < 1e-12
-        and (rl.k3(logps, ref) >= 0).all()
-    )
-    assert abs(rl.exact_kl(logps[None], ref[None])[0] - kl) < 1e-12
-    assert (gradient(mean(rl.k2)) - gradient(kl)).abs().max() < 1e-12
+    assert abs(mean(k1) - kl) < 1e-12 and abs(mean(k3) - kl) < 1e-12 and (k3(logps, ref) >= 0).all()
+    assert abs(exact_kl(logps[None], ref[None])[0] - kl) < 1e-12
+    assert (gradient(mean(k2)) - gradient(kl)).abs().max() < 1e-12
     for name in ("kl", "k3", "mse"):  # in the loss, each has the true gradient
         for old in (None, logps.detach()):
             assert (
-                gradient((chance * rl.kl_loss(name, logps, old, ref)).sum()) - gradient(kl)
+                gradient((chance * kl_loss(name, logps, old, ref)).sum()) - gradient(kl)
             ).abs().max() < 1e-12
     other = torch.randn(9, dtype=torch.float64).log_softmax(0)  # sampled by another policy
     for name in ("kl", "k3"):
-        value = (other.exp() * rl.kl_loss(name, logps, other, ref)).sum()
+        value = (other.exp() * kl_loss(name, logps, other, ref)).sum()
         assert abs(value - kl) < 1e-12 and (gradient(value) - gradient(kl)).abs().max() < 1e-12
-    assert gradient(mean(rl.k1)).abs().max() < 1e-12  # without the ratio it teaches nothing
+    assert gradient(mean(k1)).abs().max() < 1e-12  # without the ratio it teaches nothing
     forward = (ref.exp() * (ref - logps)).sum()
-    assert (gradient(mean(rl.k3)) - gradient(forward)).abs().max() < 1e-12
+    assert (gradient(mean(k3)) - gradient(forward)).abs().max() < 1e-12
     # as a reward, k1 has the true gradient
     assert (
-        gradient((chance * logps * rl.k1(logps, ref).detach()).sum()) - gradient(kl)
+        gradient((chance * logps * k1(logps, ref).detach()).sum()) - gradient(kl)
     ).abs().max() < 1e-12
     assert (
-        torch.equal(rl.ESTIMATORS["abs"](logps, ref), (logps - ref).abs())
-        and rl.ESTIMATORS["mse"] is rl.k2
+        torch.equal(ESTIMATORS["abs"](logps, ref), (logps - ref).abs()) and ESTIMATORS["mse"] is k2
     )
 
 
@@ -239,14 +328,14 @@ def test_the_surrogate_is_clipped_on_the_side_that_gains():
         (0.9, -1.0, 0.9, 0.9),
     ):
         logps = torch.full((1,), math.log(ratio), requires_grad=True)
-        value = rl.clipped_surrogate(logps, old, advantage * one, 0.2)
+        value = ppo.clipped_policy_loss(logps, old, advantage * one, 0.2)
         value.sum().backward()
         assert value.item() == pytest.approx(wanted) and logps.grad.item() == pytest.approx(slope)
 
 
 def test_value_loss_by_hand():
     loss = lambda value, old, wanted: float(
-        rl.clipped_value_loss(*map(torch.tensor, (value, old, wanted)), 0.2)
+        ppo.clipped_value_loss(*map(torch.tensor, (value, old, wanted)), 0.2)
     )
     assert loss(1.0, 0.0, 1.0) == pytest.approx(
         0.8**2 / 2
@@ -258,43 +347,49 @@ def test_value_loss_by_hand():
 def test_whitening_is_over_the_mask():
     torch.manual_seed(0)
     values, mask = torch.randn(4, 6) * 3 + 2, torch.arange(6) < torch.tensor([6, 2, 3, 1])[:, None]
-    white = rl.whiten(values, mask.float())
+    white = ppo.whiten(values, mask.float(), True, unchanged)
     assert (
         white[mask].mean().abs() < 1e-6
         and white[mask].var(correction=0) == pytest.approx(1, abs=1e-5)
         and not white[~mask].any()
     )
-    kept = rl.whiten(values, mask.float(), shift_mean=False)
+    kept = ppo.whiten(values, mask.float(), False, unchanged)
     assert kept[mask].mean() == pytest.approx(float(values[mask].mean()), abs=1e-5)
 
 
 def test_group_advantages():
     nan, scores = float("nan"), torch.tensor([[1.0, 2.0, 3.0, 6.0]])
-    assert torch.allclose(rl.group_advantages(scores, scale=False), scores - 3)
+    assert torch.allclose(grpo.group_advantages(scores, scale=False), scores - 3)
     assert torch.allclose(
-        rl.group_advantages(scores, scale=True), (scores - 3) / (scores.std() + 1e-4)
+        grpo.group_advantages(scores, scale=True), (scores - 3) / (scores.std() + 1e-4)
     )
     assert torch.allclose(
-        rl.leave_one_out(scores), torch.tensor([[1 - 11 / 3, 2 - 10 / 3, 3 - 3, 6 - 2]])
+        grpo.leave_one_out_advantages(scores),
+        torch.tensor([[1 - 11 / 3, 2 - 10 / 3, 3 - 3, 6 - 2]]),
     )
     part = torch.tensor(
         [[1.0, nan, 3.0, nan], [nan] * 4, [nan, 2.0, nan, nan], [5.0] * 4]
     )  # None is no verdict, not 0
-    assert rl.group_advantages(part, scale=False).tolist() == [
+    assert grpo.group_advantages(part, scale=False).tolist() == [
         [-1, 0, 1, 0],
         [0] * 4,
         [0] * 4,
         [0] * 4,
     ]
-    assert rl.group_advantages(part, scale=True)[1:].tolist() == [[0] * 4] * 3
-    assert rl.leave_one_out(part).tolist() == [[-2, 0, 2, 0], [0] * 4, [0] * 4, [0] * 4]
+    assert grpo.group_advantages(part, scale=True)[1:].tolist() == [[0] * 4] * 3
+    assert grpo.leave_one_out_advantages(part).tolist() == [
+        [-2, 0, 2, 0],
+        [0] * 4,
+        [0] * 4,
+        [0] * 4,
+    ]
 
 
 def test_the_controller_by_hand():
-    assert rl.next_kl_coef(0.1, 6.6, 6.0, 0.5) == pytest.approx(0.1 * 1.05)
-    assert rl.next_kl_coef(0.1, 60.0, 6.0, 0.5) == pytest.approx(0.1 * 1.1)
-    assert rl.next_kl_coef(0.1, 0.0, 6.0, 0.5) == pytest.approx(0.1 * 0.9)
-    assert rl.next_kl_coef(0.1, 0.0, 6.0, 8.0) == pytest.approx(0.1 * 0.8)  # never below 0
+    assert next_kl_coef(0.1, 6.6, 6.0, 0.5) == pytest.approx(0.1 * 1.05)
+    assert next_kl_coef(0.1, 60.0, 6.0, 0.5) == pytest.approx(0.1 * 1.1)
+    assert next_kl_coef(0.1, 0.0, 6.0, 0.5) == pytest.approx(0.1 * 0.9)
+    assert next_kl_coef(0.1, 0.0, 6.0, 8.0) == pytest.approx(0.1 * 0.8)  # never below 0
 
 
 def test_fisher_products_and_conjugate_gradients():
@@ -305,21 +400,21 @@ def test_fisher_products_and_conjugate_gradients():
         torch.randn(4, dtype=torch.float64, requires_grad=True),
     ]
     dist = (states @ weights[0] + weights[1]).log_softmax(-1)
-    slope = rl.flat(
-        torch.autograd.grad(rl.exact_kl(dist.detach(), dist).mean(), weights, create_graph=True)
+    slope = trpo.flatten(
+        torch.autograd.grad(exact_kl(dist.detach(), dist).mean(), weights, create_graph=True)
     )
     fisher = torch.zeros(16, 16, dtype=torch.float64)  # E[grad log pi grad log pi'], the definition
     for state, action in itertools.product(range(5), range(4)):
-        score = rl.flat(torch.autograd.grad(dist[state, action], weights, retain_graph=True))
+        score = trpo.flatten(torch.autograd.grad(dist[state, action], weights, retain_graph=True))
         fisher += dist[state, action].exp().detach() / 5 * torch.outer(score, score)
     vectors = torch.eye(16, dtype=torch.float64)
-    products = torch.stack([rl.fisher_product(slope, weights, vector) for vector in vectors])
+    products = torch.stack([trpo.fisher_product(slope, weights, vector) for vector in vectors])
     assert (products - fisher).abs().max() < 1e-12
     damped, b = fisher + 0.1 * vectors, torch.randn(16, dtype=torch.float64)
-    found = rl.conjugate_gradient(lambda vector: damped @ vector, b, 16)
-    assert (found - torch.linalg.solve(damped, b)).abs().max() < 1e-4 and not rl.conjugate_gradient(
-        lambda v: v, 0 * b, 3
-    ).any()
+    found = trpo.conjugate_gradient(lambda vector: damped @ vector, b, 16)
+    assert (
+        found - torch.linalg.solve(damped, b)
+    ).abs().max() < 1e-4 and not trpo.conjugate_gradient(lambda v: v, 0 * b, 3).any()
 
 
 def test_tokens_are_drawn_as_the_probabilities_say():
@@ -352,12 +447,13 @@ def test_an_overflow_in_another_process_skips_the_step_in_this_one(
     run, _ = make_run(tokenizer, tmp_path)
     run.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     monkeypatch.setattr(type(run.accelerator), "num_processes", 2)
-    monkeypatch.setattr(run, "sum", lambda value: value + float("inf"))
-    before = [parameter.detach().clone() for parameter in run.policy]
-    run.scaler.scale(sum((parameter**2).sum() for parameter in run.policy)).backward()
-    rl.optimizer_step(run, run.policy)
+    monkeypatch.setattr(run, "sum_over_processes", lambda value: value + float("inf"))
+    before = [parameter.detach().clone() for parameter in run.parameters]
+    trained = [*run.parameters, *run.value_head.parameters()]
+    run.scaler.scale(sum((parameter**2).sum() for parameter in trained)).backward()
+    run.optimizer_step()
     assert (
-        all(torch.equal(old, new) for old, new in zip(before, run.policy))
+        all(torch.equal(old, new) for old, new in zip(before, run.parameters))
         and run.scaler.get_scale() == 512.0
     )
 
@@ -378,7 +474,7 @@ def test_what_was_sampled_is_what_is_trained_on(tokenizer, tmp_path, options):
     """Left padding, the cache, merged weights, temperature and shared prompts: all give the log-probabilities of
     each completion alone, in float64 and with nothing clever."""
     run, rows = make_run(tokenizer, tmp_path, **options)
-    for parameter in run.policy:
+    for parameter in run.parameters:
         parameter.data += 0.05 * torch.randn(
             parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())
         )
@@ -386,7 +482,7 @@ def test_what_was_sampled_is_what_is_trained_on(tokenizer, tmp_path, options):
     data = rolled(run, rows)
     assert all(torch.equal(value, before[name]) for name, value in run.model.state_dict().items())
     model, first = copy.deepcopy(run.model).double(), 0
-    asked = [(group["prompt"], answer) for group in data["rows"] for answer in group["answers"]]
+    asked = [(group["prompt"], answer) for group in data.groups for answer in group["answers"]]
     assert len({len(prompt) for prompt, _ in asked}) > 1  # so there was padding
     for number, (prompt, answer) in enumerate(asked):
         logits = (
@@ -396,12 +492,12 @@ def test_what_was_sampled_is_what_is_trained_on(tokenizer, tmp_path, options):
         alone = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(
             1, torch.tensor(answer)[:, None]
         )[:, 0]
-        kept = data["mask"][number]
+        kept = data.mask[number]
         assert kept.sum() == len(answer) and torch.allclose(
-            data["old_logps"][number][kept].double(), alone, atol=1e-5
+            data.old_logps[number][kept].double(), alone, atol=1e-5
         )
-        first = max(first, float((data["old_logps"][number][kept].double() - alone).abs().max()))
-    assert run.share == (run.config.num_generations > 1) and first > 0
+        first = max(first, float((data.old_logps[number][kept].double() - alone).abs().max()))
+    assert run.shares_prompts == (run.config.num_generations > 1) and first > 0
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -449,7 +545,7 @@ def test_padding_on_the_left_moves_no_position(tokenizer, tmp_path):
     rows = prompts(
         tokenizer, "One?", "Two, a longer one?", "Three?", "And the longest of all the four?"
     )
-    run = rl.start(config(tmp_path, lora_r=0), model, tokenizer, {}, rows[0])
+    run = rl_run.build_run(config(tmp_path, lora_r=0), model, tokenizer, {}, rows[0])
     completions, sampled = core.sampling.sample_completions(
         model,
         tokenizer,
@@ -485,33 +581,31 @@ def test_completions_end_with_their_stop_token(tokenizer, tmp_path):
     data = rolled(run, rows)
     stops, answers = (
         core.chat.stop_tokens(tokenizer),
-        [answer for group in data["rows"] for answer in group["answers"]],
+        [answer for group in data.groups for answer in group["answers"]],
     )
-    assert stops == [0, 2] and 0 < data["stopped"].float().mean() < 1.1
+    assert stops == [0, 2] and 0 < data.stopped.float().mean() < 1.1
     for answer, stopped, mask, reward in zip(
-        answers, data["stopped"], data["mask"], data["advantages"] + data["values"]
+        answers, data.stopped, data.mask, data.advantages + data.values
     ):
         assert (
             not {*answer[:-1]} & {*stops}
             and (answer[-1] in stops) == stopped
             and mask.sum() == len(answer)
         )
-    returns = data["returns"][:, 0]
-    assert torch.allclose(returns, data["scores"] - 3.0 * ~data["stopped"], atol=1e-5)
+    returns = data.returns[:, 0]
+    assert torch.allclose(returns, data.scores - 3.0 * ~data.stopped, atol=1e-5)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_the_first_step_starts_at_the_old_policy(tokenizer, tmp_path, algorithm):
     run, rows = make_run(tokenizer, tmp_path, algorithm=algorithm, mini_batch_size=8)
     data = rolled(run, rows)
-    assert torch.equal(data["old_logps"], data["ref_logps"]) and rl.figures(run, data)["kl"] == 0
+    assert torch.equal(data.old_logps, data.ref_logps) and rollout_metrics(run, data)["kl"] == 0
     if algorithm != "trpo":
-        output = rl.forward(run, data["rows"], data["mask"])
-        tensors = {name: value for name, value in data.items() if torch.is_tensor(value)}
-        _, weights, metrics = rl.objective(run, output, tensors)
-        assert (metrics["ratio"] * weights).sum() / weights.sum() == 1 and not metrics[
-            "clip_fraction"
-        ].any()
+        _, weights, metrics = losses_of(run, data)
+        assert (metrics["ratio"] * weights).sum() / weights.sum() == 1 and not metrics.get(
+            "clip_fraction", torch.zeros(1)
+        ).any()
 
 
 def test_a2c_is_one_unclipped_epoch_of_ppo(tokenizer, tmp_path):
@@ -532,12 +626,12 @@ def test_a2c_is_one_unclipped_epoch_of_ppo(tokenizer, tmp_path):
                 **options,
                 **({"gradient_accumulation_steps": 8 // mini} if options else {}),
             )
-            torch.nn.init.normal_(run.head.weight, std=0.1)
+            torch.nn.init.normal_(run.value_head.weight, std=0.1)
             data, kept = rolled(run, rows), []
             run.optimizer.zero_grad = lambda: kept.append(
-                rl.flat(p.grad for g in run.optimizer.param_groups for p in g["params"])
+                trpo.flatten(p.grad for g in run.optimizer.param_groups for p in g["params"])
             )
-            rl.update(run, data)
+            update(run, data)
             assert len(kept) == 1
             gradients.append(kept[0])
     assert gradients[0].abs().max() > 1e-4
@@ -560,14 +654,14 @@ def test_sharing_the_prompt_and_mini_batches_change_no_gradient(tokenizer, tmp_p
             kl_penalty="mse",
             entropy_coef=0.1,
         )
-        for parameter in run.policy:
+        for parameter in run.parameters:
             parameter.data += 0.05 * torch.randn(
                 parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())
             )
-        run.share, kept = share, []
+        run.shares_prompts, kept = share, []
         data = rolled(run, rows)
-        run.optimizer.zero_grad = lambda: kept.append(rl.flat(p.grad for p in run.policy))
-        rl.update(run, data)
+        run.optimizer.zero_grad = lambda: kept.append(trpo.flatten(p.grad for p in run.parameters))
+        update(run, data)
         found.append(kept[0])
     for other in found[1:]:
         assert (other - found[0]).abs().max() < 1e-4 * found[0].abs().max()
@@ -615,33 +709,30 @@ def test_loss_and_gradient_are_those_of_stock_trl(tokenizer, tmp_path, algorithm
     run, rows = make_run(tokenizer, tmp_path, algorithm=algorithm, lora_r=0, ppo_epochs=2, **ours)
     data = rolled(run, rows)
     torch.manual_seed(3)
-    for parameter in run.policy:  # policy != old policy, and ratios on both sides of the clip
+    for parameter in run.parameters:  # policy != old policy, and ratios on both sides of the clip
         parameter.data += 0.02 * torch.randn_like(parameter)
     trainer.model.load_state_dict(run.model.state_dict())
-    asked = [group["prompt"] for group in data["rows"] for _ in range(4)]
-    answers = [answer for group in data["rows"] for answer in group["answers"]]
-    width, room = max(map(len, asked)), data["mask"].shape[1]
+    asked = [group["prompt"] for group in data.groups for _ in range(4)]
+    answers = [answer for group in data.groups for answer in group["answers"]]
+    width, room = max(map(len, asked)), data.mask.shape[1]
     inputs = {
         "prompt_ids": torch.tensor([[0] * (width - len(ids)) + ids for ids in asked]),
         "prompt_mask": torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in asked]),
         "completion_ids": torch.tensor([ids + [0] * (room - len(ids)) for ids in answers]),
-        "completion_mask": data["mask"].long(),
-        "advantages": data["advantages"][:, 0],
-        "num_items_in_batch": data["mask"].sum(),
-        "old_per_token_logps": data["old_logps"],
-        "old_logps": data["old_logps"].sum(1),
-    } | ({"ref_per_token_logps": data["ref_logps"]} if algorithm == "grpo" else {})
+        "completion_mask": data.mask.long(),
+        "advantages": data.advantages[:, 0],
+        "num_items_in_batch": data.mask.sum(),
+        "old_per_token_logps": data.old_logps,
+        "old_logps": data.old_logps.sum(1),
+    } | ({"ref_per_token_logps": data.ref_logps} if algorithm == "grpo" else {})
     trainer.model.train()
     wanted = trainer._compute_loss(trainer.model, inputs)
-    tensors = {name: value for name, value in data.items() if torch.is_tensor(value)}
-    losses, weights, metrics = rl.objective(
-        run, rl.forward(run, data["rows"], data["mask"]), tensors
-    )
+    losses, weights, metrics = losses_of(run, data)
     value = (losses * weights).sum() / weights.sum()
     assert metrics["clip_fraction"].any() and float(value) == pytest.approx(float(wanted), abs=1e-6)
     wanted.backward(), value.backward()
     theirs, mine = (
-        rl.flat(p.grad for p in model.parameters()) for model in (trainer.model, run.model)
+        trpo.flatten(p.grad for p in model.parameters()) for model in (trainer.model, run.model)
     )
     assert (theirs - mine).abs().max() < 1e-4 * theirs.abs().max()
 
@@ -656,9 +747,9 @@ def test_advantages_are_those_of_stock_trl(tokenizer, tmp_path):
         values = trainer._generate_and_score_completions(batch)["advantages"]
         groups = scores.view(2, 4)
         ours = (
-            rl.group_advantages(groups, scale=True)
+            grpo.group_advantages(groups, scale=True)
             if algorithm == "grpo"
-            else rl.leave_one_out(groups)
+            else grpo.leave_one_out_advantages(groups)
         )
         assert torch.allclose(ours.flatten(), values, atol=1e-5)
 
@@ -668,13 +759,13 @@ def test_a_completion_without_a_verdict_teaches_nothing(tokenizer, tmp_path):
     for algorithm in ("ppo", "a2c", "grpo", "rloo", "trpo"):
         silent = lambda prompts, completions, **_: [None] * len(completions)
         run, rows = make_run(tokenizer, tmp_path, functions={"silent": silent}, algorithm=algorithm)
-        before = rl.flat(run.policy).clone()
+        before = trpo.flatten(run.parameters).clone()
         data = rolled(run, rows)
-        learnt = (rl.trpo if algorithm == "trpo" else rl.update)(run, data)
+        learnt = update(run, data)
         assert (
             learnt == {}
-            and torch.equal(rl.flat(run.policy), before)
-            and not data["advantages"].isnan().any()
+            and torch.equal(trpo.flatten(run.parameters), before)
+            and not data.advantages.isnan().any()
         )
     some = lambda prompts, completions, **_: [
         None if n % 4 == 0 else n / 10 for n in range(len(completions))
@@ -683,9 +774,9 @@ def test_a_completion_without_a_verdict_teaches_nothing(tokenizer, tmp_path):
         tokenizer, tmp_path, functions={"some": some}, algorithm="rloo", init_kl_coef=0.0
     )
     data = rolled(run, rows)
-    assert (data["used"].sum(1) == 0).tolist() == [True, False, False, False] * 2
+    assert (data.used.sum(1) == 0).tolist() == [True, False, False, False] * 2
     assert torch.allclose(
-        data["advantages"][1:4, 0], torch.tensor([0.1 - 0.25, 0.2 - 0.2, 0.3 - 0.15])
+        data.advantages[1:4, 0], torch.tensor([0.1 - 0.25, 0.2 - 0.2, 0.3 - 0.15])
     )
 
 
@@ -695,14 +786,13 @@ def test_equal_rewards_teach_nothing(tokenizer, tmp_path):
         run, rows = make_run(
             tokenizer, tmp_path, functions={"same": same}, algorithm=algorithm, weight_decay=0.0
         )
-        data, before = rolled(run, rows), rl.flat(run.policy).clone()
+        data, before = rolled(run, rows), trpo.flatten(run.parameters).clone()
         assert (
-            data["advantages"].abs().max() < 1e-6
-            and rl.figures(run, data | {"entropy": data["mask"]})["zero_variance"] == 1
+            data.advantages.abs().max() < 1e-6 and rollout_metrics(run, data)["zero_variance"] == 1
         )
         if algorithm == "rloo":
-            rl.update(run, data)
-            assert (rl.flat(run.policy) - before).abs().max() < 1e-3
+            update(run, data)
+            assert (trpo.flatten(run.parameters) - before).abs().max() < 1e-3
 
 
 # -- TRPO --------------------------------------------------------------------------------------------------------------
@@ -711,12 +801,10 @@ def test_equal_rewards_teach_nothing(tokenizer, tmp_path):
 def test_all_weights_train_against_a_frozen_copy(tokenizer, tmp_path):
     run, rows = make_run(tokenizer, tmp_path, lora_r=0, algorithm="grpo", learning_rate=1e-2)
     data = rolled(run, rows)
-    seen = lambda **options: rl.forward(run, data["rows"], data["mask"], **options)[
-        "logps"
-    ].detach()
+    seen = lambda **options: completion_outputs(run, data, **options).logps.detach()
     policy, reference = seen(), seen(reference=True)
     assert torch.equal(policy, reference)
-    rl.update(run, data)
+    update(run, data)
     assert torch.equal(seen(reference=True), reference) and not torch.allclose(
         seen(), policy, atol=1e-3
     )
@@ -736,15 +824,15 @@ def test_its_coefficient_raises_the_entropy(tokenizer, tmp_path):
     with torch.no_grad():  # a model that is less sure of itself would have nothing left to gain
         run.model.get_output_embeddings().weight.mul_(20)
     data = rolled(run, rows)
-    entropy = lambda: rl.forward(run, data["rows"], data["mask"], "entropy")["entropy"].sum().item()
+    entropy = lambda: completion_outputs(run, data, "entropy").entropy.sum().item()
     before = entropy()
-    rl.update(run, data)
+    update(run, data)
     assert entropy() > before * 1.01
 
 
 def mean_kl(run, data, old):
-    dist = rl.forward(run, data["rows"], data["mask"], "dist")["dist"].detach()
-    return float(rl.exact_kl(old, dist).mean())
+    dist = completion_outputs(run, data, "log_probs").log_probs.detach()
+    return float(exact_kl(old, dist).mean())
 
 
 def test_no_accepted_step_leaves_the_region(tokenizer, tmp_path):
@@ -766,20 +854,20 @@ def test_no_accepted_step_leaves_the_region(tokenizer, tmp_path):
     for step in range(200):
         run.step, generator = step, torch.Generator().manual_seed(step)
         if step % 20 == 0:
-            for parameter in run.policy:
+            for parameter in run.parameters:
                 parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
         if step % 10 == 0:
             data = rolled(run, rows, seed=step)
-        data["advantages"] = torch.randn(data["mask"].shape, generator=generator) * data["mask"]
+        data.advantages = torch.randn(data.mask.shape, generator=generator) * data.mask
         with torch.no_grad():
-            output = rl.forward(run, data["rows"], data["mask"], "dist")
-        data["old_logps"] = output["logps"]
-        before = [parameter.detach().clone() for parameter in run.policy]
-        learnt = rl.trpo(run, data)
-        moved = mean_kl(run, data, output["dist"])
+            output = completion_outputs(run, data, "log_probs")
+        data.old_logps = output.logps
+        before = [parameter.detach().clone() for parameter in run.parameters]
+        learnt = update(run, data)
+        moved = mean_kl(run, data, output.log_probs)
         assert moved <= 0.02 and moved == pytest.approx(learnt["policy_kl"], abs=1e-5)
         if learnt["line_search"] < 0:
-            assert all(torch.equal(old, new) for old, new in zip(before, run.policy))
+            assert all(torch.equal(old, new) for old, new in zip(before, run.parameters))
         else:
             accepted.append(moved)
             assert learnt["improvement"] > 0
@@ -788,17 +876,17 @@ def test_no_accepted_step_leaves_the_region(tokenizer, tmp_path):
 
 def test_a_rejected_step_restores_the_weights_bitwise(tokenizer, tmp_path, monkeypatch):
     run, rows = make_run(tokenizer, tmp_path, algorithm="trpo", max_kl=0.02)
-    data, before = rolled(run, rows), [parameter.detach().clone() for parameter in run.policy]
-    solve = rl.conjugate_gradient
+    data, before = rolled(run, rows), [parameter.detach().clone() for parameter in run.parameters]
+    solve = trpo.conjugate_gradient
     monkeypatch.setattr(
-        rl, "conjugate_gradient", lambda *args: -solve(*args)
+        trpo, "conjugate_gradient", lambda *args: -solve(*args)
     )  # downhill: nothing improves
-    learnt = rl.trpo(run, data)
+    learnt = update(run, data)
     assert learnt["line_search"] == -1 and learnt["policy_kl"] == 0
-    assert all(torch.equal(old, new) for old, new in zip(before, run.policy))
-    monkeypatch.setattr(rl, "conjugate_gradient", lambda *args: solve(*args) * float("nan"))
-    rl.trpo(run, data)
-    assert all(torch.equal(old, new) for old, new in zip(before, run.policy))
+    assert all(torch.equal(old, new) for old, new in zip(before, run.parameters))
+    monkeypatch.setattr(trpo, "conjugate_gradient", lambda *args: solve(*args) * float("nan"))
+    update(run, data)
+    assert all(torch.equal(old, new) for old, new in zip(before, run.parameters))
 
 
 # -- the closed form ---------------------------------------------------------------------------------------------------
@@ -882,13 +970,11 @@ def distance_to_the_optimum(words, tmp_path, steps=150, tokens=2, **options):
         distribution(model.eval(), words(text).input_ids, ANSWERS[tokens]) for text in asked
     )
     apart = lambda: (
-        sum(
-            float(rl.exact_kl(policy[None], best[None])) for policy, best in zip(policies(), optima)
-        )
+        sum(float(exact_kl(policy[None], best[None])) for policy, best in zip(policies(), optima))
         / 3
     )
     before = apart()
-    rl.train(settings, model, words, rows, [], {"table": table})
+    page_of(settings).train(settings, model, words, rows, [], {"table": table})
     return before, apart()
 
 
@@ -956,7 +1042,7 @@ def test_no_process_stays_behind(model_dir, tmp_path):
         prompt_dataset_path=write_prompts(tmp_path),
         num_training_steps=1,
     )
-    stage = rl.RLStage(settings)
+    stage = stage_of(settings)
     stage.check()
     process = stage.functions["length"].process
     assert process.poll() is None
@@ -966,7 +1052,7 @@ def test_no_process_stays_behind(model_dir, tmp_path):
 def test_rows_without_an_answer_to_compare_with_are_left_out(tmp_path, caplog):
     rows = [{"question": f"{n}?", "answer": None if n == 5 else str(n)} for n in range(12)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    stage = rl.RLStage(
+    stage = stage_of(
         config(
             tmp_path,
             reward=["numeric"],
@@ -1006,8 +1092,8 @@ def test_functions_of_a_file(tmp_path, caplog):
         "def loud(prompts, completions, **columns):\n    import os\n    os.write(1, b'noise\\n')\n    return [1.0]\n"
     )
     for name, words in (
-        ("short", "has to return 2 numbers or None, a list"),
-        ("named", "a list: {'0': 0.0"),
+        ("short", "must return a list of 2 numbers or None"),
+        ("named", "not {'0': 0.0"),
         ("much", "a reward is infinite"),
     ):
         with pytest.raises(RuntimeError, match=words):
@@ -1035,7 +1121,7 @@ def test_functions_of_a_file(tmp_path, caplog):
         )
     for spec, words in ((f"{file}:jugde", "jugde"), (f"{tmp_path}/none.py:judge", "No such file")):
         with pytest.raises(ConfigError, match=words):
-            core.rewards.Subprocess(spec, 5).start()
+            core.function_process.Subprocess(spec, 5).start()
 
 
 @pytest.mark.parametrize("kind, labels", [("regression", 1), ("classification", 2)])
@@ -1179,20 +1265,19 @@ def test_a_run_that_was_cut_off_goes_on_exactly(model_dir, tmp_path, algorithm, 
         target_kl=0.01,
         validation_split=0.2,
         kl_horizon=50,
-        cg_damping=0.1,
         seed=3,
         **more,
     )
-    whole = rl.RLStage(rl.RLConfig(**values, output_dir=str(tmp_path / "whole"))).execute()
-    cut = rl.RLStage(rl.RLConfig(**values, output_dir=str(tmp_path / "cut")))
-    keep, rl.save_checkpoint = rl.save_checkpoint, lambda run: (keep(run), 1 / 0)
+    whole = stage_of(page_config(**values, output_dir=str(tmp_path / "whole"))).execute()
+    cut = stage_of(page_config(**values, output_dir=str(tmp_path / "cut")))
+    keep, rl_run.save_checkpoint = rl_run.save_checkpoint, lambda run: (keep(run), 1 / 0)
     try:
         assert not cut.execute().success
     finally:
-        rl.save_checkpoint = keep
+        rl_run.save_checkpoint = keep
     assert (tmp_path / "cut/checkpoints/step-000002").is_dir()
-    again = rl.RLStage(
-        rl.RLConfig(**values, output_dir=str(tmp_path / "cut"), resume_from_checkpoint=True)
+    again = stage_of(
+        page_config(**values, output_dir=str(tmp_path / "cut"), resume_from_checkpoint=True)
     ).execute()
     assert whole.success and again.success, (whole.error_message, again.error_message)
     assert steps_of(tmp_path / "whole") == steps_of(tmp_path / "cut")
@@ -1213,7 +1298,7 @@ def test_a_run_that_was_cut_off_goes_on_exactly(model_dir, tmp_path, algorithm, 
 
 def test_a_reward_is_named_once():
     with pytest.raises(ConfigError, match="names a function twice; give it another weight"):
-        rl.RLConfig(
+        page_config(
             model_name_or_path="m",
             prompt_dataset_path="d",
             reward=["length", "length"],
@@ -1235,7 +1320,7 @@ def test_the_figures_of_a_step(model_dir, tmp_path):
         save_freq=0,
         num_generations=2,
     )
-    result = rl.RLStage(rl.RLConfig(**values, output_dir=str(tmp_path / "out"))).execute()
+    result = stage_of(page_config(**values, output_dir=str(tmp_path / "out"))).execute()
     assert result.success, result.error_message
     step = next(line for line in steps_of(tmp_path / "out") if "reward" in line)
     assert {*step} >= {
@@ -1280,7 +1365,7 @@ def test_a_small_task_is_learnt(model_dir, tmp_path):
         algorithm="grpo",
         validation_split=0.25,
     )
-    result = rl.RLStage(rl.RLConfig(**values, output_dir=str(tmp_path / "out"))).execute()
+    result = stage_of(page_config(**values, output_dir=str(tmp_path / "out"))).execute()
     assert result.success, result.error_message
     assert (
         result.metrics["eval_reward"] > result.metrics["eval_reward_before"] + 3
@@ -1295,23 +1380,22 @@ def test_a_small_task_is_learnt(model_dir, tmp_path):
 
 
 def test_alarms_are_said_once_with_a_remedy(caplog):
-    run = SimpleNamespace(config=SimpleNamespace(target_kl=None), before={"entropy": 2.0})
-    history = []
+    run = SimpleNamespace(
+        config=SimpleNamespace(target_kl=None),
+        before={"entropy": 2.0},
+        history=[],
+        alarms_raised=set(),
+    )
     with caplog.at_level("WARNING"):
-        for entropy, kl, equal in (
-            (2.0, 0.1, 1.0),
-            (1.0, 0.1, 1.0),
-            (0.1, 30.0, 1.0),
-            (0.1, 30.0, 1.0),
-        ):
-            history.append({"entropy": entropy, "kl": kl, "zero_variance": equal, "said": []})
-            rl.alarms(run, history)
+        for entropy, divergence in ((2.0, 0.1), (1.0, 0.1), (0.1, 30.0), (0.1, 30.0)):
+            run.history.append({"entropy": entropy, "kl": divergence, "zero_variance": 1.0})
+            rl_run.raise_alarms(run)
     messages = [record.getMessage() for record in caplog.records]
     assert (
         len(messages) == 3
         and "KL 30.0" in messages[0]
-        and "entropy 0.100" in messages[1]
-        and "three steps running" in messages[2]
+        and "collapsed: 0.100" in messages[1]
+        and "for three steps" in messages[2]
     )
 
 
@@ -1327,7 +1411,7 @@ def test_recomputed_activations_change_nothing(model_dir, tmp_path):
             validation_split=0.2,
             algorithm="ppo",
         )
-        result = rl.RLStage(settings).execute()
+        result = stage_of(settings).execute()
         assert result.success, result.error_message
         found.append(steps_of(tmp_path / str(again)))
     for steps in zip(*found, strict=True):
@@ -1357,10 +1441,10 @@ def test_two_processes_are_two_halves_of_one(model_dir, tmp_path):
             for (algorithm, own), folder in zip(algorithms.items(), folders[processes])
         ]
         if processes == 1:
-            assert all(rl.RLStage(rl.RLConfig(**options)).execute().success for options in runs)
+            assert all(stage_of(page_config(**options)).execute().success for options in runs)
     (tmp_path / "all.py").write_text(
-        f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'recipes')]}; import common, rl; common.exit_on_signals()\n"
-        f"assert all(rl.RLStage(rl.RLConfig(**options)).execute().success for options in {runs})\n"
+        f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'recipes'), str(ROOT / 'tests')]}; import core.runtime; from test_rl import page_config, stage_of; core.runtime.exit_on_signals()\n"
+        f"assert all(stage_of(page_config(**options)).execute().success for options in {runs})\n"
     )
     done = subprocess.run(
         [
@@ -1414,7 +1498,7 @@ def test_bad_data_is_refused_before_the_model_is_loaded(tmp_path):
     path = tmp_path / "no_answers.jsonl"
     path.write_text('{"question": "a", "solution": "b"}\n')
     with pytest.raises(ConfigError, match="reward=numeric needs a column answer; found solution"):
-        rl.RLStage(
+        stage_of(
             config(
                 tmp_path,
                 reward=["numeric"],
