@@ -456,11 +456,16 @@ def evaluate_answers(
             samples.append(sample)
 
     if samples and is_main_process():
-        path = Path(config.output_dir, "samples.jsonl")
-        if when == "after":
-            samples = [json.loads(line) for line in path.read_bytes().splitlines()] + samples
-        write_jsonl(path, samples)
+        write_samples(Path(config.output_dir, "samples.jsonl"), samples, when)
     return metrics
+
+
+def write_samples(path: Path, samples: list[dict], when: str) -> None:
+    """Write the samples; those after training follow those from before it."""
+    earlier = []
+    if when == "after":
+        earlier = [json.loads(line) for line in path.read_bytes().splitlines()]
+    write_jsonl(path, earlier + samples)
 
 
 def load_eval_files(config: CoTConfig) -> dict[str, list[dict]]:
