@@ -181,7 +181,8 @@ def add_training_row(
 ) -> None:
     """Count one training row in `training`."""
     training.keys |= keys
-    training.lengths.append(max(len(ids) for ids, _ in sequences))
+    longest = max(len(ids) for ids, _ in sequences)
+    training.lengths.append(longest)
     training.cut += is_cut
     training.with_stop += any(labels and labels[-1] in stops for _, labels in sequences)
     if training.example is None:
@@ -286,9 +287,11 @@ def highlight_targets(tokenizer, ids: Sequence[int], labels: Sequence[int] | Non
     def is_target(position: int) -> bool:
         return bool(labels) and labels[position] != IGNORE
 
+    # Tokens are decoded in runs: one character may be spread over several of them.
     text = ""
     for in_target, positions in itertools.groupby(range(len(ids)), key=is_target):
-        part = tokenizer.decode([ids[position] for position in positions])
+        run = [ids[position] for position in positions]
+        part = tokenizer.decode(run)
         text += f"{start}{part}{end}" if in_target else part
     return text
 
@@ -347,7 +350,8 @@ def estimate_fit(config: Any, rows: int, lengths: Sequence[int]) -> tuple[int, f
     rows_per_step = batch_size * config.gradient_accumulation_steps * processes
     steps_per_epoch = math.ceil(rows / rows_per_step)
     steps = config.max_steps or math.ceil(steps_per_epoch * config.num_train_epochs)
-    tokens = statistics.fmean(lengths) * rows * steps / steps_per_epoch
+    rows_seen = rows * steps / steps_per_epoch
+    tokens = statistics.fmean(lengths) * rows_seen
     # A backward pass counts as two, and as one where only an adapter trains: the gradients of the
     # weights are half of its work.
     passes = 2.0 if config.lora_r else 3.0
