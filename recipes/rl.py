@@ -51,7 +51,7 @@ class RLStage(BaseStage):
 
     @classmethod
     def resolve(cls, options: dict) -> tuple[type[BaseStage], dict]:
-        """The page's stage class, and the options for it. Raises ConfigError for those of another page."""
+        """(the page's stage class, its options). Refuses options of other pages by ConfigError."""
         options = dict(options)
         algorithm = options.pop("algorithm", None) or "ppo"
         if algorithm not in PAGES:
@@ -63,7 +63,8 @@ class RLStage(BaseStage):
             owners = pages_with(name)
             if owners and algorithm not in owners:
                 raise ConfigError(
-                    f"{name} has no effect with algorithm={algorithm}; it belongs to {', '.join(owners)}"
+                    f"{name} has no effect with algorithm={algorithm}; "
+                    f"it belongs to {', '.join(owners)}"
                 )
         return page, options
 

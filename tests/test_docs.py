@@ -438,3 +438,11 @@ def test_the_map_of_the_source_is_complete():
     readme = TEXTS[ROOT / "README.md"]
     for path in [*ROOT.glob("*.py"), *(ROOT / "core").glob("[!_]*.py")]:
         assert f"]({path.relative_to(ROOT)})" in readme, path.name
+
+
+def test_messages_quoted_as_symptoms_exist():
+    paths = [*ROOT.glob("*.py"), *ROOT.glob("core/*.py"), *ROOT.glob("recipes/*.py")]
+    source = " ".join(re.sub(r'"\s+f?"', "", path.read_text()) for path in paths)
+    for line in TEXTS[ROOT / "docs/troubleshooting.md"].splitlines():
+        for message in re.findall(r"`([a-z]+ [a-z ]+)`", line.split(" | ")[0]):
+            assert message in source, message
