@@ -25,12 +25,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import report
-from common import BaseStage, StageResult, load_skeleton, save_model
+from common import BaseStage, StageResult, save_model
 from core.checks import describe_stage
 from core.cli import option_help, read_command_line
 from core.config import ModelConfig, resolve_names
 from core.errors import ConfigError, unknown_name
 from core.files import atomic_folder, check_disk_space, write_json
+from core.hub import load_skeleton
 from core.pipeline_config import SHARED_OPTIONS, PipelineConfig, refuse_unimplemented
 from core.recipe_files import LINK, find_links, get_config_class, load_recipe, resolve_options
 from core.runtime import exit_on_signals, is_main_process, logger, start_logging

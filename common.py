@@ -23,11 +23,12 @@ from core import checkpoints
 from core.chat import prepare_tokenizer, stop_tokens
 from core.checks import check_encoded_rows, describe_stage, estimate_fit
 from core.cli import option_help, read_command_line
-from core.config import ModelConfig, StageConfig, TrainingConfig, resolve_names
+from core.config import ModelConfig, StageConfig, TrainingConfig
 from core.errors import ConfigError, as_config_error
 from core.files import atomic_folder, cached_folder, check_disk_space
 from core.fingerprints import compute_fingerprint
-from core.hub import find_model_parts
+from core.hub import find_model_parts, load_skeleton, load_tokenizer
+from core.recipe_files import resolve_options
 from core.runtime import (
     compute_dtype,
     default_device,
@@ -85,8 +86,8 @@ class BaseStage:
 
     @classmethod
     def resolve(cls, options: dict[str, Any]) -> tuple[type[BaseStage], dict[str, Any]]:
-        """(stage class, options) that run for `options` as given, aliases not yet resolved. A page
-        that stands for several recipes chooses one of them here."""
+        """(stage class, options) that run for `options` as given. A page that stands for several
+        recipes chooses one of them here."""
         return cls, options
 
     # What a recipe defines or extends.
@@ -99,9 +100,8 @@ class BaseStage:
         """(training rows, evaluation rows). Needs no model; a dry run calls it too."""
 
     def sequences(self, row, tokenizer, context: int) -> tuple[list[tuple], bool] | None:
-        """([(input_ids, labels)], whether something is cut off): the encoded form of a row of
-        `load_data`, for the checks before training; labels are None where tokens are not imitated.
-        None: this stage is not checked."""
+        """([(input_ids, labels)], whether it is cut) of a row of `load_data`, encoded for the checks
+        before training; labels are None if nothing is imitated. None: no checks."""
 
     def work(self, lengths: Sequence[int]) -> tuple[int, float, float, int]:
         """(steps, tokens, passes over a token, rows at a time), estimated for a dry run."""
@@ -110,9 +110,8 @@ class BaseStage:
     def prepare_model_and_tokenizer(
         self, model, tokenizer, previous_result: StageResult | None = None
     ):
-        """(model ready to train, tokenizer): those handed over, or those in the folder of the stage
-        before, or those of `model_name_or_path`. Only a fresh adapter is trainable, or all weights
-        if `lora_r` is 0."""
+        """(model ready to train, tokenizer): those handed over, or in the folder of the stage
+        before, or of `model_name_or_path`. An adapter trains, or all weights if lora_r is 0."""
         import transformers
 
         previous_folder = previous_result.model_path if previous_result else None
@@ -157,19 +156,14 @@ class BaseStage:
     def execute(
         self, model=None, tokenizer=None, previous_result: StageResult | None = None
     ) -> StageResult:
-        """Check, claim the folder, prepare, train, save, record.
-
-        Raises ConfigError for what the user can correct; any other exception becomes a failed
-        result, its traceback in the log.
-        """
+        """Check, claim the folder, prepare, train, save, record. Raises ConfigError for what the
+        user can correct; any other exception becomes a failed result, its traceback in the log."""
         import transformers
 
         if previous_result and not previous_result.success:
             raise ConfigError(f"the stage before failed: {previous_result.error_message}")
         if model is not None and tokenizer is None:
-            raise ConfigError(
-                "a model is handed over with its tokenizer: execute(model, tokenizer)"
-            )
+            raise ConfigError("a model needs its tokenizer: execute(model, tokenizer)")
         previous_folder = previous_result.model_path if previous_result else None
         input_model, input_tokenizer = model, tokenizer
         started = time.time()
@@ -255,7 +249,7 @@ class BaseStage:
         if not self.reuse_finished or resume is not True or not has_weights or self.stale():
             return False
         self.logger.info(
-            "%s is finished already; resume_from_checkpoint=false: run it anew", folder
+            "%s is finished already; to repeat it: resume_from_checkpoint=false", folder
         )
         return True
 
@@ -337,34 +331,6 @@ class BaseStage:
 
 
 # -- loading --------------------------------------------------------------------------------------
-
-
-def load_tokenizer(config: ModelConfig) -> tuple:
-    """(tokenizer, model configuration) of `model_name_or_path` as stored; reads no weights."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    model_path, _, tokenizer_path = find_model_parts(config, weights=False)
-    with as_config_error(f"model {config.model_name_or_path} cannot be loaded"):
-        tokenizer = load_part(AutoTokenizer, tokenizer_path, config)
-        return tokenizer, load_part(AutoConfig, model_path, config)
-
-
-def load_part(auto_class: Any, path: Path, config: ModelConfig):
-    """`auto_class.from_pretrained` of a folder or of a .gguf file."""
-    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-    if path.is_file():
-        return auto_class.from_pretrained(path.parent, gguf_file=path.name, **options)
-    return auto_class.from_pretrained(path, **options)
-
-
-def load_skeleton(config: ModelConfig) -> tuple:
-    """(tokenizer, model on the meta device): everything except the weights."""
-    from transformers import AutoModelForCausalLM
-
-    tokenizer, model_config = load_tokenizer(config)
-    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-    with torch.device("meta"):
-        return tokenizer, AutoModelForCausalLM.from_config(model_config, **options)
 
 
 def load_model_and_tokenizer(
@@ -616,9 +582,8 @@ def build_stage(stage_class: type[BaseStage], arguments: Sequence[str]) -> tuple
         raise ConfigError(f"unexpected word {words[0]!r}; options are written --name=value")
     with as_config_error("dry_run"):
         dry_run = TypeAdapter(bool).validate_python(options.pop("dry_run", False))
-    stage_class, options = stage_class.resolve(options)
-    config_class = stage_class.config_class
-    config = config_class(**resolve_names(config_class, options))
+    stage_class, options = resolve_options(stage_class, [options])
+    config = stage_class.config_class(**options)
     if not (config.enabled and config.save_intermediate):
         raise ConfigError("enabled=false and save_intermediate=false are for the stages of a chain")
     return stage_class(config), dry_run

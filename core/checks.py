@@ -1,4 +1,8 @@
-"""What can be known before the first step, without the model's weights: bad rows, time, memory, disk."""
+"""What can be known before the first step, without the model's weights.
+
+check_encoded_rows   bad rows: encodes the data as training will, and refuses what teaches nothing
+describe_stage       the dry run: options, data, an example, estimates of time, memory and disk
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,9 @@ import math
 import os
 import statistics
 import sys
-from dataclasses import fields
-from types import SimpleNamespace
-from typing import Any, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 
@@ -21,186 +25,321 @@ from core.data import usable_rows
 from core.errors import ConfigError
 from core.runtime import compute_dtype, default_device, logger
 
-MAX_ROWS_CHECKED = 2000  # rows of a stage that are encoded for a look
+SIDES = ("training", "evaluation")  # of the split that `load_data` returns
+MAX_ROWS_CHECKED = 2000  # rows of each side of the split that are encoded for the checks
+UTILIZATION = 0.4  # of the speed of a matrix product, as is usual in training
+MAX_SHARE_CUT = 0.1  # cutting more of the training rows than this is worth a warning
+
+# What can be wrong with a row, and the remedy. Each of these would fail silently in training.
 ROW_PROBLEMS = {
-    "silent": "none of its tokens would be learnt; the chat template leaves the answer out",
-    "unstopped": "its answer does not end in a token that ends a turn, so the model would never stop",
-    "doubled": "it begins with the token that begins a text twice; take one out of the chat template or the data",
-    "moved": "its prompt has other tokens alone than before an answer, so the model would never meet what it learnt; "
-    "let the template's prompt end in a special token or a line break",
-    "beyond": "it is longer than the model's context of {context} tokens; with max_seq_length={context} such rows are "
-    "left out, or cut, and counted",
-    "leaked": "it is trained on too, so its figures would flatter; remove one of the two",
+    "no_target": "none of its tokens is a target; the chat template leaves the answer out",
+    "no_stop": "its answer does not end in a stop token, so the model would never stop",
+    "double_bos": "it begins with two bos tokens; remove one from the chat template or the data",
+    "prompt_differs": "its prompt tokenizes differently without its answer, so what the model "
+    "learns would never occur in use; end the template's prompt in a special token or a line break",
+    "too_long": "it is longer than the model's context of {context} tokens; with "
+    "max_seq_length={context} such rows are left out or cut, and counted",
+    "in_training_data": "it is in the training data too, so its metrics would be too good; "
+    "remove one of the two",
 }
 
+# One sequence of a row: input_ids (T,), and labels (T,) or None where no token is imitated.
+TokenSequence = tuple[list[int], list[int] | None]
 
-def find_row_problem(
-    tokenizer, stops: Sequence[int], sequences: Sequence[tuple], cut: bool, context: int, chat: bool
-) -> str:
-    """Which of TROUBLES a row has, whose sequences are (input_ids, labels, or None where nothing is imitated). What no
-    prompt precedes is no `chat`: a piece of it may begin and end anywhere."""
-    if any(ids[:2] == [tokenizer.bos_token_id] * 2 for ids, _ in sequences):
-        return "doubled"
-    if max(len(ids) for ids, _ in sequences) > context:
-        return "beyond"
-    for ids, labels in sequences if chat else ():
-        learnt = [t for t, label in enumerate(labels or ()) if label != IGNORE]
-        if labels and not {ids[t] for t in learnt} - {*stops}:
-            return "silent"
-        text = lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        again = lambda ids: tokenizer(text(ids), add_special_tokens=False).input_ids
-        if learnt and not cut and again(ids) == ids and again(ids[: learnt[0]]) != ids[: learnt[0]]:
-            return "moved"
-    ids, labels = sequences[-1]
-    return "unstopped" if chat and labels and not cut and labels[-1] not in stops else ""
+
+@dataclass
+class EncodedRows:
+    """What the checked training rows of a stage become as tokens."""
+
+    lengths: list[int] = field(default_factory=list)  # tokens of the longest sequence of each row
+    cut: int = 0  # rows that lose some of their tokens
+    with_stop: int = 0  # rows of which a target still ends in a stop token
+    example: TokenSequence | None = None  # the first sequence of the first row
+    keys: set = field(default_factory=set)  # to recognize a row that is on both sides of the split
+
+    @property
+    def share_cut(self) -> float:
+        return self.cut / len(self.lengths) if self.lengths else 0.0
+
+
+# -- bad rows ----------------------------------------------------------------------------------
 
 
 def check_encoded_rows(
-    stage: Any, tokenizer, context: int, say: bool = False
-) -> SimpleNamespace | None:
-    """Encode the first rows of a checked stage as its training will: the tokens of each, how many lose something, an
-    example. None for a stage that does not say what it makes of a row. Raises ConfigError, with the remedy, for what
-    would teach nothing, or other than it should. `say`: how many are left out, as the training will."""
-    tokenizer = (
-        tokenizer if stage.hands_on else copy.deepcopy(tokenizer)
-    )  # its template is not for the next stage
-    prepare_tokenizer(tokenizer, stage.config, chat := stage.needs_chat_template)
-    found, stops = (
-        SimpleNamespace(lengths=[], cut=0, whole=0, example=None, keys=set()),
-        stop_tokens(tokenizer),
-    )
-    for side, rows in zip(("training", "evaluation"), stage.data or ()):
-        make = lambda row: (row, stage.sequences(row, tokenizer, context))
-        for row, made in (
-            usable_rows(rows[:MAX_ROWS_CHECKED], make, f"{side} data", warn=say) if rows else ()
-        ):
-            if made is None:
+    stage: Any, tokenizer, context: int, warn: bool = False
+) -> EncodedRows | None:
+    """Encode the first rows of a stage whose data is loaded, as its training will.
+
+    `context` is the number of tokens that the model can take. With `warn`, the rows that training
+    will leave out are logged. Returns None for a stage that does not define `sequences`. Raises
+    ConfigError, with the remedy, for a row that would teach nothing, or something else than meant.
+    """
+    if not stage.hands_on:
+        tokenizer = copy.deepcopy(tokenizer)  # the next stage must not get this chat template
+    is_chat = stage.needs_chat_template
+    prepare_tokenizer(tokenizer, stage.config, is_chat)
+    stops = stop_tokens(tokenizer)
+
+    def encode(row):
+        return row, stage.sequences(row, tokenizer, context)
+
+    # The training rows come first: the evaluation rows are compared with them.
+    training = EncodedRows()
+    for side, rows in zip(SIDES, stage.data or (), strict=False):
+        if not rows:
+            continue
+        for row, encoded in usable_rows(rows[:MAX_ROWS_CHECKED], encode, f"{side} data", warn):
+            if encoded is None:
                 return None
-            sequences, cut = made
-            keys = {hash(tuple(ids)) for ids, _ in sequences} if chat and not cut else {str(row)}
-            leaked = side == "evaluation" and keys & found.keys
-            if (
-                wrong := "leaked"
-                if leaked
-                else find_row_problem(tokenizer, stops, sequences, cut, context, chat)
-            ):
+            sequences, is_cut = encoded
+
+            keys = row_keys(row, sequences, compare_tokens=is_chat and not is_cut)
+            if side == "evaluation" and keys & training.keys:
+                problem = "in_training_data"
+            else:
+                problem = find_row_problem(tokenizer, stops, sequences, is_cut, context, is_chat)
+            if problem:
+                explanation = ROW_PROBLEMS[problem].format(context=context)
+                first_ids, _ = sequences[0]
+                beginning = tokenizer.decode(first_ids)[:200]
                 raise ConfigError(
-                    f"a row of the {side} data: {ROW_PROBLEMS[wrong].format(context=context)}. The row: "
-                    f"{tokenizer.decode(sequences[0][0])[:200]!r}"
+                    f"a row of the {side} data: {explanation}. The row: {beginning!r}"
                 )
+
             if side == "training":
-                found.keys |= keys
-                found.lengths.append(max(len(ids) for ids, _ in sequences))
-                found.cut += cut
-                found.whole += any(labels and labels[-1] in stops for _, labels in sequences)
-                found.example = found.example or sequences[0]
-    if (share := found.cut / (len(found.lengths) or 1)) > 0.1:
-        limits = ("max_seq_length", "max_prompt_length")
-        given = [f"{name}={limit}" for name in limits if (limit := vars(stage.config).get(name))]
-        said = f"{100 * share:.0f}% of the training rows are cut at {' or '.join(given)}"
-        if not found.whole:
-            raise ConfigError(f"{said}, so that none ends in a token that ends a turn; raise it")
-        logger.warning("%s", said)
-    return found
+                add_training_row(training, keys, sequences, is_cut, stops)
+    check_share_cut(stage.config, training)
+    return training
+
+
+def find_row_problem(
+    tokenizer,
+    stops: Sequence[int],
+    sequences: Sequence[TokenSequence],
+    is_cut: bool,
+    context: int,
+    is_chat: bool,
+) -> str | None:
+    """Which of ROW_PROBLEMS an encoded row has, None if it has none.
+
+    Plain text (not `is_chat`) has no prompt, so a piece of it may begin and end anywhere.
+    """
+    bos = tokenizer.bos_token_id
+    if any(ids[:2] == [bos, bos] for ids, _ in sequences):
+        return "double_bos"
+    if max(len(ids) for ids, _ in sequences) > context:
+        return "too_long"
+    if not is_chat:
+        return None
+
+    for ids, labels in sequences:
+        if not labels:
+            continue
+        targets = [position for position, label in enumerate(labels) if label != IGNORE]
+        target_ids = {ids[position] for position in targets}
+        if target_ids <= set(stops):
+            return "no_target"
+        # A row that is cut may begin in the middle of its prompt, where the tokens differ anyway.
+        if not is_cut and prompt_differs(tokenizer, ids, prompt_length=targets[0]):
+            return "prompt_differs"
+
+    _, labels = sequences[-1]
+    if labels and not is_cut and labels[-1] not in stops:
+        return "no_stop"
+    return None
+
+
+def prompt_differs(tokenizer, ids: list[int], prompt_length: int) -> bool:
+    """Whether the prompt has other tokens when it stands alone, as it does in use."""
+    # Some tokens do not survive the way to text and back; such a row tells nothing of its prompt.
+    if retokenize(tokenizer, ids) != ids:
+        return False
+    prompt = ids[:prompt_length]
+    return retokenize(tokenizer, prompt) != prompt
+
+
+def retokenize(tokenizer, ids: list[int]) -> list[int]:
+    """The tokens of the text of `ids`."""
+    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def row_keys(row, sequences: Sequence[TokenSequence], compare_tokens: bool) -> set:
+    """What tells a row from others: its tokens, or its text where these are only a part of it."""
+    # Two texts may share their first piece, and two long prompts the part that is not cut.
+    if compare_tokens:
+        return {hash(tuple(ids)) for ids, _ in sequences}
+    return {str(row)}
+
+
+def add_training_row(
+    training: EncodedRows,
+    keys: set,
+    sequences: Sequence[TokenSequence],
+    is_cut: bool,
+    stops: Sequence[int],
+) -> None:
+    """Count one training row in `training`."""
+    training.keys |= keys
+    longest = max(len(ids) for ids, _ in sequences)
+    training.lengths.append(longest)
+    training.cut += is_cut
+    training.with_stop += any(labels and labels[-1] in stops for _, labels in sequences)
+    if training.example is None:
+        training.example = sequences[0]
+
+
+def check_share_cut(config: Any, training: EncodedRows) -> None:
+    """Warn if many training rows are cut. Raises ConfigError if then none ends in a stop token."""
+    if training.share_cut <= MAX_SHARE_CUT:
+        return
+    limits = []
+    for name in ("max_seq_length", "max_prompt_length"):
+        limit = vars(config).get(name)
+        if limit:
+            limits.append(f"{name}={limit}")
+    summary = f"{training.share_cut:.0%} of the training rows are cut at {' or '.join(limits)}"
+    if not training.with_stop:
+        raise ConfigError(f"{summary}, so that none ends in a stop token; raise the limit")
+    logger.warning("%s", summary)
+
+
+# -- the dry run -------------------------------------------------------------------------------
+
+
+def describe_stage(stage: Any, tokenizer, skeleton) -> tuple[list[str], float]:
+    """(lines on what a checked stage will do, bytes that it will write).
+
+    `skeleton` is the model without its weights, on the meta device.
+    """
+    lines = [labelled("options", changed_options(stage.config))]
+    for kind in ("reference", "judge", "teacher"):
+        if kind in stage.lineage:
+            lines.append(labelled(kind, stage.lineage[kind]))
+    if stage.lineage.get("data"):
+        lines.append(labelled("data", describe_data(stage)))
+
+    context = skeleton.config.max_position_embeddings
+    encoded = check_encoded_rows(stage, tokenizer, context, warn=True)
+    if encoded is None or not encoded.lengths or encoded.example is None:
+        return lines, 0.0
+    lines.append(labelled("tokens", describe_lengths(encoded)))
+    example = highlight_targets(tokenizer, *encoded.example)
+    lines.append(labelled("example", example.replace("\n", "\n" + labelled("", ""))))
+
+    if not isinstance(stage.config, TrainingConfig):
+        return lines, 0.0
+    cost_lines, bytes_written = estimate_cost(stage, skeleton, encoded.lengths)
+    return lines + cost_lines, bytes_written
+
+
+def labelled(label: str, text: str) -> str:
+    """A line of the dry run: the label in a column of 12 characters, then the text."""
+    return f"{label:<12}{text}"
+
+
+def changed_options(config: Any) -> str:
+    """The options that differ from their defaults, as name=value."""
+    # The folder and the name are no news: the plan of a chain shows both.
+    defaults = type(config)()
+    changed = []
+    for option in fields(config):
+        value = getattr(config, option.name)
+        is_own_name = option.name in ("output_dir", "stage_name")
+        if not is_own_name and value != getattr(defaults, option.name):
+            changed.append(f"{option.name}={value}")
+    return ", ".join(changed) or "the defaults"
+
+
+def describe_data(stage: Any) -> str:
+    """Where the data is, how it is split, and why it was read in its format."""
+    data = stage.lineage["data"]
+    num_training, num_evaluation = [len(rows) for rows in stage.data[:2]]
+    columns = ", ".join(stage.config.formats[data["format"]])
+    return (
+        f"{data['path']}: {data['rows']} rows, {num_training} to train on and {num_evaluation} to "
+        f"evaluate on; format {data['format']}, since it has the columns {columns}"
+    )
+
+
+def describe_lengths(encoded: EncodedRows) -> str:
+    """The distribution of the tokens in a row."""
+    lengths = sorted(encoded.lengths)
+
+    def quantile(share: float) -> int:
+        index = int(share * len(lengths))
+        return lengths[min(index, len(lengths) - 1)]
+
+    figures = [
+        f"minimum {lengths[0]}",
+        f"median {quantile(0.5)}",
+        f"90th percentile {quantile(0.9)}",
+        f"99th percentile {quantile(0.99)}",
+        f"maximum {lengths[-1]}",
+    ]
+    return f"per row: {', '.join(figures)}; {encoded.share_cut:.1%} of the rows are cut"
 
 
 def highlight_targets(tokenizer, ids: Sequence[int], labels: Sequence[int] | None) -> str:
-    """The text of a sequence, what is learnt of it in green, or between marks where the screen has no colours."""
-    before, after = ("\x1b[32m", "\x1b[0m") if sys.stdout.isatty() else ("⟦", "⟧")
-    parts = itertools.groupby(range(len(ids)), lambda t: bool(labels) and labels[t] != IGNORE)
-    texts = ((learnt, tokenizer.decode([ids[t] for t in places])) for learnt, places in parts)
-    return "".join(f"{before}{text}{after}" if learnt else text for learnt, text in texts)
+    """The text of a sequence with its targets in green, or in ⟦ ⟧ where there are no colours."""
+    start, end = ("\x1b[32m", "\x1b[0m") if sys.stdout.isatty() else ("⟦", "⟧")
+
+    def is_target(position: int) -> bool:
+        return bool(labels) and labels[position] != IGNORE
+
+    # Tokens are decoded in runs: one character may be spread over several of them.
+    text = ""
+    for in_target, positions in itertools.groupby(range(len(ids)), key=is_target):
+        run = [ids[position] for position in positions]
+        part = tokenizer.decode(run)
+        text += f"{start}{part}{end}" if in_target else part
+    return text
 
 
-def describe_stage(stage: Any, tokenizer, shape) -> tuple[list[str], float]:
-    """(lines on what a checked stage will do: options, data, an example, estimates; bytes it will write). `shape` is
-    the model without its weights, on the meta device."""
-    config, standard = stage.config, type(stage.config)()
-    own = {
-        f.name: getattr(config, f.name)
-        for f in fields(config)
-        if f.name not in ("output_dir", "stage_name")
-    }
-    changed = (f"{name}={value}" for name, value in own.items() if value != getattr(standard, name))
-    lines = ["options     " + (", ".join(changed) or "the defaults")]
-    lines += [
-        f"{kind:11} {stage.lineage[kind]}"
-        for kind in ("reference", "judge", "teacher")
-        if kind in stage.lineage
-    ]
-    if data := stage.lineage.get("data"):
-        lines.append(
-            f"data        {data['path']}: {data['rows']} rows, {len(stage.data[0])} to train on and "
-            f"{len(stage.data[1])} to evaluate on; format {data['format']}, since it has the columns "
-            f"{', '.join(config.formats[data['format']])}"
-        )
-    found = check_encoded_rows(stage, tokenizer, shape.config.max_position_embeddings, say=True)
-    if not found or not found.lengths:
-        return lines, 0.0
-    quantile = sorted(found.lengths)
-    at = lambda share: quantile[min(len(quantile) - 1, int(share * len(quantile)))]
-    lines.append(
-        f"tokens      a row: {at(0)} shortest, {at(0.5)} median, {at(0.9)} ninth decile, {at(0.99)} of 99%, "
-        f"{at(1)} longest; {100 * found.cut / len(quantile):.1f}% are cut"
-    )
-    lines.append(
-        "example     "
-        + highlight_targets(tokenizer, *found.example).replace("\n", "\n            ")
-    )
-    more, size = (
-        estimate_cost(stage, shape, found.lengths)
-        if isinstance(config, TrainingConfig)
-        else ([], 0.0)
-    )
-    return lines + more, size
+# -- estimates ---------------------------------------------------------------------------------
 
 
-def estimate_cost(stage: Any, shape, lengths: Sequence[int]) -> tuple[list[str], float]:
-    """(lines on time, memory and disk, each with the figures behind it; bytes to be written), from the number of
-    parameters, the rows' lengths, and the speed of a matrix product measured here."""
-    config, weights = stage.config, shape.num_parameters()
-    linear = [
-        m
-        for m in shape.modules()
-        if isinstance(m, torch.nn.Linear) and m is not shape.get_output_embeddings()
-    ]
-    trained = (
-        sum(config.lora_r * (m.in_features + m.out_features) for m in linear)
-        if config.lora_r
-        else weights
+def estimate_cost(stage: Any, skeleton, lengths: Sequence[int]) -> tuple[list[str], float]:
+    """(lines on time, memory and disk with the figures behind them, bytes that will be written).
+
+    From the number of parameters, the rows' lengths in tokens, and the measured speed of a matrix
+    product on this machine: an order of magnitude.
+    """
+    config = stage.config
+    num_weights = skeleton.num_parameters()
+    num_trained = count_trained_weights(config, skeleton)
+    steps, tokens, passes, batch_rows = stage.work(lengths)
+    longest = max(lengths)
+
+    # A pass takes one multiplication and one addition for each weight and token.
+    flop = 2 * num_weights * tokens * passes
+    speed = matmul_speed(compute_dtype(config.torch_dtype))  # FLOP/s
+    minutes = flop / (UTILIZATION * speed) / 60
+    time = (
+        f"about {minutes:.1f} minutes: {steps} steps, {tokens / 1e3:,.0f} thousand tokens, "
+        f"{passes:g} passes, {num_weights / 1e6:,.0f} million weights: "
+        f"{flop / 1e12:,.0f} TFLOP at {UTILIZATION:.0%} of the {speed / 1e9:,.0f} GFLOP/s "
+        "measured here"
     )
-    steps, tokens, passes, rows = stage.work(lengths)
-    dtype = compute_dtype(config.torch_dtype)
-    speed, work, size = matmul_speed(dtype), 2 * weights * tokens * passes, dtype.itemsize
-    stored = {True: 0.6, False: 1 if config.use_8bit else config.weight_dtype.itemsize}[
-        config.use_4bit
-    ]
-    model, states = weights * stored / 1e9, 12 * trained / 1e9
-    wide, vocabulary, layers = (
-        shape.config.hidden_size,
-        shape.config.vocab_size,
-        shape.config.num_hidden_layers,
+
+    # While training, a weight has a gradient and the two moments of Adam, in float32.
+    weights_gb = num_weights * bytes_per_weight(config) / 1e9
+    optimizer_gb = 12 * num_trained / 1e9
+    activations_gb = activation_bytes(config, skeleton, batch_rows, longest) / 1e9
+    memory_gb = weights_gb + optimizer_gb + activations_gb
+    memory = (
+        f"about {memory_gb:.1f} GB: weights {weights_gb:.1f}, gradients and optimizer of "
+        f"{num_trained / 1e6:,.1f} million trained weights {optimizer_gb:.1f}, activations of "
+        f"{batch_rows} rows of {longest} tokens {activations_gb:.1f}"
     )
-    kept = (
-        wide * layers * (30 - 28 / (config.gradient_checkpointing or math.inf)) + vocabulary
-    )  # a token, about
-    activations = rows * max(lengths) * kept * size / 1e9
-    keeps = vars(config).get("save_steps", vars(config).get("save_freq"))
+
+    disk_bytes = estimate_disk_bytes(config, num_weights, num_trained, steps)
     disk = (
-        4 * weights
-        + 4 * trained
-        + (12 * trained * (config.save_total_limit + 1) if keeps and keeps < steps else 0)
+        f"about {disk_bytes / 1e9:.1f} GB: the model in float32, the adapter, up to "
+        f"{config.save_total_limit} checkpoints"
     )
-    return [
-        f"time        about {work / (0.4 * speed) / 60:.1f} minutes: {steps} steps, {tokens / 1e3:,.0f} thousand "
-        f"tokens, {passes:g} passes, {weights / 1e6:,.0f} million weights: {work / 1e12:,.0f} TFLOP at 40% of the "
-        f"{speed / 1e9:,.0f} GFLOP/s measured here",
-        f"memory      about {model + states + activations:.1f} GB: weights {model:.1f}, gradients and optimizer of "
-        f"{trained / 1e6:,.1f} million that train {states:.1f}, activations of {rows} rows of {max(lengths)} tokens "
-        f"{activations:.1f}",
-        f"disk        about {disk / 1e9:.1f} GB: the model in float32, the adapter, up to {config.save_total_limit} "
-        "checkpoints",
-    ], float(disk)
+    lines = [labelled("time", time), labelled("memory", memory), labelled("disk", disk)]
+    return lines, float(disk_bytes)
 
 
 def estimate_fit(config: Any, rows: int, lengths: Sequence[int]) -> tuple[int, float, float, int]:
@@ -211,26 +350,72 @@ def estimate_fit(config: Any, rows: int, lengths: Sequence[int]) -> tuple[int, f
     rows_per_step = batch_size * config.gradient_accumulation_steps * processes
     steps_per_epoch = math.ceil(rows / rows_per_step)
     steps = config.max_steps or math.ceil(steps_per_epoch * config.num_train_epochs)
-    tokens = statistics.fmean(lengths) * rows * steps / steps_per_epoch
+    rows_seen = rows * steps / steps_per_epoch
+    tokens = statistics.fmean(lengths) * rows_seen
     # A backward pass counts as two, and as one where only an adapter trains: the gradients of the
     # weights are half of its work.
     passes = 2.0 if config.lora_r else 3.0
     return steps, tokens, passes, min(batch_size, rows)
 
 
+def count_trained_weights(config: TrainingConfig, skeleton) -> int:
+    """The number of weights that train: all, or those of an adapter on every linear layer."""
+    if not config.lora_r:
+        return skeleton.num_parameters()
+    output_layer = skeleton.get_output_embeddings()
+    count = 0
+    for module in skeleton.modules():
+        # PEFT's "all-linear" leaves the output layer out.
+        if isinstance(module, torch.nn.Linear) and module is not output_layer:
+            count += config.lora_r * (module.in_features + module.out_features)
+    return count
+
+
+def bytes_per_weight(config: TrainingConfig) -> float:
+    """Bytes that a weight of the model takes in memory, on average."""
+    # Half a byte and the quantization constants, beside layers that are not quantized.
+    if config.use_4bit:
+        return 0.6
+    if config.use_8bit:
+        return 1
+    return config.weight_dtype.itemsize
+
+
+def activation_bytes(config: TrainingConfig, skeleton, batch_rows: int, length: int) -> float:
+    """Bytes of the activations that a forward pass keeps for the backward pass."""
+    model = skeleton.config
+    # About 30 values of the hidden size a layer, of which recomputation leaves 2.
+    values_per_layer = 30.0
+    if config.gradient_checkpointing:
+        values_per_layer -= 28 / config.gradient_checkpointing
+    hidden_values = model.hidden_size * model.num_hidden_layers * values_per_layer
+    values_per_token = hidden_values + model.vocab_size
+    bytes_per_value = compute_dtype(config.torch_dtype).itemsize
+    return batch_rows * length * values_per_token * bytes_per_value
+
+
+def estimate_disk_bytes(
+    config: TrainingConfig, num_weights: int, num_trained: int, steps: int
+) -> int:
+    """Bytes of the saved model, its adapter, and the checkpoints, all in float32."""
+    disk_bytes = 4 * num_weights + 4 * num_trained
+    # Supervised recipes call the interval save_steps, those of RL save_freq.
+    options = vars(config)
+    save_steps = options.get("save_steps", options.get("save_freq"))
+    if save_steps and save_steps < steps:
+        # Weights and Adam's moments; one more than the limit, while the oldest is not yet removed.
+        disk_bytes += 12 * num_trained * (config.save_total_limit + 1)
+    return disk_bytes
+
+
 @functools.cache
 def matmul_speed(dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product here, on as many threads as training has."""
+    """FLOP/s of a large matrix product on this machine, with as many threads as training has."""
     from torch.utils.benchmark import Timer
 
-    a = torch.randn(
-        n := 1024 if default_device().type == "cpu" else 4096,
-        n,
-        device=default_device(),
-        dtype=dtype,
-    )
-    return (
-        2
-        * n**3
-        / Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads()).timeit(12).mean
-    )
+    device = default_device()
+    size = 1024 if device.type == "cpu" else 4096
+    matrix = torch.randn(size, size, device=device, dtype=dtype)
+    timer = Timer("a @ a", globals={"a": matrix}, num_threads=torch.get_num_threads())
+    seconds = timer.timeit(12).mean
+    return 2 * size**3 / seconds

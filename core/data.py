@@ -151,7 +151,8 @@ def read_csv_file(file: Path) -> list[dict]:
     Raises ConfigError for a column name that comes twice, and for a row that is longer than the
     header, where pandas would rename the column, or take the first one for an index.
     """
-    csv.field_size_limit(2**31 - 1)  # an answer may be longer than the default of 128 KB
+    # An answer may be longer than the default of 128 KB.
+    csv.field_size_limit(2**31 - 1)
     with open(file, encoding="utf-8-sig", newline="") as lines:
         from_header = itertools.dropwhile(is_blank, lines)
         table = csv.DictReader(from_header, strict=True)
@@ -159,7 +160,8 @@ def read_csv_file(file: Path) -> list[dict]:
         column_names = table.fieldnames or []
 
     for number, row in enumerate(rows, start=1):
-        if None in row:  # where DictReader puts the cells that have no column
+        # DictReader puts the cells that have no column under None.
+        if None in row:
             raise ConfigError(
                 f"data {file}: row {number} has more cells than the header; quote its commas"
             )
@@ -376,6 +378,7 @@ def read_rows(
         return convert(row, data_format)
 
     rows = usable_rows(dataset, convert_row, "data")
+    # The hash lets a later run see that the data has changed.
     digest = hashlib.sha256(json_key(rows).encode()).hexdigest()
     return rows, {"path": path, "format": data_format, "rows": len(rows), "sha256": digest}
 

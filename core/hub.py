@@ -1,4 +1,4 @@
-"""Where a model is: a folder, an adapter on a base model, the hub, or a .gguf file."""
+"""Where a model and its tokenizer are: a folder, an adapter on a base, the hub, a .gguf file."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -115,6 +116,40 @@ def check_model(name: str | None) -> None:
     """
     if name and not name.startswith("stage:"):
         find_model(name, ModelConfig(model_name_or_path=name), weights=False)
+
+
+# ---- all but the weights -------------------------------------------------------------------------
+
+
+def load_tokenizer(config: ModelConfig) -> tuple:
+    """(tokenizer, model configuration) of `model_name_or_path` as stored; reads no weights.
+
+    Raises ConfigError if they cannot be loaded.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    model_path, _, tokenizer_path = find_model_parts(config, weights=False)
+    with as_config_error(f"model {config.model_name_or_path} cannot be loaded"):
+        tokenizer = load_part(AutoTokenizer, tokenizer_path, config)
+        return tokenizer, load_part(AutoConfig, model_path, config)
+
+
+def load_part(auto_class: Any, path: Path, config: ModelConfig):
+    """`auto_class.from_pretrained` of a folder or of a .gguf file."""
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    if path.is_file():
+        return auto_class.from_pretrained(path.parent, gguf_file=path.name, **options)
+    return auto_class.from_pretrained(path, **options)
+
+
+def load_skeleton(config: ModelConfig) -> tuple:
+    """(tokenizer, model on the meta device): everything except the weights."""
+    from transformers import AutoModelForCausalLM
+
+    tokenizer, model_config = load_tokenizer(config)
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    with torch.device("meta"):
+        return tokenizer, AutoModelForCausalLM.from_config(model_config, **options)
 
 
 # ---- .gguf files ---------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Know before you run: each silent failure, provoked by a small file, is refused before a weight is read."""
+"""core/checks.py: each silent failure, provoked by a small file, is refused before training."""
 
 import copy
 import json
@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 import dpo
+import ppo
 import pytest
-import rl
 import sft
 from conftest import CHATML, ROOT
 
@@ -38,15 +38,16 @@ def stage_on(tmp_path, rows, **options):
 
 
 @pytest.fixture
-def words(tokenizer):
+def own_tokenizer(tokenizer):
+    """A tokenizer that a test may change."""
     return copy.deepcopy(tokenizer)
 
 
-def test_what_is_seen_of_good_data(tmp_path, words):
-    found = core.checks.check_encoded_rows(stage_on(tmp_path, ROWS), words, 512)
+def test_what_is_seen_of_good_data(tmp_path, own_tokenizer):
+    encoded = core.checks.check_encoded_rows(stage_on(tmp_path, ROWS), own_tokenizer, 512)
     lengths = [
         len(
-            words.apply_chat_template(
+            own_tokenizer.apply_chat_template(
                 [
                     {"role": "user", "content": row["question"]},
                     {"role": "assistant", "content": row["answer"]},
@@ -56,8 +57,8 @@ def test_what_is_seen_of_good_data(tmp_path, words):
         )
         for row in ROWS
     ]
-    assert len(found.lengths) == 12 and found.cut == 0 and max(found.lengths) < max(lengths)
-    shown = core.checks.highlight_targets(words, *found.example)
+    assert len(encoded.lengths) == 12 and encoded.cut == 0 and max(encoded.lengths) < max(lengths)
+    shown = core.checks.highlight_targets(own_tokenizer, *encoded.example)
     assert (
         shown.count("⟦") == 1
         and "times<|im_end|>⟧" in shown
@@ -65,8 +66,8 @@ def test_what_is_seen_of_good_data(tmp_path, words):
     )
 
 
-def test_an_answer_that_does_not_end_is_refused(tmp_path, words):
-    """A template whose turns end in no special token gets one appended; a stage that forgets it is seen."""
+def test_an_answer_that_does_not_end_is_refused(tmp_path, own_tokenizer):
+    """A stage that forgets to append a stop token where the template has none is refused."""
     stage = stage_on(tmp_path, ROWS)
     encode = stage.sequences
     stage.sequences = lambda *args: (
@@ -76,36 +77,36 @@ def test_an_answer_that_does_not_end_is_refused(tmp_path, words):
     with pytest.raises(
         ConfigError, match="the model would never stop. The row: .*<.im_start.>user"
     ):
-        core.checks.check_encoded_rows(stage, words, 512)
+        core.checks.check_encoded_rows(stage, own_tokenizer, 512)
 
 
-def test_data_without_trained_tokens_is_refused(tmp_path, words):
+def test_data_without_trained_tokens_is_refused(tmp_path, own_tokenizer):
     stage = stage_on(tmp_path, ROWS)
     encode = stage.sequences
     stage.sequences = lambda *args: (
         [(ids, [core.chat.IGNORE] * len(ids)) for ids, _ in encode(*args)[0]],
         False,
     )
-    with pytest.raises(ConfigError, match="none of its tokens would be learnt"):
-        core.checks.check_encoded_rows(stage, words, 512)
-    words.chat_template = CHATML.replace(
+    with pytest.raises(ConfigError, match="none of its tokens is a target"):
+        core.checks.check_encoded_rows(stage, own_tokenizer, 512)
+    own_tokenizer.chat_template = CHATML.replace(
         "message['content']", "''"
     )  # the template leaves all texts out
-    with pytest.raises(ConfigError, match="none of its tokens would be learnt"):
-        core.checks.check_encoded_rows(stage_on(tmp_path, ROWS), words, 512)
+    with pytest.raises(ConfigError, match="none of its tokens is a target"):
+        core.checks.check_encoded_rows(stage_on(tmp_path, ROWS), own_tokenizer, 512)
 
 
-def test_a_text_that_begins_twice_is_refused(tmp_path, words):
-    words.bos_token = "<|endoftext|>"
-    words.chat_template = "<|endoftext|><|endoftext|>" + CHATML
-    with pytest.raises(ConfigError, match="begins with the token that begins a text twice"):
-        core.checks.check_encoded_rows(stage_on(tmp_path, ROWS), words, 512)
-    words.chat_template = "<|endoftext|>" + CHATML
-    assert core.checks.check_encoded_rows(stage_on(tmp_path, ROWS), words, 512)
+def test_a_text_that_begins_twice_is_refused(tmp_path, own_tokenizer):
+    own_tokenizer.bos_token = "<|endoftext|>"
+    own_tokenizer.chat_template = "<|endoftext|><|endoftext|>" + CHATML
+    with pytest.raises(ConfigError, match="begins with two bos tokens"):
+        core.checks.check_encoded_rows(stage_on(tmp_path, ROWS), own_tokenizer, 512)
+    own_tokenizer.chat_template = "<|endoftext|>" + CHATML
+    assert core.checks.check_encoded_rows(stage_on(tmp_path, ROWS), own_tokenizer, 512)
 
 
 def test_a_prompt_that_has_other_tokens_before_its_answer_is_refused(tmp_path):
-    """Two line breaks are one token at the end of a prompt, and two before a word: Llama's and GPT-2's splitting."""
+    """Two line breaks are one token at the end of a prompt, and two before a word, as in Llama."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -120,28 +121,33 @@ def test_a_prompt_that_has_other_tokens_before_its_answer_is_refused(tmp_path):
         pre_tokenizers.ByteLevel(add_prefix_space=False),
         decoders.ByteLevel(),
     )
-    words = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
+    own_tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
     for template, refused in (
         ("{instruction}\n\n{response}", True),
         ("{instruction}\n{response}", False),
         ("{instruction}\n\n# {response}", False),
     ):
-        words.chat_template = core.chat.template_from_instruction(template, words)
+        own_tokenizer.chat_template = core.chat.template_from_instruction(template, own_tokenizer)
         stage = stage_on(tmp_path, ROWS)
         if refused:
-            with pytest.raises(ConfigError, match="has other tokens alone than before an answer"):
-                core.checks.check_encoded_rows(stage, words, 512)
+            with pytest.raises(
+                ConfigError, match="prompt tokenizes differently without its answer"
+            ):
+                core.checks.check_encoded_rows(stage, own_tokenizer, 512)
         else:
-            assert core.checks.check_encoded_rows(stage, words, 512).lengths
+            assert core.checks.check_encoded_rows(stage, own_tokenizer, 512).lengths
 
 
-def test_a_template_that_writes_more_before_an_answer_than_it_keeps_is_refused(words):
-    words.chat_template = CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
+def test_a_template_that_writes_more_before_an_answer_than_it_keeps_is_refused(own_tokenizer):
+    own_tokenizer.chat_template = CHATML.replace(
+        "assistant\n{% endif", "assistant\n<think>\n{% endif"
+    )
     with pytest.raises(
         ConfigError,
-        match="set instruction_template instead; every conversation is one: which .* without its generation prompt",
+        match="set instruction_template instead; every conversation is one: "
+        "which .* without its generation prompt",
     ):
-        core.chat.stop_tokens(words)
+        core.chat.stop_tokens(own_tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -183,25 +189,27 @@ def test_another_model_that_is_not_there_is_refused_before_the_first_step(
         ).check()
 
 
-def test_rows_beyond_the_context_are_refused_and_plain_text_is_not(tmp_path, words):
+def test_rows_beyond_the_context_are_refused_and_plain_text_is_not(tmp_path, own_tokenizer):
     long = ROWS + [{"question": "long " * 50, "answer": "yes"}]
     with pytest.raises(
         ConfigError, match="longer than the model's context of 64 tokens; with max_seq_length=64"
     ):
-        core.checks.check_encoded_rows(stage_on(tmp_path, long), words, 64)
+        core.checks.check_encoded_rows(stage_on(tmp_path, long), own_tokenizer, 64)
     assert (
         len(
             core.checks.check_encoded_rows(
-                stage_on(tmp_path, long, max_seq_length=64), words, 64
+                stage_on(tmp_path, long, max_seq_length=64), own_tokenizer, 64
             ).lengths
         )
         == 12
     )
-    assert core.checks.check_encoded_rows(stage_on(tmp_path, [{"text": "long " * 50}]), words, 64)
+    assert core.checks.check_encoded_rows(
+        stage_on(tmp_path, [{"text": "long " * 50}]), own_tokenizer, 64
+    )
 
 
-def test_plain_text_may_begin_and_end_anywhere(tmp_path, words):
-    """Inside a character's bytes, after one token, with a piece that another text has too; but not twice."""
+def test_plain_text_may_begin_and_end_anywhere(tmp_path, own_tokenizer):
+    """Inside a character, after one token, with a piece of another text; but no text twice."""
     texts = [
         "\u00e9t\u00e9",
         "\u2192",
@@ -218,33 +226,37 @@ def test_plain_text_may_begin_and_end_anywhere(tmp_path, words):
             validation_split=0.3,
         )
         assert stage.data[1] and len(
-            core.checks.check_encoded_rows(stage, words, 512).lengths
+            core.checks.check_encoded_rows(stage, own_tokenizer, 512).lengths
         ) == len(stage.data[0])
     stage.data[1].append(stage.data[0][0])
-    with pytest.raises(ConfigError, match="it is trained on too"):
-        core.checks.check_encoded_rows(stage, words, 512)
+    with pytest.raises(ConfigError, match="it is in the training data too"):
+        core.checks.check_encoded_rows(stage, own_tokenizer, 512)
 
 
 def test_what_will_be_left_out_is_counted_before_and_refused_where_it_is_most(
-    tmp_path, words, caplog
+    tmp_path, own_tokenizer, caplog
 ):
     long = [{"question": "long " * 50, "answer": "yes"}]
-    for say in (False, True):
+    for warn in (False, True):
         core.checks.check_encoded_rows(
-            stage_on(tmp_path, ROWS + long, max_seq_length=64), words, 512, say
+            stage_on(tmp_path, ROWS + long, max_seq_length=64), own_tokenizer, 512, warn
         )
         assert (
             "training data: 1 of 13 rows left out: 1 with no answer that ends within 64 tokens"
             in caplog.text
-        ) is say
+        ) is warn
     with pytest.raises(
         ConfigError,
         match="training data: no usable rows .1 with no answer that ends within 64 tokens",
     ):
-        core.checks.check_encoded_rows(stage_on(tmp_path, long, max_seq_length=64), words, 512)
+        core.checks.check_encoded_rows(
+            stage_on(tmp_path, long, max_seq_length=64), own_tokenizer, 512
+        )
 
 
-def test_prompts_and_answers_that_are_cut_are_seen_as_training_sees_them(tmp_path, words, caplog):
+def test_prompts_and_answers_that_are_cut_are_seen_as_training_sees_them(
+    tmp_path, own_tokenizer, caplog
+):
     settings = dict(model_name_or_path="tiny", validation_split=0.0, output_dir=str(tmp_path))
     pairs = [
         {"prompt": f"{n} " + "why " * 60, "chosen": "yes", "rejected": "no " * 60} for n in range(8)
@@ -256,14 +268,14 @@ def test_prompts_and_answers_that_are_cut_are_seen_as_training_sees_them(tmp_pat
         )
     )
     stage.check()
-    found = core.checks.check_encoded_rows(stage, words, 512)
+    encoded = core.checks.check_encoded_rows(stage, own_tokenizer, 512)
     assert (
-        found.cut == 8
-        and max(found.lengths) == 80
+        encoded.cut == 8
+        and max(encoded.lengths) == 80
         and "are cut at max_seq_length=80 or max_prompt_length=40" in caplog.text
     )
     with pytest.raises(ConfigError, match="longer than the model's context of 64 tokens"):
-        core.checks.check_encoded_rows(stage, words, 64)
+        core.checks.check_encoded_rows(stage, own_tokenizer, 64)
     split = dpo.DPOStage(
         dpo.DPOConfig(
             preference_dataset_path=path,
@@ -274,7 +286,7 @@ def test_prompts_and_answers_that_are_cut_are_seen_as_training_sees_them(tmp_pat
     )
     split.check()
     assert split.data[1] and core.checks.check_encoded_rows(
-        split, words, 512
+        split, own_tokenizer, 512
     )  # equal ends of other prompts are not the same rows
     chats = [
         {
@@ -287,34 +299,38 @@ def test_prompts_and_answers_that_are_cut_are_seen_as_training_sees_them(tmp_pat
         for n in range(8)
     ]
     assert (
-        core.checks.check_encoded_rows(stage_on(tmp_path, chats, max_seq_length=64), words, 512).cut
+        core.checks.check_encoded_rows(
+            stage_on(tmp_path, chats, max_seq_length=64), own_tokenizer, 512
+        ).cut
         == 8
     )  # their first answers end
 
 
-def test_a_row_on_both_sides_is_refused(tmp_path, words):
+def test_a_row_on_both_sides_is_refused(tmp_path, own_tokenizer):
     twice = [row | {"source": str(n)} for row in ROWS for n in range(2)]
-    settings = rl.RLConfig(
+    settings = ppo.PPOConfig(
         model_name_or_path="tiny",
         prompt_dataset_path=write(tmp_path / "twice.jsonl", twice),
         reward=["exact"],
         output_dir=str(tmp_path / "out"),
         validation_split=0.3,
     )
-    stage = rl.RLStage(settings)
+    stage = ppo.PPOStage(settings)
     stage.check()
-    asked = [{str(row["prompt"]) for row in side} for side in stage.data]
+    prompts = [{str(row["prompt"]) for row in side} for side in stage.data]
     assert (
-        core.checks.check_encoded_rows(stage, words, 512).lengths
-        and all(asked)
-        and not asked[0] & asked[1]
+        core.checks.check_encoded_rows(stage, own_tokenizer, 512).lengths
+        and all(prompts)
+        and not prompts[0] & prompts[1]
     )
     stage.data[1].append(stage.data[0][0])
-    with pytest.raises(ConfigError, match="a row of the evaluation data: it is trained on too"):
-        core.checks.check_encoded_rows(stage, words, 512)
+    with pytest.raises(
+        ConfigError, match="a row of the evaluation data: it is in the training data too"
+    ):
+        core.checks.check_encoded_rows(stage, own_tokenizer, 512)
 
 
-def test_heavy_truncation_is_said_and_total_truncation_refused(tmp_path, words, caplog):
+def test_heavy_truncation_is_reported_and_total_truncation_refused(tmp_path, own_tokenizer, caplog):
     pairs = [
         {"prompt": "a", "chosen": "yes " * (1 if n % 4 else 40), "rejected": "no"}
         for n in range(12)
@@ -328,17 +344,17 @@ def test_heavy_truncation_is_said_and_total_truncation_refused(tmp_path, words, 
     stage = dpo.DPOStage(dpo.DPOConfig(**settings, max_seq_length=60))
     stage.check()
     assert (
-        core.checks.check_encoded_rows(stage, words, 512).cut == 3
+        core.checks.check_encoded_rows(stage, own_tokenizer, 512).cut == 3
         and "25% of the training rows are cut at max_seq_length=60" in caplog.text
     )
-    for length, said in (
+    for length, message in (
         (17, "100% of the training rows are cut at max_seq_length=17, so that none ends"),
         (9, "no usable rows .12 whose prompt leaves no room"),
     ):
         stage = dpo.DPOStage(dpo.DPOConfig(**settings, max_seq_length=length))
         stage.check()
-        with pytest.raises(ConfigError, match=said):
-            core.checks.check_encoded_rows(stage, words, 512)
+        with pytest.raises(ConfigError, match=message):
+            core.checks.check_encoded_rows(stage, own_tokenizer, 512)
 
 
 def test_too_little_disk_is_refused(tmp_path):
@@ -384,15 +400,16 @@ def test_a_dry_run_of_a_recipe_and_of_a_chain_says_all_and_writes_nothing(
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    for words in (
+    for expected in (
         "beta=0.2",
-        "9 rows, 8 to train on and 1 to evaluate on; format prompt-chosen-rejected, since it has the columns prompt",
+        "9 rows, 8 to train on and 1 to evaluate on; format prompt-chosen-rejected, "
+        "since it has the columns prompt",
         "⟦yes<|im_end|>⟧",
         "reference   the model the stage starts from",
         "TFLOP at 40% of the",
         "gradients and optimizer of",
     ):
-        assert words in done.stdout, (words, done.stdout)
+        assert expected in done.stdout, (expected, done.stdout)
     assert not (tmp_path / "o").exists() and "Warning" not in done.stdout + done.stderr
 
 

@@ -48,7 +48,7 @@ def test_recorded_steps_sample_what_single_ones_do(tokenizer, monkeypatch, dtype
             core.sampling.sample_completions(model, tokenizer, asked, sampling, chances, 4)
         )
         assert len(replays) > 30  # of the first of both alone
-    pairs = [*zip(sum(found[0][1], []), sum(found[1][1], []))]
+    pairs = [*zip(sum(found[0][1], []), sum(found[1][1], []), strict=True)]
     if dtype == torch.float32:
         assert found[0][0] == found[1][0] and len(replays) < 40
         assert all(first == pytest.approx(second, abs=1e-4) for first, second in pairs)
@@ -71,8 +71,8 @@ def test_a_step_that_waits_for_a_value_is_not_recorded(tokenizer, monkeypatch):
 
 
 def test_a_chain_of_all_kinds_runs(model_dir, data, pairs, tmp_path):
-    """bfloat16 weights, also where float32 is the default; an adapter in float32 on a model all of whose weights trained,
-    shared prompts; dpo starts at its reference exactly."""
+    """bfloat16 weights, also where float32 is the default; a float32 adapter after training all
+    weights; shared prompts. dpo starts at its reference exactly."""
     file = tmp_path / "chain.yaml"
     stages = {
         "sft": {
@@ -96,20 +96,16 @@ def test_a_chain_of_all_kinds_runs(model_dir, data, pairs, tmp_path):
         },
     }
     dtype = {"torch_dtype": "auto" if torch.cuda.is_available() else "bfloat16"}
-    file.write_text(
-        json.dumps(
-            {
-                "model_name_or_path": model_dir,
-                "output_dir": str(tmp_path / "out"),
-                "stages": [*stages],
-                "stage_configs": {name: dtype | options for name, options in stages.items()},
-            }
-        )
-    )
+    config = {
+        "model_name_or_path": model_dir,
+        "output_dir": str(tmp_path / "out"),
+        "stages": [*stages],
+        "stage_configs": {name: dtype | options for name, options in stages.items()},
+    }
+    file.write_text(json.dumps(config))
     results = Pipeline.from_yaml(str(file)).run()
-    assert len(results) == 5 and all(result.success for result in results), results[
-        -1
-    ].error_message
+    assert len(results) == 5, results[-1].error_message
+    assert all(result.success for result in results), results[-1].error_message
     assert results[2].metrics["eval_accuracy_before"] == 0.5
     assert "not exact" not in (tmp_path / "out/03_dpo/training.log").read_text()
 

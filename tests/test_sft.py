@@ -3,8 +3,8 @@
 import json
 
 import cot_distillation
+import ppo
 import pytest
-import rl
 import sft
 import torch
 from conftest import make_model
@@ -414,8 +414,8 @@ def test_dates_of_a_parquet_file_do_not_stop_a_run(tmp_path):
         for n in range(3)
     ]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
-    stage = rl.RLStage(
-        rl.RLConfig(
+    stage = ppo.PPOStage(
+        ppo.PPOConfig(
             model_name_or_path="tiny",
             prompt_dataset_path=str(tmp_path / "rows.parquet"),
             reward="length",

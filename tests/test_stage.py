@@ -187,7 +187,7 @@ def test_a_model_without_its_tokenizer_is_refused(tmp_path, model, data):
             model_name_or_path="tiny", dataset_name_or_path=data, output_dir=str(tmp_path)
         )
     )
-    with pytest.raises(ConfigError, match="handed over with its tokenizer"):
+    with pytest.raises(ConfigError, match="a model needs its tokenizer"):
         stage.execute(model)
 
 
