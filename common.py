@@ -100,7 +100,7 @@ class BaseStage:
         """(training rows, evaluation rows). Needs no model; a dry run calls it too."""
 
     def sequences(self, row, tokenizer, context: int) -> tuple[list[tuple], bool] | None:
-        """([(input_ids, labels)], whether it is cut) of a row of `load_data`, encoded for the checks
+        """([(input_ids, labels)], whether it is cut) of a row of `load_data`, encoded for checks
         before training; labels are None if nothing is imitated. None: no checks."""
 
     def work(self, lengths: Sequence[int]) -> tuple[int, float, float, int]:
@@ -176,6 +176,7 @@ class BaseStage:
             self._claim_folder()
             self._check_rows(model, tokenizer, previous_folder)
 
+            # Whatever ran before, the same seed gives the same stage.
             transformers.set_seed(self.config.seed)
             model, tokenizer = self.prepare_model_and_tokenizer(model, tokenizer, previous_result)
             trained = self.train(model, tokenizer)
@@ -186,6 +187,7 @@ class BaseStage:
             path = None
             if self.config.save_intermediate:
                 path = self.save_model_and_tokenizer(model, tokenizer)
+            # What such a stage makes, a reward model or figures, is not what the chain trains.
             if not self.hands_on:
                 model, tokenizer, path = input_model, input_tokenizer, previous_folder
 
@@ -484,11 +486,8 @@ def check_target_modules(model, targets: Sequence[str]) -> None:
 
 
 def merge_adapter(model):
-    """The plain model with its adapter merged, all weights trainable again.
-
-    A quantized base is dequantized first: rounding after the merge would undo much of what the
-    adapter learnt.
-    """
+    """The plain model with its adapter merged, all weights trainable again. A quantized base is
+    dequantized first: rounding after the merge would undo much of what the adapter learnt."""
     if not hasattr(model, "peft_config"):
         return model
     if hasattr(model.get_base_model(), "hf_quantizer"):
@@ -527,8 +526,7 @@ def cast_weights(model, dtype: torch.dtype):
 
 
 def save_model(model, tokenizer, folder: str) -> str:
-    """Save both into `folder`, beside its other files; returns it. Each file is complete or absent:
-    written aside, flushed, renamed."""
+    """Save both into `folder`, which is returned: no crash leaves a file half-written there."""
     if not is_main_process():
         return folder
     target = Path(folder)
@@ -536,7 +534,8 @@ def save_model(model, tokenizer, folder: str) -> str:
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
-    for old in target.glob("*.safetensors*"):  # an older model may have had more files
+    # An older model may have had more files of weights.
+    for old in target.glob("*.safetensors*"):
         old.unlink()
     for file in unfinished.iterdir():
         with open(file, "rb+") as stream:
@@ -565,7 +564,8 @@ def main(stage_class: type[BaseStage], doc: str) -> None:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:  # such as a full disk, before there is a log
+    except OSError as error:
+        # Such as a full disk, before there is a log.
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     if not result.success:
@@ -582,8 +582,8 @@ def build_stage(stage_class: type[BaseStage], arguments: Sequence[str]) -> tuple
         raise ConfigError(f"unexpected word {words[0]!r}; options are written --name=value")
     with as_config_error("dry_run"):
         dry_run = TypeAdapter(bool).validate_python(options.pop("dry_run", False))
-    stage_class, options = resolve_options(stage_class, [options])
-    config = stage_class.config_class(**options)
+    stage_class, resolved = resolve_options(stage_class, [options])
+    config = stage_class.config_class(**resolved)
     if not (config.enabled and config.save_intermediate):
         raise ConfigError("enabled=false and save_intermediate=false are for the stages of a chain")
     return stage_class(config), dry_run

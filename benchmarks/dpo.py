@@ -2,25 +2,43 @@
 
     python benchmarks/dpo.py --data=pairs.jsonl --pairs=48 --checkpointing=1 --long_prompts=0
 
-Both start from the same weights. Timed is the call that trains: for the recipe with its tokenization, for TRL
-without. `checkpointing` recomputes activations in both, n > 1 those of every n-th layer in the recipe and all in
-TRL; -1 leaves each its own default, all for TRL and none for the recipe. `long_prompts` puts other solved rows before
-each prompt until it is three times as long as an answer.
+Both start from the same weights. The call that trains is timed: for the recipe with its
+tokenization, for TRL without. `checkpointing` recomputes activations in both, n > 1 those of every
+n-th layer in the recipe and all in TRL; -1 leaves each its own default, all for TRL and none for
+the recipe. `long_prompts` puts other solved rows before each prompt until it is three times as long
+as an answer.
 """
-
-import os
-import time
 
 import compare
 import dpo
-import torch
 
 import common
 
-RATE = 5e-4
+LEARNING_RATE = 5e-4
 
 
-def prepare(model: str, data: str, pairs: int, batch: int, checkpointing: int, long_prompts: int):
+def count_tokens(tokenizer, messages: list[dict]) -> int:
+    count = 0
+    for message in messages:
+        ids = tokenizer(message["content"]).input_ids
+        count += len(ids)
+    return count
+
+
+def lengthen_prompts(tokenizer, rows: list[dict], others: list[dict]) -> None:
+    """Put solved `others` before each prompt until it is three times as long as an answer."""
+    for row in rows:
+        length = count_tokens(tokenizer, row["chosen"] + row["rejected"]) / 2
+        solved_rows = iter(others)
+        while count_tokens(tokenizer, row["prompt"]) < 3 * length:
+            solved = next(solved_rows)
+            row["prompt"] = solved["prompt"] + solved["chosen"] + row["prompt"]
+
+
+def prepare(
+    model: str, data: str, pairs: int, batch: int, checkpointing: int, long_prompts: int
+) -> tuple:
+    """(config, model, tokenizer, pairs)."""
     config = dpo.DPOConfig(
         model_name_or_path=model,
         preference_dataset_path=data,
@@ -29,82 +47,59 @@ def prepare(model: str, data: str, pairs: int, batch: int, checkpointing: int, l
         per_device_train_batch_size=batch,
         gradient_checkpointing=max(0, checkpointing),
         validation_split=0.0,
-        learning_rate=RATE,
+        learning_rate=LEARNING_RATE,
         lr_scheduler_type="linear",
         warmup_ratio=0.0,
         resume_from_checkpoint=False,
     )
-    os.makedirs(config.output_dir, exist_ok=True)
-    model, tokenizer = common.load_model_and_tokenizer(config)
-    rows = dpo.DPOStage(config).load_data()[0]
-    length = lambda messages: sum(
-        len(tokenizer(message["content"]).input_ids) for message in messages
-    )
-    for row in rows[:pairs] if long_prompts else []:
-        wanted, others = 1.5 * (length(row["chosen"]) + length(row["rejected"])), iter(rows[pairs:])
-        while length(row["prompt"]) < wanted:
-            other = next(others)
-            row["prompt"] = other["prompt"] + other["chosen"] + row["prompt"]
-    return config, model, tokenizer, rows[:pairs]
+    model, tokenizer = compare.load_model(config)
+    rows, _ = dpo.DPOStage(config).load_data()
+    rows, others = rows[:pairs], rows[pairs:]
+    if long_prompts:
+        lengthen_prompts(tokenizer, rows, others)
+    return config, model, tokenizer, rows
 
 
 def recipe(**options) -> tuple[int, float]:
+    """(pairs, seconds) of the recipe."""
     config, model, tokenizer, rows = prepare(**options)
     model = common.add_adapter(model, config)
-    began = time.perf_counter()
-    dpo.train(config, model, tokenizer, rows, [])
-    return len(rows), time.perf_counter() - began
+    return len(rows), compare.seconds_of(dpo.train, config, model, tokenizer, rows, [])
 
 
 def trl(**options) -> tuple[int, float]:
+    """(pairs, seconds) of TRL."""
     from datasets import Dataset
-    from peft import LoraConfig
     from trl import DPOConfig, DPOTrainer
 
     config, model, tokenizer, rows = prepare(**options)
     arguments = DPOConfig(
         config.output_dir,
-        use_cpu=not torch.cuda.is_available(),
-        bf16=compare.BF16,
-        report_to="none",
         max_length=None,
         per_device_train_batch_size=config.per_device_train_batch_size,
-        learning_rate=RATE,
+        learning_rate=LEARNING_RATE,
         num_train_epochs=1,
         gradient_checkpointing=options["checkpointing"] != 0,
-        save_strategy="no",
-        logging_steps=1,
-        disable_tqdm=True,
-    )
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        target_modules="all-linear",
+        **compare.TRL_OPTIONS,
     )
     trainer = DPOTrainer(
         model,
         args=arguments,
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        peft_config=lora,
+        peft_config=compare.lora_config(config),
     )
-    began = time.perf_counter()
-    trainer.train()
-    return len(rows), time.perf_counter() - began
+    return len(rows), compare.seconds_of(trainer.train)
 
 
 if __name__ == "__main__":
-    compare.main(
-        {"recipe": recipe, "trl": trl},
-        "pairs",
-        {
-            "model": compare.MODEL,
-            "data": "examples/preferences.jsonl",
-            "pairs": 48,
-            "batch": 8,
-            "checkpointing": 1,
-            "long_prompts": 0,
-        },
-        "pairs",
-    )
+    defaults = {
+        "model": compare.MODEL,
+        "data": "examples/preferences.jsonl",
+        "pairs": 48,
+        "batch": 8,
+        "checkpointing": 1,
+        "long_prompts": 0,
+    }
+    contenders = {"recipe": recipe, "trl": trl}
+    compare.main(compare.Benchmark(contenders, "pairs", defaults, doubled="pairs"))

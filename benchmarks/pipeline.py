@@ -1,10 +1,11 @@
-"""chain.py's SFT -> DPO -> GRPO against the three commands of stock TRL: the same rows, LoRA, batches and steps.
+"""chain.py's SFT -> DPO -> GRPO against three commands of stock TRL: the same rows and LoRA.
 
     python benchmarks/pipeline.py --rows=48 --pairs=32 --steps=4 --rounds=2
 
-Timed is what a user waits for: from the first command to the last model on the disk, imports and all, each command a
-process of its own. TRL saves adapters alone and its next command would start from the base again, so that between its
-commands they are merged into a model; that is not counted. Both recompute activations, as TRL does by default.
+What a user waits for is timed: from the first command to the last model on disk, imports included,
+each command in its own process. TRL saves adapters only, and its next command would start from the
+base model again, so between its commands they are merged into a model; that is not timed. Both
+recompute activations, as TRL does by default.
 """
 
 import json
@@ -15,157 +16,197 @@ import sys
 import time
 from pathlib import Path
 
-os.environ["CUDA_VISIBLE_DEVICES"] = (
-    ""  # on the CPU in both: what other processes hold of a GPU is not seen here
-)
+# On the CPU in both: GPU memory of the subprocesses could not be measured here.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import compare
 import sft
 import yaml
 
 import common
-import core.config
-import core.files
+from core.config import ModelConfig
+from core.files import write_jsonl
 
 HOME = Path("outputs/benchmark/pipeline").resolve()
-REWARD = "def words(prompts, completions, **_):\n    return [len({*str(text).split()}) / 10 for text in completions]\n"
+DATA = HOME / "data"
+MODEL = HOME / "model"
+REWARD_FILE = HOME / "words.py"
+BATCH = 8  # rows and pairs per step
+COMPLETIONS = 16  # per step of GRPO
+REWARD = """
+def words(prompts, completions, **_):
+    return [len(set(str(text).split())) / 10 for text in completions]
+"""
+
+
+# -- data ------------------------------------------------------------------------------------------
+
+
+def read_example(name: str) -> list[dict]:
+    lines = Path(f"examples/{name}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def message(role: str, text: str) -> list[dict]:
+    return [{"role": role, "content": text}]
+
+
+def demonstration(chat: list[dict]) -> dict:
+    prompt, answer = chat
+    return {"prompt": [prompt], "completion": [answer]}
+
+
+def prompt_alone(row: dict) -> dict:
+    return {"prompt": message("user", row["question"])}
+
+
+def preference(row: dict) -> dict:
+    return {
+        "prompt": message("user", row["prompt"]),
+        "chosen": message("assistant", row["chosen"]),
+        "rejected": message("assistant", row["rejected"]),
+    }
+
+
+def write_rows(name: str, rows: list[dict]) -> None:
+    folder = DATA / name
+    folder.mkdir(parents=True)
+    write_jsonl(folder / "train.jsonl", rows)
 
 
 def prepare(rows: int, pairs: int) -> None:
-    """The model as a folder, and the rows in the form that both read."""
+    """Write the model as a folder, the reward, and the rows in the forms that both can read."""
     shutil.rmtree(HOME, ignore_errors=True)
-    model, tokenizer = common.load_model_and_tokenizer(
-        core.config.ModelConfig(model_name_or_path=compare.MODEL)
-    )
-    common.save_model(model, tokenizer, str(HOME / "model"))
-    (HOME / "words.py").write_text(REWARD)
-    said = lambda role, text: [{"role": role, "content": text}]
-    read = lambda name: [
-        json.loads(line) for line in Path(f"examples/{name}.jsonl").read_text().splitlines()
-    ]
-    chats = [sft.to_messages(row, "alpaca") for row in read("sample_data")[:rows]]
-    data = {
-        "sft": [{"prompt": chat[:1], "completion": chat[1:]} for chat in chats],
-        "dpo": [
-            {"prompt": said("user", row["prompt"])}
-            | {side: said("assistant", row[side]) for side in ("chosen", "rejected")}
-            for row in read("preferences")[:pairs]
-        ],
-        "grpo": [{"prompt": said("user", row["question"])} for row in read("questions")],
-        "messages": [{"messages": chat} for chat in chats],
-    }
-    for name, lines in data.items():
-        (HOME / "data" / name).mkdir(parents=True)
-        core.files.write_jsonl(HOME / "data" / name / "train.jsonl", lines)
+    config = ModelConfig(model_name_or_path=compare.MODEL)
+    model, tokenizer = common.load_model_and_tokenizer(config)
+    common.save_model(model, tokenizer, str(MODEL))
+    REWARD_FILE.write_text(REWARD)
+    instructions = read_example("sample_data")[:rows]
+    preferences = read_example("preferences")[:pairs]
+    chats = [sft.to_messages(row, "alpaca") for row in instructions]
+    write_rows("messages", [{"messages": chat} for chat in chats])
+    write_rows("sft", [demonstration(chat) for chat in chats])
+    write_rows("dpo", [preference(row) for row in preferences])
+    write_rows("grpo", [prompt_alone(row) for row in read_example("questions")])
 
 
-def recipe(rows: int, pairs: int, steps: int) -> tuple[int, float]:
-    prepare(rows, pairs)
-    train = dict(
-        validation_split=0, save_steps=0, per_device_train_batch_size=8, gradient_checkpointing=True
-    )
-    (HOME / "pipeline.yaml").write_text(
-        yaml.safe_dump(
-            dict(
-                model_name_or_path=str(HOME / "model"),
-                output_dir=str(HOME / "run"),
-                stages=["sft", "dpo", "rl"],
-                stage_configs=dict(
-                    sft=train | dict(dataset_name_or_path=str(HOME / "data/messages")),
-                    dpo=train
-                    | dict(preference_dataset_path=str(HOME / "data/dpo"), learning_rate=5e-5),
-                    rl=dict(
-                        prompt_dataset_path=str(HOME / "data/grpo"),
-                        algorithm="grpo",
-                        reward=f"{HOME / 'words.py'}:words",
-                        batch_size=16,
-                        num_generations=4,
-                        num_training_steps=steps,
-                        learning_rate=5e-5,
-                        init_kl_coef=0.04,
-                        kl_in="loss",
-                        kl_penalty="k3",
-                        generation_kwargs=dict(max_new_tokens=48),
-                        validation_split=0,
-                        save_freq=0,
-                        gradient_checkpointing=True,
-                    ),
-                ),
-            )
-        )
-    )
-    return rows + pairs + 16 * steps, run(
-        [sys.executable, "chain.py", str(HOME / "pipeline.yaml")], Path.cwd()
-    )
-
-
-def trl(rows: int, pairs: int, steps: int) -> tuple[int, float]:
-    prepare(rows, pairs)
-    own = {
-        "sft": ["--learning_rate=5e-4", "--num_train_epochs=1", "--per_device_train_batch_size=8"],
-        "dpo": ["--learning_rate=5e-5", "--num_train_epochs=1", "--per_device_train_batch_size=8"],
-        "grpo": [
-            "--learning_rate=5e-5",
-            f"--max_steps={steps}",
-            "--per_device_train_batch_size=16",
-            "--beta=0.04",
-            "--num_generations=4",
-            "--max_completion_length=48",
-            "--reward_funcs=words.words",
-        ],
-    }
-    start, seconds = HOME / "model", 0.0
-    for stage, options in own.items():
-        left = HOME / stage
-        seconds += run(
-            [
-                Path(sys.executable).with_name("trl"),
-                stage,
-                f"--model_name_or_path={start}",
-                f"--output_dir={left}",
-                f"--dataset_name={HOME / 'data' / stage}",
-                "--dtype=float32",
-                "--bf16=False",
-                "--use_cpu=True",
-                "--use_peft",
-                "--lora_r=16",
-                "--lora_alpha=32",
-                "--lora_target_modules=all-linear",
-                "--report_to=none",
-                "--save_strategy=no",
-                "--logging_steps=1",
-                *options,
-            ],
-            HOME,
-        )
-        config = core.config.ModelConfig(model_name_or_path=str(left))
-        model, tokenizer = common.load_model_and_tokenizer(
-            config
-        )  # an adapter's folder, merged into its base
-        start = HOME / f"{stage}_merged"
-        common.save_model(model, tokenizer, str(start))
-    return rows + pairs + 16 * steps, seconds
-
-
-def run(command: list, folder: Path) -> float:
+def timed_run(command: list, folder: Path) -> float:
+    """Seconds that a command takes; exits with its output if it fails."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     began = time.perf_counter()
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-    )
-    if done.returncode:
-        sys.exit(done.stdout + done.stderr)
+    process = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+    if process.returncode:
+        sys.exit(process.stdout + process.stderr)
     return time.perf_counter() - began
 
 
+# -- the contenders --------------------------------------------------------------------------------
+
+
+def count_work(rows: int, pairs: int, steps: int) -> int:
+    """Rows, pairs and completions that a chain learns from."""
+    return rows + pairs + COMPLETIONS * steps
+
+
+def pipeline_config(steps: int) -> dict:
+    """The chain as the content of a YAML file."""
+    training = {
+        "validation_split": 0,
+        "save_steps": 0,
+        "per_device_train_batch_size": BATCH,
+        "gradient_checkpointing": True,
+    }
+    sft_options = training | {"dataset_name_or_path": str(DATA / "messages")}
+    dpo_options = training | {
+        "preference_dataset_path": str(DATA / "dpo"),
+        "learning_rate": 5e-5,
+    }
+    grpo_options = {
+        "prompt_dataset_path": str(DATA / "grpo"),
+        "reward": f"{REWARD_FILE}:words",
+        "batch_size": COMPLETIONS,
+        "num_generations": 4,
+        "num_training_steps": steps,
+        "learning_rate": 5e-5,
+        "init_kl_coef": 0.04,
+        "kl_in": "loss",
+        "kl_penalty": "k3",
+        "generation_kwargs": {"max_new_tokens": 48},
+        "validation_split": 0,
+        "save_freq": 0,
+        "gradient_checkpointing": True,
+    }
+    return {
+        "model_name_or_path": str(MODEL),
+        "output_dir": str(HOME / "run"),
+        "stages": ["sft", "dpo", "grpo"],
+        "stage_configs": {"sft": sft_options, "dpo": dpo_options, "grpo": grpo_options},
+    }
+
+
+def recipe(rows: int, pairs: int, steps: int) -> tuple[int, float]:
+    """(rows, pairs and completions; seconds) of chain.py."""
+    prepare(rows, pairs)
+    path = HOME / "pipeline.yaml"
+    path.write_text(yaml.safe_dump(pipeline_config(steps)))
+    seconds = timed_run([sys.executable, "chain.py", str(path)], Path.cwd())
+    return count_work(rows, pairs, steps), seconds
+
+
+def trl_stages(steps: int) -> dict[str, list[str]]:
+    """{TRL's command: its own options}."""
+    one_epoch = ["--num_train_epochs=1", f"--per_device_train_batch_size={BATCH}"]
+    grpo_options = [
+        "--learning_rate=5e-5",
+        f"--max_steps={steps}",
+        f"--per_device_train_batch_size={COMPLETIONS}",
+        "--beta=0.04",
+        "--num_generations=4",
+        "--max_completion_length=48",
+        "--reward_funcs=words.words",
+    ]
+    return {
+        "sft": ["--learning_rate=5e-4", *one_epoch],
+        "dpo": ["--learning_rate=5e-5", *one_epoch],
+        "grpo": grpo_options,
+    }
+
+
+TRL_OPTIONS = [
+    "--dtype=float32",
+    "--bf16=False",
+    "--use_cpu=True",
+    "--use_peft",
+    "--lora_r=16",
+    "--lora_alpha=32",
+    "--lora_target_modules=all-linear",
+    "--report_to=none",
+    "--save_strategy=no",
+    "--logging_steps=1",
+]
+
+
+def trl(rows: int, pairs: int, steps: int) -> tuple[int, float]:
+    """(rows, pairs and completions; seconds) of TRL's three commands."""
+    prepare(rows, pairs)
+    start, seconds = MODEL, 0.0
+    program = Path(sys.executable).with_name("trl")
+    for stage, options in trl_stages(steps).items():
+        paths = [
+            f"--model_name_or_path={start}",
+            f"--output_dir={HOME / stage}",
+            f"--dataset_name={DATA / stage}",
+        ]
+        seconds += timed_run([program, stage, *paths, *TRL_OPTIONS, *options], HOME)
+        # The folder holds an adapter: loading merges it into its base.
+        config = ModelConfig(model_name_or_path=str(HOME / stage))
+        model, tokenizer = common.load_model_and_tokenizer(config)
+        start = HOME / f"{stage}_merged"
+        common.save_model(model, tokenizer, str(start))
+    return count_work(rows, pairs, steps), seconds
+
+
 if __name__ == "__main__":
-    compare.main(
-        {"recipe": recipe, "trl": trl},
-        "rows",
-        {"rows": 48, "pairs": 32, "steps": 4},
-        "rows",
-        in_process=False,
-    )
+    defaults = {"rows": 48, "pairs": 32, "steps": 4}
+    contenders = {"recipe": recipe, "trl": trl}
+    compare.main(compare.Benchmark(contenders, "rows", defaults, "rows", in_process=False))

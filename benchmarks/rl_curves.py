@@ -1,10 +1,10 @@
-"""The reward of several runs of recipes/rl.py as one picture.
+"""Plot reward and KL of several RL runs as one picture.
 
 python benchmarks/rl_curves.py --runs=outputs/ppo,outputs/grpo --picture=benchmarks/rl.png
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -12,39 +12,42 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import common
-import core.cli
-
-WINDOW = 5  # steps over which a curve is smoothed
+WINDOW = 5  # steps of the moving average
 
 
-def main(runs: str, picture: str) -> None:
+def read_metrics(folder: Path, name: str) -> tuple[list[int], list[float]]:
+    """(steps, values) of a metric in a run's metrics.jsonl."""
+    steps, values = [], []
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        metrics = json.loads(line)
+        if name in metrics:
+            steps.append(metrics["step"])
+            values.append(metrics[name])
+    return steps, values
+
+
+def moving_average(values: list[float]) -> list[float]:
+    """The mean of each value and up to WINDOW - 1 before it."""
+    smooth = []
+    for end in range(1, len(values) + 1):
+        window = values[max(0, end - WINDOW) : end]
+        smooth.append(sum(window) / len(window))
+    return smooth
+
+
+def plot_runs(folders: list[Path], picture: str) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for folder in map(Path, runs.split(",")):
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        steps, held_out = (
-            [line for line in lines if name in line] for name in ("reward", "eval_reward")
-        )
-        smooth = lambda name: [
-            sum(line[name] for line in steps[max(0, n - WINDOW + 1) : n + 1]) / min(n + 1, WINDOW)
-            for n in range(len(steps))
-        ]
-        numbers = [line["step"] for line in steps]
-        (curve,) = left.plot(numbers, smooth("reward"), label=folder.name)
-        left.plot(
-            [line["step"] for line in held_out],
-            [line["eval_reward"] for line in held_out],
-            "o--",
-            color=curve.get_color(),
-            alpha=0.6,
-            linewidth=1,
-            markersize=4,
-        )
-        right.plot(numbers, smooth("kl"), color=curve.get_color(), label=folder.name)
+    for folder in folders:
+        steps, rewards = read_metrics(folder, "reward")
+        (line,) = left.plot(steps, moving_average(rewards), label=folder.name)
+        color = line.get_color()
+        eval_steps, eval_rewards = read_metrics(folder, "eval_reward")
+        look = {"color": color, "alpha": 0.6, "linewidth": 1, "markersize": 4}
+        left.plot(eval_steps, eval_rewards, "o--", **look)
+        steps, kl = read_metrics(folder, "kl")
+        right.plot(steps, moving_average(kl), color=color, label=folder.name)
     left.set(xlabel="step", ylabel="reward", title="lines: sampled, dots: held-out prompts, greedy")
-    right.set(xlabel="step", ylabel="KL to the reference, nats a completion")
+    right.set(xlabel="step", ylabel="KL to the reference, nats per completion")
     left.legend()
     for axes in (left, right):
         axes.grid(alpha=0.3)
@@ -52,7 +55,8 @@ def main(runs: str, picture: str) -> None:
 
 
 if __name__ == "__main__":
-    words, options = core.cli.read_command_line(sys.argv[1:])
-    if words or set(options) != {"runs", "picture"}:
-        sys.exit(__doc__)
-    main(**options)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--runs", required=True, help="folders of the runs, separated by commas")
+    parser.add_argument("--picture", required=True, help="path of the picture to write")
+    arguments = parser.parse_args()
+    plot_runs([Path(run) for run in arguments.runs.split(",")], arguments.picture)

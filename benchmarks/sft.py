@@ -2,25 +2,22 @@
 
     python benchmarks/sft.py --data=rows.jsonl --rows=64 --batch=8 --checkpointing=1
 
-Both start from the same weights and learn the answers alone. Timed is the call that trains: for the recipe with its
-tokenization, for TRL without. Counted are the rows' own tokens, not the padding. `checkpointing` recomputes
-activations in both, n > 1 those of every n-th layer in the recipe and all in TRL; -1 leaves each its own default, all
-for TRL and none for the recipe.
+Both start from the same weights and learn the answers only. The call that trains is timed: for the
+recipe with its tokenization, for TRL without. The rows' own tokens are counted, not the padding.
+`checkpointing` recomputes activations in both, n > 1 those of every n-th layer in the recipe and
+all in TRL; -1 leaves each its own default, all for TRL and none for the recipe.
 """
-
-import os
-import time
 
 import compare
 import sft
-import torch
 
 import common
 
-RATE = 5e-4
+LEARNING_RATE = 5e-4
 
 
-def prepare(model: str, data: str, rows: int, batch: int, checkpointing: int):
+def prepare(model: str, data: str, rows: int, batch: int, checkpointing: int) -> tuple:
+    """(config, model, tokenizer, conversations, number of tokens)."""
     config = sft.SFTConfig(
         model_name_or_path=model,
         dataset_name_or_path=data,
@@ -29,73 +26,68 @@ def prepare(model: str, data: str, rows: int, batch: int, checkpointing: int):
         per_device_train_batch_size=batch,
         gradient_checkpointing=max(0, checkpointing),
         validation_split=0.0,
-        learning_rate=RATE,
+        learning_rate=LEARNING_RATE,
         lr_scheduler_type="linear",
         warmup_ratio=0.0,
         resume_from_checkpoint=False,
     )
-    os.makedirs(config.output_dir, exist_ok=True)
-    model, tokenizer = common.load_model_and_tokenizer(config)
-    chosen = sft.SFTStage(config).load_data()[0][:rows]
-    tokens = sum(
-        len(sft.encode(row, tokenizer, config.max_seq_length)[0][0]["input_ids"]) for row in chosen
-    )
-    return config, model, tokenizer, chosen, tokens
+    model, tokenizer = compare.load_model(config)
+    training_rows, _ = sft.SFTStage(config).load_data()
+    conversations = training_rows[:rows]
+    num_tokens = 0
+    for conversation in conversations:
+        sequences, _ = sft.encode(conversation, tokenizer, config.max_seq_length)
+        num_tokens += len(sequences[0]["input_ids"])
+    return config, model, tokenizer, conversations, num_tokens
+
+
+def to_prompt_completion(conversation: list[dict]) -> dict:
+    """A conversation as TRL reads it, whose last turn is the answer."""
+    *prompt, answer = conversation
+    return {"prompt": prompt, "completion": [answer]}
 
 
 def recipe(**options) -> tuple[int, float]:
-    config, model, tokenizer, rows, tokens = prepare(**options)
+    """(tokens, seconds) of the recipe."""
+    config, model, tokenizer, conversations, num_tokens = prepare(**options)
     model = common.add_adapter(model, config)
-    began = time.perf_counter()
-    sft.train(config, model, tokenizer, rows, [])
-    return tokens, time.perf_counter() - began
+    return num_tokens, compare.seconds_of(sft.train, config, model, tokenizer, conversations, [])
 
 
 def trl(**options) -> tuple[int, float]:
+    """(tokens, seconds) of TRL."""
     from datasets import Dataset
-    from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
-    config, model, tokenizer, rows, tokens = prepare(**options)
+    config, model, tokenizer, conversations, num_tokens = prepare(**options)
     arguments = SFTConfig(
         config.output_dir,
-        use_cpu=not torch.cuda.is_available(),
-        bf16=compare.BF16,
-        report_to="none",
         max_length=None,
         per_device_train_batch_size=config.per_device_train_batch_size,
-        learning_rate=RATE,
+        learning_rate=LEARNING_RATE,
         num_train_epochs=1,
         gradient_checkpointing=options["checkpointing"] != 0,
-        save_strategy="no",
-        logging_steps=1,
-        disable_tqdm=True,
+        **compare.TRL_OPTIONS,
     )
-    data = Dataset.from_list([{"prompt": row[:-1], "completion": row[-1:]} for row in rows])
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        target_modules="all-linear",
-    )
+    rows = [to_prompt_completion(conversation) for conversation in conversations]
+    dataset = Dataset.from_list(rows)
     trainer = SFTTrainer(
-        model, args=arguments, train_dataset=data, processing_class=tokenizer, peft_config=lora
+        model,
+        args=arguments,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        peft_config=compare.lora_config(config),
     )
-    began = time.perf_counter()
-    trainer.train()
-    return tokens, time.perf_counter() - began
+    return num_tokens, compare.seconds_of(trainer.train)
 
 
 if __name__ == "__main__":
-    compare.main(
-        {"recipe": recipe, "trl": trl},
-        "tokens",
-        {
-            "model": compare.MODEL,
-            "data": "examples/sample_data.jsonl",
-            "rows": 64,
-            "batch": 8,
-            "checkpointing": 1,
-        },
-        "rows",
-    )
+    defaults = {
+        "model": compare.MODEL,
+        "data": "examples/sample_data.jsonl",
+        "rows": 64,
+        "batch": 8,
+        "checkpointing": 1,
+    }
+    contenders = {"recipe": recipe, "trl": trl}
+    compare.main(compare.Benchmark(contenders, "tokens", defaults, doubled="rows"))

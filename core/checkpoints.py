@@ -40,6 +40,7 @@ def seal_checkpoint(folder: Path, config: TrainingConfig) -> None:
     files, once these are on the disk."""
     write_json(folder / "options.json", fingerprinted_options(config))
     files = sorted(file for file in folder.rglob("*") if file.is_file())
+    # After a power failure a file without this may be shorter than its hash in the manifest says.
     for file in files:
         with open(file, "rb+") as stream:
             os.fsync(stream.fileno())
@@ -82,6 +83,7 @@ def step_of(checkpoint: Path) -> int:
 
 def check_named_checkpoint(folder: Path, config: TrainingConfig) -> Path:
     """`folder`, if it is a checkpoint of the same recipe; its options may have other values."""
+    # The options of two recipes differ in their names: those names are the recipe's mark.
     options = read_json(folder / "options.json")
     if options.keys() != fingerprinted_options(config).keys():
         raise ConfigError(f"resume_from_checkpoint={folder} is of another recipe")
@@ -114,6 +116,7 @@ def claim_run_folder(folder: Path, fingerprint: Mapping, resume: bool | str | No
     launch = f"{processes} sharded" if is_sharded() else f"{processes}"
     claim = {**fingerprint, "launch": launch}
     if is_main_process():
+        # From here on the stage is not finished, until it writes the record anew.
         (folder / "stage.json").unlink(missing_ok=True)
         remove_unfinished_files(folder)
         why = find_reason_to_set_aside(folder, claim, resume)
@@ -145,6 +148,7 @@ def find_reason_to_set_aside(folder: Path, claim: Mapping, resume: bool | str | 
     if resume is False:
         return "resume_from_checkpoint=false"
     record = folder / "fingerprint.json"
+    # A checkpoint that is named may be in this folder and of another run: it is what is wanted.
     if resume is not True or not record.exists():
         return ""
     with as_config_error(f"{record} cannot be read; move {folder / 'checkpoints'} away"):
@@ -185,6 +189,7 @@ def read_stage_record(folder: Path) -> dict[str, Any]:
 
 def relocate(path: str, old_folder: str, folder: Path) -> str:
     """`path` as seen from where `old_folder` is now, if it was in it or in a folder beside it."""
+    # "../.." leads out of the folder of the chain, which moves as a whole.
     relative = Path(os.path.relpath(path, old_folder))
     is_elsewhere = relative.parts[:2] == ("..", "..")
     if is_elsewhere or str(folder) == old_folder:
@@ -204,6 +209,7 @@ def write_stage_record(config: StageConfig, result: Any, lineage: Mapping[str, A
     (folder / "stage_config.yaml").write_text(options, encoding="utf-8")
     versions = {"python": sys.version.split()[0]}
     versions |= {name: version(name) for name in RECORDED_PACKAGES}
+    # The order is that of a reader: what, from what, with which result, where.
     record = {
         "stage": result.stage_name,
         "output_dir": str(folder),

@@ -73,6 +73,7 @@ MAX_BYTES_HASHED = 2**24  # larger files are identified by size and time of modi
 
 def fingerprinted_options(config: StageConfig) -> dict[str, Any]:
     """The options that decide what comes out of a stage, as JSON gives them back."""
+    # What JSON changes, such as tuples into lists, has to be changed on both sides of a comparison.
     options = asdict(config)
     for name in NOT_FINGERPRINTED:
         options.pop(name, None)
@@ -91,6 +92,7 @@ def file_identity(path: Path) -> Any:
             return file_digest(path)
         files = [path]
     else:
+        # For a folder of another kind, or none, there are no such files.
         files = sorted(file for pattern in MODEL_FILES for file in path.glob(pattern))
     identity = []
     for file in files:
@@ -133,7 +135,8 @@ def imported_names(source: bytes, package: str) -> tuple[str, ...]:
     """
     try:
         tree = ast.parse(source)
-    except SyntaxError:  # a file that is being edited; its changed digest is what counts
+    except SyntaxError:
+        # The file is being edited while a run goes on; its changed digest is what counts.
         return ()
     names = []
     for node in ast.walk(tree):
@@ -172,6 +175,7 @@ def find_source(name: str, home_folder: Path) -> Path | None:
 def find_code(names: Iterable[str], home_folder: Path) -> dict[str, Path]:
     """{module: file} of the modules `names` and of all that they import, directly or not."""
     files: dict[str, Path] = {}
+    # Rooms import each other: without this set a module would be read once for each path to it.
     seen = set()
     queue = list(names)
     while queue:
@@ -202,6 +206,7 @@ def modules_of_notebook_class(stage_class: type, sources: Mapping[str, str]) -> 
     """The modules that a class without a file uses: those of its bases and of what it names."""
     home = sys.modules[stage_class.__module__]
     modules = [parent.__module__ for parent in stage_class.__mro__]
+    # Not all globals of a notebook: an unrelated cell shall not make the stage another one.
     for word in re.findall(r"\w+", " ".join(sources.values())):
         value = vars(home).get(word)
         if inspect.ismodule(value):

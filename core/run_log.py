@@ -20,6 +20,7 @@ def truncate_metrics(path: Path, step: int) -> None:
     A resumed run writes again what the interrupted one wrote after its last checkpoint.
     """
     lines = []
+    # The last line may be half-written; without its line break it does not match.
     if step and path.exists():
         lines = re.findall(r".*\n", path.read_text(encoding="utf-8"))
     with atomic_writer(path) as file:

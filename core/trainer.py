@@ -59,7 +59,8 @@ class LengthSampler(torch.utils.data.Sampler):
         # which stands for no row: accelerate would give some processes a row twice.
         self.size = len(lengths)
         if args.world_size > 1:
-            self.size = math.ceil(len(lengths) / rows_per_micro_batch) * rows_per_micro_batch
+            micro_batches = math.ceil(len(lengths) / rows_per_micro_batch)
+            self.size = micro_batches * rows_per_micro_batch
 
     def __len__(self) -> int:
         return self.size
@@ -73,7 +74,8 @@ class LengthSampler(torch.utils.data.Sampler):
         rows = len(self.lengths)
         # Lengths are blurred by 10%, so that every epoch mixes the batches anew.
         blur = 0.9 + 0.2 * torch.rand(rows, generator=self.generator)  # (rows,)
-        by_length = (torch.tensor(self.lengths) * blur).argsort(descending=True)
+        blurred_lengths = torch.tensor(self.lengths) * blur
+        by_length = blurred_lengths.argsort(descending=True)
         longest, *others = by_length.split(self.rows_per_step)
         incomplete = []
         if others and len(others[-1]) < self.rows_per_step:
@@ -145,8 +147,11 @@ class FitTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """(micro-batches of a step, items in them over all processes)."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        items = sum(int(batch["num_items"] * batch["weight"]) for batch in batches)
-        return batches, self.accelerator.reduce(torch.tensor(items, device=device), "sum")
+        items = 0
+        for batch in batches:
+            items += int(batch["num_items"] * batch["weight"])
+        items_of_process = torch.tensor(items, device=device)
+        return batches, self.accelerator.reduce(items_of_process, "sum")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The part of a micro-batch in the mean over all items of the step."""
@@ -154,8 +159,10 @@ class FitTrainer(Trainer):
         require_finite("loss", value.detach(), self.state.global_step + 1)
         items = int(inputs["num_items"] * inputs["weight"])
         tokens = int(inputs["num_tokens"] * inputs["weight"])
-        self.sums.update({name: float(metric) * items for name, metric in metrics.items()})
-        self.sums.update(items=items, tokens=tokens)
+        for name, metric in metrics.items():
+            self.sums[name] += float(metric) * items
+        self.sums["items"] += items
+        self.sums["tokens"] += tokens
         # Gradients are averaged over processes, not summed: hence the last factor.
         return value * items / num_items_in_batch * self.accelerator.num_processes
 
@@ -211,13 +218,15 @@ class FitTrainer(Trainer):
         # weight 0.
         rounds = math.ceil(len(batches) / processes) * processes
         for number in range(self.args.process_index, rounds, processes):
-            batch = self._prepare_inputs(self.collate(batches[number % len(batches)]))
+            batch = self.collate(batches[number % len(batches)])
+            batch = self._prepare_inputs(batch)
             with torch.no_grad(), self.compute_loss_context_manager():
                 value, metrics = self.loss(self.model_wrapped, batch)
-            items = int(batch["num_items"]) * (number < len(batches))
-            figures = {"loss": value, **metrics}
-            sums.update({name: float(figure) * items for name, figure in figures.items()})
-            sums.update(items=items)
+            is_padding = number >= len(batches)
+            items = 0 if is_padding else int(batch["num_items"])
+            for name, figure in {"loss": value, **metrics}.items():
+                sums[name] += float(figure) * items
+            sums["items"] += items
         totals = self.reduce_over_processes(sums)
         items = totals.pop("items")
         means = {f"{metric_key_prefix}_{name}": total / items for name, total in totals.items()}

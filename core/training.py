@@ -80,6 +80,10 @@ def name_tracker_folders(config: FitConfig) -> None:
         os.environ["WANDB_PROJECT"] = config.wandb_project
 
 
+def every_few_steps(wanted: int | bool) -> str:
+    return "steps" if wanted else "no"
+
+
 def build_training_arguments(config: FitConfig, evaluates: bool, resumes: bool):
     """The TrainingArguments of a config: options of the same name, and those that differ."""
     from transformers import TrainingArguments
@@ -97,11 +101,11 @@ def build_training_arguments(config: FitConfig, evaluates: bool, resumes: bool):
         "max_steps": config.max_steps or -1,
         "warmup_steps": config.warmup_ratio,  # below 1 it is a fraction of the steps
         # evaluation
-        "eval_strategy": "steps" if evaluates and config.eval_steps else "no",
+        "eval_strategy": every_few_steps(evaluates and config.eval_steps),
         "eval_steps": config.eval_steps or None,
         "eval_on_start": evaluates and not resumes,
         # checkpoints
-        "save_strategy": "steps" if config.save_steps else "no",
+        "save_strategy": every_few_steps(config.save_steps),
         "save_steps": config.save_steps or 500,
         "restore_callback_states_from_checkpoint": True,  # how long early stopping has waited
         # recomputation of activations, which newer versions call activation checkpointing

@@ -128,7 +128,7 @@ def test_a_classifier_writes_nothing_and_may_start_from_a_language_models_adapte
         tmp_path / "rm"
     )
     AutoTokenizer.from_pretrained(model_dir).save_pretrained(tmp_path / "rm")
-    with pytest.raises(ConfigError, match="rm gives scores and writes nothing"):
+    with pytest.raises(ConfigError, match="rm returns scores and writes no text"):
         common.load_model_and_tokenizer(training_config(str(tmp_path / "rm")))
     tuned = sft.SFTStage(
         sft.SFTConfig(
@@ -145,7 +145,7 @@ def test_a_classifier_writes_nothing_and_may_start_from_a_language_models_adapte
         "SEQ_CLS",
     )
     scorer.save_pretrained(tmp_path / "scorer")
-    with pytest.raises(ConfigError, match="scorer gives scores and writes nothing"):
+    with pytest.raises(ConfigError, match="scorer returns scores and writes no text"):
         common.load_model_and_tokenizer(training_config(str(tmp_path / "scorer")))
     for dtype in (torch.bfloat16, torch.float32):  # each merge is kept apart
         half = reward.RewardConfig(
