@@ -23,7 +23,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from core.run_folder import LogEntry, Stage, dump_yaml, is_number, read_run
+from core.run_folder import LogEntry, Stage, is_number, read_run
+from core.yaml_files import dump_yaml
 
 MAIN_CURVES = (  # shown at once, in this order; the others unfold
     "loss",

@@ -5,7 +5,6 @@ A file may be missing, damaged, or half written by a run in progress; then it sa
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -14,8 +13,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from core.yaml_files import parse_yaml
 
 UNFINISHED = ("running", "interrupted", "failed")
 NEVER = "9"  # sorts after every time: whatever the folder has is of an older run
@@ -57,7 +55,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     text = read_text(path)
     try:
         value = parse_yaml(text) if path.suffix == ".yaml" else json.loads(text)
-    except (ValueError, RecursionError, YAMLError):
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -87,19 +85,6 @@ def read_log(path: Path) -> list[LogEntry]:
         if logger.startswith("recipes"):
             entries.append(LogEntry(time, level, logger, message.strip()))
     return entries
-
-
-def parse_yaml(text: str) -> Any:
-    return YAML(typ="safe", pure=True).load(text)
-
-
-def dump_yaml(values: Mapping[str, Any]) -> str:
-    yaml: Any = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False
-    stream = io.StringIO()
-    yaml.dump(dict(values), stream)
-    return stream.getvalue()
 
 
 def read_stage(
