@@ -7,7 +7,12 @@ from __future__ import annotations
 
 import torch
 
-from core.rollout import Policy, RLConfig, Rollout, completion_outputs
+from core.rollout import Policy, Rollout, completion_outputs
+
+# -- estimators: what each is good for ------------------------------------------------------------
+# In the reward, k1 gives the true gradient of the KL. In the loss, k2 does; k1's own gradient is 0
+# on average, and k3's is that of the reverse KL, so both need the importance ratio (`kl_loss`). As
+# a figure to look at, k3 is the calmest: it is unbiased and never negative.
 
 
 def k1(logps: torch.Tensor, ref_logps: torch.Tensor) -> torch.Tensor:
@@ -43,9 +48,9 @@ def kl_loss(
     """An estimate whose gradient is that of KL(pi || pi_ref) at each token.
 
     k2 has this gradient as it is. k1 and k3 have others: multiplied by pi/pi_old, which turns means
-    over pi_old into means over pi, they have it too (DeepSeek-AI 2025, "DeepSeek-V3.2", section 3.1).
-    Without `old_logps` the tokens were sampled by pi itself. What a token does to the KL of later
-    tokens is not part of it, unlike with the KL in the reward.
+    over pi_old into means over pi, they have it too (DeepSeek-AI 2025, "DeepSeek-V3.2", section
+    3.1). Without `old_logps` the tokens were sampled by pi itself. What a token does to the KL of
+    later tokens is not part of it, unlike with the KL in the reward.
     """
     if name not in ("kl", "k3"):
         return ESTIMATORS[name](logps, ref_logps)
@@ -57,17 +62,20 @@ def kl_loss(
 
 def exact_kl(log_probs: torch.Tensor, ref_log_probs: torch.Tensor) -> torch.Tensor:
     """(N,): KL(pi || pi_ref) of whole distributions, given as log-probabilities (N, V)."""
-    return (log_probs.exp() * (log_probs - ref_log_probs)).sum(-1)
+    log_ratios = log_probs - ref_log_probs
+    return (log_probs.exp() * log_ratios).sum(-1)
 
 
 def next_kl_coef(kl_coef: float, kl: float, target: float, share: float) -> float:
     """The next beta: beta (1 + clip(kl / target - 1, -0.2, 0.2) share).
 
-    Ziegler et al. 2019, section 2.2. `share`, at most 1, is the number of completions of a step over the horizon.
+    Ziegler et al. 2019, section 2.2. `share` is the number of completions of a step over the
+    horizon, at most 1.
     """
     error = kl / target - 1
     clipped_error = min(max(error, -0.2), 0.2)
-    return kl_coef * (1 + clipped_error * min(share, 1))
+    change = clipped_error * min(share, 1)
+    return kl_coef * (1 + change)
 
 
 # -- the penalty, as the options of RLConfig say ---------------------------------------------------
@@ -99,7 +107,7 @@ def kl_in_loss(
     return torch.zeros_like(logps).index_put((batch.mask,), kl)
 
 
-def loss_needs_log_probs(config: RLConfig) -> bool:
-    """Whether the loss reads the distribution over the whole vocabulary at every token."""
+def loss_needs_log_probs(config) -> bool:
+    """Whether the loss of ppo, a2c or grpo reads whole distributions over the vocabulary."""
     exact = config.kl_in == "loss" and config.kl_penalty == "full" and config.init_kl_coef > 0
     return exact or config.entropy_coef > 0

@@ -1,4 +1,4 @@
-"""The run of an RL recipe: optimizer, schedule, evaluation, checkpoints, logging and alarms around its loop.
+"""The run of an RL recipe: optimizer, schedule, evaluation, logging and alarms around its loop.
 
 run = start_run(config, model, tokenizer, train_rows, eval_rows, reward_functions)
 with run.interruptible():
@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -23,11 +22,11 @@ from typing import Any
 
 import torch
 
-from core.checkpoints import find_checkpoint, seal_checkpoint
-from core.files import atomic_folder, write_json
+from core.checkpoints import find_checkpoint
 from core.kl import k3, loss_needs_log_probs, next_kl_coef
 from core.logprobs import sharing_is_exact
 from core.rewards import score_completions, weighted_total
+from core.rl_checkpoints import load_checkpoint, save_checkpoint
 from core.rollout import (
     Policy,
     RLConfig,
@@ -77,7 +76,7 @@ class Run(Policy):
 
     @contextlib.contextmanager
     def interruptible(self):
-        """SIGINT and SIGTERM let the current step end and save a checkpoint before the program ends."""
+        """On SIGINT and SIGTERM, finish the step and save a checkpoint before the program ends."""
         from peft.helpers import disable_input_dtype_casting
 
         # autocast already casts the inputs of adapters, with fewer copies than PEFT makes
@@ -148,7 +147,8 @@ class Run(Policy):
         batches = list(rollout.mini_batches(self.config.mini_batch_size, order))
         for start in range(0, len(batches), accumulate):
             step_batches = batches[start : start + accumulate]
-            weight = self.sum_over_processes(sum(batch.weights.sum() for batch in step_batches))
+            own_weight = torch.stack([batch.weights.sum() for batch in step_batches]).sum()
+            weight = self.sum_over_processes(own_weight)
             if weight:
                 yield step_batches, weight
             else:
@@ -165,6 +165,7 @@ class Run(Policy):
 
         Raises FloatingPointError before the step if a gradient is not finite.
         """
+        # DDP would do it in every backward pass; here once per step, over all mini-batches.
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if self.accelerator.num_processes > 1:
             for parameter in parameters:
@@ -175,8 +176,8 @@ class Run(Policy):
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
         if not self.scaler.is_enabled() and not torch.isfinite(norm):  # float16's scaler skips it
             raise FloatingPointError(
-                f"the gradient norm is {float(norm)} at step {self.step + 1}; the weights are those "
-                "before it. Lower learning_rate"
+                f"the gradient norm is {float(norm)} at step {self.step + 1}; the weights are "
+                "those before it. Lower learning_rate"
             )
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -192,6 +193,7 @@ class Run(Policy):
         if config.target_kl:
             share = completions / config.kl_horizon
             self.kl_coef = next_kl_coef(self.kl_coef, metrics["kl"], config.target_kl, share)
+        # What the figures were before training: those of the first rollout.
         first = {name: metrics[name] for name in ("reward", "length", "stopped", "entropy")}
         self.before = first | self.before
         self.schedule.step()
@@ -213,7 +215,7 @@ class Run(Policy):
         return metrics
 
     def finish(self) -> dict[str, float]:
-        """Evaluate once more; returns the metrics after training, and as x_before those before it."""
+        """Evaluate once more; returns the metrics after training and, as x_before, before it."""
         after = {}
         if self.evaluation_rows:
             after = self.report(evaluate(self))
@@ -229,7 +231,9 @@ class Run(Policy):
 
 @torch.no_grad()
 def evaluate_rollout(run: Run, rollout: Rollout) -> None:
-    """Give the rollout what is known before the update: "old_logps", "ref_logps", "entropy", "values", all (B, T).
+    """Give the rollout what is known before the update, all (B, T).
+
+    These are "old_logps" and "entropy" of the policy, "ref_logps", and the critic's "values".
 
     The critic reads the last hidden states of the backbone without its adapter, which never change,
     or, where all weights train, those of the policy itself.
@@ -289,7 +293,7 @@ class WeightedMeans:
 def start_run(
     config: RLConfig, model, tokenizer, train_rows: list, eval_rows: list, reward_functions: dict
 ) -> Run:
-    """The run of an RL recipe on rows {"prompt": messages, "columns": {...}}, from its last checkpoint on."""
+    """The run of an RL recipe on rows by `to_prompt`, continued from its last checkpoint."""
     limit = min(config.max_seq_length, model.config.max_position_embeddings)
     training = encode_prompts(config, train_rows, tokenizer, limit, "training data")
     evaluation = encode_prompts(config, eval_rows, tokenizer, limit, "evaluation data")
@@ -329,7 +333,10 @@ def build_run(
     training=(),
     evaluation=(),
 ) -> Run:
-    """Reference, critic, optimizer and schedule around a model; `probe_row` is a prompt to try attention with."""
+    """Reference, critic, optimizer and schedule around a model.
+
+    `probe_row` is a prompt to try with whether one pass serves several answers.
+    """
     from accelerate import Accelerator
     from transformers.integrations import unset_hf_deepspeed_config
 
@@ -352,10 +359,12 @@ def build_run(
     accelerator = Accelerator(
         cpu=on_cpu, log_with=config.report_to or None, project_dir=config.output_dir
     )
-    unset_hf_deepspeed_config()  # under DeepSpeed too the policy is whole, and so is what is loaded later
+    # Under DeepSpeed too every process holds the whole policy, and whatever is loaded later.
+    unset_hf_deepspeed_config()
     if config.report_to:
         wandb = {"wandb": {"name": config.wandb_run_name}}
         accelerator.init_trackers(config.wandb_project or "rl", init_kwargs=wandb)
+    # float16 gradients underflow without a scaler; bfloat16 and float32 need none.
     float16 = compute_dtype(config.torch_dtype) == torch.float16
     run = Run(
         config=config,
@@ -397,10 +406,11 @@ def new_value_head(model) -> torch.nn.Linear:
     return head
 
 
-def new_optimizer(config: RLConfig, model, value_head) -> torch.optim.Optimizer:
-    """The optimizer of the option `optim`, for the policy where it is trained by one, and the critic."""
+def new_optimizer(config, model, value_head) -> torch.optim.Optimizer:
+    """The optimizer that `optim` names, for the policy (unless it is TRPO's) and the critic."""
     from transformers import Trainer, TrainingArguments
 
+    # transformers knows the classes and defaults of all the optimizers that `optim` may name.
     on_cpu = model.device.type == "cpu"
     arguments = TrainingArguments(optim=config.optim, use_cpu=on_cpu, report_to="none")
     optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
@@ -433,7 +443,8 @@ def probe_of(row: dict) -> dict:
 def prompts_of_step(seed: int, rows: list[dict], step: int, count: int) -> list[dict]:
     """The prompts of a step: the rows over and over, in a new order each time.
 
-    A function of seed and step alone, so that a resumed run sees the prompts that it would have seen.
+    A function of seed and step alone, so that a resumed run sees the prompts that the interrupted
+    run would have seen.
     """
     orders: dict[int, list[int]] = {}
     prompts = []
@@ -466,6 +477,7 @@ def rollout_metrics(run: Run, rollout: Rollout) -> dict[str, float]:
     metrics["entropy"] = entropy / num_tokens.clamp(min=1)
     if rollout.values is not None:
         metrics["explained_variance"] = explained_variance(run, rollout)
+    # Groups in which all completions did equally well, or badly, carry no signal for GRPO and RLOO.
     if run.config.num_generations > 1:
         groups = scores.view(-1, run.config.num_generations)  # (P, G)
         deviations = (groups - groups.nanmean(1, keepdim=True)).nan_to_num()
@@ -489,7 +501,7 @@ def explained_variance(run: Run, rollout: Rollout) -> torch.Tensor:
 
 @torch.no_grad()
 def evaluate(run: Run) -> dict[str, float]:
-    """Greedy answers to the held-out prompts: {"eval_reward", ...}; samples.jsonl keeps the answers."""
+    """{"eval_reward", ...} of greedy answers to the held-out prompts, kept in samples.jsonl."""
     from accelerate.utils import gather_object
 
     config, accelerator = run.config, run.accelerator
@@ -543,8 +555,8 @@ def raise_alarms(run: Run) -> None:
         raise_alarm(
             run,
             "zero_variance",
-            "all completions of every prompt have had the same reward for three steps: nothing to learn "
-            "from. Choose prompts that are neither too easy nor too hard, or raise num_generations",
+            "all completions of every prompt have had the same reward for three steps: nothing to "
+            "learn from. Choose prompts neither too easy nor too hard, or raise num_generations",
         )
 
 
@@ -552,82 +564,3 @@ def raise_alarm(run: Run, name: str, message: str) -> None:
     if name not in run.alarms_raised:
         run.alarms_raised.add(name)
         logger.warning(message)
-
-
-# -- checkpoints -----------------------------------------------------------------------------------
-# OUT/checkpoints/step-N holds what trains, the optimizer's state and the KL controller, as
-# safetensors and JSON. Sampling and shuffling are functions of seed and step, so nothing else is
-# needed to resume exactly.
-
-
-def save_checkpoint(run: Run) -> None:
-    from safetensors.torch import save_file
-
-    if not is_main_process():
-        return
-    folder = Path(run.config.output_dir, "checkpoints")
-    tensors = {f"policy.{n}": parameter for n, parameter in enumerate(run.parameters)}
-    if run.value_head is not None:
-        tensors |= {f"head.{name}": value for name, value in run.value_head.state_dict().items()}
-    optimizer_values = {}
-    for name, value in flat_optimizer_state(run.optimizer).items():
-        if torch.is_tensor(value):
-            tensors[name] = value
-        else:
-            optimizer_values[name] = value
-    with atomic_folder(folder / f"step-{run.step:06d}") as aside:
-        on_cpu = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        save_file(on_cpu, aside / "state.safetensors")
-        state = {
-            "step": run.step,
-            "kl_coef": run.kl_coef,
-            "before": run.before,
-            "scaler": run.scaler.state_dict(),
-            "optimizer": optimizer_values,
-        }
-        write_json(aside / "state.json", state)
-        seal_checkpoint(aside, run.config)
-    for old in sorted(folder.glob("step-*"))[: -run.config.save_total_limit]:
-        shutil.rmtree(old)
-
-
-def flat_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """{"optimizer.<parameter>.<name>": tensor or number}.
-
-    8-bit optimizers nest dictionaries in their states and share tensors between parameters, which
-    safetensors refuses: nested entries are lifted one level, as copies.
-    """
-    entries = {}
-    for n, state in optimizer.state_dict()["state"].items():
-        for name, value in state.items():
-            if not isinstance(value, dict):
-                entries[f"optimizer.{n}.{name}"] = value
-                continue
-            for inner_name, inner_value in value.items():
-                entries[f"optimizer.{n}.{inner_name}"] = inner_value.clone()
-    return entries
-
-
-def load_checkpoint(run: Run, folder: Path) -> None:
-    """Continue in place from a checkpoint of `save_checkpoint`."""
-    from safetensors.torch import load_file
-
-    tensors = load_file(folder / "state.safetensors")
-    values = json.loads((folder / "state.json").read_text())
-    with torch.no_grad():
-        for n, parameter in enumerate(run.parameters):
-            parameter.copy_(tensors[f"policy.{n}"])
-    if run.value_head is not None:
-        head = {name: tensors[f"head.{name}"] for name in run.value_head.state_dict()}
-        run.value_head.load_state_dict(head)
-    states: dict[int, dict[str, Any]] = {}
-    for key, value in (tensors | values["optimizer"]).items():
-        if key.startswith("optimizer."):
-            _, n, name = key.split(".", 2)
-            states.setdefault(int(n), {})[name] = value
-    param_groups = run.optimizer.state_dict()["param_groups"]
-    run.optimizer.load_state_dict({"state": states, "param_groups": param_groups})
-    run.scaler.load_state_dict(values["scaler"])
-    run.step, run.kl_coef, run.before = values["step"], values["kl_coef"], values["before"]
-    for _ in range(run.step):
-        run.schedule.step()

@@ -1,4 +1,4 @@
-"""What a2c, ppo, trpo and grpo share of a rollout: options, prompts, sampling, scoring, log-probabilities.
+"""What a2c, ppo, trpo and grpo share: options, prompts, sampling, scoring, log-probabilities.
 
 Shapes: P prompts of a step, G completions of each, B = P * G completions, T tokens of the longest
 completion, N completion tokens in all, R rewards, V tokens of the vocabulary, H hidden units.
@@ -7,6 +7,7 @@ completion, N completion tokens in all, R rewards, V tokens of the vocabulary, H
 from __future__ import annotations
 
 import contextlib
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -48,7 +49,7 @@ from core.sampling import (
 
 # -- configuration ---------------------------------------------------------------------------------
 
-PROMPT_FORMATS = {  # name: required columns; of the formats that fit, the one with more columns wins
+PROMPT_FORMATS = {  # name: required columns; of several that fit, the one with more columns wins
     "prompt": ["prompt"],
     "messages": ["messages"],
     "question": ["question"],
@@ -79,41 +80,26 @@ class RLConfig(DataConfig, ScoringConfig, TrainingConfig):
     has_critic: ClassVar[bool] = False  # whether the algorithm learns a value function
     optimizes_policy: ClassVar[bool] = True  # false: the policy's step is not an optimizer's (TRPO)
 
-    prompt_dataset_path: str = (
-        ""  # .json, .jsonl, .csv or .parquet file, a folder of them, or a hub name
-    )
+    prompt_dataset_path: str = ""  # file (.json, .jsonl, .csv, .parquet), folder, or hub name
     validation_split: Share = 0.05  # fraction of rows held out for evaluation
-    max_seq_length: Count = (
-        1024  # tokens of prompt and completion; prompts that leave no room are dropped and counted
-    )
+    max_seq_length: Count = 1024  # tokens of prompt and completion; longer prompts are dropped
     # reward
-    missing_stop_penalty: NonNegative = (
-        0.0  # subtracted from the reward of a completion that never stops
-    )
+    missing_stop_penalty: NonNegative = 0.0  # subtracted where a completion never stops
     # rollout
     num_training_steps: Count = 100  # number of rollouts
     batch_size: Count = 16  # completions per step and process
     num_generations: Count = 1  # completions sampled for each prompt
-    generation_kwargs: Options = field(
-        default_factory=dict
-    )  # sampling options; defaults: {max_new_tokens: 64, temperature: 1, top_k: 0, top_p: 1}
-    mini_batch_size: Natural = (
-        0  # completions per forward and backward pass; 0 takes the whole batch
-    )
+    # sampling; the defaults are {max_new_tokens: 64, temperature: 1, top_k: 0, top_p: 1}
+    generation_kwargs: Options = field(default_factory=dict)
+    mini_batch_size: Natural = 0  # completions per backward pass; 0 takes the whole batch
     # learning-rate schedule
     warmup_ratio: Share = 0.0  # fraction of steps used for warm-up
     lr_scheduler_type: Scheduler = "linear"  # learning-rate schedule after warm-up
     # KL to the reference, the model that the run starts from
     init_kl_coef: NonNegative = 0.05  # weight beta of the KL penalty; 0 disables it
-    kl_penalty: Literal["kl", "abs", "mse", "k3", "full"] = (
-        "kl"  # estimator: k1, |k1|, k2, k3, or exact over the vocabulary
-    )
-    kl_in: Literal["reward", "loss"] = (
-        "reward"  # subtract the penalty from the reward of each token, or add it to the loss
-    )
-    target_kl: Positive | None = (
-        None  # KL per completion, in nats, to which beta is adapted; none keeps beta fixed
-    )
+    kl_penalty: Literal["kl", "abs", "mse", "k3", "full"] = "kl"  # k1, |k1|, k2, k3, or exact
+    kl_in: Literal["reward", "loss"] = "reward"  # part of each token's reward, or of the loss
+    target_kl: Positive | None = None  # adapt beta to this KL per completion, in nats; none: fixed
     kl_horizon: Positive = 10000.0  # horizon of the adaptive KL controller, in completions
     # evaluation and checkpoints
     eval_freq: Natural = 0  # evaluate every N steps; 0 evaluates only before and after training
@@ -126,7 +112,7 @@ class RLConfig(DataConfig, ScoringConfig, TrainingConfig):
 
     @property
     def trains_with_rl(self) -> bool:
-        """False where another recipe learns from the rewards (rlaif with feedback_mode=preference)."""
+        """False where DPO learns instead (rlaif with feedback_mode=preference)."""
         return True
 
     def __post_init__(self):
@@ -197,7 +183,8 @@ def to_prompt(row: dict, form: str, needs_answer: bool = False) -> dict:
     if form == "instruction-input":
         parts = [str(part) for part in (row["instruction"], row["input"]) if part]
         prompt = as_messages("\n\n".join(parts), "user")
-    while prompt and prompt[-1]["role"] == "assistant":  # an answer that the data already has
+    # An answer that the data already has is not for the policy to see.
+    while prompt and prompt[-1]["role"] == "assistant":
         prompt.pop()
     if not prompt:
         raise RowError("without a prompt")
@@ -233,7 +220,7 @@ def load_prompts(config: RLConfig) -> tuple[list[dict], list[dict], dict]:
 def encode_prompts(
     config: RLConfig, rows: list[dict], tokenizer, limit: int, what: str
 ) -> list[dict]:
-    """The rows with their token ids, without those whose prompt and completion exceed `limit` tokens."""
+    """The rows with token ids, without those whose prompt and completion exceed `limit` tokens."""
     max_prompt_length = limit - config.sampling["max_new_tokens"]
 
     def encode(row: dict) -> dict:
@@ -243,13 +230,13 @@ def encode_prompts(
 
 
 def prompt_sequences(config: RLConfig, row: dict, tokenizer) -> tuple[list[tuple], bool]:
-    """([(prompt ids, None)], False): what the checks before training look at (`BaseStage.sequences`)."""
+    """([(prompt ids, None)], False): what the checks before training look at."""
     limit = config.max_seq_length - config.sampling["max_new_tokens"]
     return [(encode_prompt(row, tokenizer, limit)["ids"], None)], False
 
 
 def estimate_work(config: RLConfig, prompt_lengths: Sequence[int]) -> tuple[int, float, float, int]:
-    """(steps, tokens, passes over a token, completions at a time) for the estimates before training."""
+    """(steps, tokens, passes over a token, completions at a time), for the dry run's estimates."""
     completions = config.num_training_steps * config.batch_size
     # A prompt is read once for all its completions.
     prompt_share = statistics.fmean(prompt_lengths) / config.num_generations
@@ -266,7 +253,7 @@ def estimate_work(config: RLConfig, prompt_lengths: Sequence[int]) -> tuple[int,
 class Policy:
     """The model that writes completions, the reference it is compared with, and its rewards."""
 
-    config: RLConfig
+    config: Any  # of the recipe: an RLConfig with its own options
     model: Any
     tokenizer: Any
     reward_functions: dict[str, Callable]
@@ -286,9 +273,10 @@ class Policy:
 
 @dataclass
 class Rollout:
-    """B completions of P prompts, and what is to be learnt from them. Tensors are on the model's device.
+    """B completions of P prompts, and what is to be learnt from them.
 
-    The algorithm fills in the fields that are None at first. `select` gives a mini-batch, which is
+    Tensors are on the model's device. The algorithm fills in the fields that are None at first.
+    `select` gives a mini-batch, which is
     a Rollout of fewer completions.
     """
 
@@ -321,7 +309,7 @@ class Rollout:
         rows = (
             prompts[:, None] * num_generations + torch.arange(num_generations)
         ).flatten()  # (b,)
-        tensors = {}
+        tensors: dict[str, Any] = {}
         for f in fields(self):
             value = getattr(self, f.name)
             if torch.is_tensor(value):
@@ -361,16 +349,18 @@ def sample_rollout(policy: Policy, rows: list[dict], uniforms: torch.Tensor) -> 
             num_generations,
         )
     texts, stopped = decode_completions(policy.tokenizer, completions)
-    groups = []
+    groups, rows_of_completions = [], []
     for p, row in enumerate(rows):
         answers = completions[p * num_generations : (p + 1) * num_generations]
         groups.append({"prompt": row["ids"], "answers": answers, "labels": answers})
+        rows_of_completions += [row] * num_generations
     device = policy.model.device
+    # The mask covers the stop token: to stop is an action, and has to be learnt.
     lengths = torch.tensor([len(ids) for ids in completions])  # (B,)
     mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (B, T)
     return Rollout(
         groups=groups,
-        rows=[row for row in rows for _ in range(num_generations)],
+        rows=rows_of_completions,
         texts=texts,
         mask=mask.to(device),
         lengths=lengths.to(device),
@@ -388,6 +378,7 @@ def score_rollout(policy: Policy, rollout: Rollout) -> None:
     rewards = score_completions(config, policy.reward_functions, rollout.rows, rollout.texts)
     rollout.rewards = rewards.to(device)
     rollout.scores = weighted_total(config, rewards).to(device)
+    # A completion without a verdict teaches nothing; a score of 0 would teach that it was bad.
     has_verdict = ~rollout.scores.isnan()
     rollout.used = rollout.mask.float() * has_verdict[:, None]
     rollout.seconds += time.perf_counter() - began
@@ -401,9 +392,7 @@ class TokenOutputs:
     """What a model says of the tokens of completions. Fields that were not asked for are None."""
 
     logps: torch.Tensor  # (B, T): log-probabilities of the tokens
-    entropy: torch.Tensor | None = (
-        None  # (B, T): of the distribution that each token was drawn from
-    )
+    entropy: torch.Tensor | None = None  # (B, T): of each token's distribution
     hidden: torch.Tensor | None = None  # (B, T, H): last hidden state before each token
     log_probs: torch.Tensor | None = None  # (N, V): log-probabilities of the whole vocabulary
 
@@ -418,7 +407,9 @@ def completion_outputs(
     """
     inputs = collate_answers(batch.groups, policy.shares_prompts)
     inputs = {name: value.to(policy.model.device) for name, value in inputs.items()}
-    model, switched_off = policy.model, contextlib.nullcontext()
+    model = policy.model
+    switched_off: Any = contextlib.nullcontext()
+    # With an adapter, the reference is the same model without it, and needs no memory of its own.
     if reference and policy.has_adapter:
         switched_off = without_adapter(policy.model)
     elif reference:
@@ -427,7 +418,8 @@ def completion_outputs(
         logits, hidden = answer_logits(model, inputs)  # (N, V), (N, H)
     targets = inputs["targets"][inputs["targets"] != IGNORE]  # (N,)
     temperature = policy.config.sampling["temperature"]
-    if temperature != 1:  # the policy is the distribution that is sampled (Huang et al. 2024)
+    # The policy is the distribution that is sampled, temperature included (Huang et al. 2024).
+    if temperature != 1:
         logits = logits / temperature
 
     def spread(values: torch.Tensor) -> torch.Tensor:
@@ -446,7 +438,8 @@ def completion_outputs(
     if "entropy" in extras:
         if "log_probs" in extras:
             entropy = entropy_of(outputs.log_probs)
-        else:  # in chunks, so that no second (N, V) is in memory
+        else:
+            # In chunks, so that no second (N, V) is in memory.
             chunks = logits.detach().split(TokenLogps.at_once(logits))
             entropy = torch.cat([entropy_of(chunk.float().log_softmax(-1)) for chunk in chunks])
         outputs.entropy = spread(entropy)
@@ -481,7 +474,7 @@ def check_sampled_logps(policy: Policy, rollout: Rollout) -> None:
     understood, ratios would be wrong from the first step on.
     """
     sampled = torch.zeros_like(rollout.old_logps)
-    flat_logps = [logp for logps in rollout.sampled_logps for logp in logps]
+    flat_logps = list(itertools.chain.from_iterable(rollout.sampled_logps))
     sampled[rollout.mask] = torch.tensor(flat_logps, device=sampled.device)
     gap = float((sampled - rollout.old_logps).abs().max())
     tolerance = 1e-2 if policy.model.dtype == torch.float32 else 1.0

@@ -34,6 +34,8 @@ import pandas as pd
 import reward
 import rlaif
 import sft
+
+import core.judge
 from core.data import load_dataset_from_path
 from core.statistics import confidence_interval
 

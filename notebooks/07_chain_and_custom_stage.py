@@ -258,12 +258,12 @@ pd.DataFrame({"answer": answers})
 
 # %%
 page = open("recipes/dpo.py").read()
-line = "    margin = beta * (chosen - rejected)\n"
+line = "    margin = config.beta * (chosen - rejected)\n"
 assert page.count(line) == 1
 with open(f"{OUT}/my_dpo.py", "w") as file:
     file.write(
         page.replace(
-            line, "    margin = beta * (chosen - rejected) - 1.0  # ahead by a nat at least\n"
+            line, "    margin = config.beta * (chosen - rejected) - 1.0  # ahead by a nat at least\n"
         )
     )
 mine = chain | {

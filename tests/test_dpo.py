@@ -1,4 +1,4 @@
-"""recipes/dpo.py: who is preferred, that sharing a prompt changes nothing, and that each loss is the one it claims."""
+"""recipes/dpo.py: which answer is preferred, shared prompts, and each loss by its formula."""
 
 import copy
 import itertools
@@ -16,6 +16,7 @@ from conftest import ROOT, make_model
 import common
 import core.data
 import core.logprobs
+import core.preferences
 from core.chat import IGNORE
 from core.errors import ConfigError, RowError
 
@@ -38,12 +39,15 @@ def config(tmp_path, **options):
     return dpo.DPOConfig(**defaults | options)
 
 
+def answered(text):
+    return [{"role": "assistant", "content": text}]
+
+
 def pair(question, good, bad, **more):
-    message = lambda role, text: [{"role": role, "content": text}]
     return {
-        "prompt": message("user", question),
-        "chosen": message("assistant", good),
-        "rejected": message("assistant", bad),
+        "prompt": [{"role": "user", "content": question}],
+        "chosen": answered(good),
+        "rejected": answered(bad),
         **more,
     }
 
@@ -66,7 +70,7 @@ def written(tmp_path, rows):
     return str(path)
 
 
-# -- data -------------------------------------------------------------------------------------------------------------
+# -- data ------------------------------------------------------------------------------------------
 
 ROWS = {
     "prompt-chosen-rejected": {"prompt": "3 pm?", "chosen": "15:00", "rejected": "3"},
@@ -109,7 +113,7 @@ def test_every_format_gives_the_same_pair(form, tmp_path):
             validation_split=0,
         )
     )
-    assert stage.load_data() == [[{"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}] * 2, []]
+    assert stage.load_data() == ([{"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}] * 2, [])
     assert stage.lineage["data"]["format"] == form
 
 
@@ -287,13 +291,13 @@ def test_truncation_keeps_the_wanted_side_and_says_what_it_cut(tokenizer, tmp_pa
     assert "of 3 rows, 2 prompts, 0 first and 0 second answers are cut" in caplog.text
 
 
-# -- log-probabilities ------------------------------------------------------------------------------------------------
+# -- log-probabilities -----------------------------------------------------------------------------
 
 
 def expected_logps(model, row):
     """By float64, one sequence at a time, from the plain definition."""
     exact, sums = copy.deepcopy(model).double(), []
-    for answer, labels in zip(row["answers"], row["labels"]):
+    for answer, labels in zip(row["answers"], row["labels"], strict=True):
         ids = torch.tensor([row["prompt"] + answer])
         dist = exact(ids).logits[0].log_softmax(-1)
         start = len(row["prompt"])
@@ -394,10 +398,12 @@ def test_token_logps_are_cross_entropy(dtype):
         (values * weights).sum().backward()
         results.append((values.detach(), leaf.grad.float()))
     tolerance = 1e-6 if dtype == torch.float32 else 2e-2
-    assert all(torch.allclose(ours, theirs, atol=tolerance) for ours, theirs in zip(*results))
+    (values, gradients), (their_values, their_gradients) = results
+    assert torch.allclose(values, their_values, atol=tolerance)
+    assert torch.allclose(gradients, their_gradients, atol=tolerance)
 
 
-# -- losses -----------------------------------------------------------------------------------------------------------
+# -- losses ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -459,7 +465,10 @@ def test_loss_and_gradient_are_those_of_stock_dpo_trainer(tokenizer, tmp_path, l
         assert metrics["margin"].item() != pytest.approx(0, abs=1e-3)
 
 
-sigma = lambda x: 1 / (1 + math.exp(-x))
+def sigma(x):
+    return 1 / (1 + math.exp(-x))
+
+
 W, L, NW, NL = -12.0, -14.5, 6, 5  # log-probabilities and lengths in tokens
 
 
@@ -494,20 +503,18 @@ W, L, NW, NL = -12.0, -14.5, 6, 5  # log-probabilities and lengths in tokens
 )
 def test_losses_are_the_printed_formulas(tmp_path, name, options, expected):
     logps, lengths = torch.tensor([[W, L]]), torch.tensor([[NW, NL]])
-    value = dpo.pair_loss(
-        name,
-        logps,
-        logps + 1.0 * (name == "sigmoid"),
-        lengths,
-        config(tmp_path, loss_type=[name], **options),
-    )
+    # Both answers have gained the same over the reference, which no loss may count as a margin.
+    pairs = dpo.PairLogps(logps, log_ratios=logps + 1.0, lengths=lengths)
+    settings = config(tmp_path, loss_type=[name], **options)
+    value = dpo.PAIR_LOSSES[name].compute(pairs, settings)
     assert value.item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_kto_is_the_printed_formula():
-    values = dpo.kto_loss(
-        torch.tensor([1.5, -0.5]), torch.tensor(0.4), torch.tensor([True, False]), 0.3, 1.2, 0.8
-    )
+def test_kto_is_the_printed_formula(tmp_path):
+    options = {"beta": 0.3, "desirable_weight": 1.2, "undesirable_weight": 0.8}
+    settings = config(tmp_path, loss_type=["kto"], **options)
+    log_ratio, z0 = torch.tensor([1.5, -0.5]), torch.tensor(0.4)
+    values = dpo.kto_loss(log_ratio, z0, torch.tensor([True, False]), settings)
     assert values.tolist() == pytest.approx(
         [1.2 * (1 - sigma(0.3 * 1.1)), 0.8 * (1 - sigma(0.3 * 0.9))]
     )
@@ -545,16 +552,8 @@ def test_kto_takes_its_reference_point_from_mismatched_answers(tokenizer, tmp_pa
 
 
 def test_kto_mismatches_answers_of_other_prompts(tokenizer, model, tmp_path, monkeypatch):
-    single = lambda n, good: {
-        "prompt": PAIRS[n]["prompt"],
-        "completion": PAIRS[n]["chosen" if good else "rejected"],
-        "label": good,
-    }
-    rows, seen, encode = (
-        [single(n, good) for n in range(4) for good in (True, False)],
-        [],
-        dpo.encode,
-    )
+    rows = core.preferences.split_pairs(PAIRS)
+    seen, encode = [], dpo.encode
     monkeypatch.setattr(dpo, "encode", lambda row, *rest: seen.append(row) or encode(row, *rest))
     (tmp_path / "out").mkdir()
     dpo.train(
@@ -576,9 +575,8 @@ def test_kto_mismatches_answers_of_other_prompts(tokenizer, model, tmp_path, mon
 
 
 def test_kto_mismatches_where_a_prompt_has_many_answers(tokenizer, model, tmp_path, monkeypatch):
-    say = lambda text: [{"role": "assistant", "content": text}]
     rows = [
-        {"prompt": PAIRS[n]["prompt"], "completion": say(f"{n} {k}"), "label": k % 2 == 0}
+        {"prompt": PAIRS[n]["prompt"], "completion": answered(f"{n} {k}"), "label": k % 2 == 0}
         for n in range(4)
         for k in range(8 - 2 * n)
     ]
@@ -623,7 +621,7 @@ def test_kl_is_that_of_the_distributions(tokenizer, tmp_path, monkeypatch):
     assert metrics["kl"].item() == pytest.approx(total / count, abs=1e-5)
 
 
-# -- training ---------------------------------------------------------------------------------------------------------
+# -- training --------------------------------------------------------------------------------------
 
 
 def lines(tmp_path):
@@ -727,8 +725,8 @@ def test_with_trained_biases_the_reference_is_a_copy(tokenizer, tmp_path):
 
 def test_a_tie_counts_half():
     assert (
-        dpo.wins(torch.tensor([2.0, 0.0, -1.0, 0.0])) == 0.5
-        and dpo.wins(torch.tensor([0.0])) == 0.5
+        dpo.pair_accuracy(torch.tensor([2.0, 0.0, -1.0, 0.0])) == 0.5
+        and dpo.pair_accuracy(torch.tensor([0.0])) == 0.5
     )
 
 
@@ -739,19 +737,18 @@ def test_a_policy_that_does_not_start_at_its_reference_is_stopped(tokenizer, mod
 
 
 def test_training_reaches_the_closed_form(tokenizer, model, tmp_path):
-    """On answers whose preferences are Bradley-Terry with rewards r, the optimum is pi_ref exp(r / beta) / Z."""
+    """With Bradley-Terry preferences of rewards r, the optimum is pi_ref exp(r / beta) / Z."""
     answers, strength, beta = ["one", "two", "three", "four"], [1, 2, 3, 6], 0.7  # r = log strength
     rows = [
         pair("Say", answers[a], answers[b])
         for a, b in itertools.permutations(range(4), 2)
         for _ in range(strength[a])
     ]
-    logps = lambda: torch.stack(
-        [
-            expected_logps(model, dpo.encode(pair("Say", a, "?"), tokenizer, config(tmp_path)))[0]
-            for a in answers
-        ]
-    )
+
+    def logps():
+        encoded_rows = encoded(tokenizer, tmp_path, [pair("Say", a, "?") for a in answers])
+        return torch.stack([expected_logps(model, row)[0] for row in encoded_rows])
+
     with torch.no_grad():
         optimum = (logps() + torch.tensor(strength).double().log() / beta).log_softmax(0)
         start = (optimum.exp() * (optimum - logps().log_softmax(0))).sum().item()

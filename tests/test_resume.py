@@ -15,7 +15,6 @@ import time
 import pytest
 import rl
 import sft
-import yaml
 from conftest import ROOT
 
 import core.checkpoints
@@ -25,6 +24,7 @@ import core.fingerprints
 import core.trainer
 from chain import Pipeline
 from core.errors import ConfigError
+from core.yaml_files import dump_yaml, load_yaml
 
 PAIRS = [
     {"prompt": f"Say {n}", "chosen": "yes " * (1 + n % 3), "rejected": "no " * (1 + n % 2)}
@@ -72,7 +72,7 @@ def pipeline(model_dir, data, tmp_path):
             "stages": [*stages],
             "stage_configs": stages,
         }
-        path.write_text(yaml.safe_dump(config))
+        path.write_text(dump_yaml(config))
         return str(path)
 
     return write_yaml
@@ -384,7 +384,7 @@ def test_a_run_begun_anew_goes_on_from_its_own_checkpoints(interrupted, caplog):
 
 def test_train_called_alone_does_not_go_on_from_a_run_with_other_options(interrupted):
     _, folder, _ = interrupted
-    options = yaml.safe_load((folder / "../whole/stage_config.yaml").read_text()) | {
+    options = load_yaml(folder / "../whole/stage_config.yaml") | {
         "output_dir": str(folder),
         "stage_name": "",
     }

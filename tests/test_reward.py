@@ -7,7 +7,7 @@ import dpo
 import pytest
 import reward
 import torch
-from test_dpo import PAIRS, pair, written
+from test_dpo import PAIRS, pair, sigma, written
 
 import chain
 import common
@@ -68,7 +68,6 @@ def encoded(tokenizer, pairs=PAIRS):
 
 
 def test_the_loss_is_the_printed_formula():
-    sigma = lambda x: 1 / (1 + math.exp(-x))
     values = reward.reward_loss(
         torch.tensor([1.5, -0.2]), torch.tensor([0.5, 0.3]), torch.tensor([0.0, 0.7]), 0.01
     )
@@ -129,7 +128,9 @@ def test_the_loss_does_not_mind_the_side_of_padding(tokenizer):
 
 
 def test_calibration_error_is_the_mean_gap_over_bins():
-    logit = lambda p: math.log(p / (1 - p))
+    def logit(p):
+        return math.log(p / (1 - p))
+
     margins = torch.tensor([logit(0.72)] * 7 + [-logit(0.72)] * 3 + [logit(0.96)] * 10)
     assert reward.calibration_error(margins) == pytest.approx(0.5 * 0.02 + 0.5 * 0.04, abs=1e-5)
     assert reward.calibration_error(-margins) == pytest.approx(0.5 * 0.42 + 0.5 * 0.96, abs=1e-5)
@@ -141,10 +142,9 @@ def test_rows_that_are_too_long_are_left_out(tokenizer):
 
 
 def test_what_the_siblings_share_is_the_same():
-    assert {
-        name: columns for name, columns in dpo.FORMATS.items() if name != "unpaired"
-    } == reward.FORMATS
-    assert dpo.OPTIONAL == reward.OPTIONAL
+    pair_formats = {name: columns for name, columns in dpo.FORMATS.items() if name != "unpaired"}
+    assert pair_formats == reward.FORMATS
+    assert dpo.to_pair is reward.to_pair
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""recipes/sft.py: what is a target, that the loss is right however rows are batched, and that a model learns to stop."""
+"""recipes/sft.py: which tokens are targets, the loss for any batching, and learning to stop."""
 
 import json
 
@@ -66,7 +66,7 @@ def targets(tokenizer, ids, labels):
     return stretches
 
 
-# -- targets ----------------------------------------------------------------------------------------------------------
+# -- targets ---------------------------------------------------------------------------------------
 
 
 def test_targets_are_the_answers_and_their_stop_tokens(tokenizer):
@@ -74,7 +74,7 @@ def test_targets_are_the_answers_and_their_stop_tokens(tokenizer):
     assert targets(tokenizer, ids, labels) == ["Uno.<|im_end|>", "Dos, my friend.<|im_end|>"]
     rendered = tokenizer.apply_chat_template(CHAT, tokenize=False)
     assert tokenizer.decode(ids) == rendered.removesuffix("\n")  # nothing added, nothing lost
-    assert all(label in (IGNORE, token) for token, label in zip(ids, labels))
+    assert all(label in (IGNORE, token) for token, label in zip(ids, labels, strict=True))
 
 
 def test_unicode_and_special_texts_are_exact_targets(tokenizer):
@@ -150,8 +150,8 @@ PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     "template, turns, said",
     [
         (
-            "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-            + MESSAGE,
+            "{% if messages[0]['role'] == 'system' %}"
+            "{{ raise_exception('System role not supported') }}{% endif %}" + MESSAGE,
             CHAT,
             "refuses: System role",
         ),
@@ -164,7 +164,8 @@ PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
         (
             MESSAGE.replace(
                 "CONTENT",
-                "m['content'] if loop.last or m['role'] == 'user' else m['content'].split('</think>')[-1]",
+                "m['content'] if loop.last or m['role'] == 'user' "
+                "else m['content'].split('</think>')[-1]",
             ),
             [*CHAT[1:2], {"role": "assistant", "content": "<think>long</think>Uno."}, *CHAT[3:]],
             "earlier turns the chat template changes",
@@ -191,7 +192,7 @@ def test_a_row_that_the_template_would_garble_is_left_out(
 
 
 def test_several_turns_by_phi_are_left_out_and_one_is_learnt(tokenizer):
-    """Its template, and TRL's version of it, end every conversation in a token that is not there when another turn follows."""
+    """Its template, and TRL's version, end a chat in a token that a further turn removes."""
     import copy
     from pathlib import Path
 
@@ -210,7 +211,8 @@ def test_several_turns_by_phi_are_left_out_and_one_is_learnt(tokenizer):
         ("qwen3_5_think.jinja", "<think>\nlong\n</think>\n\nUno.", "long\n</think>\n\nUno."),
         ("qwen3_5_nothink.jinja", "<think>\n\n</think>\n\nUno.", "Uno."),
         (
-            "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}",
+            "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+            "{% if add_generation_prompt %}assistant:{% endif %}",
             "Uno.<|endoftext|>",
             "Uno.",
         ),
@@ -298,7 +300,7 @@ def test_text_begins_as_the_tokenizer_begins_texts(tokenizer):
         ).tolist() == [True] + [False] * (len(piece["labels"]) - 1)
 
 
-# -- data formats -----------------------------------------------------------------------------------------------------
+# -- data formats ----------------------------------------------------------------------------------
 
 ALPACA = {"instruction": "Add.", "input": "1 2", "output": "3"}
 SHAREGPT = {
@@ -380,13 +382,15 @@ def test_every_file_of_a_folder_is_read_but_hidden_ones(tmp_path, kind):
 
 
 def test_texts_and_numbers_are_as_they_stand(tmp_path):
-    read = lambda name, text: (
-        (tmp_path / name).write_text(text)
-        and [*core.data.load_dataset_from_path(str(tmp_path / name))]
-    )
+    def read(name, text):
+        path = tmp_path / name
+        path.write_text(text)
+        return list(core.data.load_dataset_from_path(str(path)))
+
     numbers = read(
         "a.jsonl",
-        '{"question": "a", "answer": 7}\n{"question": "b", "answer": 7.5}\n{"question": NaN, "answer": null}\n',
+        '{"question": "a", "answer": 7}\n{"question": "b", "answer": 7.5}\n'
+        '{"question": NaN, "answer": null}\n',
     )
     assert [str(row["answer"]) for row in numbers] == ["7", "7.5", "None"] and numbers[2][
         "question"
@@ -540,7 +544,7 @@ def test_a_prompt_with_many_rows_is_not_held_out_in_place_of_few(counts, share, 
         assert len(train) + len(held_out) == sum(counts) and 0 < len(held_out) <= wanted
 
 
-# -- mathematics ------------------------------------------------------------------------------------------------------
+# -- mathematics -----------------------------------------------------------------------------------
 
 
 def gradient(model, value):
@@ -732,8 +736,10 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(tokenizer
 
 @pytest.mark.parametrize("options", [{}, {"lora_r": 0}])
 def test_after_training_nothing_of_its_precision_stays(tokenizer, tmp_path, options):
-    """accelerate puts autocast around the model, and would leave it there for the stages to come. While it is there, the
-    inputs of the adapter's 14 layers are cast by it alone, and not by peft before."""
+    """accelerate puts autocast around the model, and would leave it there for later stages.
+
+    While it is there, it alone casts the inputs of the adapter's 14 layers, and not peft before it.
+    """
     settings, rows = (
         config(tmp_path, torch_dtype="bfloat16", max_steps=1, **options),
         rows_of(tokenizer, *LENGTHS),
@@ -763,7 +769,7 @@ def test_after_training_nothing_of_its_precision_stays(tokenizer, tmp_path, opti
 
 
 def test_a_model_trained_before_trains_under_autocast_again(tokenizer, tmp_path):
-    """accelerate marks what it has prepared, and would pass it over, as it stands or under an adapter."""
+    """accelerate marks the models it has prepared, and would skip them a second time."""
     model, rows, seen = make_model(tokenizer), rows_of(tokenizer, *LENGTHS), []
     model.model.norm.register_forward_pre_hook(
         lambda *_: seen.append(torch.is_autocast_enabled("cpu"))
@@ -802,8 +808,9 @@ def test_resuming_gives_bitwise_the_undisturbed_run(tokenizer, tmp_path):
     assert all(
         torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items()
     )
-    drop = lambda lines: [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in lines]
-    assert drop(again) == drop(lines)
+    for line in [*again, *lines]:
+        line.pop("tokens_per_s", None)
+    assert again == lines
 
 
 def test_best_model_early_stopping_and_the_learning_rate(tokenizer, tmp_path):

@@ -1,0 +1,299 @@
+"""Rows of preferences: to pairs or single answers, to tokens, and how often the right answer wins.
+
+A pair is {"prompt", "chosen", "rejected"}, a single answer {"prompt", "completion", "label"}. These
+are lists of messages, except the label, which is true where the answer is desirable.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from core.chat import IGNORE, as_messages, encode_turns, render_turns
+from core.errors import ConfigError, RowError
+from core.runtime import logger
+
+# Name of a format: the columns it needs. Where several fit, the one with more columns is used.
+PAIR_FORMATS = {
+    "prompt-chosen-rejected": ["prompt", "chosen", "rejected"],
+    "chosen-rejected": ["chosen", "rejected"],
+    "instruction-chosen-rejected": ["instruction", "chosen", "rejected"],
+    "instruction-preferred-rejected": ["instruction", "preferred", "rejected"],
+    "question-good-bad": ["question", "good_answer", "bad_answer"],
+    "conversations-chosen-rejected": ["conversations", "chosen", "rejected"],
+    "input-outputs-preference": ["input", "output_1", "output_2", "preference"],
+    "question-answers-preference": ["question", "answer_a", "answer_b", "preference"],
+}
+UNPAIRED_FORMATS = {"unpaired": ["prompt", "completion", "label"]}
+
+# Columns that join the prompt of a format if the data has them.
+OPTIONAL_COLUMNS = {
+    "instruction-chosen-rejected": ["input"],
+    "instruction-preferred-rejected": ["input"],
+    "input-outputs-preference": ["instruction"],
+}
+
+LABELS = {"true": True, "1": True, "false": False, "0": False}
+
+
+# -- rows to messages ------------------------------------------------------------------------------
+
+
+def to_pair(row: dict, form: str) -> dict:
+    """Convert a row to a pair; raises RowError if it shows no preference between two answers.
+
+    Answers may be texts, messages, or whole conversations that repeat the prompt. The prompt of the
+    pair is what both conversations begin with.
+    """
+    columns = [column for column in PAIR_FORMATS[form] if column != "preference"]
+    *prompt_columns, chosen_column, rejected_column = columns
+    prompt = read_prompt(row, form, prompt_columns)
+    if "preference" in PAIR_FORMATS[form] and prefers_second(row, chosen_column, rejected_column):
+        chosen_column, rejected_column = rejected_column, chosen_column
+
+    chosen = as_conversation(prompt, row[chosen_column])
+    rejected = as_conversation(prompt, row[rejected_column])
+    # A system message of the prompt, for example, must not get lost.
+    if not texts_of(prompt) <= texts_of(chosen) & texts_of(rejected):
+        raise RowError("whose prompt is not in its answers, which are whole conversations")
+    if chosen == rejected:
+        raise RowError("with identical answers")
+
+    # Several turns may come before the answers differ: all of them are the prompt.
+    start = common_prefix_length(chosen, rejected)
+    answers = {"chosen": chosen[start:], "rejected": rejected[start:]}
+    if not start or not all(is_answer(answer) for answer in answers.values()):
+        raise RowError("whose answers do not follow one prompt")
+    return {"prompt": chosen[:start], **answers}
+
+
+def read_prompt(row: dict, form: str, prompt_columns: list[str]) -> list[dict]:
+    """The messages of a row's prompt column; none if its answers are whole conversations."""
+    if not prompt_columns:
+        return []
+    (column,) = prompt_columns
+    prompt = as_messages(row[column], "user")
+    if form in OPTIONAL_COLUMNS:
+        parts = [row.get("instruction"), row.get("input")]
+        texts = [str(part) for part in parts if part]
+        prompt[0]["content"] = "\n\n".join(texts)
+    return prompt
+
+
+def prefers_second(row: dict, first_column: str, second_column: str) -> bool:
+    """Whether the column "preference" names the second answer, by number, letter or column."""
+    preference = as_code(row["preference"])
+    if preference in ("1", "a", first_column):
+        return False
+    if preference in ("2", "b", second_column):
+        return True
+    valid = f"1, 2, a, b, {first_column}, {second_column}"
+    reason = f"whose preference is {row['preference']!r}, not one of {valid}"
+    if preference == "0":
+        # In data coded by 0 and 1, a 1 is the second answer: if only the rows of 0 were left out,
+        # all others would be read the wrong way round.
+        raise ConfigError(f"a row {reason}; write 1 for the first and 2 for the second answer")
+    raise RowError(reason)
+
+
+def as_code(value) -> str:
+    """A preference or label as lower-case text; a column of numbers may hold 1.0 for 1."""
+    text = str(value).lower()
+    return text.removesuffix(".0")
+
+
+def as_conversation(prompt: list[dict], answer) -> list[dict]:
+    """Prompt and answer as one conversation, whether or not the answer repeats the prompt."""
+    messages = as_messages(answer, "assistant")
+    if messages[0]["role"] == "assistant":
+        return prompt + messages
+    return messages
+
+
+def texts_of(messages: list[dict]) -> set[str]:
+    contents = [message["content"] for message in messages]
+    return set(map(str.strip, contents))
+
+
+def common_prefix_length(first: list, second: list) -> int:
+    for index, (one, other) in enumerate(zip(first, second, strict=False)):
+        if one != other:
+            return index
+    return min(len(first), len(second))
+
+
+def is_answer(messages: list[dict]) -> bool:
+    return bool(messages) and messages[0]["role"] == "assistant"
+
+
+def to_single(row: dict) -> dict:
+    """Convert an unpaired row to a single answer; raises RowError if its label is not a boolean."""
+    label = as_code(row["label"])
+    if label not in LABELS:
+        raise RowError(f"whose label is {row['label']!r}, not true or false")
+    prompt = as_messages(row["prompt"], "user")
+    completion = as_messages(row["completion"], "assistant")
+    return {"prompt": prompt, "completion": completion, "label": LABELS[label]}
+
+
+def split_pairs(pairs: list[dict]) -> list[dict]:
+    """Each pair as two single answers: the chosen one desirable, the rejected one not."""
+    rows = []
+    for pair in pairs:
+        prompt = pair["prompt"]
+        rows.append({"prompt": prompt, "completion": pair["chosen"], "label": True})
+        rows.append({"prompt": prompt, "completion": pair["rejected"], "label": False})
+    return rows
+
+
+def add_mismatched_answers(rows: list[dict]) -> list[dict]:
+    """Give each row of KTO an answer to another prompt as "mismatched", to estimate z0 from."""
+
+    def prompt_of(row: dict) -> str:
+        return str(row["prompt"])
+
+    # Rows of one prompt become neighbours: a shift by the largest group leads out of every group.
+    rows = sorted(rows, key=prompt_of)
+    group_sizes = Counter(map(prompt_of, rows))
+    shift = max(group_sizes.values())
+    mismatched_rows = []
+    for index, row in enumerate(rows):
+        other = rows[(index + shift) % len(rows)]
+        mismatched_rows.append({**row, "mismatched": other["completion"]})
+    return mismatched_rows
+
+
+# -- messages to tokens ----------------------------------------------------------------------------
+
+
+def encode_answers(
+    prompt: list[dict], answers: list[list[dict]], tokenizer
+) -> tuple[list[int], list[tuple[list[int], list[int]]]]:
+    """Tokenize a prompt and answers to it: (prompt ids (P,), [(ids, labels) of each answer]).
+
+    Labels are IGNORE where the assistant does not speak. Raises RowError if the prompt has other
+    tokens before one answer than before another.
+    """
+    prompts = []
+    encoded_answers = []
+    for answer in answers:
+        ids, labels = encode_conversation(prompt, answer, tokenizer)
+        is_target = [label != IGNORE for label in labels]
+        start = is_target.index(True)
+        prompts.append(ids[:start])
+        encoded_answers.append((ids[start:], labels[start:]))
+    first_prompt = prompts[0]
+    if any(ids != first_prompt for ids in prompts):
+        raise RowError("whose prompt is tokenized differently before the two answers")
+    return first_prompt, encoded_answers
+
+
+def encode_conversation(
+    prompt: list[dict], answer: list[dict], tokenizer
+) -> tuple[list[int], list[int]]:
+    """(ids, labels) of prompt and answer as one text. Answers within the prompt are not targets."""
+    roles = [message["role"] for message in prompt]
+    num_earlier_answers = roles.count("assistant")
+    pieces_of_prompt = 3 * num_earlier_answers  # render_turns gives three pieces for each of them
+    pieces = []
+    for number, (text, is_target) in enumerate(render_turns(tokenizer, prompt + answer)):
+        pieces.append((text, is_target and number >= pieces_of_prompt))
+    return encode_turns(tokenizer, pieces)
+
+
+def truncate_answers(
+    prompt: list[int], answers: list[tuple[list[int], list[int]]], tokenizer, config
+) -> dict:
+    """Fit a result of `encode_answers` into `max_prompt_length` and `max_seq_length` of `config`.
+
+    Returns {"prompt", "answers", "labels", "cut"}: whether the prompt and each answer were cut.
+    Raises RowError if the prompt leaves no room for an answer.
+    """
+    short_prompt = truncate_prompt(prompt, tokenizer, config)
+    max_length = config.max_seq_length - len(short_prompt)
+    if max_length < 1:
+        raise RowError(
+            f"whose prompt leaves no room for an answer within {config.max_seq_length} tokens"
+        )
+    short_answers = [ids[:max_length] for ids, _ in answers]
+    short_labels = [labels[:max_length] for _, labels in answers]
+    cut = [short_prompt != prompt]
+    cut += [len(ids) > max_length for ids, _ in answers]
+    return {
+        "prompt": short_prompt,
+        "answers": short_answers,
+        "labels": short_labels,
+        "cut": tuple(cut),
+    }
+
+
+def truncate_prompt(ids: list[int], tokenizer, config) -> list[int]:
+    """At most `max_prompt_length` tokens of a prompt, without those on `truncation_side`."""
+    max_length = config.max_prompt_length or len(ids)
+    if len(ids) <= max_length:
+        return ids
+    if config.truncation_side == "right":
+        return ids[:max_length]
+    # BOS stays where a prompt begins with it: models rely on their first token.
+    bos = []
+    if ids[0] == tokenizer.bos_token_id:
+        bos = ids[:1]
+    num_dropped = len(ids) - max_length + len(bos)
+    return bos + ids[num_dropped:]
+
+
+def count_truncated(encoded: list[dict], name: str) -> None:
+    """Warn about rows of `truncate_answers` that were cut."""
+    num_cut = torch.tensor([row["cut"] for row in encoded]).sum(0)  # (3,)
+    if num_cut.any():
+        logger.warning(
+            "%s: of %d rows, %d prompts, %d first and %d second answers are cut to "
+            "max_prompt_length or max_seq_length",
+            name,
+            len(encoded),
+            *num_cut.tolist(),
+        )
+
+
+# -- batches ---------------------------------------------------------------------------------------
+
+
+def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def compute_in_batches(
+    compute: Callable[[list], Tensor], rows: list[dict], batch_size: int, device: torch.device
+) -> Tensor:
+    """`compute(rows)` over all rows, (len(rows), ...); each process takes some of the batches."""
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    def num_tokens(index: int) -> int:
+        return len(rows[index]["input_ids"])
+
+    # By length, so that batches need little padding.
+    order = sorted(range(len(rows)), key=num_tokens)
+    starts = range(0, len(rows), batch_size)
+    process = PartialState(cpu=device.type == "cpu")
+    results = []
+    for start in starts[process.process_index :: process.num_processes]:
+        indices = order[start : start + batch_size]
+        batch = [rows[index] for index in indices]
+        results += zip(indices, compute(batch), strict=True)
+    # Back to the order of the rows.
+    by_index = dict(gather_object(results))
+    return torch.stack([by_index[index] for index in range(len(rows))])
+
+
+# -- metrics ---------------------------------------------------------------------------------------
+
+
+def pair_accuracy(margins: Tensor) -> Tensor:
+    """Fraction of margins (B,) above 0; a tie counts half."""
+    wins = (margins > 0).float().mean()
+    ties = (margins == 0).float().mean()
+    return wins + ties / 2
