@@ -18,8 +18,9 @@ class Representer(SafeRepresenter):
 
     def represent_float(self, data: float) -> Any:
         node = super().represent_float(data)
+        # YAML 1.1 takes 5e-05 for a text, and 5.0e-05 for a number.
         if "." not in node.value:
-            node.value = node.value.replace("e", ".0e")  # 5e-05 would be a text there
+            node.value = node.value.replace("e", ".0e")
         return node
 
 
@@ -27,6 +28,7 @@ Representer.add_representer(float, Representer.represent_float)
 
 
 def make_yaml() -> Any:
+    # `safe` builds no objects of other types; only the pure Python reader knows YAML 1.2.
     yaml: Any = YAML(typ="safe", pure=True)
     yaml.Representer = Representer
     yaml.default_flow_style = False
@@ -37,7 +39,8 @@ def make_yaml() -> Any:
 def describe_yaml_error(error: YAMLError) -> str:
     """What is wrong, without the values around it: they may be secrets."""
     problem = getattr(error, "problem", None) or "invalid syntax"
-    return problem.split(" with value ")[0]  # of a key that stands twice
+    # For a duplicate key the message goes on with both values.
+    return problem.split(" with value ")[0]
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
