@@ -165,7 +165,7 @@ def load_reward_model(config: ScoringConfig) -> Callable:
 
         # The score is that of the last token that is not padding, so no text may have the padding
         # token.
-        used_tokens = {token for row in rows for token in row}
+        used_tokens = set().union(*rows)
         model.config.pad_token_id = min(set(range(model.config.vocab_size)) - used_tokens)
         tensors = [torch.tensor(row, device=model.device) for row in rows]
         masks = [torch.ones_like(tensor) for tensor in tensors]

@@ -92,7 +92,8 @@ class RLConfig(DataConfig, ScoringConfig, TrainingConfig):
     # sampling; the defaults are {max_new_tokens: 64, temperature: 1, top_k: 0, top_p: 1}
     generation_kwargs: Options = field(default_factory=dict)
     mini_batch_size: Natural = 0  # completions per backward pass; 0 takes the whole batch
-    # learning-rate schedule
+    # learning rate
+    learning_rate: Positive | None = None  # peak rate; none: 1e-4 for LoRA, 1e-6 for all weights
     warmup_ratio: Share = 0.0  # fraction of steps used for warm-up
     lr_scheduler_type: Scheduler = "linear"  # learning-rate schedule after warm-up
     # KL to the reference, the model that the run starts from

