@@ -14,6 +14,7 @@ StageResults.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -488,11 +489,17 @@ class Pipeline:
             shutil.copy(last, final)
             return
         with atomic_folder(folder) as temporary:
-            copy = {"src": result.model_path, "dst": temporary, "ignore": NOT_IN_FINAL}
+            copy = functools.partial(
+                shutil.copytree,
+                result.model_path,
+                temporary,
+                ignore=NOT_IN_FINAL,
+                dirs_exist_ok=True,
+            )
             try:
-                shutil.copytree(**copy, dirs_exist_ok=True, copy_function=os.link)
+                copy(copy_function=os.link)
             except shutil.Error:  # no hard links here
-                shutil.copytree(**copy, dirs_exist_ok=True)
+                copy()
 
     def clean_up(self, last: StageResult) -> None:
         """Delete weights and checkpoints of the stages; the last model's only if OUT/final has it.

@@ -22,7 +22,7 @@ from pydantic import TypeAdapter
 from core import checkpoints
 from core.chat import prepare_tokenizer, stop_tokens
 from core.checks import check_encoded_rows, describe_stage, estimate_fit
-from core.cli import option_help, read_command_line
+from core.cli import help_text, read_command_line
 from core.config import ModelConfig, StageConfig, TrainingConfig
 from core.errors import ConfigError, as_config_error
 from core.files import atomic_folder, cached_folder, check_disk_space
@@ -550,11 +550,11 @@ def save_model(model, tokenizer, folder: str) -> str:
 
 def main(stage_class: type[BaseStage], doc: str) -> None:
     """The command line of a recipe. Exit status 0: done; 1: the stage failed; 2: invalid input."""
-    if {"-h", "--help"} & set(sys.argv):
-        print(f"{doc.strip()}\n\n{option_help(stage_class.config_class)}")
-        return
     exit_on_signals()
     try:
+        if {"-h", "--help"} & set(sys.argv):
+            print(help_text(stage_class, doc, sys.argv[1:]))
+            return
         stage, dry_run = build_stage(stage_class, sys.argv[1:])
         if dry_run:
             log_dry_run(stage)

@@ -23,7 +23,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from core.run_folder import LogEntry, Stage, dump_yaml, is_number, read_run
+from core.run_folder import LogEntry, Stage, is_number, read_run
+from core.yaml_files import dump_yaml
 
 MAIN_CURVES = (  # shown at once, in this order; the others unfold
     "loss",
@@ -190,7 +191,7 @@ def collect_lines(group: Mapping[str, Stage]) -> dict[str, list[Line]]:
     charts: dict[str, list[Line]] = {}
     comparing = len(group) > 1
     for run, (label, stage) in enumerate(group.items()):
-        names = {name for row in stage.curves for name in row} - {"step", "epoch"}
+        names = set().union(*stage.curves) - {"step", "epoch"}
         for name in sorted(names, key=evaluations_last):
             lines = charts.setdefault(re.sub("^(eval_)?(chosen_|rejected_)?", "", name), [])
             # Of two runs each has its colours; otherwise the lines of a chart take turns.
@@ -221,9 +222,10 @@ def evaluations_last(name: str) -> tuple[bool, str]:
 
 def build_chart(title: str, lines: list[Line]) -> Chart:
     """Lines with their positions in the chart, and round numbers at the axes."""
-    points = [point for line in lines for point in line.points]
-    steps = [step for step, _ in points]
-    values = [value for _, value in points]
+    steps, values = [], []
+    for line in lines:
+        steps += [step for step, _ in line.points]
+        values += [value for _, value in line.points]
     first, last = min(steps), max(steps)
     y_numbers = round_numbers(min(values), max(values))
     bottom, top = y_numbers[0], y_numbers[-1]

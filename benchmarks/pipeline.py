@@ -21,11 +21,11 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import compare
 import sft
-import yaml
 
 import common
 from core.config import ModelConfig
 from core.files import write_jsonl
+from core.yaml_files import dump_yaml
 
 HOME = Path("outputs/benchmark/pipeline").resolve()
 DATA = HOME / "data"
@@ -148,7 +148,7 @@ def recipe(rows: int, pairs: int, steps: int) -> tuple[int, float]:
     """(rows, pairs and completions; seconds) of chain.py."""
     prepare(rows, pairs)
     path = HOME / "pipeline.yaml"
-    path.write_text(yaml.safe_dump(pipeline_config(steps)))
+    path.write_text(dump_yaml(pipeline_config(steps)))
     seconds = timed_run([sys.executable, "chain.py", str(path)], Path.cwd())
     return count_work(rows, pairs, steps), seconds
 

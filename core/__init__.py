@@ -1,1 +1,1 @@
-"""What stands behind the recipes, one subject a file. Nothing here imports common.py or a recipe."""
+"""What the recipes build on, one subject a file. Nothing here imports common.py or a recipe."""

@@ -17,13 +17,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from core.config import StageConfig, TrainingConfig
 from core.errors import ConfigError, as_config_error
 from core.files import file_digest, find_damage, write_json
 from core.fingerprints import describe_differences, fingerprinted_options
 from core.runtime import default_device, is_main_process, is_sharded, logger, wait_for_everyone
+from core.yaml_files import dump_yaml
 
 RECORDED_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets")
 
@@ -205,7 +204,7 @@ def write_stage_record(config: StageConfig, result: Any, lineage: Mapping[str, A
     if not is_main_process():
         return
     folder = Path(config.output_dir)
-    options = yaml.safe_dump(asdict(config), sort_keys=False)
+    options = dump_yaml(asdict(config))
     (folder / "stage_config.yaml").write_text(options, encoding="utf-8")
     versions = {"python": sys.version.split()[0]}
     versions |= {name: version(name) for name in RECORDED_PACKAGES}

@@ -7,6 +7,7 @@ import inspect
 import io
 import re
 import shutil
+import sys
 import textwrap
 import tokenize
 from collections import Counter
@@ -354,3 +355,18 @@ def format_group(heading: str, lines: Sequence[tuple[str, str]]) -> str:
         # `fill` of an empty text is empty.
         formatted.append(wrapped or start.rstrip())
     return "\n".join(line for line in formatted if line)
+
+
+def help_text(stage_class: Any, doc: str, arguments: Sequence[str]) -> str:
+    """The docstring of a recipe and its options.
+
+    Of a page that stands for several recipes, such as rl.py, an option may choose the one to show:
+    `--algorithm=grpo --help`.
+    """
+    others = [argument for argument in arguments if argument not in ("-h", "--help")]
+    _, options = read_command_line(others)
+    if options:
+        chosen, _ = stage_class.resolve(options)
+        if chosen is not stage_class:
+            stage_class, doc = chosen, sys.modules[chosen.__module__].__doc__
+    return f"{doc.strip()}\n\n{option_help(stage_class.config_class)}"

@@ -21,27 +21,22 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
-import yaml
 from annotated_types import Ge, Gt, Lt, MinLen
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+)
 
 from core.errors import ConfigError, unknown_name
 from core.files import find_damage
 from core.runtime import compute_dtype, default_device, warn_once
+from core.yaml_files import parse_yaml
 
 # ---- text to values ------------------------------------------------------------------------------
-
-
-def parse_yaml(value: Any) -> Any:
-    """A value written as YAML text; anything but text is returned as it is."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        # The whole message would repeat the value, which may be a secret.
-        reason = getattr(error, "problem", None) or "invalid syntax"
-        raise ValueError(f"not valid YAML: {reason}") from None
 
 
 def split_names(value: Any) -> Any:
@@ -63,7 +58,7 @@ as_yaml = BeforeValidator(parse_yaml)
 Names = Annotated[list[str], comma_separated]
 Folder = Annotated[str, MinLen(1), AfterValidator(os.path.expanduser)]
 Trackers = Annotated[list[Literal["tensorboard", "wandb", "trackio"]], comma_separated]
-Switch = Annotated[bool | str, as_yaml]
+Switch = Annotated[bool | str, Field(union_mode="left_to_right")]
 LayerInterval = Annotated[Natural, as_yaml]
 Options = Annotated[dict[str, Any], as_yaml]
 Sentences = Annotated[list[str], as_yaml]

@@ -11,6 +11,7 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
 from typing import Any
 
+from core import function_server
 from core.errors import as_config_error
 from core.runtime import logger
 
@@ -20,7 +21,7 @@ START_SECONDS = 300  # a function's file may import torch on a slow disk
 # standard library's, the second would need another working directory than the user's.
 SERVE = (
     "import sys; sys.path.insert(0, sys.argv[1]); "
-    "from core.function_server import serve; serve(*sys.argv[2:])"
+    f"from {function_server.__name__} import serve; serve(*sys.argv[2:])"
 )
 
 

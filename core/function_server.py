@@ -33,6 +33,7 @@ def serve(path: str, name: str) -> None:
 
 def load_function(path: str, name: str) -> Any:
     """The function `name` of the file at `path`."""
+    # A file anywhere, by its path: its folder need not be on sys.path.
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module

@@ -25,6 +25,7 @@ CONSTITUTION = [
 ]
 # Kept answers to older prompts are not used: raise the version with every change of a prompt.
 PROMPT_VERSION = "2"
+# The scale on which a judge grades an answer; `parse_score` maps it to 0 ... 1.
 SCORE_RANGE = (1, 10)
 
 WIN, LOSS, TIE = 1.0, 0.0, 0.5
@@ -113,6 +114,7 @@ def verdict_prompt(
 def parse_verdict(text: str, mark: str) -> str | None:
     """A or B, from the last line that is a verdict with this mark, also in bold; None if there is
     none."""
+    # The last one counts: reasons come first, and may quote the question.
     verdicts = re.findall(rf"^\W*Verdict {mark}:[ *_]*([AB])\W*$", text, re.MULTILINE)
     return verdicts[-1] if verdicts else None
 
@@ -143,6 +145,7 @@ def parse_score(text: str, mark: str) -> float | None:
     scores = re.findall(pattern, text, re.MULTILINE)
     if not scores:
         return None
+    # A full stop after the number is no decimal point.
     number = scores[-1].rstrip(".")
     if not re.fullmatch(r"\d+", number):
         return None

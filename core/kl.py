@@ -62,7 +62,8 @@ def kl_loss(
 
 def exact_kl(log_probs: torch.Tensor, ref_log_probs: torch.Tensor) -> torch.Tensor:
     """(N,): KL(pi || pi_ref) of whole distributions, given as log-probabilities (N, V)."""
-    return (log_probs.exp() * (log_probs - ref_log_probs)).sum(-1)
+    log_ratios = log_probs - ref_log_probs
+    return (log_probs.exp() * log_ratios).sum(-1)
 
 
 def next_kl_coef(kl_coef: float, kl: float, target: float, share: float) -> float:
@@ -73,7 +74,8 @@ def next_kl_coef(kl_coef: float, kl: float, target: float, share: float) -> floa
     """
     error = kl / target - 1
     clipped_error = min(max(error, -0.2), 0.2)
-    return kl_coef * (1 + clipped_error * min(share, 1))
+    change = clipped_error * min(share, 1)
+    return kl_coef * (1 + change)
 
 
 # -- the penalty, as the options of RLConfig say ---------------------------------------------------
@@ -106,6 +108,6 @@ def kl_in_loss(
 
 
 def loss_needs_log_probs(config) -> bool:
-    """Whether the loss of ppo, a2c or grpo reads the distribution over the whole vocabulary at every token."""
+    """Whether the loss of ppo, a2c or grpo reads whole distributions over the vocabulary."""
     exact = config.kl_in == "loss" and config.kl_penalty == "full" and config.init_kl_coef > 0
     return exact or config.entropy_coef > 0

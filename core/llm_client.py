@@ -458,8 +458,7 @@ class LLMClient:
         return None
 
     def note_status(self, error: Any) -> None:
-        """Note what the server said with an error status, and halt the calls if it will not change
-        its mind."""
+        """Note the reason in an error status; halt all calls if a retry cannot help."""
         # error.message is empty unless the body has the form of OpenAI's errors.
         body = " ".join(self.without_secret(error.response.text).split())
         self.last_problem = f"{error.status_code}: {body[:300] or error.message}"

@@ -37,13 +37,16 @@ class TeacherConfig(LLMClientConfig):
 
     # teacher
     teacher_model_path: str = ""  # folder, hub name, .gguf file, stage:NAME, or name on a server
-    teacher_model_type: Literal["local", "api", "openai", "anthropic"] = "local"  # api: any server
+    # local: a model run here; api: any server with the protocol of OpenAI
+    teacher_model_type: Literal["local", "api", "openai", "anthropic"] = "local"
     teacher_base_url: str | None = None  # URL of the server, such as http://localhost:8000/v1
     teacher_api_key: str | None = None  # name of the environment variable that holds the key
     num_rationales: Count = 4  # chains of thought sampled for each question
-    generation_kwargs: Options = field(default_factory=dict)  # {max_new_tokens, temperature, top_p}
+    # sampling of the teacher, any of {max_new_tokens: 256, temperature: 0.7, top_k: 0, top_p: 1}
+    generation_kwargs: Options = field(default_factory=dict)
     answer_check: Literal["numeric", "exact"] = "numeric"  # compare answers as numbers or as text
-    reasoning_types: Names = field(default_factory=list)  # reasoning types to select or ask for
+    # keep the rows of these types; without a column reasoning_type, ask the teacher for them
+    reasoning_types: Names = field(default_factory=list)
     generate_synthetic_data: bool = False  # let the teacher write new questions as well
     num_synthetic_examples: Natural = 100  # number of new questions
 

@@ -28,6 +28,7 @@ def load_recipe(path: Path, base_class: type) -> Any:
     sys.modules[spec.name] = module  # dataclasses look their module up there
     with as_config_error(f"stage {path} cannot be imported"):
         spec.loader.exec_module(module)
+    # Classes that the recipe imports, such as BaseStage itself or a sibling's stage, do not count.
     classes = [
         value
         for value in vars(module).values()
@@ -61,6 +62,7 @@ def resolve_options(
     """
     given: dict[str, Any] = {}
     for options in sources:
+        # Per source: an alias in one and the name in another are not a mistake, the later one wins.
         given |= replace_aliases(get_config_class(stage_class), options)
     stage_class, given = stage_class.resolve(given)
     return stage_class, resolve_names(get_config_class(stage_class), given)

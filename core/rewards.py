@@ -33,6 +33,7 @@ REWARDS = {  # built-in verifiers: the function, and the column or option it rea
 }
 Weights = Annotated[list[float], comma_separated]
 REWARD_OPTIONS = ("reward_pattern", "reward_length")
+# Not 0: a row without a verdict is left out of the averages and the updates.
 NO_VERDICT = float("nan")
 
 
@@ -74,6 +75,7 @@ class ScoringConfig(ModelConfig):
                 "reward names a function twice; give it another weight by reward_weights"
             )
 
+        # An option that no chosen reward reads would be ignored without a word.
         options_read = {REWARDS[name][1] for name in self.reward if name in REWARDS}
         for option in REWARD_OPTIONS:
             is_unread = option not in options_read
@@ -119,6 +121,7 @@ def check_reward_model(path: str) -> None:
     """Raise ConfigError if the model at `path` has no trained head: transformers would create a
     random one."""
     with as_config_error(f"reward_model_path={path} is not the folder of a model"):
+        # The configuration alone: weights are read when they are needed.
         text = Path(path, "config.json").read_text(encoding="utf-8")
         architectures = json.loads(text)["architectures"]
     if not any(name.endswith("ForSequenceClassification") for name in architectures):
@@ -162,7 +165,7 @@ def load_reward_model(config: ScoringConfig) -> Callable:
 
         # The score is that of the last token that is not padding, so no text may have the padding
         # token.
-        used_tokens = {token for row in rows for token in row}
+        used_tokens = set().union(*rows)
         model.config.pad_token_id = min(set(range(model.config.vocab_size)) - used_tokens)
         tensors = [torch.tensor(row, device=model.device) for row in rows]
         masks = [torch.ones_like(tensor) for tensor in tensors]

@@ -26,6 +26,7 @@ def save_checkpoint(run) -> None:
     if not is_main_process():
         return
     folder = Path(run.config.output_dir, "checkpoints")
+    # With LoRA this is the adapter alone; the base is the folder that the run started from.
     tensors = {f"policy.{n}": parameter for n, parameter in enumerate(run.parameters)}
     if run.value_head is not None:
         tensors |= {f"head.{name}": value for name, value in run.value_head.state_dict().items()}
@@ -35,6 +36,7 @@ def save_checkpoint(run) -> None:
             tensors[name] = value
         else:
             optimizer_values[name] = value
+    # Written beside its place and renamed: a crash leaves the older checkpoints as they are.
     with atomic_folder(folder / f"step-{run.step:06d}") as aside:
         on_cpu = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         save_file(on_cpu, aside / "state.safetensors")
@@ -85,9 +87,11 @@ def load_checkpoint(run, folder: Path) -> None:
         if key.startswith("optimizer."):
             _, n, name = key.split(".", 2)
             states.setdefault(int(n), {})[name] = value
+    # Learning rates and weight decay are those of the present options, not of the checkpoint.
     param_groups = run.optimizer.state_dict()["param_groups"]
     run.optimizer.load_state_dict({"state": states, "param_groups": param_groups})
     run.scaler.load_state_dict(values["scaler"])
     run.step, run.kl_coef, run.before = values["step"], values["kl_coef"], values["before"]
+    # The schedule is a function of the number of steps alone.
     for _ in range(run.step):
         run.schedule.step()

@@ -7,6 +7,7 @@ completion, N completion tokens in all, R rewards, V tokens of the vocabulary, H
 from __future__ import annotations
 
 import contextlib
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -91,7 +92,8 @@ class RLConfig(DataConfig, ScoringConfig, TrainingConfig):
     # sampling; the defaults are {max_new_tokens: 64, temperature: 1, top_k: 0, top_p: 1}
     generation_kwargs: Options = field(default_factory=dict)
     mini_batch_size: Natural = 0  # completions per backward pass; 0 takes the whole batch
-    # learning-rate schedule
+    # learning rate
+    learning_rate: Positive | None = None  # peak rate; none: 1e-4 for LoRA, 1e-6 for all weights
     warmup_ratio: Share = 0.0  # fraction of steps used for warm-up
     lr_scheduler_type: Scheduler = "linear"  # learning-rate schedule after warm-up
     # KL to the reference, the model that the run starts from
@@ -348,17 +350,18 @@ def sample_rollout(policy: Policy, rows: list[dict], uniforms: torch.Tensor) -> 
             num_generations,
         )
     texts, stopped = decode_completions(policy.tokenizer, completions)
-    groups = []
+    groups, rows_of_completions = [], []
     for p, row in enumerate(rows):
         answers = completions[p * num_generations : (p + 1) * num_generations]
         groups.append({"prompt": row["ids"], "answers": answers, "labels": answers})
+        rows_of_completions += [row] * num_generations
     device = policy.model.device
     # The mask covers the stop token: to stop is an action, and has to be learnt.
     lengths = torch.tensor([len(ids) for ids in completions])  # (B,)
     mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (B, T)
     return Rollout(
         groups=groups,
-        rows=[row for row in rows for _ in range(num_generations)],
+        rows=rows_of_completions,
         texts=texts,
         mask=mask.to(device),
         lengths=lengths.to(device),
@@ -472,7 +475,7 @@ def check_sampled_logps(policy: Policy, rollout: Rollout) -> None:
     understood, ratios would be wrong from the first step on.
     """
     sampled = torch.zeros_like(rollout.old_logps)
-    flat_logps = [logp for logps in rollout.sampled_logps for logp in logps]
+    flat_logps = list(itertools.chain.from_iterable(rollout.sampled_logps))
     sampled[rollout.mask] = torch.tensor(flat_logps, device=sampled.device)
     gap = float((sampled - rollout.old_logps).abs().max())
     tolerance = 1e-2 if policy.model.dtype == torch.float32 else 1.0

@@ -5,7 +5,6 @@ A file may be missing, damaged, or half written by a run in progress; then it sa
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -14,8 +13,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from core.yaml_files import parse_yaml
 
 UNFINISHED = ("running", "interrupted", "failed")
 NEVER = "9"  # sorts after every time: whatever the folder has is of an older run
@@ -57,7 +55,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     text = read_text(path)
     try:
         value = parse_yaml(text) if path.suffix == ".yaml" else json.loads(text)
-    except (ValueError, RecursionError, YAMLError):
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -89,19 +87,6 @@ def read_log(path: Path) -> list[LogEntry]:
     return entries
 
 
-def parse_yaml(text: str) -> Any:
-    return YAML(typ="safe", pure=True).load(text)
-
-
-def dump_yaml(values: Mapping[str, Any]) -> str:
-    yaml: Any = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False
-    stream = io.StringIO()
-    yaml.dump(dict(values), stream)
-    return stream.getvalue()
-
-
 def read_stage(
     folder: Path,
     name: str,
@@ -113,17 +98,21 @@ def read_stage(
     """What a stage's folder says; what it has from before `since`, when the stage began, is of an
     older run."""
     record = read_mapping(folder / "stage.json")
+    # Times are compared as text: the log has 2026-11-28 13:05:09, stage.json
+    # 2026-11-28T13:05:09+0000.
     finished = str(record.get("finished", "")).replace("T", " ")
     if finished < since:
         record = {}
     metrics = record.get("metrics") or metrics or {}
     numbers = {name: value for name, value in metrics.items() if is_number(value)}
+    # A stage outside a chain has no entry that says when it began.
     if record and finished and not since:
         took = timedelta(seconds=2 + numbers.get("seconds", 0))
         since = str(datetime.fromisoformat(finished[:19]) - took)
 
     def rows_of(file_name: str) -> list[dict[str, Any]]:
         path = folder / file_name
+        # Beside a valid stage.json every file is of the same run; without one its date decides.
         if not record and path.exists():
             changed = datetime.fromtimestamp(path.stat().st_mtime)
             if str(changed) < since:
@@ -161,6 +150,7 @@ def read_run(folder: Path) -> tuple[list[Stage], list[LogEntry]]:
     """(stages, alarms) of the run in a folder. Raises ValueError if there is none."""
     chain = read_mapping(folder / "pipeline.json")
     of_a_stage = ("stage.json", "metrics.jsonl", "training.log")
+    # The log alone is enough: a run that has just begun has no other file.
     if not chain and not any((folder / name).exists() for name in of_a_stage):
         raise ValueError(
             f"{folder}: no run here, neither pipeline.json nor {', '.join(of_a_stage)}"
@@ -176,6 +166,7 @@ def read_run(folder: Path) -> tuple[list[Stage], list[LogEntry]]:
 
     stages = []
     for name, config in plan.items():
+        # pipeline.json has the results of the enabled stages only, in order.
         result = next(results, None) if config.get("enabled") else None
         since = begun.get(name, "")
         if result:
@@ -190,6 +181,7 @@ def read_run(folder: Path) -> tuple[list[Stage], list[LogEntry]]:
         stage = read_stage(folder / name, label, state, config, metrics, since)
         stages.append(stage)
         stages += read_contained_stages(folder / name, stage, log)
+    # A log is appended to over all runs in a folder: older alarms are not of this one.
     first = min(stage.since for stage in stages)
     alarms = [entry for entry in log if entry.level in ("WARNING", "ERROR") and entry.time >= first]
     return stages, alarms
@@ -212,6 +204,8 @@ def read_contained_stages(folder: Path, stage: Stage, log: Sequence[LogEntry]) -
     for path in sorted(folder.glob("*/metrics.jsonl")):
         name = path.parent.name
         reused = any(f"{name} is finished already" in entry.message for entry in log)
+        # A part that an earlier try finished is older than the stage, and belongs to it all the
+        # same.
         since = "" if reused else stage.since
         part = read_stage(path.parent, f"{stage.name}/{name}", stage.state, since=since)
         if part.lineage or stage.state in UNFINISHED:

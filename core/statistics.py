@@ -9,11 +9,15 @@ from collections.abc import Mapping, Sequence
 
 def wilson_interval(mean: float, n: int, z: float) -> tuple[float, float]:
     """Wilson's score interval (Wilson 1927) of the mean of n values between 0 and 1."""
-    center = mean + z * z / (2 * n)
+    # The interval is centered between the mean and 1/2, which keeps it inside 0 and 1.
+    z_squared = z * z
+    shift = z_squared / (2 * n)
+    center = mean + shift
     variance = mean * (1 - mean) / n
     correction = z / (2 * n)
-    spread = z * math.sqrt(variance + correction**2)
-    scale = 1 + z * z / n
+    spread_squared = variance + correction**2
+    spread = z * math.sqrt(spread_squared)
+    scale = 1 + z_squared / n
     low = (center - spread) / scale
     high = (center + spread) / scale
     # Where all values are 0, or all are 1, that end is exact; rounding would move it.

@@ -185,7 +185,8 @@ def update(run: Run, rollout: Rollout) -> dict[str, float]:
         for batch in batches:
             outputs = policy_outputs(run, batch)  # logps (b, T)
             losses, token_metrics = token_losses(run, batch, outputs)  # (b, T)
-            run.backward((losses * batch.weights).sum() / num_tokens)
+            loss = (losses * batch.weights).sum() / num_tokens  # ()
+            run.backward(loss)
             means.add(token_metrics, batch.weights)
         run.optimizer_step()
         means.total_weight += float(num_tokens)

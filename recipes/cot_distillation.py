@@ -115,8 +115,9 @@ class CoTConfig(FitConfig, TeacherConfig):
     reasoning_dataset_path: str = ""  # .json, .jsonl, .csv or .parquet file, folder, or hub name
     max_seq_length: Count = 1024  # tokens of question and rationale; longer rows are dropped
     # student
-    distillation_type: Literal["response", "logits", "both"] = "response"  # what the student learns
     cot_template: str = "{rationale}\n#### {answer}"  # the text that the student learns to write
+    # response: imitate the rationales; logits: the teacher's probabilities of every token; or both
+    distillation_type: Literal["response", "logits", "both"] = "response"
     temperature: Positive = 1.0  # temperature of both distributions in the divergence
     alpha: Fraction = 0.5  # weight of the divergence in `both`; the rationales have 1 - alpha
     beta: Fraction = 0.0  # 0: KL(teacher || student), 1: KL(student || teacher), else between
@@ -455,11 +456,16 @@ def evaluate_answers(
             samples.append(sample)
 
     if samples and is_main_process():
-        path = Path(config.output_dir, "samples.jsonl")
-        if when == "after":
-            samples = [json.loads(line) for line in path.read_bytes().splitlines()] + samples
-        write_jsonl(path, samples)
+        write_samples(Path(config.output_dir, "samples.jsonl"), samples, when)
     return metrics
+
+
+def write_samples(path: Path, samples: list[dict], when: str) -> None:
+    """Write the samples; those after training follow those from before it."""
+    earlier = []
+    if when == "after":
+        earlier = [json.loads(line) for line in path.read_bytes().splitlines()]
+    write_jsonl(path, earlier + samples)
 
 
 def load_eval_files(config: CoTConfig) -> dict[str, list[dict]]:

@@ -155,8 +155,8 @@ def train(
 def evaluate_groups(run: Run, rollout: Rollout) -> None:
     """Log-probabilities before the update, and of the reference, where they are needed.
 
-    If the rollout makes a single optimizer step, the update itself is at the old policy, and
-    records its log-probabilities: `update` fills in the zeros.
+    Where a rollout makes a single optimizer step, that step is taken at the old policy itself, and
+    `update` records the log-probabilities on the way: one pass less.
     """
     config = run.config
     one_step = config.batch_size <= config.mini_batch_size * config.gradient_accumulation_steps
@@ -190,35 +190,31 @@ def update(run: Run, rollout: Rollout) -> dict[str, float]:
     rollout.weights = rollout.used  # the mean is over the tokens of completions with a verdict,
     if config.advantage == "rloo":
         rollout.weights = rollout.used.amax(1, keepdim=True)  # or over these completions, (B, 1)
-    on_policy = rollout.old_logps is None  # this step is at the policy that sampled
-    if on_policy:
-        rollout_logps = torch.zeros_like(rollout.used)  # (B, T)
-        rollout_entropy = torch.zeros_like(rollout.used)  # (B, T)
+    on_policy = rollout.old_logps is None  # a single step, at the policy that sampled
+    if on_policy:  # recorded on the way
+        rollout.old_logps = torch.zeros_like(rollout.used)  # (B, T)
+        rollout.entropy = torch.zeros_like(rollout.used)  # (B, T)
     shuffle = torch.Generator().manual_seed(config.seed + run.step)
-    metrics = {}
     for epoch in range(1, config.ppo_epochs + 1):
         means = WeightedMeans()
-        for batches, weight in run.optimizer_steps(
-            rollout, shuffle, config.gradient_accumulation_steps
-        ):
+        accumulate = config.gradient_accumulation_steps
+        for batches, weight in run.optimizer_steps(rollout, shuffle, accumulate):
             for batch in batches:
                 extras = ("entropy",) if on_policy else ()
                 outputs = policy_outputs(run, batch, *extras)  # logps (b, T)
                 if on_policy:
                     batch.old_logps = outputs.logps.detach()
-                    rollout_logps[batch.indices] = batch.old_logps
-                    rollout_entropy[batch.indices] = outputs.entropy.detach()
+                    rollout.old_logps[batch.indices] = batch.old_logps
+                    rollout.entropy[batch.indices] = outputs.entropy.detach()
                 losses, token_metrics = token_losses(run, batch, outputs)  # (b, T) or (b, 1)
-                run.backward((losses * batch.weights).sum() / weight)
+                loss = (losses * batch.weights).sum() / weight  # ()
+                run.backward(loss)
                 means.add(token_metrics, batch.weights)
             run.optimizer_step()
             means.total_weight += float(weight)
         if not means.total_weight:
-            metrics = {}
-            break
+            return {}
         metrics = means.over_processes(run) | {"epochs": epoch}
-    if on_policy:
-        rollout.old_logps, rollout.entropy = rollout_logps, rollout_entropy
     return metrics
 
 

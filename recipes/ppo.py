@@ -203,13 +203,13 @@ def update(run: Run, rollout: Rollout) -> dict[str, float]:
     shuffle = torch.Generator().manual_seed(config.seed + run.step)
     for epoch in range(1, config.ppo_epochs + 1):
         means = WeightedMeans()
-        for batches, num_tokens in run.optimizer_steps(
-            rollout, shuffle, config.gradient_accumulation_steps
-        ):
+        accumulate = config.gradient_accumulation_steps
+        for batches, num_tokens in run.optimizer_steps(rollout, shuffle, accumulate):
             for batch in batches:
                 outputs = policy_outputs(run, batch)  # logps (b, T)
                 losses, token_metrics = token_losses(run, batch, outputs)  # (b, T)
-                run.backward((losses * batch.weights).sum() / num_tokens)
+                loss = (losses * batch.weights).sum() / num_tokens  # ()
+                run.backward(loss)
                 means.add(token_metrics, batch.weights)
             run.optimizer_step()
             means.total_weight += float(num_tokens)

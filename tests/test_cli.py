@@ -284,3 +284,14 @@ def test_the_recipe_from_the_command_line_leaves_a_whole_folder(model_dir, data,
     )
     written = b"".join(path.read_bytes() for path in out.rglob("*") if path.is_file())
     assert b"hf_canary" not in written and not list(out.rglob("*.bin"))
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "a2c", "trpo", "grpo", "rloo"])
+def test_the_door_of_rl_shows_the_options_of_the_page_that_is_chosen(algorithm):
+    from core.cli import help_text
+    from recipes import rl
+
+    stage_class = rl.PAGES[algorithm]
+    shown = help_text(rl.RLStage, "the door", [f"--algorithm={algorithm}", "--help"])
+    assert all(f"--{field.name}" in shown for field in fields(stage_class.config_class))
+    assert "the door" in help_text(rl.RLStage, "the door", ["--help"])

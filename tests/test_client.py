@@ -1,8 +1,8 @@
-"""The client of other models, against a server that fails as servers do, and against one that is killed with its asker."""
+"""The client of other models, against a server that fails as servers do, and killed at any
+moment."""
 
 import http.server
 import json
-import os
 import random
 import subprocess
 import sys
@@ -13,6 +13,7 @@ from collections import Counter
 import cot_distillation
 import pytest
 import rlaif
+import torch
 from conftest import ROOT
 
 import common
@@ -25,75 +26,71 @@ from core.errors import ConfigError
 
 CANARY = "sk-canary-0123456789abcdef"
 GREEDY = core.sampling.SAMPLING_DEFAULTS | {"temperature": 0.0}
+FAILURES = ["429", "500", "slow", "half", "page"]
+
+
+# -- a server that fails as servers do -------------------------------------------------------------
 
 
 class Scripted(http.server.BaseHTTPRequestHandler):
-    """An OpenAI-compatible server. Of the requests, `trouble` share goes wrong, each in one of five ways."""
+    """A server with OpenAI's protocol. The fraction `trouble` of the requests fails, in one of five
+    ways."""
 
     def do_GET(self):
         self.answer(404, b"{}")
 
     def do_POST(self):
-        server, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         question = body["messages"][-1]["content"]
+        server.key = self.headers["Authorization"]
+        failure = ""
         with server.lock:
             server.asked[question] += 1
-            fate = (
-                server.random.choice(["429", "500", "slow", "half", "page"])
-                if server.random.random() < server.trouble
-                else ""
-            )
-        server.key = self.headers["Authorization"]
-        if server.status:
-            return self.answer(
-                server.status,
-                json.dumps({"error": {"message": f"no, {self.headers['Authorization']}"}}).encode(),
-            )
-        if fate in ("429", "500"):
-            return self.answer(
-                int(fate), b'{"error": {"message": "later"}}', {"Retry-After": "0.05"}
-            )
-        if fate == "slow":
-            return time.sleep(1.5)
-        text = server.reply(question, body)
-        answer = json.dumps(
-            {
-                "id": "1",
-                "object": "chat.completion",
-                "created": 0,
-                "model": body["model"],
-                "choices": [
-                    {
-                        "index": 0,
-                        "finish_reason": "stop",
-                        "message": {"role": "assistant", "content": text},
-                    }
-                ],
-                "usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15},
-            }
-            | server.instead
-        ).encode()
-        if fate == "half":
-            answer = answer[: len(answer) // 2]
-        if fate == "page":
-            answer = b"<html>Bad gateway</html>"
-        if self.answer(200, answer) and not fate:
-            with server.lock:
-                server.completed[question] += 1
+            if server.random.random() < server.trouble:
+                failure = server.random.choice(FAILURES)
 
-    def answer(self, status, body, headers={}):
+        if server.status:
+            message = json.dumps({"error": {"message": f"no, {server.key}"}})
+            self.answer(server.status, message.encode())
+        elif failure in ("429", "500"):
+            message = b'{"error": {"message": "later"}}'
+            self.answer(int(failure), message, {"Retry-After": "0.05"})
+        elif failure == "slow":
+            time.sleep(1.5)
+        elif failure == "page":
+            self.answer(200, b"<html>Bad gateway</html>")
+        else:
+            completion = self.completion(server.reply(question, body), body["model"])
+            if failure == "half":
+                self.answer(200, completion[: len(completion) // 2])
+            elif self.answer(200, completion):
+                with server.lock:
+                    server.completed[question] += 1
+
+    def completion(self, text, model):
+        message = {"role": "assistant", "content": text}
+        answer = {
+            "id": "1",
+            "object": "chat.completion",
+            "created": 0,
+            "model": model,
+            "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
+            "usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15},
+        }
+        return json.dumps(answer | self.server.instead).encode()
+
+    def answer(self, status, body, headers=None):
+        """Send an answer; returns whether the client was still there."""
+        lengths = {"Content-Type": "application/json", "Content-Length": str(len(body))}
         try:
             self.send_response(status)
-            for name, value in {
-                "Content-Type": "application/json",
-                "Content-Length": str(len(body)),
-                **headers,
-            }.items():
+            for name, value in {**lengths, **(headers or {})}.items():
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(body)
             return True
-        except OSError:  # the asker is gone
+        except OSError:
             return False
 
     def log_message(self, *_):
@@ -103,19 +100,15 @@ class Scripted(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Scripted)
-    server.asked, server.completed, server.lock, server.random = (
-        Counter(),
-        Counter(),
-        threading.Lock(),
-        random.Random(0),
-    )
-    server.instead = {}
-    server.trouble, server.status, server.reply = (
-        0.0,
-        None,
-        lambda question, body: f"answer to {question}",
-    )
     server.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    server.lock = threading.Lock()
+    server.random = random.Random(0)
+    server.asked = Counter()  # {question: requests}
+    server.completed = Counter()  # {question: answers that arrived}
+    server.trouble = 0.0  # fraction of requests that fail
+    server.status = None  # the status of every answer
+    server.instead = {}  # what replaces parts of an answer
+    server.reply = lambda question, body: f"answer to {question}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -127,31 +120,44 @@ def client(server, tmp_path, variable=None, **options):
 
 
 def asked(*questions):
+    """Requests for `ask`: (messages, number)."""
     return [([{"role": "user", "content": question}], 0) for question in questions]
 
 
+def numbered(count):
+    return [f"q{n}" for n in range(count)]
+
+
+def answers_to(questions):
+    return [f"answer to {question}" for question in questions]
+
+
+def ask(client, questions, parse=str, version="1", sampling=GREEDY):
+    return client.ask("x", asked(*questions), sampling, version, parse)
+
+
+# -- answers are kept ------------------------------------------------------------------------------
+
+
 def test_a_call_is_made_once(server, tmp_path):
-    """By model, messages, number, parameters and version; answers come back in the order of the requests."""
-    questions = [f"q{n}" for n in range(12)]
-    ask = lambda *requests, version="1", sampling=GREEDY: client(server, tmp_path).ask(
-        "x", requests, sampling, version, str.upper
-    )
-    assert (
-        ask(*asked(*questions)) == [f"ANSWER TO {q.upper()}" for q in questions]
-        and server.asked.total() == 12
-    )
-    assert (
-        ask(*asked(*reversed(questions))) == [f"ANSWER TO {q.upper()}" for q in reversed(questions)]
-        and server.asked.total() == 12
-    )
-    ask(*asked("q0"), version="2")
-    ask(*asked("q0"), sampling=GREEDY | {"temperature": 0.5})
-    ask((asked("q0")[0][0], 1))
+    """By model, messages, number, parameters and version; answers come back in the order of the
+    requests."""
+    questions = numbered(12)
+    for order in (questions, questions[::-1]):
+        answers = ask(client(server, tmp_path), order, str.upper)
+        assert answers == [f"ANSWER TO {question.upper()}" for question in order]
+        assert server.asked.total() == 12
+
+    ask(client(server, tmp_path), ["q0"], version="2")
+    ask(client(server, tmp_path), ["q0"], sampling=GREEDY | {"temperature": 0.5})
+    another_answer = [(asked("q0")[0][0], 1)]
+    client(server, tmp_path).ask("x", another_answer, GREEDY, "1", str)
     assert server.asked["q0"] == 4
-    ask(*asked("q1", "q1", "q1"))
+    ask(client(server, tmp_path), ["q1", "q1", "q1"])
     assert server.asked["q1"] == 1
+
     one = client(server, tmp_path)
-    one.ask("x", asked("q0", "new"), GREEDY, "1", str)
+    ask(one, ["q0", "new"])
     assert one.report() == {
         "teacher_calls": 1,
         "teacher_calls_cached": 1,
@@ -161,41 +167,115 @@ def test_a_call_is_made_once(server, tmp_path):
     }
 
 
+def test_a_line_that_a_crash_cut_off_is_asked_again(server, tmp_path):
+    ask(client(server, tmp_path), ["q0", "q1"])
+    calls = tmp_path / "calls.jsonl"
+    calls.write_bytes(calls.read_bytes()[:-9])
+    assert ask(client(server, tmp_path), ["q0", "q1"]) == answers_to(["q0", "q1"])
+    assert server.asked.total() == 3
+    assert len([json.loads(line) for line in calls.read_text().splitlines()]) == 2
+
+
+def test_answers_of_other_processes_count_and_are_known(server, tmp_path):
+    ask(client(server, tmp_path), ["q0", "q1"])
+    other_process = tmp_path / "calls-1.jsonl"
+    (tmp_path / "calls.jsonl").rename(other_process)
+    with open(other_process, "a") as file:
+        file.write('{"half": ')  # it may be writing right now
+    with pytest.raises(RuntimeError, match="max_calls=3 is reached"):
+        ask(client(server, tmp_path, max_calls=3), numbered(4))
+    assert server.asked.total() == 3
+    assert other_process.read_text().endswith('{"half": ')
+
+
+KILLED_CLIENT = """
+import sys; sys.path.insert(0, {root!r})
+from core.llm_client import LLMClient, LLMClientConfig
+from core.sampling import SAMPLING_DEFAULTS
+config = LLMClientConfig(output_dir={folder!r}, call_timeout=1.0, concurrency=4, max_missing=0.0)
+client = LLMClient(config, "teacher", "big", "api", {url!r})
+requests = [([{{"role": "user", "content": f"q{{n}}"}}], 0) for n in range(400)]
+answers = client.ask("x", requests, SAMPLING_DEFAULTS, "1", str)
+assert answers == [f"answer to q{{n}}" for n in range(400)]
+"""
+
+
+def test_killed_ten_times_nothing_is_lost_doubled_or_asked_again(server, tmp_path):
+    """A server of which 30% of the requests fail; the client is killed ten times, then it may
+    finish."""
+    script = KILLED_CLIENT.format(root=str(ROOT), folder=str(tmp_path), url=server.url)
+    command = [sys.executable, "-c", script]
+    calls = tmp_path / "calls.jsonl"
+    already_known = 10_000  # what `asked` counts from, for a question whose answer is kept
+    repeated = 0
+    delays = random.Random(1)
+
+    def slow_reply(question, body):
+        time.sleep(0.02)
+        return f"answer to {question}"
+
+    def kept_lines():
+        return calls.read_bytes().split(b"\n")[:-1] if calls.exists() else []
+
+    server.trouble = 0.3
+    server.reply = slow_reply
+    for _ in range(10):
+        before = len(kept_lines())
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        while process.poll() is None and len(kept_lines()) < before + 8:
+            time.sleep(0.01)
+        time.sleep(delays.random() * 0.2)  # it is at work: now
+        process.kill()
+        assert process.wait() == -9, "it was to be killed, and has finished before"
+        time.sleep(0.3)
+        texts = [json.loads(line)["text"] for line in kept_lines()]
+        known = {text.removeprefix("answer to ") for text in texts}
+        requests = server.asked
+        server.asked = Counter({question: already_known for question in known})
+        repeated += sum(requests[question] > already_known for question in known)
+    assert subprocess.run(command).returncode == 0
+    repeated += sum(count > already_known for count in server.asked.values())
+
+    kept = Counter(json.loads(line)["text"] for line in calls.read_text().splitlines())
+    assert len(kept) == 400 and set(kept.values()) == {1}
+    assert repeated == 0
+
+
+# -- answers that fail -----------------------------------------------------------------------------
+
+
 def test_troubles_are_tried_again(server, tmp_path):
     server.trouble = 0.3
-    questions = [f"q{n}" for n in range(40)]
-    found = client(server, tmp_path, call_timeout=1.0, concurrency=8, max_missing=0.0).ask(
-        "x", asked(*questions), GREEDY, "1", str
-    )
-    assert found == [f"answer to {q}" for q in questions] and server.asked.total() > 45
+    questions = numbered(40)
+    one = client(server, tmp_path, call_timeout=1.0, concurrency=8, max_missing=0.0)
+    assert ask(one, questions) == answers_to(questions)
+    assert server.asked.total() > 45
 
 
 def test_an_answer_without_text_is_missing_and_never_a_value(server, tmp_path, caplog):
-    server.reply = lambda question, body: (
-        None if question == "q0" else "what?" if question == "q1" else "7"
-    )
-    parse = lambda text: float(text) if text == "7" else None
+    texts = {"q0": None, "q1": "what?"}
+
+    def parse(text):
+        return float(text) if text == "7" else None
+
+    server.reply = lambda question, body: texts.get(question, "7")
     one = client(server, tmp_path, max_missing=0.25)
-    assert (
-        one.ask("x", asked(*(f"q{n}" for n in range(8))), GREEDY, "1", parse)
-        == [None, None] + [7.0] * 6
-    )
-    assert "2 of 8 missing: 1 without an answer" in caplog.text and "'what?'" in caplog.text
+    assert ask(one, numbered(8), parse) == [None, None] + [7.0] * 6
+    assert "2 of 8 missing: 1 without an answer" in caplog.text
+    assert "'what?'" in caplog.text
+
+    server.reply = lambda question, body: "what?"
     with pytest.raises(RuntimeError, match="3 of 9.*more than max_missing=0.25"):
-        server.reply = lambda question, body: "what?"
-        client(server, tmp_path, max_missing=0.25).ask(
-            "x", asked(*(f"q{n}" for n in range(9))), GREEDY, "1", parse
-        )
+        ask(client(server, tmp_path, max_missing=0.25), numbered(9), parse)
 
 
 def test_other_errors_stop_at_once_with_the_server_s_words(server, tmp_path, monkeypatch):
     monkeypatch.setenv("MY_KEY", CANARY)
     server.status = 401
     with pytest.raises(RuntimeError, match=r"refuses: 401: .*no, Bearer \*\*\*"):
-        client(server, tmp_path, "MY_KEY", concurrency=1).ask(
-            "x", asked(*(f"q{n}" for n in range(20))), GREEDY, "1", str
-        )
-    assert server.asked.total() == 1 and server.key == f"Bearer {CANARY}"
+        ask(client(server, tmp_path, "MY_KEY", concurrency=1), numbered(20))
+    assert server.asked.total() == 1
+    assert server.key == f"Bearer {CANARY}"
 
 
 def test_an_outage_is_missing_answers_and_stops_early(server, tmp_path, monkeypatch):
@@ -205,32 +285,8 @@ def test_an_outage_is_missing_answers_and_stops_early(server, tmp_path, monkeypa
     monkeypatch.setattr(openai._base_client, "MAX_RETRY_DELAY", 0.01)
     server.status = 503
     with pytest.raises(RuntimeError, match="100 of 100 missing.*503"):
-        client(server, tmp_path, concurrency=1).ask(
-            "x", asked(*(f"q{n}" for n in range(100))), GREEDY, "1", str
-        )
+        ask(client(server, tmp_path, concurrency=1), numbered(100))
     assert len(server.asked) < 20  # a tenth may be missing: then it is over
-
-
-def test_limits_hold_over_all_runs(server, tmp_path):
-    with pytest.raises(RuntimeError, match="max_calls=10 is reached"):
-        client(server, tmp_path, max_calls=10).ask(
-            "x", asked(*(f"q{n}" for n in range(20))), GREEDY, "1", str
-        )
-    assert server.asked.total() == 10
-    with pytest.raises(RuntimeError, match="max_calls=10"):
-        client(server, tmp_path, max_calls=10).ask(
-            "x", asked(*(f"q{n}" for n in range(20))), GREEDY, "1", str
-        )
-    assert server.asked.total() == 10
-    prices = {"input_price": 1e5, "output_price": 1e5, "concurrency": 1}  # 1.5 dollars a call
-    assert client(server, tmp_path, **prices).report()["teacher_cost"] == 15.0
-    with pytest.raises(
-        RuntimeError, match=r"max_cost=18 is reached: (19.50|21.00) dollars"
-    ):  # one may be under way
-        client(server, tmp_path, max_cost=18, **prices).ask(
-            "x", asked(*(f"q{n}" for n in range(20))), GREEDY, "1", str
-        )
-    assert server.asked.total() <= 14
 
 
 @pytest.mark.parametrize(
@@ -247,14 +303,48 @@ def test_limits_hold_over_all_runs(server, tmp_path):
 def test_odd_answers_are_missing_or_text_and_break_nothing(server, tmp_path, monkeypatch, answer):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     server.instead = answer
-    for _ in range(2):  # also of those that are kept
+    texts = (answers_to(["q0", "q1"]), ["?", "?"], ["a", "a"])
+    for _ in range(2):  # also when they are read again
         try:
-            found = client(server, tmp_path, concurrency=1).ask(
-                "x", asked("q0", "q1"), GREEDY, "1", str
-            )
-            assert found in (["answer to q0", "answer to q1"], ["?", "?"], ["a", "a"])
+            assert ask(client(server, tmp_path, concurrency=1), ["q0", "q1"]) in texts
         except core.llm_client.LLMClientError as error:
             assert "not an answer" in str(error)
+
+
+# -- limits ----------------------------------------------------------------------------------------
+
+
+def test_limits_hold_over_all_runs(server, tmp_path):
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="max_calls=10 is reached"):
+            ask(client(server, tmp_path, max_calls=10), numbered(20))
+        assert server.asked.total() == 10
+
+    prices = {"input_price": 1e5, "output_price": 1e5, "concurrency": 1}  # 1.5 dollars a call
+    assert client(server, tmp_path, **prices).report()["teacher_cost"] == 15.0
+    one_under_way = "(19.50|21.00)"
+    with pytest.raises(RuntimeError, match=f"max_cost=18 is reached: {one_under_way} dollars"):
+        ask(client(server, tmp_path, max_cost=18, **prices), numbered(20))
+    assert server.asked.total() <= 14
+
+
+def test_a_cost_limit_holds_over_all_runs_and_what_is_known_is_free(server, tmp_path):
+    prices = {"input_price": 1e5, "output_price": 1e5, "concurrency": 1}
+    ask(client(server, tmp_path, **prices), numbered(2))  # 3 dollars
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="max_cost=2 is reached: 3.00 dollars"):
+            ask(client(server, tmp_path, max_cost=2, **prices), numbered(4))
+    assert server.asked.total() == 2
+    limited = client(server, tmp_path, max_cost=2, **prices)
+    assert ask(limited, numbered(2)) == answers_to(numbered(2))
+
+
+def test_limits_are_of_one_role(server, tmp_path):
+    other_role = {"role": "policy", "text": "x", "tokens_in": 10**9, "tokens_out": 1}
+    lines = [json.dumps({"key": str(n), **other_role}) for n in range(9)]
+    (tmp_path / "calls.jsonl").write_text("\n".join(lines) + "\n")
+    limits = {"max_calls": 2, "max_cost": 5, "input_price": 1, "output_price": 1}
+    assert len(ask(client(server, tmp_path, **limits), ["one", "two"])) == 2
 
 
 @pytest.mark.parametrize(
@@ -270,87 +360,21 @@ def test_what_a_server_charges_without_a_text_counts(server, tmp_path, choices):
     server.instead = {"choices": choices}
     one = client(server, tmp_path, max_calls=4, concurrency=1)
     with pytest.raises(RuntimeError, match="max_calls=4 is reached"):
-        one.ask("x", asked(*(f"q{n}" for n in range(20))), GREEDY, "1", str)
-    assert server.asked.total() == 4 and one.report()["teacher_tokens_in"] == 40
+        ask(one, numbered(20))
+    assert server.asked.total() == 4
+    assert one.report()["teacher_tokens_in"] == 40
 
 
 def test_a_cost_that_nobody_can_tell_stops_the_asking(server, tmp_path):
-    server.instead, prices = (
-        {"usage": None},
-        {"input_price": 1, "output_price": 1, "concurrency": 1},
-    )
-    with pytest.raises(
-        RuntimeError, match="does not report token usage; set the prices to 0"
-    ):
-        client(server, tmp_path, max_cost=0.01, **prices).ask(
-            "x", asked(*(f"q{n}" for n in range(20))), GREEDY, "1", str
-        )
+    server.instead = {"usage": None}
+    prices = {"input_price": 1, "output_price": 1, "concurrency": 1}
+    with pytest.raises(RuntimeError, match="does not report token usage; set the prices to 0"):
+        ask(client(server, tmp_path, max_cost=0.01, **prices), numbered(20))
     assert server.asked.total() <= 2
-    client(server, tmp_path).ask("x", asked(*(f"q{n}" for n in range(20))), GREEDY, "1", str)
+    ask(client(server, tmp_path), numbered(20))
 
 
-def test_limits_are_of_one_role(server, tmp_path):
-    others = [
-        {"key": str(n), "role": "policy", "text": "x", "tokens_in": 10**9, "tokens_out": 1}
-        for n in range(9)
-    ]
-    (tmp_path / "calls.jsonl").write_text("".join(json.dumps(line) + "\n" for line in others))
-    limits = {"max_calls": 2, "max_cost": 5, "input_price": 1, "output_price": 1}
-    assert (
-        len(client(server, tmp_path, **limits).ask("x", asked("one", "two"), GREEDY, "1", str)) == 2
-    )
-
-
-def test_killed_ten_times_nothing_is_lost_doubled_or_asked_again(server, tmp_path):
-    """A server with 30% troubles; the asker is killed ten times, then let finish."""
-    server.trouble = 0.3
-    script = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from core.llm_client import LLMClient, LLMClientConfig\n"
-        "from core.sampling import SAMPLING_DEFAULTS\n"
-        f"config = LLMClientConfig(output_dir={str(tmp_path)!r}, call_timeout=1.0, concurrency=4, max_missing=0.0)\n"
-        f"client = LLMClient(config, 'teacher', 'big', 'api', {server.url!r})\n"
-        "requests = [([{'role': 'user', 'content': f'q{n}'}], 0) for n in range(400)]\n"
-        "found = client.ask('x', requests, SAMPLING_DEFAULTS, '1', str)\n"
-        "assert found == [f'answer to q{n}' for n in range(400)]\n"
-    )
-    repeated, chance = 0, random.Random(1)
-    slow = server.reply
-    server.reply = lambda question, body: time.sleep(0.02) or slow(question, body)
-    calls = tmp_path / "calls.jsonl"
-    for _ in range(10):
-        before = len(calls.read_bytes().splitlines()) if calls.exists() else 0
-        process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
-        while process.poll() is None and (
-            not calls.exists() or len(calls.read_bytes().splitlines()) < before + 8
-        ):
-            time.sleep(0.01)  # it is at work: now
-        time.sleep(chance.random() * 0.2)
-        process.kill()
-        assert process.wait() == -9, "it was to be killed, and has finished before"
-        time.sleep(0.3)
-        kept = [json.loads(line) for line in calls.read_bytes().split(b"\n")[:-1]]
-        known = {line["text"].removeprefix("answer to ") for line in kept}
-        done, server.asked = server.asked, Counter({question: 10_000 for question in known})
-        repeated += sum(done[question] > 10_000 for question in known)
-    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
-    repeated += sum(10_000 < count for count in server.asked.values())
-    kept = Counter(json.loads(line)["text"] for line in calls.read_text().splitlines())
-    assert len(kept) == 400 and set(kept.values()) == {1} and repeated == 0
-
-
-def test_a_line_that_a_crash_cut_off_is_asked_again(server, tmp_path):
-    client(server, tmp_path).ask("x", asked("q0", "q1"), GREEDY, "1", str)
-    calls = tmp_path / "calls.jsonl"
-    calls.write_bytes(calls.read_bytes()[:-9])
-    assert client(server, tmp_path).ask("x", asked("q0", "q1"), GREEDY, "1", str) == [
-        "answer to q0",
-        "answer to q1",
-    ]
-    assert (
-        server.asked.total() == 3
-        and len([json.loads(line) for line in calls.read_text().splitlines()]) == 2
-    )
+# -- what is refused before ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -358,12 +382,7 @@ def test_a_line_that_a_crash_cut_off_is_asked_again(server, tmp_path):
     [
         ("api", None, None, "teacher_base_url is the address of the server"),
         ("api", "http://127.0.0.1:9/v1?api_key=sk-secret", None, "has a query in it"),
-        (
-            "api",
-            "http://127.0.0.1:9/v1",
-            None,
-            "teacher_base_url=http://127.0.0.1:9/v1 does not answer",
-        ),
+        ("api", "http://127.0.0.1:9/v1", None, "=http://127.0.0.1:9/v1 does not answer"),
         ("api", "http://me:secret@127.0.0.1:9/v1", None, "has a password in it"),
         ("api", "http://127.0.0.1:9/v1", CANARY, "names the environment variable"),
         ("api", "http://127.0.0.1:9/v1", "LINE", "a line break or a letter beyond ASCII"),
@@ -376,29 +395,22 @@ def test_what_cannot_be_asked_is_refused_before(tmp_path, monkeypatch, kind, url
     for name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("LINE", f"{CANARY}\r")
+    config = core.llm_client.LLMClientConfig(output_dir=str(tmp_path))
+    one = core.llm_client.LLMClient(config, "teacher", "big", kind, url, variable)
     with pytest.raises(ConfigError, match=words) as refusal:
-        core.llm_client.LLMClient(
-            core.llm_client.LLMClientConfig(output_dir=str(tmp_path)),
-            "teacher",
-            "big",
-            kind,
-            url,
-            variable,
-        ).check()
-    assert CANARY not in str(refusal.value) and "secret" not in str(refusal.value)
+        one.check()
+    assert CANARY not in str(refusal.value)
+    assert "secret" not in str(refusal.value)
+
+
+LOCAL = "with teacher_model_type=local"
 
 
 @pytest.mark.parametrize(
     "options, words",
     [
-        (
-            {"max_calls": 3},
-            "max_calls has no effect with teacher_model_type=local: it is for servers",
-        ),
-        (
-            {"teacher_base_url": "http://127.0.0.1:9/v1"},
-            "teacher_base_url has no effect with teacher_model_type=local",
-        ),
+        ({"max_calls": 3}, f"max_calls has no effect {LOCAL}: it is for servers"),
+        ({"teacher_base_url": "http://x/v1"}, f"teacher_base_url has no effect {LOCAL}"),
         ({"teacher_api_key": CANARY}, "names the environment variable"),
         ({"max_cost": 1.0}, "max_cost needs input_price"),
     ],
@@ -406,99 +418,21 @@ def test_what_cannot_be_asked_is_refused_before(tmp_path, monkeypatch, kind, url
 def test_options_of_servers_are_refused_for_a_model_run_here_even_if_it_is_not_asked(
     options, words
 ):
-    """A key that was given by mistake would stand in stage.json and in the report of a run whose rows are all ready."""
+    """A key given by mistake would be in stage.json and in the report, even if all rows are
+    ready."""
+    config = cot_distillation.CoTConfig(
+        model_name_or_path="x", reasoning_dataset_path="y", **options
+    )
     with pytest.raises(ConfigError, match=words) as refusal:
-        cot_distillation.CoTConfig(
-            model_name_or_path="x", reasoning_dataset_path="y", **options
-        ).validate()
+        config.validate()
     assert CANARY not in str(refusal.value)
+
+    options = {name.replace("teacher_", "feedback_"): value for name, value in options.items()}
+    config = rlaif.RLAIFConfig(
+        model_name_or_path="x", prompt_dataset_path="y", feedback_model_path="z", **options
+    )
     with pytest.raises(ConfigError, match=words.replace("teacher_", "feedback_")):
-        options = {name.replace("teacher_", "feedback_"): value for name, value in options.items()}
-        rlaif.RLAIFConfig(
-            model_name_or_path="x", prompt_dataset_path="y", feedback_model_path="z", **options
-        ).validate()
-
-
-def test_a_cost_limit_holds_over_all_runs_and_what_is_known_is_free(server, tmp_path):
-    requests, prices = (
-        asked(*(f"q{n}" for n in range(4))),
-        {"input_price": 1e5, "output_price": 1e5, "concurrency": 1},
-    )
-    ask = lambda some, **more: client(server, tmp_path, **prices, **more).ask(
-        "x", some, GREEDY, "1", str
-    )
-    ask(requests[:2])  # 3 dollars
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match="max_cost=2 is reached: 3.00 dollars"):
-            ask(requests, max_cost=2)
-    assert server.asked.total() == 2 and ask(requests[:2], max_cost=2) == [
-        "answer to q0",
-        "answer to q1",
-    ]
-
-
-def test_answers_of_other_processes_count_and_are_known(server, tmp_path):
-    client(server, tmp_path).ask("x", asked("q0", "q1"), GREEDY, "1", str)
-    (tmp_path / "calls.jsonl").rename(tmp_path / "calls-1.jsonl")
-    with open(tmp_path / "calls-1.jsonl", "a") as file:
-        file.write('{"half": ')  # it may be writing right now
-    with pytest.raises(RuntimeError, match="max_calls=3 is reached"):
-        client(server, tmp_path, max_calls=3).ask(
-            "x", asked("q0", "q1", "q2", "q3"), GREEDY, "1", str
-        )
-    assert server.asked.total() == 3 and (tmp_path / "calls-1.jsonl").read_text().endswith(
-        '{"half": '
-    )
-
-
-def test_other_options_of_a_model_run_here_make_other_answers(tmp_path):
-    key = lambda **options: core.llm_client.LLMClient(
-        cot_distillation.CoTConfig(output_dir=str(tmp_path), **options), "teacher", "x", "local"
-    ).key(["a"])
-    assert len(
-        {key(), key(seed=1), key(torch_dtype="bfloat16"), key(instruction_template="{instruction}")}
-    ) == 4 and key() == key(learning_rate=1)
-
-
-def test_a_model_run_here_answers_by_its_own_random_numbers(model_dir, tmp_path):
-    """The same answers in whatever batches; a greedy one is what generate() writes; choices are probabilities."""
-    ask = lambda folder, size, sampling, **more: core.llm_client.LLMClient(
-        core.llm_client.LLMClientConfig(output_dir=str(tmp_path / folder), concurrency=size),
-        "teacher",
-        model_dir,
-        "local",
-        load_model=common.load_model_and_tokenizer,
-    ).ask(
-        "x",
-        [*asked("one", "a longer question"), (asked("one")[0][0], 1)],
-        sampling,
-        "1",
-        str,
-        **more,
-    )
-    for folder in "abcd":
-        (tmp_path / folder).mkdir()
-    free = core.sampling.SAMPLING_DEFAULTS | {"max_new_tokens": 12}
-    texts = ask("a", 1, free)
-    assert texts == ask("b", 3, free) and texts[0] != texts[2]
-    model, tokenizer = common.load_model_and_tokenizer(
-        core.config.TrainingConfig(model_name_or_path=model_dir)
-    )
-    wanted = core.sampling.generate(
-        model, tokenizer, [chat for chat, _ in asked("one", "a longer question", "one")], 12
-    )
-    assert ask("c", 2, free | {"temperature": 0.0}) == [text for text, _ in wanted]
-    import torch
-
-    chances = [json.loads(text) for text in ask("d", 2, GREEDY, choices=("A", "B"))]
-    for (chat, _), found in zip(asked("one", "a longer question", "one"), chances):
-        ids, choices = (
-            core.chat.prompt_ids(tokenizer, chat),
-            tokenizer.convert_tokens_to_ids(["A", "B"]),
-        )
-        assert found == pytest.approx(
-            model(torch.tensor([ids])).logits[0, -1, choices].softmax(-1).tolist(), abs=1e-5
-        )
+        config.validate()
 
 
 def test_the_key_is_in_no_file(server, tmp_path, monkeypatch):
@@ -506,12 +440,62 @@ def test_the_key_is_in_no_file(server, tmp_path, monkeypatch):
     monkeypatch.setenv("MY_KEY", CANARY)
     server.reply = lambda question, body: f"your key is {CANARY}"
     with core.runtime.start_logging("debug", tmp_path / "training.log"):
-        assert client(server, tmp_path, "MY_KEY").ask("x", asked("q"), GREEDY, "1", str) == [
-            "your key is ***"
-        ]
+        assert ask(client(server, tmp_path, "MY_KEY"), ["q"]) == ["your key is ***"]
         server.status = 400
         with pytest.raises(RuntimeError):
-            client(server, tmp_path, "MY_KEY").ask("x", asked("r"), GREEDY, "1", str)
-    assert os.listdir(tmp_path) and not any(
-        CANARY.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()
-    )
+            ask(client(server, tmp_path, "MY_KEY"), ["r"])
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert files
+    assert not [path for path in files if CANARY.encode() in path.read_bytes()]
+
+
+# -- a model run here ------------------------------------------------------------------------------
+
+
+def local_client(folder, model, config_class=core.llm_client.LLMClientConfig, **options):
+    folder.mkdir(exist_ok=True)
+    config = config_class(output_dir=str(folder), **options)
+    load = common.load_model_and_tokenizer
+    return core.llm_client.LLMClient(config, "teacher", model, "local", load_model=load)
+
+
+def test_other_options_of_a_model_run_here_make_other_answers(tmp_path):
+    def key(**options):
+        return local_client(tmp_path, "x", cot_distillation.CoTConfig, **options).key(["a"])
+
+    keys = {
+        key(),
+        key(seed=1),
+        key(torch_dtype="bfloat16"),
+        key(instruction_template="{instruction}"),
+    }
+    assert len(keys) == 4
+    assert key() == key(learning_rate=1)
+
+
+def test_a_model_run_here_answers_by_its_own_random_numbers(model_dir, tmp_path):
+    """The same answers in whatever batches; a greedy one is what generate() writes; choices are
+    probabilities."""
+    requests = [*asked("one", "a longer question"), (asked("one")[0][0], 1)]
+    chats = [chat for chat, _ in requests]
+
+    def answers(folder, size, sampling, choices=()):
+        one = local_client(tmp_path / folder, model_dir, concurrency=size)
+        return one.ask("x", requests, sampling, "1", str, choices)
+
+    sampling = core.sampling.SAMPLING_DEFAULTS | {"max_new_tokens": 12}
+    texts = answers("a", 1, sampling)
+    assert texts == answers("b", 3, sampling)
+    assert texts[0] != texts[2]
+
+    config = core.config.TrainingConfig(model_name_or_path=model_dir)
+    model, tokenizer = common.load_model_and_tokenizer(config)
+    greedy = [text for text, _ in core.sampling.generate(model, tokenizer, chats, 12)]
+    assert answers("c", 2, sampling | {"temperature": 0.0}) == greedy
+
+    choice_ids = tokenizer.convert_tokens_to_ids(["A", "B"])
+    rows = answers("d", 2, GREEDY, choices=("A", "B"))
+    for chat, row in zip(chats, rows, strict=True):
+        ids = core.chat.prompt_ids(tokenizer, chat)
+        logits = model(torch.tensor([ids])).logits[0, -1, choice_ids]
+        assert json.loads(row) == pytest.approx(logits.softmax(-1).tolist(), abs=1e-5)

@@ -1,13 +1,14 @@
 """core/config.py: option types, checked dataclasses, options that contradict each other."""
 
 import importlib.util
+import re
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 import pytest
 import sft
 import torch
-from annotated_types import Gt
+from annotated_types import Gt, MinLen
 
 import chain
 import core.config
@@ -138,6 +139,85 @@ def test_a_config_of_ones_own_is_strict_too():
     assert Mine(weight="3", names="x,y").names == ["x", "y"]
     with pytest.raises(ConfigError, match="^mode='c'"):
         Mine(mode="c")
+
+
+@dataclass
+class Containers(StageConfig):
+    """Options of every kind of container."""
+
+    sizes: list[int] = field(default_factory=list)
+    bare: list = field(default_factory=list)
+    pair: tuple[int, float] = (1, 2.0)
+    many: tuple[int, ...] = ()
+    unique: set[str] = field(default_factory=set)
+    mapping: dict[str, int] = field(default_factory=dict)
+    nested: dict = field(default_factory=dict)
+    rate: float | None = None
+    words: list[str] | None = None
+    counts: Annotated[list[int], MinLen(1)] | None = None
+    text: str | None = None
+    either: str | list[int] = ""
+    biases: Literal["none", "all"] | None = None
+
+
+@pytest.mark.parametrize(
+    "name, value, meant",
+    [
+        ("sizes", "1,2,3", [1, 2, 3]),
+        ("sizes", "[1, 2]", [1, 2]),
+        ("sizes", "7", [7]),
+        ("sizes", "", []),
+        ("sizes", [1, "2"], [1, 2]),
+        ("bare", "a, b", ["a", "b"]),
+        ("pair", "3,0.5", (3, 0.5)),
+        ("pair", [3, 1], (3, 1.0)),
+        ("many", "[4, 5, 6]", (4, 5, 6)),
+        ("unique", "a,b,a", {"a", "b"}),
+        ("mapping", "{a: 1, b: 2}", {"a": 1, "b": 2}),
+        ("mapping", "", {}),
+        ("nested", "{a: {b: [1, 2]}}", {"a": {"b": [1, 2]}}),
+        ("rate", "none", None),
+        ("rate", "None", None),
+        ("rate", "2e-4", 2e-4),
+        ("words", "none", None),
+        ("words", "a,b", ["a", "b"]),
+        ("counts", "3,4", [3, 4]),
+        ("text", "none", None),
+        ("text", "a,b", "a,b"),
+        ("either", "1,2", "1,2"),
+        ("biases", "none", "none"),
+        ("biases", "null", None),
+    ],
+)
+def test_containers_are_read_from_text_by_their_annotation(name, value, meant):
+    result = getattr(Containers(**{name: value}), name)
+    assert result == meant and type(result) is type(meant)
+
+
+@pytest.mark.parametrize(
+    "name, value, words",
+    [
+        ("sizes", "1,x", "valid integer"),
+        ("pair", "1", "Field required"),
+        ("counts", "", "at least 1 item"),
+        ("mapping", "{a: 1", "not valid YAML"),
+        ("mapping", "a", "valid dictionary"),
+        ("rate", "", "valid number"),
+    ],
+)
+def test_a_container_that_cannot_be_read_is_refused_by_name(name, value, words):
+    with pytest.raises(ConfigError, match=f"(?i)^{name}={re.escape(repr(value))}: .*{words}"):
+        Containers(**{name: value})
+
+
+def test_a_secret_in_a_broken_mapping_is_not_shown():
+    @dataclass
+    class Secretive(StageConfig):
+        api_keys: dict[str, str] = field(default_factory=dict)
+
+    with pytest.raises(ConfigError, match="^api_keys: not valid YAML") as error:
+        Secretive(api_keys="{a: canary")
+    assert "canary" not in str(error.value)
 
 
 def test_the_default_learning_rate_goes_with_what_trains():

@@ -1,4 +1,4 @@
-"""cot_distillation.py: what is kept of a teacher's chains, what the student learns, and the divergence against TRL's."""
+"""cot_distillation.py: which chains are kept, what the student learns, the divergence of TRL."""
 
 import json
 import math
@@ -36,7 +36,7 @@ def write(path, rows):
     return str(path)
 
 
-# -- configuration and data --------------------------------------------------------------------------------------------
+# -- configuration and data ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_types_select_rows_or_are_refused(tmp_path):
     )
 
 
-# -- what is kept ------------------------------------------------------------------------------------------------------
+# -- what is kept ----------------------------------------------------------------------------------
 
 
 def test_the_vote():
@@ -211,8 +211,8 @@ def test_only_chains_that_lead_to_the_answer_are_kept(server, tmp_path, caplog):
         ("vote", "y"),
     ]
     assert (
-        "16 chains for 4 questions, 5 with the right answer, 4 of them distinct; 2 questions (50%) have one"
-        in caplog.text
+        "16 chains for 4 questions, 5 with the right answer, 4 of them distinct; "
+        "2 questions (50%) have one" in caplog.text
     )
     assert teacher.figures["questions_with_rationale"] == 2
 
@@ -239,9 +239,10 @@ def test_exact_answers(server, tmp_path):  # noqa: F811
     ]
 
 
-def test_a_voted_answer_is_learnt_as_a_chain_wrote_it_and_an_answer_alone_is_no_chain(
-    server, tmp_path
-):  # noqa: F811
+def test_a_voted_answer_keeps_its_spelling_and_an_answer_alone_is_no_chain(
+    server,  # noqa: F811
+    tmp_path,
+):
     texts = {
         "big": ["n\n#### 12345678901234", "m\n#### 12345678901234"],
         "root": [r"a####\frac{1}{3}", r"b#### \frac{1}{3}"],
@@ -264,7 +265,10 @@ def test_a_voted_answer_is_learnt_as_a_chain_wrote_it_and_an_answer_alone_is_no_
 def test_a_hanging_check_is_no_answer(tmp_path, monkeypatch, caplog):
     path = tmp_path / "slow.py"
     path.write_text(
-        "import time\ndef check(prompts, completions, answer):\n    time.sleep(60 * ('9^9' in completions[0]))\n    return [1.0]\n"
+        "import time\n"
+        "def check(prompts, completions, answer):\n"
+        "    time.sleep(60 * ('9^9' in completions[0]))\n"
+        "    return [1.0]\n"
     )
     monkeypatch.setitem(rationales.ANSWER_CHECKS, "numeric", f"{path}:check")
     monkeypatch.setattr(rationales, "CHECK_SECONDS", 1.0)
@@ -307,7 +311,7 @@ def test_new_questions_repeat_nothing(server, tmp_path, caplog):  # noqa: F811
     ] and "3 new questions from 5 requests: 0 missing, 2 too similar" in caplog.text
 
 
-# -- mathematics -------------------------------------------------------------------------------------------------------
+# -- mathematics -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9, 1.0])
@@ -315,9 +319,12 @@ def test_the_divergence_is_its_formula(beta):
     torch.manual_seed(0)
     student, teacher = (torch.randn(5, 7, dtype=torch.float64).log_softmax(-1) for _ in range(2))
     q, p = student.exp().tolist(), teacher.exp().tolist()
-    kl = lambda a, b: sum(x * math.log(x / y) for x, y in zip(a, b))
+
+    def kl(a, b):
+        return sum(x * math.log(x / y) for x, y in zip(a, b, strict=True))
+
     for row, found in enumerate(cot.jsd(student, teacher, beta).tolist()):
-        m = [beta * x + (1 - beta) * y for x, y in zip(p[row], q[row])]
+        m = [beta * x + (1 - beta) * y for x, y in zip(p[row], q[row], strict=True)]
         wanted = {0.0: kl(p[row], q[row]), 1.0: kl(q[row], p[row])}.get(
             beta, beta * kl(p[row], m) + (1 - beta) * kl(q[row], m)
         )
@@ -356,7 +363,7 @@ def test_alpha_weighs_divergence_and_likelihood():
     assert float(loss) == pytest.approx(0.3 * float(kd) + 0.7 * float(nll), abs=1e-6)
 
 
-# -- training ----------------------------------------------------------------------------------------------------------
+# -- training --------------------------------------------------------------------------------------
 
 READY = [
     {"question": f"{n} and {n}?", "rationale": f"{n} + {n} = {2 * n}.", "answer": str(2 * n)}

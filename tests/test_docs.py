@@ -11,7 +11,6 @@ import sys
 from dataclasses import fields
 
 import pytest
-import yaml
 from conftest import ROOT
 from test_chain import SMALL
 from test_client import server  # noqa: F401 (a fixture)
@@ -19,6 +18,7 @@ from test_rlaif import verdict
 
 import chain
 import common
+from core.yaml_files import load_yaml
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {path: path.read_text() for path in PAGES}
@@ -158,7 +158,7 @@ def miniature_options(script, options, run):
     if script == "chain.py":
         stages = options.get("stages", "").split(",")
         if stages == [""]:
-            stages = yaml.safe_load((run / "pipeline.yaml").read_text())["stages"]
+            stages = load_yaml(run / "pipeline.yaml")["stages"]
         small = {}
         for stage in stages:
             small |= {f"{stage}.{name}": value for name, value in MINIATURE[stage].items()}

@@ -12,7 +12,6 @@ from test_client import server  # noqa: F401 (a fixture)
 from test_rlaif import verdict
 
 import chain
-import common
 import core.chat
 import core.checks
 import core.data
@@ -123,13 +122,13 @@ def test_every_format_becomes_a_prompt_with_its_answers(row, form, prompt, answe
 
 
 def test_log_probabilities_are_those_of_a_pass_of_its_own(model, tokenizer):
-    """Batched by length, padded, whatever the batch: the sum over the answer's tokens and its stop token."""
+    """Batched by length and padded: the sum over the answer's tokens, its stop token included."""
     rows = [
         evaluate.encode(evaluate.convert(row, "prompt-chosen-rejected"), tokenizer, 512, 4)
         for row in PAIRS
     ]
     found = evaluate.answer_logps(model.eval(), rows, 3)
-    for row, sides in zip(rows, found):
+    for row, sides in zip(rows, found, strict=True):
         for chat, (logp, length) in zip(row["answers"], sides, strict=True):
             prompt, ((ids, labels),) = dpo.encode_answers(row["prompt"], [chat], tokenizer)
             logits = model(torch.tensor([prompt + ids])).logits[0].double().log_softmax(-1)
@@ -214,7 +213,8 @@ def test_rewards_have_a_mean_over_those_with_a_verdict(tmp_path, model_dir, monk
     saying(monkeypatch, ["a"] * 3 + ["bbb"] * 3)
     path = tmp_path / "mine.py"
     path.write_text(
-        "def f(prompts, completions, **_): return [None if text == 'a' else len(text) for text in completions]"
+        "def f(prompts, completions, **_):\n"
+        "    return [None if text == 'a' else len(text) for text in completions]\n"
     )
     result, samples = judged(
         tmp_path,
@@ -231,8 +231,12 @@ def test_rewards_have_a_mean_over_those_with_a_verdict(tmp_path, model_dir, monk
 
 
 def test_a_baseline_gets_every_figure_too_and_a_judge_compares(
-    tmp_path, model_dir, tokenizer, monkeypatch, server
-):  # noqa: F811
+    tmp_path,
+    model_dir,
+    tokenizer,
+    monkeypatch,
+    server,  # noqa: F811
+):
     make_model(tokenizer, seed=1).save_pretrained(tmp_path / "old")
     tokenizer.save_pretrained(tmp_path / "old")
     saying(monkeypatch, ["old"] * 12, [f"new {n}" for n in range(12)])
@@ -278,8 +282,8 @@ def test_rows_that_do_not_fit_are_counted_and_samples_are_drawn_by_the_seed(
     ]
     result, samples = judged(tmp_path, model_dir, rows, max_seq_length=80, num_eval_samples=5)
     assert (
-        "2 of 14 rows left out: 1 whose prompt leaves no room for 4 tokens within 80; 1 longer than 80 tokens"
-        in caplog.text
+        "2 of 14 rows left out: 1 whose prompt leaves no room for 4 tokens within 80; "
+        "1 longer than 80 tokens" in caplog.text
     )
     assert result.metrics["perplexity_n"] == len(samples) == 5
     assert samples == judged(tmp_path, model_dir, rows, max_seq_length=80, num_eval_samples=5)[1]

@@ -15,7 +15,6 @@ import time
 import pytest
 import rl
 import sft
-import yaml
 from conftest import ROOT
 
 import core.checkpoints
@@ -25,6 +24,7 @@ import core.fingerprints
 import core.trainer
 from chain import Pipeline
 from core.errors import ConfigError
+from core.yaml_files import dump_yaml, load_yaml
 
 PAIRS = [
     {"prompt": f"Say {n}", "chosen": "yes " * (1 + n % 3), "rejected": "no " * (1 + n % 2)}
@@ -72,7 +72,7 @@ def pipeline(model_dir, data, tmp_path):
             "stages": [*stages],
             "stage_configs": stages,
         }
-        path.write_text(yaml.safe_dump(config))
+        path.write_text(dump_yaml(config))
         return str(path)
 
     return write_yaml
@@ -84,7 +84,7 @@ def weights(folder):
 
 # Argument vector: the repository, a YAML, a folder, the number of kills. One line of JSON per run.
 FORKS = """
-import json, os, random, signal, sys, time
+import json, os, random, shutil, signal, sys, time
 
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/recipes"]
 import torch, transformers, trl, peft, datasets, bitsandbytes, tensorboard
@@ -122,6 +122,10 @@ print(json.dumps(["undisturbed", status, whole]), flush=True)
 for number in range(kills):
     after = 0.9 * whole * (number + random.random()) / kills  # one in every part of the run
     killed, _ = run(number, after)
+    while killed == 0:  # the machine has become faster: it was at its end before
+        shutil.rmtree(f"{out}/{number}")
+        after /= 2
+        killed, _ = run(number, after)
     finished = {name: os.path.exists(f"{out}/{number}/{name}/stage.json") for name in STAGES}
     log = os.path.getsize(f"{out}.log")
     status, _ = run(number)
@@ -149,7 +153,7 @@ def test_a_chain_killed_at_random_moments_ends_with_the_weights_of_the_undisturb
         for folder, was_finished in finished.items():
             if was_finished:
                 assert f"{folder} is finished already" in again
-    assert all(killed == -signal.SIGKILL for _, killed, *_ in trials[:-1])
+    assert [killed for _, killed, *_ in trials] == [-signal.SIGKILL] * KILLS
 
 
 @pytest.fixture
@@ -380,7 +384,7 @@ def test_a_run_begun_anew_goes_on_from_its_own_checkpoints(interrupted, caplog):
 
 def test_train_called_alone_does_not_go_on_from_a_run_with_other_options(interrupted):
     _, folder, _ = interrupted
-    options = yaml.safe_load((folder / "../whole/stage_config.yaml").read_text()) | {
+    options = load_yaml(folder / "../whole/stage_config.yaml") | {
         "output_dir": str(folder),
         "stage_name": "",
     }
@@ -602,6 +606,11 @@ def test_the_code_of_a_recipe_is_what_it_imports(tmp_path):
     code = set(sft.SFTStage(sft.SFTConfig(output_dir=str(tmp_path))).fingerprint()["code"])
     assert {"recipes/sft.py", "common.py", "core/training.py", "core/runtime.py"} <= code
     assert not code & {"chain.py", "report.py", "recipes/dpo.py", "core/judge.py"}
+
+
+def test_the_code_of_a_reward_function_process_counts(tmp_path):
+    code = rl.grpo.GRPOStage(rl.grpo.GRPOConfig(output_dir=str(tmp_path))).fingerprint()["code"]
+    assert {"recipes/grpo.py", "core/rewards.py", "core/function_server.py"} <= set(code)
 
 
 # A stage that imports a room inside a function; the room imports another one.

