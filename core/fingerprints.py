@@ -93,7 +93,7 @@ def file_identity(path: Path) -> Any:
         files = [path]
     else:
         # For a folder of another kind, or none, there are no such files.
-        files: list[Path] = []
+        files = []
         for pattern in MODEL_FILES:
             files += path.glob(pattern)
         files.sort()
