@@ -95,10 +95,12 @@ def read_text(hint: Any, value: Any) -> Any:
         return value
     members = list(plain_types(hint))
     choices = [choice for member in members for choice in get_args(member)]
+    # An option may list "none" among its choices, and then it means that choice.
     if type(None) in members and value.lower() in ("none", "null") and value not in choices:
         return None
     if str in members:
         return value
+    # YAML's own forms are read as YAML; a plain list may also be written a,b,c.
     origins = [get_origin(member) or member for member in members]
     if any(origin in MAPPINGS for origin in origins):
         return parse_yaml(value) or {}

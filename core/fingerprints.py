@@ -93,7 +93,10 @@ def file_identity(path: Path) -> Any:
         files = [path]
     else:
         # For a folder of another kind, or none, there are no such files.
-        files = sorted(file for pattern in MODEL_FILES for file in path.glob(pattern))
+        files = []
+        for pattern in MODEL_FILES:
+            files += path.glob(pattern)
+        files.sort()
     identity = []
     for file in files:
         status = file.stat()

@@ -86,6 +86,7 @@ class Run(Policy):
     def steps(self) -> Iterator[int]:
         """The numbers of the steps that are left; evaluates and saves between them."""
         config = self.config
+        # A resumed run has this evaluation in its checkpoint.
         if self.evaluation_rows and self.step == 0:
             self.before |= self.report(evaluate(self))
         while self.step < config.num_training_steps:
@@ -94,6 +95,7 @@ class Run(Policy):
             if self.stop_requested():
                 save_checkpoint(self)
                 return
+            # `finish` evaluates and the stage saves the model: neither is needed twice.
             if self.step == config.num_training_steps:
                 return
             if self.evaluation_rows and config.eval_freq and self.step % config.eval_freq == 0:
@@ -103,6 +105,7 @@ class Run(Policy):
 
     def stop_requested(self) -> bool:
         """Whether a signal came to any of the processes: they save and end together."""
+        # A launcher may signal one process alone; the others would wait for it at the next sum.
         count = torch.tensor(len(self.signals), device=self.model.device)
         if not self.sum_over_processes(count):
             return False
@@ -141,6 +144,7 @@ class Run(Policy):
         The weight is the sum of `rollout.weights` over these mini-batches and all processes: what a
         sum of losses is divided by. Steps in which no completion has a verdict are left out.
         """
+        # A rollout that is one mini-batch keeps its order: nothing depends on it.
         order = None
         if self.config.mini_batch_size < self.config.batch_size:
             order = torch.randperm(len(rollout.groups), generator=shuffle)
@@ -448,6 +452,7 @@ def prompts_of_step(seed: int, rows: list[dict], step: int, count: int) -> list[
     """
     orders: dict[int, list[int]] = {}
     prompts = []
+    # Prompts are numbered on through all epochs; a step takes the next `count` numbers.
     for n in range(step * count, (step + 1) * count):
         epoch, place = divmod(n, len(rows))
         if epoch not in orders:
@@ -505,6 +510,7 @@ def evaluate(run: Run) -> dict[str, float]:
     from accelerate.utils import gather_object
 
     config, accelerator = run.config, run.accelerator
+    # Each process answers every n-th prompt; the answers come together for the figures.
     own_rows = run.evaluation_rows[accelerator.process_index :: accelerator.num_processes]
     answers = []
     for start in range(0, len(own_rows), config.batch_size):

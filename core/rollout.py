@@ -118,6 +118,7 @@ class RLConfig(DataConfig, ScoringConfig, TrainingConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        # After this, code never meets the 0 that means "the whole batch".
         if self.mini_batch_size == 0:
             self.mini_batch_size = self.batch_size
 
@@ -189,6 +190,7 @@ def to_prompt(row: dict, form: str, needs_answer: bool = False) -> dict:
         prompt.pop()
     if not prompt:
         raise RowError("without a prompt")
+    # Whatever else a row has is for the rewards, which get it by name.
     columns = {name: value for name, value in row.items() if name not in source}
     return {"prompt": prompt, "columns": columns}
 
@@ -306,10 +308,10 @@ class Rollout:
 
     def select(self, prompts: torch.Tensor) -> Rollout:
         """The completions of these prompts, given by their places (p,), as a mini-batch."""
+        # Completions of one prompt stay together: they are compared, and share a pass over it.
         num_generations = len(self.rows) // len(self.groups)
-        rows = (
-            prompts[:, None] * num_generations + torch.arange(num_generations)
-        ).flatten()  # (b,)
+        firsts = prompts[:, None] * num_generations  # (p, 1)
+        rows = (firsts + torch.arange(num_generations)).flatten()  # (b,)
         tensors: dict[str, Any] = {}
         for f in fields(self):
             value = getattr(self, f.name)

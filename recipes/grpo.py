@@ -137,7 +137,9 @@ def train(
     with run.interruptible():
         for _ in run.steps():
             # 1. Rollout: sample completions of the step's prompts.
-            rollout = sample_rollout(run, run.next_prompts(), run.next_uniforms())  # mask (B, T)
+            prompts = run.next_prompts()  # P rows
+            uniforms = run.next_uniforms()  # (B, max_new_tokens), one random number per token
+            rollout = sample_rollout(run, prompts, uniforms)  # mask (B, T)
 
             # 2. Reward: score each completion; NaN where there is no verdict.
             score_rollout(run, rollout)  # scores (B,)

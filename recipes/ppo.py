@@ -99,9 +99,11 @@ def whiten(
     Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO".
     """
     count = sum_over_processes(mask.sum()).clamp(min=1)
-    mean = sum_over_processes((values * mask).sum()) / count
+    total = (values * mask).sum()
+    mean = sum_over_processes(total) / count
     deviations = values - mean
-    variance = sum_over_processes((deviations**2 * mask).sum()) / count
+    total_squares = (deviations**2 * mask).sum()
+    variance = sum_over_processes(total_squares) / count
     white = deviations * torch.rsqrt(variance + 1e-8)
     if not shift_mean:
         white = white + mean
@@ -166,7 +168,9 @@ def train(
     with run.interruptible():
         for _ in run.steps():
             # 1. Rollout: sample completions of the step's prompts.
-            rollout = sample_rollout(run, run.next_prompts(), run.next_uniforms())  # mask (B, T)
+            prompts = run.next_prompts()  # P rows
+            uniforms = run.next_uniforms()  # (B, max_new_tokens), one random number per token
+            rollout = sample_rollout(run, prompts, uniforms)  # mask (B, T)
 
             # 2. Reward: score each completion; NaN where there is no verdict.
             score_rollout(run, rollout)  # scores (B,)

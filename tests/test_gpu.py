@@ -129,18 +129,19 @@ def test_quantized_models_train_and_sample(model_dir, data, tmp_path, bits):
 @on_gpu
 @pytest.mark.parametrize("algorithm", ["ppo", "a2c", "trpo", "grpo", "rloo"])
 def test_every_algorithm_runs(model_dir, data, tmp_path, algorithm):
-    config = rl.RLConfig(
-        model_name_or_path=model_dir,
-        prompt_dataset_path=data,
-        output_dir=str(tmp_path / "out"),
-        algorithm=algorithm,
-        reward=["length"],
-        reward_length=3,
-        batch_size=8,
-        num_training_steps=3,
-        generation_kwargs={"max_new_tokens": 8},
-    )
-    result = rl.RLStage(config).execute()
+    options = {
+        "model_name_or_path": model_dir,
+        "prompt_dataset_path": data,
+        "output_dir": str(tmp_path / "out"),
+        "algorithm": algorithm,
+        "reward": ["length"],
+        "reward_length": 3,
+        "batch_size": 8,
+        "num_training_steps": 3,
+        "generation_kwargs": {"max_new_tokens": 8},
+    }
+    stage_class, options = rl.RLStage.resolve(options)
+    result = stage_class(stage_class.config_class(**options)).execute()
     assert result.success, result.error_message
 
 

@@ -18,12 +18,12 @@ import sft
 from conftest import ROOT
 
 import core.checkpoints
-import core.config
 import core.files
 import core.fingerprints
 import core.trainer
 from chain import Pipeline
 from core.errors import ConfigError
+from core.recipe_files import resolve_options
 from core.yaml_files import dump_yaml, load_yaml
 
 PAIRS = [
@@ -435,54 +435,39 @@ def test_a_checkpoint_whose_saving_fails_leaves_the_older_one(
 
 @pytest.mark.parametrize("recipe, number", [("sft", signal.SIGTERM), ("rl", signal.SIGINT)])
 def test_a_signal_saves_and_the_same_command_goes_on(model_dir, data, tmp_path, recipe, number):
-    own = {
-        "sft": dict(max_steps=40, save_steps=0, learning_rate=1e-2),
-        "rl": dict(
-            reward="length",
-            reward_length=3,
-            num_training_steps=12,
-            save_freq=0,
-            batch_size=4,
-            generation_kwargs={"max_new_tokens": 24},
-            validation_split=0,
-        ),
-    }[recipe]
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        f"recipes/{recipe}.py",
-        f"--model={model_dir}",
-        f"--data={data}",
-        *(f"--{name}={value}" for name, value in own.items()),
-    ]
-    out = {name: tmp_path / name for name in ("cut", "whole")}
-    stage = {"sft": sft.SFTStage, "rl": rl.RLStage}[recipe]
-    options = dict(model=model_dir, data=data, output_dir=str(out["whole"])) | own
-    assert (
-        stage(stage.config_class(**core.config.resolve_names(stage.config_class, options)))
-        .execute()
-        .success
-    )
-    process = subprocess.Popen(
-        [*command, f"--output_dir={out['cut']}"], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    own_options = {
+        "sft": {"max_steps": 40, "save_steps": 0, "learning_rate": 1e-2},
+        "rl": {
+            "reward": "length",
+            "reward_length": 3,
+            "num_training_steps": 12,
+            "save_freq": 0,
+            "batch_size": 4,
+            "generation_kwargs": {"max_new_tokens": 24},
+            "validation_split": 0,
+        },
+    }
+    options = {"model": model_dir, "data": data, **own_options[recipe]}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    door = {"sft": sft.SFTStage, "rl": rl.RLStage}[recipe]
+    stage_class, resolved = resolve_options(door, [options | {"output_dir": str(whole)}])
+    assert stage_class(stage_class.config_class(**resolved)).execute().success
+
+    command = [sys.executable, "-W", "ignore", f"recipes/{recipe}.py", f"--output_dir={cut}"]
+    command += [f"--{name}={value}" for name, value in options.items()]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("step  2/"):
             process.send_signal(number)
         last = line
     assert process.wait() == 128 + number, last
-    assert (
-        len([*(out["cut"] / "checkpoints").glob("[a-z]*-*")]) == 1
-        and not (out["cut"] / "stage.json").exists()
-    )
-    again = subprocess.run(
-        [*command, f"--output_dir={out['cut']}"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert again.returncode == 0 and "resuming from" in again.stdout, again.stderr
-    assert (out["cut"] / "model.safetensors").read_bytes() == (
-        out["whole"] / "model.safetensors"
-    ).read_bytes()
+    assert len([*(cut / "checkpoints").glob("[a-z]*-*")]) == 1
+    assert not (cut / "stage.json").exists()
+
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert "resuming from" in again.stdout
+    assert same_weights(cut, whole)
 
 
 def test_a_signal_between_the_steps_ends_at_once(model_dir, data, tmp_path):
