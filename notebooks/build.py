@@ -43,6 +43,7 @@ def read_notebook(source: Path):
         cell.id = f"cell-{number}"  # random ones would make every run a difference
         if cell.cell_type == "code":
             cell.source = COMMENTED_COMMAND.sub(r"\1", cell.source)
+    notebook.metadata.pop("jupytext", None)
     notebook.metadata.kernelspec = {
         "display_name": "Python 3 (ipykernel)",
         "language": "python",

@@ -159,7 +159,7 @@ def copy_notebooks(folder):
         shutil.copy(source, folder)
         notebook = build.read_notebook(source)
         output = nbformat.v4.new_output("stream", text="https://github.com/some/link\n")
-        notebook.cells[1].outputs = [output] if notebook.cells[1].cell_type == "code" else []
+        notebook.cells[2].outputs = [output]  # the set-up cell
         nbformat.write(notebook, folder / f"{source.stem}.ipynb")
     shutil.copy(ROOT / "notebooks/REPOSITORY", folder)
 
@@ -179,6 +179,7 @@ def test_colab_fills_in_the_repository(tmp_path):
         assert len(changed) == 2  # badge and set-up cell
         assert all("/octo-cat/my.recipes_2" in line for line in changed)
         notebook = nbformat.read(tmp_path / f"{source.stem}.ipynb", as_version=4)
+        assert notebook.cells[2].outputs[0].text == "https://github.com/some/link\n"
         filled = build.read_notebook(tmp_path / source.name)
         assert [cell.source for cell in notebook.cells] == [cell.source for cell in filled.cells]
 
