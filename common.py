@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from core import checkpoints
 from core.chat import prepare_tokenizer, stop_tokens
@@ -580,8 +580,11 @@ def build_stage(stage_class: type[BaseStage], arguments: Sequence[str]) -> tuple
     words, options = read_command_line(arguments)
     if words:
         raise ConfigError(f"unexpected word {words[0]!r}; options are written --name=value")
-    with as_config_error("dry_run"):
-        dry_run = TypeAdapter(bool).validate_python(options.pop("dry_run", False))
+    dry_run = options.pop("dry_run", False)
+    try:
+        dry_run = TypeAdapter(bool).validate_python(dry_run)
+    except ValidationError:
+        raise ConfigError(f"dry_run={dry_run!r}: give true or false") from None
     stage_class, resolved = resolve_options(stage_class, [options])
     config = stage_class.config_class(**resolved)
     if not (config.enabled and config.save_intermediate):

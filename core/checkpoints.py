@@ -85,7 +85,9 @@ def check_named_checkpoint(folder: Path, config: TrainingConfig) -> Path:
     # The options of two recipes differ in their names: those names are the recipe's mark.
     options = read_json(folder / "options.json")
     if options.keys() != fingerprinted_options(config).keys():
-        raise ConfigError(f"resume_from_checkpoint={folder} is of another recipe")
+        raise ConfigError(
+            f"resume_from_checkpoint={folder} is of another recipe; give a checkpoint of this one"
+        )
     return folder
 
 

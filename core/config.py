@@ -311,7 +311,10 @@ class TrainingConfig(ModelConfig):
         if isinstance(self.resume_from_checkpoint, str):
             damage = find_damage(Path(self.resume_from_checkpoint))
             if damage:
-                raise ConfigError(f"resume_from_checkpoint={self.resume_from_checkpoint}: {damage}")
+                raise ConfigError(
+                    f"resume_from_checkpoint={self.resume_from_checkpoint}: {damage}; give the "
+                    "folder of an intact checkpoint, or true for the newest one"
+                )
 
     def check_adapter(self) -> None:
         """Check the options of LoRA; raises ConfigError."""
@@ -372,7 +375,7 @@ class DataConfig(StageConfig):
         if self.dataset_format != "auto":
             raise ConfigError(f"dataset_format={self.dataset_format} is unknown, one of: {known}")
         if not self.auto_detect_format:
-            raise ConfigError(f"auto_detect_format=false goes with dataset_format, one of: {known}")
+            raise ConfigError(f"auto_detect_format=false requires dataset_format, one of: {known}")
 
 
 @dataclass

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, Literal
 
 from core.config import Count, Sentences
+from core.errors import ConfigError
 from core.llm_client import LLMClient, LLMClientConfig
 from core.rewards import check_reward_model, load_reward_model
 from core.runtime import logger
@@ -181,6 +182,10 @@ class Judge:
                 self.load_model,
             )
             self.client.check()
+        elif not config.feedback_model_path:
+            raise ConfigError(
+                "feedback_model_path is missing: give the folder of a reward model, or stage:NAME"
+            )
         elif not config.feedback_model_path.startswith("stage:"):
             check_reward_model(config.feedback_model_path)
 

@@ -59,7 +59,7 @@ def test_an_option_given_twice_is_refused(arguments):
         (["--model=./nowhere", "--data=./none.jsonl"], "./none.jsonl: no such file"),
         (
             ["--model=./nowhere", "--data=examples/sample_data.jsonl", "--dry_run=perhaps"],
-            "dry_run",
+            "dry_run='perhaps': give true or false",
         ),
         (["--seed=1", "--seed=2"], "--seed was given 2 times"),
         (

@@ -104,7 +104,7 @@ def test_unknown_names_get_the_nearest_valid_one():
             {"eval_steps": 3, "save_steps": 4, "load_best_model_at_end": True},
             "multiple of eval_steps=3",
         ),
-        ({"auto_detect_format": False}, "goes with dataset_format"),
+        ({"auto_detect_format": False}, "requires dataset_format"),
         ({"dataset_format": "alpacca"}, "one of: messages"),
         ({"auto_detect_format": False, "dataset_format": "alpacca"}, "one of: messages"),
         ({"num_eval_samples": 4, "validation_split": 0}, "validation_split"),

@@ -899,7 +899,7 @@ def test_kto_learns_from_single_answers_and_from_pairs(model_dir, tmp_path, unpa
             "simpo_gamma has no effect with loss_type=sigmoid; it belongs to simpo",
         ),
         ({"preference_dataset_path": ""}, "preference_dataset_path is missing"),
-        ({"auto_detect_format": False}, "goes with dataset_format"),
+        ({"auto_detect_format": False}, "requires dataset_format"),
         ({"validation_split": 0, "eval_steps": 1}, "eval_steps needs held-out rows"),
     ],
 )

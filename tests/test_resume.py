@@ -351,9 +351,9 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_is_taken(
 def test_a_checkpoint_that_is_named_has_to_be_whole(interrupted):
     run, folder, whole = interrupted
     flip(folder / "checkpoints/checkpoint-2/optimizer.pt")
-    with pytest.raises(ConfigError, match="checkpoint-2: optimizer.pt is damaged"):
+    with pytest.raises(ConfigError, match="checkpoint-2: optimizer.pt is damaged; give"):
         run("cut", resume_from_checkpoint=str(folder / "checkpoints/checkpoint-2"))
-    with pytest.raises(ConfigError, match="checkpoint-4 is of another recipe"):
+    with pytest.raises(ConfigError, match="checkpoint-4 is of another recipe; give"):
         core.checkpoints.find_checkpoint(
             rl.RLConfig(resume_from_checkpoint=str(folder / "checkpoints/checkpoint-4"))
         )
