@@ -1,5 +1,5 @@
 """What every recipe needs: load, quantize, adapt, merge and save a model; the contract of a stage;
-the command line. The mathematics of an algorithm is in its recipe, all else in a room of core/.
+the command line. The mathematics of an algorithm is in its recipe, everything else is in core/.
 """
 
 from __future__ import annotations
@@ -251,7 +251,7 @@ class BaseStage:
         if not self.reuse_finished or resume is not True or not has_weights or self.stale():
             return False
         self.logger.info(
-            "%s is finished already; to repeat it: resume_from_checkpoint=false", folder
+            "%s is finished already; use --resume_from_checkpoint=false to train again", folder
         )
         return True
 
