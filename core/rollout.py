@@ -251,6 +251,9 @@ def estimate_work(config: RLConfig, prompt_lengths: Sequence[int]) -> tuple[int,
     prompt_share = statistics.fmean(prompt_lengths) / config.num_generations
     tokens = completions * (prompt_share + config.sampling["max_new_tokens"])
     epochs = getattr(config, "ppo_epochs", 1)
+    # The products of TRPO's conjugate gradient cost about as much as PPO's epochs.
+    if not config.optimizes_policy:
+        epochs = 4
     passes = 2 + bool(config.init_kl_coef) + 2 * epochs  # sampled, scored, reference; learnt
     return config.num_training_steps, tokens, passes, config.mini_batch_size
 

@@ -5,7 +5,6 @@ finish."""
 
 from __future__ import annotations
 
-import logging
 import re
 from decimal import Decimal
 
@@ -36,8 +35,6 @@ def parse_formula(text: str, alone: bool = True) -> list:
     (`alone`), or is LaTeX."""
     from math_verify import parse
 
-    # It warns that it runs without a timeout; the process it runs in has one.
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
     text = EMPHASIS.sub("", text).removesuffix(".")
     if SCIENTIFIC.fullmatch(text):
         text = f"{Decimal(text):f}"

@@ -54,8 +54,9 @@ class RLStage(BaseStage):
     def resolve(cls, options: dict) -> tuple[type[BaseStage], dict]:
         """(the page's stage class, its options). Refuses options of other pages by ConfigError."""
         options = dict(options)
-        algorithm = options.pop("algorithm", None) or "ppo"
-        if algorithm not in STAGES:
+        algorithm = options.pop("algorithm", RLChoiceConfig.algorithm)
+        # What YAML takes for a list, for example, is no name.
+        if not isinstance(algorithm, str) or algorithm not in STAGES:
             raise ConfigError(unknown_name("algorithm", algorithm, STAGES))
         page = STAGES[algorithm]
         # RLOO is a page of its own in older files; here it is GRPO with another baseline.

@@ -485,22 +485,27 @@ class RLAIFStage(BaseStage):
     def resolve(cls, options: dict[str, Any]) -> tuple[type[BaseStage], dict[str, Any]]:
         """Move options of the RL recipe alone, such as clip_range, into rl_kwargs. Raises
         ConfigError for those of another RL recipe."""
-        algorithm = options.get("algorithm") or RLAIFConfig.algorithm
-        if algorithm not in RL_CONFIGS:
+        algorithm = options.get("algorithm", RLAIFConfig.algorithm)
+        if not isinstance(algorithm, str) or algorithm not in RL_CONFIGS:
             return cls, options  # the config refuses it
         own_names = option_names(RLAIFConfig)
-        page_names = option_names(RL_CONFIGS[algorithm])
-        other_names = set().union(*(option_names(page) for page in RL_CONFIGS.values()))
+        mode = options.get("feedback_mode")
         # The command line and YAML take them beside the others: --clip_range=0.1 is enough.
         kept = {}
         moved = {}
         for name, value in options.items():
-            if name in page_names - own_names:
-                moved[name] = value
-            elif name in other_names - own_names:
-                raise ConfigError(f"{name} has no effect with algorithm={algorithm}")
-            else:
+            owners = [other for other, page in RL_CONFIGS.items() if name in option_names(page)]
+            if name in own_names or not owners:
                 kept[name] = value
+            elif mode == "preference":
+                raise ConfigError(f"{name} has no effect with feedback_mode=preference")
+            elif algorithm in owners:
+                moved[name] = value
+            else:
+                raise ConfigError(
+                    f"{name} has no effect with algorithm={algorithm}; "
+                    f"it belongs to {', '.join(owners)}"
+                )
         if moved:
             # The command line hands rl_kwargs over as YAML.
             with as_config_error("rl_kwargs"):

@@ -163,6 +163,8 @@ def unchanged(total):
         ),
         (dict(algorithm="rloo", scale_rewards=False), "scale_rewards has no effect"),
         (dict(algorithm="grop"), "did you mean 'grpo'"),
+        (dict(algorithm=""), "unknown algorithm ''"),
+        (dict(algorithm=["grpo"]), "unknown algorithm"),
         (dict(algorithm="grpo", num_generations=1), "compares completions of one prompt"),
         (
             dict(batch_size=6, algorithm="grpo"),
@@ -1177,6 +1179,15 @@ def test_functions_of_a_file(tmp_path, caplog):
     for spec, words in ((f"{file}:jugde", "jugde"), (f"{tmp_path}/none.py:judge", "No such file")):
         with pytest.raises(ConfigError, match=words):
             core.function_process.Subprocess(spec, 5).start()
+
+
+def test_the_process_of_a_verifier_prints_no_warnings_of_its_library(capfd):
+    check = core.function_process.Subprocess(core.rewards.REWARDS["numeric"][0], 60)
+    try:
+        assert check([None], ["It is 4."], answer=["4"]) == [1.0]
+    finally:
+        check.stop()
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("kind, labels", [("regression", 1), ("classification", 2)])

@@ -174,8 +174,13 @@ def test_options_of_the_rl_recipe_may_stand_beside_the_others():
         "rl_kwargs": {"max_kl": 0.5, "clip_range": "0.1"},
     }
     assert rlaif.RLAIFConfig(**resolved).rl_config().clip_range == 0.1
-    with pytest.raises(ConfigError, match="cg_damping has no effect with algorithm=ppo"):
+    with pytest.raises(ConfigError, match="cg_damping has no effect .* it belongs to trpo"):
         rlaif.RLAIFStage.resolve({"cg_damping": 0.2})
+    with pytest.raises(ConfigError, match="clip_range has no effect with feedback_mode=preference"):
+        rlaif.RLAIFStage.resolve({"feedback_mode": "preference", "clip_range": 0.2})
+    # What is no name at all is left to the config, which refuses it.
+    with pytest.raises(ConfigError, match="algorithm"):
+        rlaif.RLAIFConfig(**rlaif.RLAIFStage.resolve({"algorithm": ["grpo"]})[1])
     assert rlaif.RLAIFStage.resolve({"seed": 1}) == (rlaif.RLAIFStage, {"seed": 1})
 
 
