@@ -350,7 +350,7 @@ class TRPOStage(BaseStage):
         self.functions = start_reward_functions(self.config)
         training, evaluation, data_set = load_prompts(self.config)
         self.lineage["data"] = data_set
-        self.lineage["reference"] = "the model the stage starts from"
+        self.lineage["reference"] = "the stage's input model"
         return training, evaluation
 
     def sequences(self, row, tokenizer, context):
