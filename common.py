@@ -487,7 +487,7 @@ def check_target_modules(model, targets: Sequence[str]) -> None:
 
 def merge_adapter(model):
     """The plain model with its adapter merged, all weights trainable again. A quantized base is
-    dequantized first: rounding after the merge would undo much of what the adapter learnt."""
+    dequantized first: rounding after the merge would undo much of what the adapter learned."""
     if not hasattr(model, "peft_config"):
         return model
     if hasattr(model.get_base_model(), "hf_quantizer"):

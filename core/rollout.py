@@ -254,7 +254,8 @@ def estimate_work(config: RLConfig, prompt_lengths: Sequence[int]) -> tuple[int,
     # The products of TRPO's conjugate gradient cost about as much as PPO's epochs.
     if not config.optimizes_policy:
         epochs = 4
-    passes = 2 + bool(config.init_kl_coef) + 2 * epochs  # sampled, scored, reference; learnt
+    before_update = 2 + bool(config.init_kl_coef)  # sampling, log-probabilities, reference
+    passes = before_update + 2 * epochs  # a backward pass costs as much as a forward pass
     return config.num_training_steps, tokens, passes, config.mini_batch_size
 
 

@@ -160,7 +160,7 @@ class RLAIFConfig(RLConfig, JudgingConfig):
             raise ConfigError("constitution is empty: describe what makes an answer better")
         if not self.save_intermediate:
             raise ConfigError(
-                "save_intermediate=false would lose what is learnt between the parts; remove it"
+                "save_intermediate=false would lose what is learned between the parts; remove it"
             )
         self.validate_parts()
 

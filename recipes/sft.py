@@ -296,7 +296,7 @@ def train(
 ) -> dict[str, float]:
     """Fine-tune `model` in place on conversations (lists of messages) or texts; returns metrics."""
     # 1. Rows to tokens and labels.
-    # The model has no positions beyond its context, whatever the option says.
+    # The model's context length is an upper limit.
     max_length = min(config.max_seq_length, model.config.max_position_embeddings)
     training = encode_rows(train_rows, tokenizer, max_length, "training data")
     evaluation = encode_rows(eval_rows, tokenizer, max_length, "evaluation data")
