@@ -1,5 +1,5 @@
 """What every recipe needs: load, quantize, adapt, merge and save a model; the contract of a stage;
-the command line. The mathematics of an algorithm is in its recipe, all else in a room of core/.
+the command line. The mathematics of an algorithm is in its recipe, everything else is in core/.
 """
 
 from __future__ import annotations
@@ -251,7 +251,7 @@ class BaseStage:
         if not self.reuse_finished or resume is not True or not has_weights or self.stale():
             return False
         self.logger.info(
-            "%s is finished already; to repeat it: resume_from_checkpoint=false", folder
+            "%s is finished already; use --resume_from_checkpoint=false to train again", folder
         )
         return True
 
@@ -487,7 +487,7 @@ def check_target_modules(model, targets: Sequence[str]) -> None:
 
 def merge_adapter(model):
     """The plain model with its adapter merged, all weights trainable again. A quantized base is
-    dequantized first: rounding after the merge would undo much of what the adapter learnt."""
+    dequantized first: rounding after the merge would undo much of what the adapter learned."""
     if not hasattr(model, "peft_config"):
         return model
     if hasattr(model.get_base_model(), "hf_quantizer"):

@@ -4,7 +4,7 @@
     render_turns   messages                   ->  pieces of text, each a target or not
     encode_turns   pieces of text             ->  input_ids (T,) and labels (T,)
 
-One conversation on its way through a ChatML tokenizer:
+Example with a ChatML tokenizer:
 
     messages   [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
 
@@ -32,7 +32,7 @@ from core.runtime import warn_once
 
 IGNORE = -100  # label of a token that is not a target, as in transformers and torch
 
-# Who speaks: the names of chat data sets, and those of ShareGPT.
+# Role names of chat data sets, including ShareGPT's.
 ROLES = {
     "user": "user",
     "assistant": "assistant",
@@ -82,7 +82,7 @@ def as_messages(value, role: str) -> list[dict]:
 
 
 def warn_of_unused_keys(turns: list[dict]) -> None:
-    """Warn once of content that is not used, such as tool calls."""
+    """Warn once about content that is not used, such as tool calls."""
     unused = set()
     for turn in turns:
         for key, value in turn.items():
@@ -152,11 +152,11 @@ def apply_template(tokenizer, template: str, messages: list[dict], generation_pr
             add_generation_prompt=generation_prompt,
         )
     except Exception as error:  # Jinja's own, or raised by the template for what it does not know
-        raise RowError(f"which the chat template refuses: {error}") from error
+        raise RowError(f"which the chat template rejects: {error}") from error
 
 
 def final_stop_pattern(tokenizer) -> re.Pattern:
-    """A pattern for a special token at the end of a text, white space aside."""
+    """A pattern for a special token at the end of a text, ignoring trailing white space."""
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     special.add(tokenizer.eos_token)
     alternatives = "|".join(re.escape(token) for token in sorted(special))
@@ -197,7 +197,7 @@ def encode_turns(tokenizer, pieces: Sequence[tuple[str, bool]]) -> tuple[list[in
         raise RowError("without an answer")
     pieces = pieces[: targets[-1] + 1]
 
-    # One call for the whole text: tokenized apart, the pieces could have other tokens.
+    # One call for the whole text: tokenized separately, the pieces could give different tokens.
     whole_text = "".join(text for text, _ in pieces)
     encoded = tokenizer(whole_text, add_special_tokens=False, return_offsets_mapping=True)
     input_ids = encoded["input_ids"]  # (T,)
@@ -211,7 +211,7 @@ def encode_turns(tokenizer, pieces: Sequence[tuple[str, bool]]) -> tuple[list[in
             token_start, token_end = offsets[len(labels)]
             if token_start >= piece_end:
                 break  # the token belongs to the next piece
-            # In use the prompt is tokenized alone, so the model would never meet such a token.
+            # At inference the prompt is tokenized alone, so the model would never see such a token.
             if token_end > piece_end:
                 raise RowError("whose answer begins inside a token of the prompt")
             labels.append(input_ids[len(labels)] if is_target else IGNORE)

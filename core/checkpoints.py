@@ -1,5 +1,7 @@
 """The folder of a run: sealed checkpoints, the claim on the folder, the record of a finished stage.
 
+What a checkpoint holds is written by core/trainer.py (sft, dpo, reward, cot_distillation) and by
+core/rl_checkpoints.py (a2c, ppo, trpo, grpo); here it is sealed, found again and verified.
 OUT/fingerprint.json says which run the folder and its checkpoints belong to. OUT/stage.json is
 written last: a stage is finished when its stage.json says so.
 """

@@ -275,7 +275,7 @@ def option_help(config_class: Any) -> str:
     first = [lines[name] for name in everyday if name in lines]
     if "dry_run" not in options:
         first.append(DRY_RUN)
-    blocks = [format_group("everyday options", first)]
+    blocks = [format_group("common options", first)]
     for heading, group in groups.items():
         rest = [line for line in group if line not in first]
         if rest:

@@ -250,7 +250,7 @@ def fingerprint_code(stage_class: type) -> tuple[dict[str, str], list[str]]:
 
     changed = set()
     for name, path in find_code(names, home_folder).items():
-        # Two rooms may have a file of the same name, so those of the repository are named by path.
+        # Two folders may have a file of the same name: those of the repository are named by path.
         shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else Path(path.name)
         digest = file_digest(path)
         digests[shown.as_posix()] = digest

@@ -1,5 +1,4 @@
-"""The process that `Subprocess` of core/function_process.py starts. It imports no other room, so it
-starts at once."""
+"""The process that `Subprocess` starts. It imports nothing of ours, so that it starts at once."""
 
 import importlib.util
 import json

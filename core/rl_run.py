@@ -35,7 +35,7 @@ from core.rollout import (
     check_sampled_logps,
     completion_outputs,
     encode_prompts,
-    outputs_before_update,
+    rollout_outputs,
 )
 from core.run_log import log_step, truncate_metrics
 from core.runtime import compute_dtype, deferred_signals, is_main_process, logger
@@ -43,7 +43,7 @@ from core.sampling import decode_completions, sample_completions, uniform_number
 
 # Metrics that only metrics.jsonl has; the lines on the screen would be too long with them.
 NOT_ON_SCREEN = (
-    "reward_.*|ratio|.*_loss|epochs|kl_coef|policy_kl|improvement|grad_norm|zero_variance|"
+    "reward_.*|ratio|.*_loss|epochs|kl_coef|policy_kl|improvement|zero_variance|"
     "clip_fraction|line_search|entropy|seconds_.*"
 )
 
@@ -136,7 +136,7 @@ class Run(Policy):
 
     # -- the update
 
-    def optimizer_steps(
+    def accumulation_groups(
         self, rollout: Rollout, shuffle: torch.Generator, accumulate: int
     ) -> Iterator[tuple[list[Rollout], torch.Tensor]]:
         """(mini-batches, weight) of each optimizer step of an epoch over the rollout.
@@ -159,7 +159,7 @@ class Run(Policy):
                 self.warn_without_verdicts()
 
     def warn_without_verdicts(self) -> None:
-        logger.warning("no completion has a verdict: step %d learns nothing", self.step + 1)
+        logger.warning("step %d skipped: no completion was scored", self.step + 1)
 
     def backward(self, loss: torch.Tensor) -> None:
         self.scaler.scale(loss).backward()
@@ -234,8 +234,8 @@ class Run(Policy):
 
 
 @torch.no_grad()
-def evaluate_rollout(run: Run, rollout: Rollout) -> None:
-    """Give the rollout what is known before the update, all (B, T).
+def record_old_policy(run: Run, rollout: Rollout) -> None:
+    """Set what is known before the update, all (B, T).
 
     These are "old_logps" and "entropy" of the policy, "ref_logps", and the critic's "values".
 
@@ -247,10 +247,10 @@ def evaluate_rollout(run: Run, rollout: Rollout) -> None:
         reference_extras.append("hidden")
     else:
         policy_extras.append("hidden")
-    old = outputs_before_update(run, rollout, *policy_extras)
+    old = rollout_outputs(run, rollout, *policy_extras)
     rollout.old_logps, rollout.entropy, rollout.hidden = old.logps, old.entropy, old.hidden
     if run.config.init_kl_coef or run.has_adapter:
-        reference = outputs_before_update(run, rollout, *reference_extras, reference=True)
+        reference = rollout_outputs(run, rollout, *reference_extras, reference=True)
         rollout.ref_logps = reference.logps
         if run.has_adapter:
             rollout.hidden = reference.hidden

@@ -60,7 +60,7 @@ PROMPT_FORMATS = {  # name: required columns; of several that fit, the one with 
 
 @dataclass
 class RLConfig(DataConfig, ScoringConfig, TrainingConfig):
-    """Options of every RL recipe, beside those of loading, LoRA, optimizer and rewards."""
+    """Options of every RL recipe, in addition to those of loading, LoRA, optimizer and rewards."""
 
     aliases: ClassVar = TrainingConfig.aliases | {"data": "prompt_dataset_path"}
     formats: ClassVar = PROMPT_FORMATS
@@ -78,13 +78,15 @@ class RLConfig(DataConfig, ScoringConfig, TrainingConfig):
         "init_kl_coef",
     )
     has_critic: ClassVar[bool] = False  # whether the algorithm learns a value function
-    optimizes_policy: ClassVar[bool] = True  # false: the policy's step is not an optimizer's (TRPO)
+    optimizes_policy: ClassVar[bool] = (
+        True  # false: the policy is not updated by the optimizer (TRPO)
+    )
 
     prompt_dataset_path: str = ""  # file (.json, .jsonl, .csv, .parquet), folder, or hub name
     validation_split: Share = 0.05  # fraction of rows held out for evaluation
     max_seq_length: Count = 1024  # tokens of prompt and completion; longer prompts are dropped
     # reward
-    missing_stop_penalty: NonNegative = 0.0  # subtracted where a completion never stops
+    missing_stop_penalty: NonNegative = 0.0  # subtracted if a completion has no stop token
     # rollout
     num_training_steps: Count = 100  # number of rollouts
     batch_size: Count = 16  # completions per step and process
@@ -96,9 +98,11 @@ class RLConfig(DataConfig, ScoringConfig, TrainingConfig):
     learning_rate: Positive | None = None  # peak rate; none: 1e-4 for LoRA, 1e-6 for all weights
     warmup_ratio: Share = 0.0  # fraction of steps used for warm-up
     lr_scheduler_type: Scheduler = "linear"  # learning-rate schedule after warm-up
-    # KL to the reference, the model that the run starts from
+    # KL to the reference (the starting model)
     init_kl_coef: NonNegative = 0.05  # weight beta of the KL penalty; 0 disables it
-    kl_penalty: Literal["kl", "abs", "mse", "k3", "full"] = "kl"  # k1, |k1|, k2, k3, or exact
+    kl_penalty: Literal["kl", "abs", "mse", "k3", "full"] = (
+        "kl"  # kl is k1, abs |k1|, mse k2, full exact
+    )
     kl_in: Literal["reward", "loss"] = "reward"  # part of each token's reward, or of the loss
     target_kl: Positive | None = None  # adapt beta to this KL per completion, in nats; none: fixed
     kl_horizon: Positive = 10000.0  # horizon of the adaptive KL controller, in completions
@@ -139,14 +143,16 @@ class RLConfig(DataConfig, ScoringConfig, TrainingConfig):
         self.validate_kl()
         if self.trains_with_rl and self.lora_dropout:
             raise ConfigError(
-                "lora_dropout must be 0: with dropout the same weights give other probabilities "
-                "each time; set lora_dropout=0"
+                "with lora_dropout above 0, log-probabilities would not be reproducible; "
+                "set lora_dropout=0"
             )
         if self.eval_freq and not self.validation_split:
             raise ConfigError("eval_freq needs held-out rows; set validation_split above 0")
 
     def validate_batch_sizes(self) -> None:
+        # batch_size comes first: mini_batch_size may not have been given at all.
         for whole, part in (
+            ("batch_size", "num_generations"),
             ("batch_size", "mini_batch_size"),
             ("mini_batch_size", "num_generations"),
         ):
@@ -185,7 +191,7 @@ def to_prompt(row: dict, form: str, needs_answer: bool = False) -> dict:
     if form == "instruction-input":
         parts = [str(part) for part in (row["instruction"], row["input"]) if part]
         prompt = as_messages("\n\n".join(parts), "user")
-    # An answer that the data already has is not for the policy to see.
+    # Drop answers that the data already has: the policy must not see them.
     while prompt and prompt[-1]["role"] == "assistant":
         prompt.pop()
     if not prompt:
@@ -248,7 +254,8 @@ def estimate_work(config: RLConfig, prompt_lengths: Sequence[int]) -> tuple[int,
     # The products of TRPO's conjugate gradient cost about as much as PPO's epochs.
     if not config.optimizes_policy:
         epochs = 4
-    passes = 2 + bool(config.init_kl_coef) + 2 * epochs  # sampled, scored, reference; learnt
+    before_update = 2 + bool(config.init_kl_coef)  # sampling, log-probabilities, reference
+    passes = before_update + 2 * epochs  # a backward pass costs as much as a forward pass
     return config.num_training_steps, tokens, passes, config.mini_batch_size
 
 
@@ -279,7 +286,7 @@ class Policy:
 
 @dataclass
 class Rollout:
-    """B completions of P prompts, and what is to be learnt from them.
+    """B completions of P prompts, and the tensors computed from them.
 
     Tensors are on the model's device. The algorithm fills in the fields that are None at first.
     `select` gives a mini-batch, which is
@@ -361,7 +368,7 @@ def sample_rollout(policy: Policy, rows: list[dict], uniforms: torch.Tensor) -> 
         groups.append({"prompt": row["ids"], "answers": answers, "labels": answers})
         rows_of_completions += [row] * num_generations
     device = policy.model.device
-    # The mask covers the stop token: to stop is an action, and has to be learnt.
+    # The mask covers the stop token: stopping is an action too, so it is trained.
     lengths = torch.tensor([len(ids) for ids in completions])  # (B,)
     mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (B, T)
     return Rollout(
@@ -378,7 +385,7 @@ def sample_rollout(policy: Policy, rows: list[dict], uniforms: torch.Tensor) -> 
 
 
 def score_rollout(policy: Policy, rollout: Rollout) -> None:
-    """Give the rollout its "rewards" (B, R), their sum "scores" (B,), and "used" (B, T)."""
+    """Set rollout.rewards (B, R), their sum rollout.scores (B,), and rollout.used (B, T)."""
     began = time.perf_counter()
     config, device = policy.config, policy.model.device
     rewards = score_completions(config, policy.reward_functions, rollout.rows, rollout.texts)
@@ -395,7 +402,7 @@ def score_rollout(policy: Policy, rollout: Rollout) -> None:
 
 @dataclass
 class TokenOutputs:
-    """What a model says of the tokens of completions. Fields that were not asked for are None."""
+    """Model outputs at completion tokens. Fields that were not requested are None."""
 
     logps: torch.Tensor  # (B, T): log-probabilities of the tokens
     entropy: torch.Tensor | None = None  # (B, T): of each token's distribution
@@ -459,7 +466,7 @@ def entropy_of(log_probs: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def outputs_before_update(
+def rollout_outputs(
     policy: Policy, rollout: Rollout, *extras: str, reference: bool = False
 ) -> TokenOutputs:
     """`completion_outputs` of the whole rollout, in mini-batches and without gradients."""
@@ -476,8 +483,8 @@ def outputs_before_update(
 def check_sampled_logps(policy: Policy, rollout: Rollout) -> None:
     """Raise RuntimeError if sampling and training disagree on the tokens' log-probabilities.
 
-    They are two programs for one distribution; where a model's attention or positions are not
-    understood, ratios would be wrong from the first step on.
+    Both compute the same distribution, separately; if one mishandles attention or positions of a
+    model, the ratios would be wrong from the first step on.
     """
     sampled = torch.zeros_like(rollout.old_logps)
     flat_logps = list(itertools.chain.from_iterable(rollout.sampled_logps))
@@ -486,5 +493,6 @@ def check_sampled_logps(policy: Policy, rollout: Rollout) -> None:
     tolerance = 1e-2 if policy.model.dtype == torch.float32 else 1.0
     if gap > tolerance:
         raise RuntimeError(
-            f"sampling and training disagree on a token's log-probability by {gap:.2g}"
+            f"sampling and training disagree on a token's log-probability by {gap:.2g}; "
+            "try attn_implementation=eager, and please report the model"
         )

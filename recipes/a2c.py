@@ -8,9 +8,9 @@
 The reward r_t is the score of the completion at its last token, minus beta times the KL of each
 token to the reference, the model that the run starts from (Ziegler et al. 2019, eq. 2). Every
 rollout makes one optimizer step.
-One row of data; every further column goes to the reward:
+One row of data; other columns are passed to the reward function:
 
-    {"question": "Tom has 3 apples and buys 4 more. How many has he now?", "answer": "7"}
+    {"question": "Tom has 3 apples and buys 4 more. How many does he have now?", "answer": "7"}
 
 Run it on a laptop, and against a reward model on a GPU:
 
@@ -19,7 +19,8 @@ Run it on a laptop, and against a reward model on a GPU:
     python recipes/a2c.py --model=outputs/sft --data=prompts.jsonl \\
         --reward_model_path=outputs/reward
 
-Shapes: P prompts of a step, G completions of each, B = P * G completions, T tokens of the longest.
+Shapes: P prompts per step, G completions per prompt, B = P * G completions, T tokens in the longest
+completion; b completions in a mini-batch.
 """
 
 import sys
@@ -37,7 +38,7 @@ from common import BaseStage, main
 from core.config import NonNegative, Positive
 from core.kl import k3, kl_in_loss, kl_in_rewards
 from core.rewards import load_reward_model, start_reward_functions, stopping_functions
-from core.rl_run import Run, WeightedMeans, evaluate_rollout, policy_outputs, start_run
+from core.rl_run import Run, WeightedMeans, policy_outputs, record_old_policy, start_run
 from core.rollout import (
     RLConfig,
     Rollout,
@@ -54,7 +55,7 @@ from core.rollout import (
 
 @dataclass
 class A2CConfig(RLConfig):
-    """Options of A2C, beside those of every RL recipe (RLConfig in core/rollout.py)."""
+    """Options of A2C, in addition to those of every RL recipe (RLConfig in core/rollout.py)."""
 
     has_critic = True
 
@@ -115,9 +116,10 @@ def whiten(
 def score_at_end(rollout: Rollout, missing_stop_penalty: float) -> torch.Tensor:
     """(B, T): the score of each completion at its last token; 0 elsewhere and without a verdict.
 
-    A completion that never stops is given less (Huang et al. 2024, "no stop token").
+    A completion without a stop token is penalized (Huang et al. 2024, "no stop token").
     """
-    scores = rollout.scores - missing_stop_penalty * ~rollout.stopped
+    truncated = ~rollout.stopped  # (B,)
+    scores = rollout.scores - missing_stop_penalty * truncated
     rewards = torch.zeros_like(rollout.used)
     rewards[torch.arange(len(rewards)), rollout.lengths - 1] = scores.nan_to_num()
     return rewards
@@ -137,26 +139,26 @@ def value_loss(values: torch.Tensor, returns: torch.Tensor) -> torch.Tensor:
 
 
 def train(
-    config: A2CConfig, model, tokenizer, train_rows: list, eval_rows: list, rewards: dict
+    config: A2CConfig, model, tokenizer, train_rows: list, eval_rows: list, reward_functions: dict
 ) -> dict:
     """Train `model` in place on rows {"prompt": messages, "columns": {...}}; returns the metrics.
 
-    `rewards` has functions (prompts, completions, **columns) -> list of numbers, by name.
+    `reward_functions` maps names to functions (prompts, completions, **columns) -> list of numbers.
     """
-    run = start_run(config, model, tokenizer, train_rows, eval_rows, rewards)
+    run = start_run(config, model, tokenizer, train_rows, eval_rows, reward_functions)
     with run.interruptible():
         for _ in run.steps():
             # 1. Rollout: sample completions of the step's prompts.
             prompts = run.next_prompts()  # P rows
             uniforms = run.next_uniforms()  # (B, max_new_tokens), one random number per token
-            rollout = sample_rollout(run, prompts, uniforms)  # mask (B, T)
+            rollout = sample_rollout(run, prompts, uniforms)  # sets rollout.mask (B, T)
 
             # 2. Reward: score each completion; NaN where there is no verdict.
-            score_rollout(run, rollout)  # scores (B,)
+            score_rollout(run, rollout)  # sets rollout.scores (B,)
 
             # 3. Advantages: how much better each token turned out than the critic expected.
-            evaluate_rollout(run, rollout)  # old_logps, ref_logps, values (B, T)
-            compute_advantages(run, rollout)  # advantages, returns (B, T)
+            record_old_policy(run, rollout)  # sets old_logps, ref_logps, values (B, T)
+            compute_advantages(run, rollout)  # sets advantages, returns (B, T)
 
             # 4. Update: one optimizer step of policy and critic.
             metrics = update(run, rollout)
@@ -165,27 +167,33 @@ def train(
 
 
 def compute_advantages(run: Run, rollout: Rollout) -> None:
-    """Give the rollout its "advantages" and "returns", both (B, T)."""
+    """Set rollout.advantages and rollout.returns, both (B, T)."""
     config = run.config
     penalty = run.kl_coef * kl_in_rewards(run, rollout)  # (B, T)
     rewards = -penalty * rollout.mask  # (B, T)
     rewards += score_at_end(rollout, config.missing_stop_penalty)  # (B, T)
     if config.whiten_rewards:
-        rewards = whiten(rewards, rollout.used, False, run.sum_over_processes)
+        rewards = whiten(
+            rewards, rollout.used, shift_mean=False, sum_over_processes=run.sum_over_processes
+        )
     advantages = gae(rewards, rollout.values, config.gamma, config.gae_lambda)
     rollout.returns = advantages + rollout.values
     if config.whiten_advantages:
-        advantages = whiten(advantages, rollout.used, True, run.sum_over_processes)
+        advantages = whiten(
+            advantages, rollout.used, shift_mean=True, sum_over_processes=run.sum_over_processes
+        )
     rollout.advantages = advantages
 
 
 def update(run: Run, rollout: Rollout) -> dict[str, float]:
     """One optimizer step over all mini-batches of the rollout; returns the means of the losses."""
-    rollout.weights = rollout.used  # the mean is over the tokens of completions with a verdict
+    rollout.weights = rollout.used  # the loss is a mean over the tokens of scored completions
     means = WeightedMeans()
     shuffle = torch.Generator().manual_seed(run.config.seed + run.step)
     all_mini_batches = run.config.batch_size // run.config.mini_batch_size
-    for batches, num_tokens in run.optimizer_steps(rollout, shuffle, accumulate=all_mini_batches):
+    for batches, num_tokens in run.accumulation_groups(
+        rollout, shuffle, accumulate=all_mini_batches
+    ):
         for batch in batches:
             outputs = policy_outputs(run, batch)  # logps (b, T)
             losses, token_metrics = token_losses(run, batch, outputs)  # (b, T)
@@ -228,9 +236,10 @@ class A2CStage(BaseStage):
 
     def load_data(self):
         self.functions = start_reward_functions(self.config)
-        *rows, self.lineage["data"] = load_prompts(self.config)
-        self.lineage["reference"] = "the model the stage starts from"
-        return rows
+        training, evaluation, data_set = load_prompts(self.config)
+        self.lineage["data"] = data_set
+        self.lineage["reference"] = "the stage's input model"
+        return training, evaluation
 
     def sequences(self, row, tokenizer, context):
         return prompt_sequences(self.config, row, tokenizer)

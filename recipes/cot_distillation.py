@@ -11,7 +11,7 @@ A chain is kept when its final answer is that of the row or, for a row without a
 that most chains agree on (Wang et al. 2023). One row of data; a row with a `rationale` needs no
 teacher (other formats: FORMATS below):
 
-    {"question": "Tom has 3 apples and buys 4 more. How many has he now?", "answer": "7"}
+    {"question": "Tom has 3 apples and buys 4 more. How many does he have now?", "answer": "7"}
 
 Run it on a laptop with ready rationales, and with a teacher behind a server:
 

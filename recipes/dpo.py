@@ -442,7 +442,7 @@ def kto_objective(log_ratios: Tensor, label: Tensor, config: DPOConfig) -> tuple
 
 def train(config: DPOConfig, model, tokenizer, train_rows: list, eval_rows: list) -> dict:
     """Train `model` in place on pairs or single answers (core/preferences.py); returns metrics."""
-    # 1. Rows to tokens. The model has no positions beyond its context, whatever the option says.
+    # 1. Rows to tokens. The model's context length is an upper limit.
     max_length = min(config.max_seq_length, model.config.max_position_embeddings)
     limits = replace(config, max_seq_length=max_length)
     training = encode_rows(train_rows, tokenizer, limits, "training data")

@@ -1,13 +1,16 @@
-"""Group Relative Policy Optimization: sample several answers to a prompt, raise the better ones.
+"""Group Relative Policy Optimization: sample several answers, reinforce the better ones.
 
-    L(theta) = - 1/N sum_{i,t} min( r_it A_i, clip(r_it, 1 - eps, 1 + eps) A_i ) + beta KL
-    A_i = (R_i - mean(R_1..R_G)) / std(R_1..R_G)                (Shao et al. 2024, eq. 3 and 4.1.2)
+    L(theta) = - 1/N sum_{i,t} min( rho_it A_i, clip(rho_it, 1 - eps, 1 + eps) A_i )
+    A_i = (R_i - mean(R_1..R_G)) / std(R_1..R_G),   R_i = score_i - beta sum_t KL_it
+                                                    (Shao et al. 2024, eq. 3 and section 4.1.2)
+
+In the paper the KL is part of the loss: --kl_in=loss --kl_penalty=k3.
 
 `--advantage=rloo` compares each answer with the mean of the others, and takes the ratio of whole
 answers (RLOO, Ahmadian et al. 2024, eq. 8). There is no critic. The reference of the KL is the
-model that the run starts from. One row of data; every further column goes to the reward:
+model that the run starts from. One row of data; other columns are passed to the reward function:
 
-    {"question": "Tom has 3 apples and buys 4 more. How many has he now?", "answer": "7"}
+    {"question": "Tom has 3 apples and buys 4 more. How many does he have now?", "answer": "7"}
 
 Run it on a laptop, and against a reward model on a GPU:
 
@@ -16,7 +19,8 @@ Run it on a laptop, and against a reward model on a GPU:
     python recipes/grpo.py --model=outputs/sft --data=prompts.jsonl \\
         --reward_model_path=outputs/reward
 
-Shapes: P prompts of a step, G completions of each, B = P * G completions, T tokens of the longest.
+Shapes: P prompts per step, G completions per prompt, B = P * G completions, T tokens in the longest
+completion; b completions in a mini-batch.
 """
 
 import sys
@@ -41,8 +45,8 @@ from core.rollout import (
     check_sampled_logps,
     estimate_work,
     load_prompts,
-    outputs_before_update,
     prompt_sequences,
+    rollout_outputs,
     sample_rollout,
     score_rollout,
 )
@@ -52,12 +56,12 @@ from core.rollout import (
 
 @dataclass
 class GRPOConfig(RLConfig):
-    """Options of GRPO and RLOO, beside those of every RL recipe (RLConfig in core/rollout.py)."""
+    """Options of GRPO and RLOO, in addition to those of RLConfig in core/rollout.py."""
 
     num_generations: Count = 4  # completions sampled for each prompt (G)
     # advantages
     advantage: Literal["grpo", "rloo"] = "grpo"  # baseline: group mean, or mean of the others
-    scale_rewards: bool = True  # divide by the group's standard deviation; moves the optimum
+    scale_rewards: bool = True  # divide by the group's standard deviation; biases the optimum
     # loss
     ppo_epochs: Count = 1  # passes over each rollout
     clip_range: Positive = 0.2  # probability ratios are clipped to 1 - clip_range .. 1 + clip_range
@@ -67,8 +71,7 @@ class GRPOConfig(RLConfig):
         super().validate()
         if self.num_generations < 2:
             raise ConfigError(
-                f"advantage={self.advantage} compares completions of one prompt; "
-                "set num_generations to 2 or more"
+                "advantages compare completions of one prompt; set num_generations to 2 or more"
             )
         self.refuse_unread(self.advantage == "rloo", "scale_rewards", "with advantage=rloo")
 
@@ -78,9 +81,7 @@ class GRPOConfig(RLConfig):
 
 
 def group_advantages(scores: torch.Tensor, scale: bool) -> torch.Tensor:
-    """(P, G): score minus the group's mean, over its standard deviation if `scale`.
-
-    0 without a verdict.
+    """(P, G): score minus the group's mean, over its standard deviation if `scale`; NaN gives 0.
 
     Shao et al. 2024, section 4.1.2; without the division: Liu et al. 2025, "Dr. GRPO".
     """
@@ -93,14 +94,13 @@ def group_advantages(scores: torch.Tensor, scale: bool) -> torch.Tensor:
 
 
 def leave_one_out_advantages(scores: torch.Tensor) -> torch.Tensor:
-    """(P, G): score minus the mean of the prompt's other completions.
-
-    0 without a verdict, or without others.
+    """(P, G): score minus the mean of the prompt's other completions; NaN, or no others, gives 0.
 
     RLOO: Ahmadian et al. 2024, eq. 8.
     """
     num_others = (~scores.isnan()).sum(1, keepdim=True) - 1
     deviations = (scores - scores.nanmean(1, keepdim=True)).nan_to_num()
+    # x - mean of the n others = (x - mean of all n + 1) (n + 1) / n
     return deviations * (num_others + 1) / num_others.clamp(min=1)
 
 
@@ -113,13 +113,13 @@ def clipped_policy_loss(
     """
     ratio = torch.exp(logps - old_logps)
     clipped_ratio = ratio.clamp(1 - clip_range, 1 + clip_range)
-    # The minimum is pessimistic: a step is never credited beyond the clip, but always blamed.
+    # A pessimistic bound: gains beyond the clip range are ignored, losses are not.
     objective = torch.min(ratio * advantages, clipped_ratio * advantages)
     return -objective
 
 
 def is_clipped(ratio: torch.Tensor, advantages: torch.Tensor, clip_range: float) -> torch.Tensor:
-    """Where the clip stops the gradient: the ratio has moved far in the direction that gains."""
+    """Where the ratio is outside the clip range on the side that increases the objective."""
     return torch.where(advantages > 0, ratio > 1 + clip_range, ratio < 1 - clip_range)
 
 
@@ -127,25 +127,25 @@ def is_clipped(ratio: torch.Tensor, advantages: torch.Tensor, clip_range: float)
 
 
 def train(
-    config: GRPOConfig, model, tokenizer, train_rows: list, eval_rows: list, rewards: dict
+    config: GRPOConfig, model, tokenizer, train_rows: list, eval_rows: list, reward_functions: dict
 ) -> dict:
     """Train `model` in place on rows {"prompt": messages, "columns": {...}}; returns the metrics.
 
-    `rewards` has functions (prompts, completions, **columns) -> list of numbers, by name.
+    `reward_functions` maps names to functions (prompts, completions, **columns) -> list of numbers.
     """
-    run = start_run(config, model, tokenizer, train_rows, eval_rows, rewards)
+    run = start_run(config, model, tokenizer, train_rows, eval_rows, reward_functions)
     with run.interruptible():
         for _ in run.steps():
             # 1. Rollout: sample completions of the step's prompts.
             prompts = run.next_prompts()  # P rows
             uniforms = run.next_uniforms()  # (B, max_new_tokens), one random number per token
-            rollout = sample_rollout(run, prompts, uniforms)  # mask (B, T)
+            rollout = sample_rollout(run, prompts, uniforms)  # sets rollout.mask (B, T)
 
             # 2. Reward: score each completion; NaN where there is no verdict.
-            score_rollout(run, rollout)  # scores (B,)
+            score_rollout(run, rollout)  # sets rollout.scores (B,)
 
             # 3. Advantages: compare the completions of one prompt with each other.
-            evaluate_groups(run, rollout)  # old_logps, ref_logps (B, T), as far as they are needed
+            record_old_logps(run, rollout)  # sets old_logps, ref_logps (B, T), if needed
             rollout.advantages = compute_advantages(run, rollout)  # (B, T)
 
             # 4. Update: one or several passes over the rollout, in clipped optimizer steps.
@@ -154,28 +154,29 @@ def train(
     return run.finish()
 
 
-def evaluate_groups(run: Run, rollout: Rollout) -> None:
-    """Log-probabilities before the update, and of the reference, where they are needed.
+def record_old_logps(run: Run, rollout: Rollout) -> None:
+    """Set rollout.old_logps and rollout.ref_logps, both (B, T), if they are needed.
 
-    Where a rollout makes a single optimizer step, that step is taken at the old policy itself, and
-    `update` records the log-probabilities on the way: one pass less.
+    With one optimizer step per rollout, the policy of that step is still the old policy, so
+    `update` takes old_logps from its own forward pass.
     """
     config = run.config
     one_step = config.batch_size <= config.mini_batch_size * config.gradient_accumulation_steps
     penalizes_rewards = config.init_kl_coef and config.kl_in == "reward"
     if config.ppo_epochs > 1 or not one_step or penalizes_rewards:
-        old = outputs_before_update(run, rollout, "entropy")
+        old = rollout_outputs(run, rollout, "entropy")
         rollout.old_logps, rollout.entropy = old.logps, old.entropy
         if run.step == 0:
             check_sampled_logps(run, rollout)
     if config.init_kl_coef:
-        rollout.ref_logps = outputs_before_update(run, rollout, reference=True).logps
+        rollout.ref_logps = rollout_outputs(run, rollout, reference=True).logps
 
 
 def compute_advantages(run: Run, rollout: Rollout) -> torch.Tensor:
-    """(B, T): every token of a completion has the advantage of the whole."""
+    """(B, T): each token gets the advantage of its completion."""
     config = run.config
-    scores = rollout.scores - config.missing_stop_penalty * ~rollout.stopped  # (B,)
+    truncated = ~rollout.stopped  # (B,)
+    scores = rollout.scores - config.missing_stop_penalty * truncated  # (B,)
     penalty = run.kl_coef * kl_in_rewards(run, rollout)  # (B, T)
     scores = scores - (penalty * rollout.mask).sum(1)
     groups = scores.view(-1, config.num_generations)  # (P, G)
@@ -189,9 +190,10 @@ def compute_advantages(run: Run, rollout: Rollout) -> torch.Tensor:
 def update(run: Run, rollout: Rollout) -> dict[str, float]:
     """`ppo_epochs` passes over the rollout; returns the metrics of the last."""
     config = run.config
-    rollout.weights = rollout.used  # the mean is over the tokens of completions with a verdict,
+    # The loss is a mean over the tokens of scored completions, or for RLOO over completions.
+    rollout.weights = rollout.used  # (B, T)
     if config.advantage == "rloo":
-        rollout.weights = rollout.used.amax(1, keepdim=True)  # or over these completions, (B, 1)
+        rollout.weights = rollout.used.amax(1, keepdim=True)  # (B, 1)
     on_policy = rollout.old_logps is None  # a single step, at the policy that sampled
     if on_policy:  # recorded on the way
         rollout.old_logps = torch.zeros_like(rollout.used)  # (B, T)
@@ -200,7 +202,7 @@ def update(run: Run, rollout: Rollout) -> dict[str, float]:
     for epoch in range(1, config.ppo_epochs + 1):
         means = WeightedMeans()
         accumulate = config.gradient_accumulation_steps
-        for batches, weight in run.optimizer_steps(rollout, shuffle, accumulate):
+        for batches, weight in run.accumulation_groups(rollout, shuffle, accumulate):
             for batch in batches:
                 extras = ("entropy",) if on_policy else ()
                 outputs = policy_outputs(run, batch, *extras)  # logps (b, T)
@@ -261,9 +263,10 @@ class GRPOStage(BaseStage):
 
     def load_data(self):
         self.functions = start_reward_functions(self.config)
-        *rows, self.lineage["data"] = load_prompts(self.config)
-        self.lineage["reference"] = "the model the stage starts from"
-        return rows
+        training, evaluation, data_set = load_prompts(self.config)
+        self.lineage["data"] = data_set
+        self.lineage["reference"] = "the stage's input model"
+        return training, evaluation
 
     def sequences(self, row, tokenizer, context):
         return prompt_sequences(self.config, row, tokenizer)

@@ -1,15 +1,15 @@
-"""Proximal Policy Optimization: several steps on each rollout, clipped where the policy moved far.
+"""Proximal Policy Optimization: several optimizer steps per rollout, with clipped ratios.
 
-    L(theta, phi) = - E_t[ min( r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t ) ]  +  c E_t[ value loss ]
-    r_t = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t)              (Schulman et al. 2017, eq. 7 and 9)
+    L(theta, phi) = - E_t[ min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t) ] + c E_t[ value loss ]
+    rho_t = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t)            (Schulman et al. 2017, eq. 7 and 9)
     A_t = sum_l (gamma lambda)^l delta_{t+l},   delta_t = r_t + gamma V(s_{t+1}) - V(s_t)
                                                                   (Schulman et al. 2016, eq. 16)
 
 The reward r_t is the score of the completion at its last token, minus beta times the KL of each
 token to the reference, the model that the run starts from (Ziegler et al. 2019, eq. 2).
-One row of data; every further column goes to the reward:
+One row of data; other columns are passed to the reward function:
 
-    {"question": "Tom has 3 apples and buys 4 more. How many has he now?", "answer": "7"}
+    {"question": "Tom has 3 apples and buys 4 more. How many does he have now?", "answer": "7"}
 
 Run it on a laptop, and against a reward model on a GPU:
 
@@ -18,7 +18,8 @@ Run it on a laptop, and against a reward model on a GPU:
     python recipes/ppo.py --model=outputs/sft --data=prompts.jsonl \\
         --reward_model_path=outputs/reward
 
-Shapes: P prompts of a step, G completions of each, B = P * G completions, T tokens of the longest.
+Shapes: P prompts per step, G completions per prompt, B = P * G completions, T tokens in the longest
+completion; b completions in a mini-batch.
 """
 
 import sys
@@ -36,7 +37,7 @@ from common import BaseStage, main
 from core.config import Count, NonNegative, Positive
 from core.kl import k3, kl_in_loss, kl_in_rewards
 from core.rewards import load_reward_model, start_reward_functions, stopping_functions
-from core.rl_run import Run, WeightedMeans, evaluate_rollout, policy_outputs, start_run
+from core.rl_run import Run, WeightedMeans, policy_outputs, record_old_policy, start_run
 from core.rollout import (
     RLConfig,
     Rollout,
@@ -53,7 +54,7 @@ from core.rollout import (
 
 @dataclass
 class PPOConfig(RLConfig):
-    """Options of PPO, beside those of every RL recipe (RLConfig in core/rollout.py)."""
+    """Options of PPO, in addition to those of every RL recipe (RLConfig in core/rollout.py)."""
 
     has_critic = True
 
@@ -65,7 +66,7 @@ class PPOConfig(RLConfig):
     # loss
     ppo_epochs: Count = 4  # passes over each rollout
     clip_range: Positive = 0.2  # probability ratios are clipped to 1 - clip_range .. 1 + clip_range
-    clip_range_value: Positive = 0.2  # maximum change of a value from before the update
+    clip_range_value: Positive = 0.2  # clip range of values, around their old values
     max_kl: Positive | None = None  # end the passes early above this mean KL, in nats per token
     value_loss_coef: NonNegative = 0.5  # weight of the critic's loss
     value_learning_rate: Positive = 1e-3  # learning rate of the critic
@@ -113,9 +114,10 @@ def whiten(
 def score_at_end(rollout: Rollout, missing_stop_penalty: float) -> torch.Tensor:
     """(B, T): the score of each completion at its last token; 0 elsewhere and without a verdict.
 
-    A completion that never stops is given less (Huang et al. 2024, "no stop token").
+    A completion without a stop token is penalized (Huang et al. 2024, "no stop token").
     """
-    scores = rollout.scores - missing_stop_penalty * ~rollout.stopped
+    truncated = ~rollout.stopped  # (B,)
+    scores = rollout.scores - missing_stop_penalty * truncated
     rewards = torch.zeros_like(rollout.used)
     rewards[torch.arange(len(rewards)), rollout.lengths - 1] = scores.nan_to_num()
     return rewards
@@ -130,20 +132,20 @@ def clipped_policy_loss(
     """
     ratio = torch.exp(logps - old_logps)
     clipped_ratio = ratio.clamp(1 - clip_range, 1 + clip_range)
-    # The minimum is pessimistic: a step is never credited beyond the clip, but always blamed.
+    # A pessimistic bound: gains beyond the clip range are ignored, losses are not.
     objective = torch.min(ratio * advantages, clipped_ratio * advantages)
     return -objective
 
 
 def is_clipped(ratio: torch.Tensor, advantages: torch.Tensor, clip_range: float) -> torch.Tensor:
-    """Where the clip stops the gradient: the ratio has moved far in the direction that gains."""
+    """Where the ratio is outside the clip range on the side that increases the objective."""
     return torch.where(advantages > 0, ratio > 1 + clip_range, ratio < 1 - clip_range)
 
 
 def clipped_value_loss(
     values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip_range: float
 ) -> torch.Tensor:
-    """(B, T): (V - R)^2 / 2, or that of V clipped to its old value +- clip_range, if larger.
+    """(B, T): half the larger of two squared errors, of V and of V clipped around its old value.
 
     Huang et al. 2022, "The 37 Implementation Details of PPO", detail 9.
     """
@@ -158,26 +160,26 @@ def clipped_value_loss(
 
 
 def train(
-    config: PPOConfig, model, tokenizer, train_rows: list, eval_rows: list, rewards: dict
+    config: PPOConfig, model, tokenizer, train_rows: list, eval_rows: list, reward_functions: dict
 ) -> dict:
     """Train `model` in place on rows {"prompt": messages, "columns": {...}}; returns the metrics.
 
-    `rewards` has functions (prompts, completions, **columns) -> list of numbers, by name.
+    `reward_functions` maps names to functions (prompts, completions, **columns) -> list of numbers.
     """
-    run = start_run(config, model, tokenizer, train_rows, eval_rows, rewards)
+    run = start_run(config, model, tokenizer, train_rows, eval_rows, reward_functions)
     with run.interruptible():
         for _ in run.steps():
             # 1. Rollout: sample completions of the step's prompts.
             prompts = run.next_prompts()  # P rows
             uniforms = run.next_uniforms()  # (B, max_new_tokens), one random number per token
-            rollout = sample_rollout(run, prompts, uniforms)  # mask (B, T)
+            rollout = sample_rollout(run, prompts, uniforms)  # sets rollout.mask (B, T)
 
             # 2. Reward: score each completion; NaN where there is no verdict.
-            score_rollout(run, rollout)  # scores (B,)
+            score_rollout(run, rollout)  # sets rollout.scores (B,)
 
             # 3. Advantages: how much better each token turned out than the critic expected.
-            evaluate_rollout(run, rollout)  # old_logps, ref_logps, values (B, T)
-            compute_advantages(run, rollout)  # advantages, returns (B, T)
+            record_old_policy(run, rollout)  # sets old_logps, ref_logps, values (B, T)
+            compute_advantages(run, rollout)  # sets advantages, returns (B, T)
 
             # 4. Update: several epochs of clipped optimizer steps of policy and critic.
             metrics = update(run, rollout)
@@ -186,29 +188,33 @@ def train(
 
 
 def compute_advantages(run: Run, rollout: Rollout) -> None:
-    """Give the rollout its "advantages" and "returns", both (B, T)."""
+    """Set rollout.advantages and rollout.returns, both (B, T)."""
     config = run.config
     penalty = run.kl_coef * kl_in_rewards(run, rollout)  # (B, T)
     rewards = -penalty * rollout.mask  # (B, T)
     rewards += score_at_end(rollout, config.missing_stop_penalty)  # (B, T)
     if config.whiten_rewards:
-        rewards = whiten(rewards, rollout.used, False, run.sum_over_processes)
+        rewards = whiten(
+            rewards, rollout.used, shift_mean=False, sum_over_processes=run.sum_over_processes
+        )
     advantages = gae(rewards, rollout.values, config.gamma, config.gae_lambda)
     rollout.returns = advantages + rollout.values
     if config.whiten_advantages:
-        advantages = whiten(advantages, rollout.used, True, run.sum_over_processes)
+        advantages = whiten(
+            advantages, rollout.used, shift_mean=True, sum_over_processes=run.sum_over_processes
+        )
     rollout.advantages = advantages
 
 
 def update(run: Run, rollout: Rollout) -> dict[str, float]:
     """`ppo_epochs` passes over the rollout; returns the metrics of the last."""
     config = run.config
-    rollout.weights = rollout.used  # the mean is over the tokens of completions with a verdict
+    rollout.weights = rollout.used  # the loss is a mean over the tokens of scored completions
     shuffle = torch.Generator().manual_seed(config.seed + run.step)
     for epoch in range(1, config.ppo_epochs + 1):
         means = WeightedMeans()
         accumulate = config.gradient_accumulation_steps
-        for batches, num_tokens in run.optimizer_steps(rollout, shuffle, accumulate):
+        for batches, num_tokens in run.accumulation_groups(rollout, shuffle, accumulate):
             for batch in batches:
                 outputs = policy_outputs(run, batch)  # logps (b, T)
                 losses, token_metrics = token_losses(run, batch, outputs)  # (b, T)
@@ -221,7 +227,7 @@ def update(run: Run, rollout: Rollout) -> dict[str, float]:
             return {}
         metrics = means.over_processes(run) | {"epochs": epoch}
         if config.max_kl and metrics["policy_kl"] > config.max_kl:
-            break  # the samples say little about a policy so far away
+            break  # importance ratios are unreliable this far from the sampling policy
     return metrics
 
 
@@ -258,9 +264,10 @@ class PPOStage(BaseStage):
 
     def load_data(self):
         self.functions = start_reward_functions(self.config)
-        *rows, self.lineage["data"] = load_prompts(self.config)
-        self.lineage["reference"] = "the model the stage starts from"
-        return rows
+        training, evaluation, data_set = load_prompts(self.config)
+        self.lineage["data"] = data_set
+        self.lineage["reference"] = "the stage's input model"
+        return training, evaluation
 
     def sequences(self, row, tokenizer, context):
         return prompt_sequences(self.config, row, tokenizer)

@@ -6,9 +6,9 @@
     grpo   recipes/grpo.py    several answers to a prompt, compared with each other
     rloo   recipes/grpo.py    the same with advantage=rloo
 
-One row of data; every further column goes to the reward:
+One row of data; other columns are passed to the reward function:
 
-    {"question": "Tom has 3 apples and buys 4 more. How many has he now?", "answer": "7"}
+    {"question": "Tom has 3 apples and buys 4 more. How many does he have now?", "answer": "7"}
 
 The options below are those that all pages share; the second command lists those of one page:
 
@@ -30,7 +30,7 @@ from core.rollout import RLConfig
 from recipes import a2c, grpo, ppo, trpo
 
 # By the value of `algorithm`.
-PAGES = {
+STAGES = {
     "ppo": ppo.PPOStage,
     "a2c": a2c.A2CStage,
     "trpo": trpo.TRPOStage,
@@ -40,7 +40,7 @@ PAGES = {
 
 
 @dataclass
-class DoorConfig(RLConfig):
+class RLChoiceConfig(RLConfig):
     """The options that all pages share, and the choice of the page."""
 
     algorithm: Literal["ppo", "a2c", "trpo", "grpo", "rloo"] = "ppo"  # the page that runs
@@ -48,23 +48,23 @@ class DoorConfig(RLConfig):
 
 class RLStage(BaseStage):
     stage_name = "rl"
-    config_class = DoorConfig
+    config_class = RLChoiceConfig
 
     @classmethod
     def resolve(cls, options: dict) -> tuple[type[BaseStage], dict]:
         """(the page's stage class, its options). Refuses options of other pages by ConfigError."""
         options = dict(options)
-        algorithm = options.pop("algorithm", DoorConfig.algorithm)
+        algorithm = options.pop("algorithm", RLChoiceConfig.algorithm)
         # What YAML takes for a list, for example, is no name.
-        if not isinstance(algorithm, str) or algorithm not in PAGES:
-            raise ConfigError(unknown_name("algorithm", algorithm, PAGES))
-        page = PAGES[algorithm]
+        if not isinstance(algorithm, str) or algorithm not in STAGES:
+            raise ConfigError(unknown_name("algorithm", algorithm, STAGES))
+        page = STAGES[algorithm]
         # RLOO is a page of its own in older files; here it is GRPO with another baseline.
         if algorithm == "rloo":
             options.setdefault("advantage", "rloo")
         # A typo is refused later, with the nearest name. Here: options that another page has.
         for name in options:
-            owners = pages_with(name)
+            owners = algorithms_with(name)
             if owners and algorithm not in owners:
                 raise ConfigError(
                     f"{name} has no effect with algorithm={algorithm}; "
@@ -73,10 +73,10 @@ class RLStage(BaseStage):
         return page, options
 
 
-def pages_with(option: str) -> list[str]:
+def algorithms_with(option: str) -> list[str]:
     """The algorithms whose page has an option of this name."""
     names = []
-    for algorithm, page in PAGES.items():
+    for algorithm, page in STAGES.items():
         config_class = page.config_class
         if option in config_class.aliases or option in {f.name for f in fields(config_class)}:
             names.append(algorithm)

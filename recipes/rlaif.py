@@ -160,7 +160,7 @@ class RLAIFConfig(RLConfig, JudgingConfig):
             raise ConfigError("constitution is empty: describe what makes an answer better")
         if not self.save_intermediate:
             raise ConfigError(
-                "save_intermediate=false would lose what is learnt between the parts; remove it"
+                "save_intermediate=false would lose what is learned between the parts; remove it"
             )
         self.validate_parts()
 
@@ -519,7 +519,7 @@ class RLAIFStage(BaseStage):
         self.judge.check()
         self.functions = start_reward_functions(config)
         training, evaluation, self.lineage["data"] = load_rows(config, to_prompt, None)
-        self.lineage["reference"] = "the model the stage starts from"
+        self.lineage["reference"] = "the stage's input model"
         self.lineage["judge"] = {
             "model": config.feedback_model_path,
             "type": config.feedback_model_type,

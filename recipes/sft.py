@@ -73,7 +73,7 @@ class SFTConfig(FitConfig):
     max_seq_length: Count = 2048  # tokens per sequence; chats lose later turns, text is split
     packing: bool = False  # put several rows into one sequence, isolated from each other
     num_eval_samples: Natural = 0  # held-out prompts to answer before and after training
-    max_new_tokens: Count = 128  # maximum length of those answers, in tokens
+    max_new_tokens: Count = 128  # maximum tokens of the answers of num_eval_samples, in tokens
 
     def validate(self) -> None:
         super().validate()
@@ -296,7 +296,7 @@ def train(
 ) -> dict[str, float]:
     """Fine-tune `model` in place on conversations (lists of messages) or texts; returns metrics."""
     # 1. Rows to tokens and labels.
-    # The model has no positions beyond its context, whatever the option says.
+    # The model's context length is an upper limit.
     max_length = min(config.max_seq_length, model.config.max_position_embeddings)
     training = encode_rows(train_rows, tokenizer, max_length, "training data")
     evaluation = encode_rows(eval_rows, tokenizer, max_length, "evaluation data")

@@ -405,7 +405,7 @@ def test_a_dry_run_of_a_recipe_and_of_a_chain_says_all_and_writes_nothing(
         "9 rows, 8 to train on and 1 to evaluate on; format prompt-chosen-rejected, "
         "since it has the columns prompt",
         "⟦yes<|im_end|>⟧",
-        "reference   the model the stage starts from",
+        "reference   the stage's input model",
         "TFLOP at 40% of the",
         "gradients and optimizer of",
     ):

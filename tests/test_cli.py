@@ -166,7 +166,7 @@ def test_help_reads_comments_wherever_they_are():
     assert explanations["required"] == "(default: none)"
     assert "local" not in explanations and {"mapping", "failing"} < set(explanations)
     assert "\nlimits:\n  --bounded" in help_text and "no heading" not in help_text
-    assert help_text.startswith("everyday options:\n  --beside")
+    assert help_text.startswith("common options:\n  --beside")
     assert read_help(help_text)["bare"][0] == ["n"]
 
 
@@ -291,7 +291,7 @@ def test_the_door_of_rl_shows_the_options_of_the_page_that_is_chosen(algorithm):
     from core.cli import help_text
     from recipes import rl
 
-    stage_class = rl.PAGES[algorithm]
+    stage_class = rl.STAGES[algorithm]
     shown = help_text(rl.RLStage, "the door", [f"--algorithm={algorithm}", "--help"])
     assert all(f"--{field.name}" in shown for field in fields(stage_class.config_class))
     assert "the door" in help_text(rl.RLStage, "the door", ["--help"])

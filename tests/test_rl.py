@@ -46,7 +46,7 @@ def page_config(algorithm="ppo", **options):
 
 def stage_of(config):
     """The stage of a page's config."""
-    stages = {page.config_class: page for page in rl.PAGES.values()}
+    stages = {page.config_class: page for page in rl.STAGES.values()}
     return stages[type(config)](config)
 
 
@@ -99,10 +99,10 @@ def rolled(run, rows, seed=0):
     rollout = sample_rollout(run, (rows * 8)[:count], uniforms)
     score_rollout(run, rollout)
     if page is grpo:
-        grpo.evaluate_groups(run, rollout)
+        grpo.record_old_logps(run, rollout)
         rollout.advantages = grpo.compute_advantages(run, rollout)
     else:
-        rl_run.evaluate_rollout(run, rollout)
+        rl_run.record_old_policy(run, rollout)
         page.compute_advantages(run, rollout)
     return rollout
 
@@ -227,7 +227,7 @@ def test_every_algorithm_takes_its_own_options_and_no_others(tmp_path, name):
 
 
 def test_the_door_hands_over_to_the_page():
-    for algorithm, stage in rl.PAGES.items():
+    for algorithm, stage in rl.STAGES.items():
         stage_class, options = rl.RLStage.resolve({"algorithm": algorithm, "batch_size": 8})
         assert stage_class is stage and options.pop("batch_size") == 8
         assert options == ({"advantage": "rloo"} if algorithm == "rloo" else {})
