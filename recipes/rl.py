@@ -20,7 +20,7 @@ The options below are those that all pages share; the second command lists those
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -37,6 +37,9 @@ STAGES = {
     "grpo": grpo.GRPOStage,
     "rloo": grpo.GRPOStage,
 }
+
+# For these, older files write null where they mean the default of the algorithm.
+NONE_IS_DEFAULT = ("num_generations", "ppo_epochs", "max_kl")
 
 
 @dataclass
@@ -63,14 +66,20 @@ class RLStage(BaseStage):
         if algorithm == "rloo":
             options.setdefault("advantage", "rloo")
         # A typo is refused later, with the nearest name. Here: options that another page has.
-        for name in options:
+        kept = {}
+        for name, value in options.items():
+            if value is None and name in NONE_IS_DEFAULT:
+                continue
             owners = algorithms_with(name)
-            if owners and algorithm not in owners:
+            if not owners or algorithm in owners:
+                kept[name] = value
+            # Older files may list all options: a default of another page changes nothing.
+            elif not any(is_default(STAGES[owner].config_class, name, value) for owner in owners):
                 raise ConfigError(
                     f"{name} has no effect with algorithm={algorithm}; "
                     f"it belongs to {', '.join(owners)}"
                 )
-        return page, options
+        return page, kept
 
 
 def algorithms_with(option: str) -> list[str]:
@@ -81,6 +90,13 @@ def algorithms_with(option: str) -> list[str]:
         if option in config_class.aliases or option in {f.name for f in fields(config_class)}:
             names.append(algorithm)
     return names
+
+
+def is_default(config_class: Any, option: str, value) -> bool:
+    """Whether a value, which may be text, is the default. Raises ConfigError for an invalid one."""
+    name = config_class.aliases.get(option, option)
+    given = config_class(**{name: value})
+    return getattr(given, name) == getattr(config_class(), name)
 
 
 if __name__ == "__main__":

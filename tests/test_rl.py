@@ -165,10 +165,10 @@ def unchanged(total):
         (dict(algorithm="grop"), "did you mean 'grpo'"),
         (dict(algorithm=""), "unknown algorithm ''"),
         (dict(algorithm=["grpo"]), "unknown algorithm"),
-        (dict(algorithm="grpo", num_generations=1), "compares completions of one prompt"),
+        (dict(algorithm="grpo", num_generations=1), "compare completions of one prompt"),
         (
             dict(batch_size=6, algorithm="grpo"),
-            "mini_batch_size=6 must be a multiple of num_generations=4",
+            "batch_size=6 must be a multiple of num_generations=4",
         ),
         (dict(mini_batch_size=3), "batch_size=8 must be a multiple of mini_batch_size=3"),
         (dict(generation_kwargs={"temprature": 1}), "did you mean 'temperature'"),
@@ -1179,6 +1179,16 @@ def test_functions_of_a_file(tmp_path, caplog):
     for spec, words in ((f"{file}:jugde", "jugde"), (f"{tmp_path}/none.py:judge", "No such file")):
         with pytest.raises(ConfigError, match=words):
             core.function_process.Subprocess(spec, 5).start()
+
+
+def test_options_of_older_files_that_change_nothing_are_accepted():
+    older = dict(algorithm="grpo", gamma="1.0", num_generations=None, ppo_epochs=None, max_kl=None)
+    page, options = rl.RLStage.resolve(older | {"clip_range": 0.1})
+    assert page is grpo.GRPOStage and options == {"clip_range": 0.1}
+    with pytest.raises(ConfigError, match="gamma='x': input should be"):
+        rl.RLStage.resolve(older | {"gamma": "x"})
+    with pytest.raises(ConfigError, match="gamma has no effect with algorithm=grpo; it belongs to"):
+        rl.RLStage.resolve(older | {"gamma": 0.9})
 
 
 def test_the_process_of_a_verifier_prints_no_warnings_of_its_library(capfd):
