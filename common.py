@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 
 from core import checkpoints
 from core.chat import prepare_tokenizer, stop_tokens
 from core.checks import check_encoded_rows, describe_stage, estimate_fit
-from core.cli import help_text, read_command_line
+from core.cli import help_text, read_command_line, read_switch
 from core.config import ModelConfig, StageConfig, TrainingConfig
 from core.errors import ConfigError, as_config_error
 from core.files import atomic_folder, cached_folder, check_disk_space
@@ -580,11 +579,7 @@ def build_stage(stage_class: type[BaseStage], arguments: Sequence[str]) -> tuple
     words, options = read_command_line(arguments)
     if words:
         raise ConfigError(f"unexpected word {words[0]!r}; options are written --name=value")
-    dry_run = options.pop("dry_run", False)
-    try:
-        dry_run = TypeAdapter(bool).validate_python(dry_run)
-    except ValidationError:
-        raise ConfigError(f"dry_run={dry_run!r}: give true or false") from None
+    dry_run = read_switch("dry_run", options.pop("dry_run", False))
     stage_class, resolved = resolve_options(stage_class, [options])
     config = stage_class.config_class(**resolved)
     if not (config.enabled and config.save_intermediate):

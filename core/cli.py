@@ -16,6 +16,7 @@ from dataclasses import MISSING, Field, dataclass, fields
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt
+from pydantic import TypeAdapter, ValidationError
 
 from core.config import MAPPINGS, SEQUENCES, plain_types
 from core.errors import ConfigError
@@ -44,6 +45,14 @@ def read_command_line(arguments: Sequence[str]) -> tuple[list[str], dict[str, st
     fire.Fire(collect, command=list(arguments))
     nothing = ("None", "null")
     return words, {name: None if options[name] in nothing else options[name] for name in options}
+
+
+def read_switch(name: str, value: Any) -> bool:
+    """True or false, of an option that no config has. Raises ConfigError."""
+    try:
+        return TypeAdapter(bool).validate_python(value)
+    except ValidationError:
+        raise ConfigError(f"{name}={value!r}: give true or false") from None
 
 
 def refuse_repetition(arguments: Sequence[str]) -> None:

@@ -68,6 +68,13 @@ def resolve_options(
     return stage_class, resolve_names(get_config_class(stage_class), given)
 
 
+def is_default(config_class: Any, option: str, value) -> bool:
+    """Whether a value, which may be text, is the default. Raises ConfigError for an invalid one."""
+    name = config_class.aliases.get(option, option)
+    given = config_class(**{name: value})
+    return getattr(given, name) == getattr(config_class(), name)
+
+
 def find_links(config: StageConfig) -> dict[str, str]:
     """{option: stage} of the options that are written as stage:NAME."""
     return {

@@ -20,12 +20,13 @@ The options below are those that all pages share; the second command lists those
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import BaseStage, main
 from core.errors import ConfigError, unknown_name
+from core.recipe_files import is_default
 from core.rollout import RLConfig
 from recipes import a2c, grpo, ppo, trpo
 
@@ -90,13 +91,6 @@ def algorithms_with(option: str) -> list[str]:
         if option in config_class.aliases or option in {f.name for f in fields(config_class)}:
             names.append(algorithm)
     return names
-
-
-def is_default(config_class: Any, option: str, value) -> bool:
-    """Whether a value, which may be text, is the default. Raises ConfigError for an invalid one."""
-    name = config_class.aliases.get(option, option)
-    given = config_class(**{name: value})
-    return getattr(given, name) == getattr(config_class(), name)
 
 
 if __name__ == "__main__":

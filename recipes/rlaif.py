@@ -42,6 +42,7 @@ from core.errors import ConfigError, as_config_error
 from core.files import rows_from_main_process, write_jsonl
 from core.judge import PROMPT_VERSION, Judge, JudgingConfig
 from core.llm_client import LLMClient, LLMClientError
+from core.recipe_files import is_default
 from core.rewards import load_reward_model, start_reward_functions, stopping_functions
 from core.rollout import RLConfig, encode_prompts, estimate_work, prompt_sequences, to_prompt
 from core.runtime import is_main_process, logger
@@ -497,10 +498,14 @@ class RLAIFStage(BaseStage):
             owners = [other for other, page in RL_CONFIGS.items() if name in option_names(page)]
             if name in own_names or not owners:
                 kept[name] = value
+            elif algorithm in owners and mode != "preference":
+                if value is not None:  # in older files the default of the algorithm
+                    moved[name] = value
+            # Older files may list all options: a default changes nothing.
+            elif value is None or any(is_default(RL_CONFIGS[o], name, value) for o in owners):
+                continue
             elif mode == "preference":
                 raise ConfigError(f"{name} has no effect with feedback_mode=preference")
-            elif algorithm in owners:
-                moved[name] = value
             else:
                 raise ConfigError(
                     f"{name} has no effect with algorithm={algorithm}; "

@@ -177,7 +177,9 @@ def test_options_of_the_rl_recipe_may_stand_beside_the_others():
     with pytest.raises(ConfigError, match="cg_damping has no effect .* it belongs to trpo"):
         rlaif.RLAIFStage.resolve({"cg_damping": 0.2})
     with pytest.raises(ConfigError, match="clip_range has no effect with feedback_mode=preference"):
-        rlaif.RLAIFStage.resolve({"feedback_mode": "preference", "clip_range": 0.2})
+        rlaif.RLAIFStage.resolve({"feedback_mode": "preference", "clip_range": 0.3})
+    older = {"algorithm": "grpo", "gamma": 1.0, "ppo_epochs": None}
+    assert rlaif.RLAIFStage.resolve(older)[1] == {"algorithm": "grpo"}
     # What is no name at all is left to the config, which refuses it.
     with pytest.raises(ConfigError, match="algorithm"):
         rlaif.RLAIFConfig(**rlaif.RLAIFStage.resolve({"algorithm": ["grpo"]})[1])
