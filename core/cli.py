@@ -373,7 +373,10 @@ def help_text(stage_class: Any, doc: str, arguments: Sequence[str]) -> str:
     `--algorithm=grpo --help`.
     """
     others = [argument for argument in arguments if argument not in ("-h", "--help")]
-    _, options = read_command_line(others)
+    try:
+        _, options = read_command_line(others)
+    except ConfigError:
+        options = {}  # who asks for help may not know yet how options are written
     if options:
         chosen, _ = stage_class.resolve(options)
         if chosen is not stage_class:

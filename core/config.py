@@ -46,6 +46,12 @@ def split_names(value: Any) -> Any:
     return value or []
 
 
+def read_layer_interval(value: Any) -> Any:
+    """A number, or a switch: true is every layer, false none."""
+    switches = {"true": 1, "yes": 1, "on": 1, "false": 0, "no": 0, "off": 0}
+    return switches.get(str(value).lower(), value)
+
+
 # ---- option types --------------------------------------------------------------------------------
 
 Count = Annotated[int, Ge(1)]
@@ -59,7 +65,7 @@ Names = Annotated[list[str], comma_separated]
 Folder = Annotated[str, MinLen(1), AfterValidator(os.path.expanduser)]
 Trackers = Annotated[list[Literal["tensorboard", "wandb", "trackio"]], comma_separated]
 Switch = Annotated[bool | str, Field(union_mode="left_to_right")]
-LayerInterval = Annotated[Natural, as_yaml]
+LayerInterval = Annotated[Natural, BeforeValidator(read_layer_interval)]
 Options = Annotated[dict[str, Any], as_yaml]
 Sentences = Annotated[list[str], as_yaml]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]

@@ -70,9 +70,9 @@ class A2CConfig(RLConfig):
     entropy_coef: NonNegative = 0.0  # weight of the entropy bonus
 
     def validate(self) -> None:
-        super().validate()
         why = "in a2c: all mini-batches of a rollout make one optimizer step"
         self.refuse_unread(True, "gradient_accumulation_steps", why)
+        super().validate()
 
 
 # -- mathematics -----------------------------------------------------------------------------------

@@ -79,11 +79,11 @@ class TRPOConfig(RLConfig):
     value_learning_rate: Positive = 1e-3  # learning rate of the critic
 
     def validate(self) -> None:
-        super().validate()
         why = "in trpo: max_kl decides the policy's step"
         self.refuse_unread(True, "learning_rate", why, lora_r=self.lora_r)
         why = "in trpo: every rollout makes one step"
         self.refuse_unread(True, "gradient_accumulation_steps", why)
+        super().validate()
         if self.kl_in == "loss":
             raise ConfigError("trpo takes the KL to the reference in the reward; set kl_in=reward")
         if compute_dtype(self.torch_dtype) == torch.float16:

@@ -260,3 +260,11 @@ def test_a_home_folder_is_found_in_output_dir(tmp_path, monkeypatch):
         == chain.PipelineConfig(output_dir="~/o").output_dir
         == f"{tmp_path}/o"
     )
+
+
+@pytest.mark.parametrize(
+    "written, interval", [("yes", 1), (True, 1), ("on", 1), ("no", 0), (False, 0), ("2", 2), (3, 3)]
+)
+def test_gradient_checkpointing_is_a_switch_or_every_nth_layer(written, interval):
+    config = TrainingConfig(gradient_checkpointing=written)
+    assert config.gradient_checkpointing == interval
