@@ -474,6 +474,23 @@ def test_own_answers_are_the_student_s(tokenizer, tmp_path, model):
     assert model.training and not torch.equal(batch["labels"], own["labels"])
 
 
+def test_own_answers_are_for_training_alone(tokenizer, tmp_path, model, monkeypatch):
+    """Evaluation is on the rationales, the same ones each time."""
+    settings = config(
+        tmp_path, distillation_type="logits", on_policy_share=1.0, teacher_model_path="x"
+    )
+    row = cot.convert(READY[3], "question-rationale-answer")
+    (sequence,), _ = cot.sft.encode(cot.to_conversation(settings, row), tokenizer, 256)
+    batch = cot.sft.collate([sequence])
+    asked = []
+    monkeypatch.setattr(cot, "sample_student_answers", lambda *args: asked.append(args) or batch)
+    loss = cot.make_distillation_loss(settings, make_model(tokenizer, seed=5).eval(), tokenizer)
+    loss(model.eval(), batch)
+    assert not asked
+    loss(model.train(), batch)
+    assert len(asked) == 1
+
+
 def test_another_tokenizer_is_refused_for_logits(tokenizer, tmp_path, model_dir):
     import copy
 

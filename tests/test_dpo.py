@@ -551,6 +551,40 @@ def test_kto_takes_its_reference_point_from_mismatched_answers(tokenizer, tmp_pa
     assert min(points) < -0.01 < 0.01 < max(points)
 
 
+def test_no_gradient_passes_through_the_reference_point_of_kto(tmp_path):
+    settings = config(tmp_path, loss_type=["kto"], beta=0.3)
+    log_ratios = torch.tensor([[1.5, 0.6], [-0.5, 0.2]], requires_grad=True)
+    losses, metrics = dpo.kto_objective(log_ratios, torch.tensor([True, False]), settings)
+    losses.sum().backward()
+    assert metrics["z0"].item() == pytest.approx(0.4)
+    assert log_ratios.grad[:, 0].all() and not log_ratios.grad[:, 1].any()
+
+
+@pytest.mark.parametrize("name, per_token", [("sigmoid", False), ("simpo", True)])
+def test_the_figures_of_pairs_by_hand(tmp_path, name, per_token):
+    """Implicit rewards are beta times the log-ratios, of tokens where the loss is per token."""
+    pairs = dpo.PairLogps(
+        logps=torch.tensor([[-12.0, -14.0], [-9.0, -5.0], [-3.0, -4.0]]),
+        log_ratios=torch.tensor([[1.0, -2.0], [3.0, 2.0], [-1.0, 0.5]]),
+        lengths=torch.tensor([[4, 2], [3, 4], [2, 1]]),
+    )
+    chosen, rejected = [1.0, 3.0, -1.0], [-2.0, 2.0, 0.5]
+    if per_token:
+        chosen, rejected = [1 / 4, 3 / 3, -1 / 2], [-2 / 2, 2 / 4, 0.5 / 1]
+    _, metrics = dpo.pair_objective(pairs, config(tmp_path, loss_type=[name], beta=0.3))
+    assert {key: value.item() for key, value in metrics.items()} == pytest.approx(
+        {
+            "accuracy": 2 / 3,
+            "ranking_accuracy": 2 / 3,
+            "chosen_logps": -8.0,
+            "rejected_logps": -23 / 3,
+            "chosen_reward": 0.3 * sum(chosen) / 3,
+            "rejected_reward": 0.3 * sum(rejected) / 3,
+            "margin": 0.3 * (sum(chosen) - sum(rejected)) / 3,
+        }
+    )
+
+
 def test_kto_mismatches_answers_of_other_prompts(tokenizer, model, tmp_path, monkeypatch):
     rows = core.preferences.split_pairs(PAIRS)
     seen, encode = [], dpo.encode

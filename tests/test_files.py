@@ -1,6 +1,8 @@
-"""core/files.py: files that are written line by line."""
+"""core/files.py: files that are written line by line, and atomically."""
 
 import json
+
+import pytest
 
 import core.files
 import core.run_log
@@ -15,3 +17,33 @@ def test_a_line_is_ended_by_a_line_feed_alone(tmp_path):
     assert [
         json.loads(line) for line in (tmp_path / "a.jsonl").read_text().split("\n")[:-1]
     ] == rows[:2]
+
+
+def test_what_is_half_written_replaces_nothing(tmp_path):
+    """Neither while it is written nor where the writing fails: the older file stays whole."""
+    file, folder = tmp_path / "a.json", tmp_path / "folder"
+    core.files.write_json(file, "old")
+    with core.files.atomic_folder(folder) as aside:
+        core.files.write_json(aside / "a.json", "old")
+
+    def check():
+        assert json.loads(file.read_text()) == "old"
+        assert json.loads((folder / "a.json").read_text()) == "old"
+        assert [path.name for path in folder.iterdir()] == ["a.json"]
+
+    with pytest.raises(ZeroDivisionError), core.files.atomic_writer(file) as writer:
+        writer.write("new")
+        writer.flush()
+        check()
+        raise ZeroDivisionError
+    check()
+    with pytest.raises(ZeroDivisionError), core.files.atomic_folder(folder) as aside:
+        core.files.write_json(aside / "b.json", "new")
+        check()
+        raise ZeroDivisionError
+    check()
+    core.files.write_json(file, "new")
+    with core.files.atomic_folder(folder) as aside:
+        core.files.write_json(aside / "b.json", "new")
+    assert json.loads(file.read_text()) == "new"
+    assert [path.name for path in folder.iterdir()] == ["b.json"]  # nothing of the older one

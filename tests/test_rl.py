@@ -5,6 +5,7 @@ import copy
 import itertools
 import json
 import math
+import statistics
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ import core.rewards
 import core.sampling
 from core import rl_run
 from core.errors import ConfigError
-from core.kl import ESTIMATORS, exact_kl, k1, k2, k3, kl_loss, next_kl_coef
+from core.kl import ESTIMATORS, exact_kl, k1, k2, k3, kl_in_loss, kl_loss, next_kl_coef
 from core.rl_run import rollout_metrics
 from core.rollout import (
     PROMPT_FORMATS,
@@ -132,6 +133,28 @@ def record_gradients(run):
 
     run.optimizer.zero_grad = record
     return gradients
+
+
+def moved(run):
+    """The run with its policy away from the reference, and a critic that is not 0."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in run.parameters:
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    if run.value_head is not None:
+        torch.nn.init.normal_(run.value_head.weight, std=0.1, generator=generator)
+    return run
+
+
+def likely_to_stop(run):
+    """The run with a model whose completions have different lengths."""
+    bias = torch.zeros(len(run.tokenizer))
+    bias[2] = 4.0  # <|im_end|>
+    run.model.get_output_embeddings().bias = torch.nn.Parameter(bias, requires_grad=False)
+    return run
+
+
+def all_but_one(prompts, completions, **_):
+    return [None if n == 1 else n / 10 for n in range(len(completions))]
 
 
 def unchanged(total):
@@ -271,6 +294,16 @@ def test_prompts_come_over_and_over_in_a_new_order():
     assert sum((rl_run.prompts_of_step(1, rows, step, 6) for step in range(5)), []) == seen
 
 
+def test_every_step_has_prompts_and_random_numbers_of_its_own(tokenizer, tmp_path):
+    run, rows = make_run(tokenizer, tmp_path, batch_size=2)
+    run.training_rows, asked, numbers = rows, [], []
+    for run.step in range(2):
+        asked += run.next_prompts()
+        numbers += run.next_uniforms().flatten().tolist()
+    assert sorted(row["ids"] for row in asked) == sorted(row["ids"] for row in rows)
+    assert len({*numbers}) == len(numbers) == 2 * 2 * 6
+
+
 # -- mathematics -----------------------------------------------------------------------------------
 
 
@@ -351,6 +384,8 @@ def test_the_surrogate_is_clipped_on_the_side_that_gains():
         value = ppo.clipped_policy_loss(logps, old, advantage * one, 0.2)
         value.sum().backward()
         assert value.item() == pytest.approx(wanted) and logps.grad.item() == pytest.approx(slope)
+        stopped = ppo.is_clipped(torch.tensor([ratio]), advantage * one, 0.2)
+        assert stopped.item() == (slope == 0.0)
 
 
 def test_value_loss_by_hand():
@@ -685,6 +720,32 @@ def test_sharing_the_prompt_and_mini_batches_change_no_gradient(tokenizer, tmp_p
         assert (other - found[0]).abs().max() < 1e-4 * found[0].abs().max()
 
 
+@pytest.mark.parametrize("algorithm", ("ppo", "a2c", "grpo", "rloo"))
+def test_mini_batches_of_unequal_lengths_change_no_gradient(tokenizer, tmp_path, algorithm):
+    """Also where some have no verdict: the mean is over the step, not over its mini-batches."""
+    found = []
+    for mini in (8, 2):
+        one_step = dict(ppo_epochs=1, gradient_accumulation_steps=8 // mini)
+        run, rows = make_run(
+            tokenizer,
+            tmp_path,
+            algorithm=algorithm,
+            num_generations=2,
+            mini_batch_size=mini,
+            max_grad_norm=0,
+            functions={"some": all_but_one},
+            **({} if algorithm == "a2c" else one_step),
+        )
+        data, kept = rolled(likely_to_stop(moved(run)), rows), record_gradients(run)
+        metrics = update(run, data)
+        found.append((kept[0], metrics))
+    assert len({*data.lengths.tolist()}) > 2
+    (whole, figures), (parts, same) = found
+    assert (parts - whole).abs().max() < 1e-4 * whole.abs().max()
+    assert same == pytest.approx(figures, abs=1e-5)
+    assert figures["ratio"] == pytest.approx(1, abs=1e-5)  # one step, at the old policy
+
+
 def stock(kind, tokenizer, tmp_path, **options):
     import trl
     from datasets import Dataset
@@ -803,6 +864,166 @@ def test_a_completion_without_a_verdict_teaches_nothing(tokenizer, tmp_path):
     )
 
 
+@pytest.mark.parametrize("algorithm", ("ppo", "a2c", "trpo"))
+def test_rewards_of_tokens_and_their_advantages_by_hand(tokenizer, tmp_path, algorithm):
+    """Each token loses its KL, the last one gets the score; gamma and lambda are told apart."""
+    options = dict(gamma=0.9, gae_lambda=0.6, init_kl_coef=0.3, missing_stop_penalty=0.25)
+    found = []
+    for white in (False, True):
+        run, rows = make_run(
+            tokenizer,
+            tmp_path,
+            functions={"some": all_but_one},
+            algorithm=algorithm,
+            whiten_advantages=white,
+            **options,
+        )
+        found.append(rolled(moved(run), rows))
+    plain, white = found
+    penalties = 0.3 * (plain.old_logps - plain.ref_logps)
+    assert not plain.stopped.all() and penalties.abs().max() > 0.01
+    for n, length in enumerate(plain.lengths.tolist()):
+        values, after = [*plain.values[n, :length].tolist(), 0.0], 0.0
+        for t in reversed(range(length)):
+            reward = -float(penalties[n, t])
+            if t == length - 1 and n != 1:
+                reward += n / 10 - (0.0 if plain.stopped[n] else 0.25)
+            after = reward + 0.9 * values[t + 1] - values[t] + 0.9 * 0.6 * after
+            assert float(plain.advantages[n, t]) == pytest.approx(after, abs=1e-5)
+            assert float(plain.returns[n, t]) == pytest.approx(after + values[t], abs=1e-5)
+    # the mean and the variance are those of the tokens that are learnt from
+    used = white.used > 0
+    assert torch.equal(white.returns, plain.returns) and not used[1].any()
+    assert white.advantages[used].mean().abs() < 1e-5 and not white.advantages[~used].any()
+    assert float(white.advantages[used].var(correction=0)) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("algorithm", ("grpo", "rloo"))
+def test_a_group_is_compared_by_scores_less_penalties(tokenizer, tmp_path, algorithm):
+    run, rows = make_run(
+        tokenizer,
+        tmp_path,
+        functions={"some": all_but_one},
+        algorithm=algorithm,
+        init_kl_coef=0.3,
+        missing_stop_penalty=0.25,
+        **({"scale_rewards": False} if algorithm == "grpo" else {}),
+    )
+    data = rolled(likely_to_stop(moved(run)), rows)
+    assert all(0 < group.float().mean() < 1 for group in data.stopped.view(2, 4))
+    penalties = 0.3 * (data.old_logps - data.ref_logps).sum(1)
+    assert penalties.abs().max() > 0.01
+    scores = [n / 10 - 0.25 * (not data.stopped[n]) - float(penalties[n]) for n in range(8)]
+    for n in (0, 2, 3, 4, 5, 6, 7):
+        group = {0, 2, 3} if n < 4 else {4, 5, 6, 7}
+        others = group - {n} if algorithm == "rloo" else group
+        wanted = scores[n] - sum(scores[m] for m in others) / len(others)
+        advantages = data.advantages[n, : data.lengths[n]]
+        assert advantages.tolist() == pytest.approx([wanted] * len(advantages), abs=1e-5)
+    assert not data.advantages[1].any() and not data.advantages[~data.mask].any()
+
+
+def test_a_single_step_records_the_old_policy_on_its_way(tokenizer, tmp_path):
+    """What it records is what a pass before the update would have given, row by row."""
+    run, rows = make_run(
+        tokenizer,
+        tmp_path,
+        algorithm="grpo",
+        num_generations=2,
+        mini_batch_size=4,
+        gradient_accumulation_steps=2,
+        kl_in="loss",
+        learning_rate=1e-2,
+    )
+    data = rolled(moved(run), rows)
+    with torch.no_grad():
+        before = completion_outputs(run, data, "entropy")
+    assert data.old_logps is None
+    update(run, data)
+    assert torch.allclose(data.old_logps, before.logps, atol=1e-5)
+    assert torch.allclose(data.entropy, before.entropy, atol=1e-5)
+
+
+@pytest.mark.parametrize("algorithm", ("ppo", "a2c", "grpo", "rloo"))
+@pytest.mark.parametrize("penalty", ("k3", "full"))
+def test_the_kl_in_the_loss_is_added_beta_times(tokenizer, tmp_path, algorithm, penalty):
+    epochs = {} if algorithm == "a2c" else {"ppo_epochs": 2}
+    run, rows = make_run(
+        tokenizer, tmp_path, algorithm=algorithm, kl_in="loss", kl_penalty=penalty, **epochs
+    )
+    data, found = rolled(moved(run), rows), []
+    moved(run)  # away from the policy that sampled too
+    for run.kl_coef in (0.0, 0.5):
+        losses, _, _ = losses_of(run, data)
+        found.append(losses.detach())
+    outputs = rl_run.policy_outputs(run, data)
+    kl = kl_in_loss(run, data, outputs.logps, outputs.log_probs).detach()
+    if algorithm == "rloo":
+        kl = kl.sum(1, keepdim=True)
+    assert kl.abs().max() > 1e-3 and torch.allclose(found[1] - found[0], 0.5 * kl, atol=1e-5)
+
+
+def test_the_exact_kl_in_the_loss_is_that_of_the_policy(tokenizer, tmp_path):
+    """KL(pi || pi_ref) of every token's distribution; that of (pi_ref || pi) is another one."""
+    run, rows = make_run(tokenizer, tmp_path, kl_in="loss", kl_penalty="full")
+    data = rolled(likely_to_stop(moved(run)), rows)
+    with torch.no_grad():
+        policy = completion_outputs(run, data, "log_probs")
+        reference = completion_outputs(run, data, "log_probs", reference=True).log_probs
+        found = kl_in_loss(run, data, policy.logps, policy.log_probs)
+    wanted = (policy.log_probs.exp() * (policy.log_probs - reference)).sum(-1)
+    other = (reference.exp() * (reference - policy.log_probs)).sum(-1)
+    assert torch.allclose(found[data.mask], wanted, atol=1e-6) and not found[~data.mask].any()
+    assert (wanted - other).abs().max() > 1e-4
+
+
+def test_passes_end_early_where_the_policy_has_moved_far(tokenizer, tmp_path):
+    # the KL of the first pass is 0: it is measured before its step, the only one
+    for max_kl, passes in ((1e-6, 2), (1e6, 4), (None, 4)):
+        options = dict(algorithm="ppo", max_kl=max_kl, learning_rate=1e-2)
+        run, rows = make_run(tokenizer, tmp_path, **options)
+        assert update(run, rolled(run, rows))["epochs"] == passes
+
+
+def test_the_figures_of_a_rollout_by_hand(tokenizer, tmp_path):
+    """Completions without a verdict count in no mean but those of lengths."""
+
+    def tens(prompts, completions, **_):
+        return [None if n == 1 else float(n // 4) for n in range(len(completions))]
+
+    def twos(prompts, completions, **_):
+        return [float(n == 3) for n in range(len(completions))]
+
+    run, rows = make_run(
+        tokenizer,
+        tmp_path,
+        num_generations=4,
+        reward=["length", "exact"],
+        reward_weights=[1.0, 2.0],
+        functions={"tens": tens, "twos": twos},
+    )
+    data = rolled(likely_to_stop(moved(run)), rows)
+    found, used, judged = rollout_metrics(run, data), data.used > 0, [0, 0, 2, 1, 1, 1, 1]
+    assert len({*data.lengths.tolist()}) > 2 and not used[1].any()
+    kl = k3(data.old_logps, data.ref_logps)[used].sum() / 7
+    entropy = completion_outputs(run, data, "entropy").entropy[used].mean()
+    errors, returns = (data.returns - data.values)[used], data.returns[used]
+    wanted = {
+        "reward": 6 / 7,
+        "reward_std": statistics.pstdev(judged),
+        "reward_tens": 4 / 7,
+        "reward_twos": 1 / 8,
+        "kl": kl,
+        "entropy": entropy,
+        "explained_variance": 1 - errors.var(correction=0) / returns.var(correction=0),
+        "zero_variance": 1 / 2,
+        "length": sum(map(len, data.sampled_logps)) / 8,
+        "stopped": sum(data.stopped.tolist()) / 8,
+        "kl_coef": run.config.init_kl_coef,
+    }
+    assert found == pytest.approx({name: float(value) for name, value in wanted.items()}, rel=1e-4)
+
+
 def test_equal_rewards_teach_nothing(tokenizer, tmp_path):
     for algorithm in ("grpo", "rloo"):
 
@@ -839,16 +1060,17 @@ def test_all_weights_train_against_a_frozen_copy(tokenizer, tmp_path):
     )
 
 
-def test_its_coefficient_raises_the_entropy(tokenizer, tmp_path):
-    """With nothing else to learn: equal rewards, no KL."""
+@pytest.mark.parametrize("algorithm", ("ppo", "a2c", "grpo", "rloo"))
+def test_its_coefficient_raises_the_entropy(tokenizer, tmp_path, algorithm):
+    """With nothing else to learn: no reward, no KL."""
     run, rows = make_run(
         tokenizer,
         tmp_path,
-        algorithm="grpo",
+        algorithm=algorithm,
         entropy_coef=1.0,
         init_kl_coef=0,
         learning_rate=1e-2,
-        functions={"one": lambda prompts, completions, **_: [1.0] * len(completions)},
+        functions={"zero": lambda prompts, completions, **_: [0.0] * len(completions)},
     )
     with torch.no_grad():  # a model that is less sure of itself would have nothing left to gain
         run.model.get_output_embeddings().weight.mul_(20)
@@ -909,6 +1131,23 @@ def test_no_accepted_step_leaves_the_region(tokenizer, tmp_path):
     assert len(accepted) > 150 and sum(accepted) / len(accepted) > 0.002
 
 
+def test_a_step_that_leaves_the_region_is_shortened(tokenizer, tmp_path, monkeypatch):
+    """It begins three times as long as the curvature says: its KL is nine times too large."""
+    options = dict(algorithm="trpo", lora_r=0, max_kl=0.02, cg_damping=1e-3)
+    run, rows = make_run(tokenizer, tmp_path, **options)
+    data, inner = rolled(run, rows), trpo.natural_gradient
+    with torch.no_grad():
+        old = completion_outputs(run, data, "log_probs").log_probs
+
+    def flatter(*args):
+        direction, curvature = inner(*args)
+        return direction, curvature / 9
+
+    monkeypatch.setattr(trpo, "natural_gradient", flatter)
+    learnt = update(run, data)
+    assert learnt["line_search"] > 1 and 0.002 < mean_kl(run, data, old) <= 0.02
+
+
 def test_a_rejected_step_restores_the_weights_bitwise(tokenizer, tmp_path, monkeypatch):
     run, rows = make_run(tokenizer, tmp_path, algorithm="trpo", max_kl=0.02)
     data, before = rolled(run, rows), [parameter.detach().clone() for parameter in run.parameters]
@@ -922,6 +1161,30 @@ def test_a_rejected_step_restores_the_weights_bitwise(tokenizer, tmp_path, monke
     monkeypatch.setattr(trpo, "conjugate_gradient", lambda *args: solve(*args) * float("nan"))
     update(run, data)
     assert all(torch.equal(old, new) for old, new in zip(before, run.parameters, strict=False))
+
+
+def test_the_longest_step_is_as_long_as_the_region(tokenizer, tmp_path, monkeypatch):
+    """To second order, and annealed; what the damping leaves of it is measured as a KL here."""
+    run, rows = make_run(
+        tokenizer, tmp_path, algorithm="trpo", lora_r=0, max_kl=0.04, cg_damping=0.01
+    )
+    data, damping, max_kl = rolled(run, rows), 0.01, 0.02
+    run.schedule.step()  # the second of two steps of a linear schedule: half of max_kl is left
+    with torch.no_grad():
+        old = completion_outputs(run, data, "log_probs").log_probs
+    tried, set_parameters = [], trpo.set_parameters
+
+    def record(parameters, vector):
+        tried.append(vector)
+        set_parameters(parameters, vector)
+
+    monkeypatch.setattr(trpo, "set_parameters", record)
+    start = trpo.flatten(run.parameters).detach().clone()
+    update(run, data)
+    step = 0.1 * (tried[0] - start)  # short enough for the second order to be all there is
+    set_parameters(run.parameters, start + step)
+    damped = damping / 2 * float(step @ step)
+    assert mean_kl(run, data, old) + damped == pytest.approx(0.1**2 * max_kl, rel=0.05)
 
 
 # -- the closed form -------------------------------------------------------------------------------
@@ -1359,6 +1622,8 @@ def test_a_run_that_was_cut_off_goes_on_exactly(model_dir, tmp_path, algorithm, 
     assert steps_of(tmp_path / "whole") == steps_of(tmp_path / "cut")
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, again.model.state_dict()[name]), name
+    before = {name for name in whole.metrics if name.endswith("_before")}
+    assert before and all(again.metrics[name] == whole.metrics[name] for name in before)
     assert len({step["kl_coef"] for step in steps_of(tmp_path / "whole") if "kl_coef" in step}) > 1
     samples = [
         json.loads(line) for line in (tmp_path / "whole/samples.jsonl").read_text().splitlines()

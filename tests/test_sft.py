@@ -610,6 +610,8 @@ def test_a_packed_document_is_the_document_alone(tokenizer, model):
             start = 0
             for length in row["seq_lengths"].tolist():
                 alone = model(row["input_ids"][None, start : start + length].long()).logits[0]
+                places = batch["position_ids"][number, start : start + length]
+                assert places.tolist() == list(range(length))
                 assert torch.allclose(together[number, start : start + length], alone, atol=1e-4)
                 start += length
     alone, packed_loss = sft.loss(model, sft.collate(rows))[0], sft.loss(model, batch)[0]
@@ -628,7 +630,7 @@ def fitted(tmp_path, tokenizer, rows, held_out=(), model=None, **options):
 
 
 def test_accumulation_is_exact_for_rows_of_any_length(tokenizer, tmp_path):
-    rows, losses = rows_of(tokenizer, *LENGTHS, *LENGTHS), []
+    rows, losses, accuracies = rows_of(tokenizer, *LENGTHS, *LENGTHS), [], []
     for size, steps, checkpointing in (
         (8, 1, False),
         (4, 2, False),
@@ -653,8 +655,11 @@ def test_accumulation_is_exact_for_rows_of_any_length(tokenizer, tmp_path):
             checkpointing is True,
         ]
         losses.append([line.get("loss", line.get("eval_loss")) for line in lines])
+        figures = [line.get("token_accuracy", line.get("eval_token_accuracy")) for line in lines]
+        accuracies.append(figures)
     assert len(losses[0]) == 8  # six steps, and an evaluation before and after them
-    assert all(again == pytest.approx(losses[0], abs=1e-5) for again in losses[1:])
+    for found in (losses, accuracies):
+        assert all(again == pytest.approx(found[0], abs=1e-5) for again in found[1:])
 
 
 def test_steps_hold_rows_of_like_length_the_longest_first_and_each_row_once_an_epoch(
