@@ -28,7 +28,7 @@ logger = logging.getLogger("recipes")
 warnings.filterwarnings("ignore", ".*is_gradient_checkpointing|Synchronization debug mode")
 # These warn at every layer of every step: of kernels that are not needed, and of timeouts that
 # `Subprocess` enforces itself.
-NOISY_LOGGERS = ("bitsandbytes.autograd", "bitsandbytes.backends.cpu.ops")
+NOISY_LOGGERS = ("bitsandbytes.autograd", "bitsandbytes.backends.cpu.ops", "math_verify")
 for logger_name in NOISY_LOGGERS:
     logging.getLogger(logger_name).setLevel(logging.ERROR)
 
