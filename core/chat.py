@@ -152,7 +152,7 @@ def apply_template(tokenizer, template: str, messages: list[dict], generation_pr
             add_generation_prompt=generation_prompt,
         )
     except Exception as error:  # Jinja's own, or raised by the template for what it does not know
-        raise RowError(f"which the chat template rejects: {error}") from error
+        raise RowError(f"which the chat template refuses: {error}") from error
 
 
 def final_stop_pattern(tokenizer) -> re.Pattern:

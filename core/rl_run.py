@@ -276,19 +276,21 @@ class WeightedMeans:
 
     def __init__(self):
         self.sums: dict[str, torch.Tensor] = {}
-        self.total_weight = 0.0
+        self.weight: Any = 0.0
 
     def add(self, metrics: dict[str, torch.Tensor], weights: torch.Tensor) -> None:
         """Metrics and weights of a mini-batch, both (b, T) or (b, 1)."""
+        self.weight = self.weight + weights.sum()
         for name, values in metrics.items():
             self.sums[name] = self.sums.get(name, 0) + (values * weights).sum()
 
     def over_processes(self, run: Run) -> dict[str, float]:
-        totals = run.sum_over_processes(torch.stack([*self.sums.values()]))
-        return {
-            name: float(total) / self.total_weight
-            for name, total in zip(self.sums, totals, strict=True)
-        }
+        """{name: mean}; {} if nothing was added, which is so in all processes or in none."""
+        if not self.sums:
+            return {}
+        sums = torch.stack([*self.sums.values(), self.weight])
+        *totals, weight = run.sum_over_processes(sums).tolist()
+        return {name: total / weight for name, total in zip(self.sums, totals, strict=True)}
 
 
 # -- setting up ------------------------------------------------------------------------------------

@@ -201,10 +201,11 @@ def update(run: Run, rollout: Rollout) -> dict[str, float]:
             run.backward(loss)
             means.add(token_metrics, batch.weights)
         run.optimizer_step()
-        means.total_weight += float(num_tokens)
-    if not means.total_weight:
-        return {}
-    return means.over_processes(run) | {"epochs": 1}
+    metrics = means.over_processes(run)
+    if not metrics:
+        return {}  # no completion was scored
+    metrics["epochs"] = 1
+    return metrics
 
 
 def token_losses(
@@ -213,6 +214,7 @@ def token_losses(
     """(loss of each token, metrics of each token), all (b, T)."""
     config = run.config
     losses = policy_gradient_loss(outputs.logps, batch.advantages)
+    # The step is taken at the old policy: a ratio other than 1, or a KL, shows a fault.
     metrics = {
         "ratio": torch.exp((outputs.logps - batch.old_logps).detach()),
         "policy_kl": k3(batch.old_logps, outputs.logps.detach()),

@@ -222,10 +222,10 @@ def update(run: Run, rollout: Rollout) -> dict[str, float]:
                 run.backward(loss)
                 means.add(token_metrics, batch.weights)
             run.optimizer_step()
-            means.total_weight += float(num_tokens)
-        if not means.total_weight:
-            return {}
-        metrics = means.over_processes(run) | {"epochs": epoch}
+        metrics = means.over_processes(run)
+        if not metrics:
+            return {}  # no completion was scored
+        metrics["epochs"] = epoch
         if config.max_kl and metrics["policy_kl"] > config.max_kl:
             break  # importance ratios are unreliable this far from the sampling policy
     return metrics
