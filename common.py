@@ -27,7 +27,7 @@ from core.errors import ConfigError, as_config_error
 from core.files import atomic_folder, cached_folder, check_disk_space
 from core.fingerprints import compute_fingerprint
 from core.hub import find_model_parts, load_skeleton, load_tokenizer
-from core.recipe_files import resolve_options
+from core.recipe_files import get_config_class, resolve_options
 from core.runtime import (
     compute_dtype,
     default_device,
@@ -581,7 +581,7 @@ def build_stage(stage_class: type[BaseStage], arguments: Sequence[str]) -> tuple
         raise ConfigError(f"unexpected word {words[0]!r}; options are written --name=value")
     dry_run = read_switch("dry_run", options.pop("dry_run", False))
     stage_class, resolved = resolve_options(stage_class, [options])
-    config = stage_class.config_class(**resolved)
+    config = get_config_class(stage_class)(**resolved)
     if not (config.enabled and config.save_intermediate):
         raise ConfigError("enabled=false and save_intermediate=false are for the stages of a chain")
     return stage_class(config), dry_run

@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from core.config import MAPPINGS, SEQUENCES, plain_types
 from core.errors import ConfigError
+from core.recipe_files import get_config_class
 
 # ---- parsing -------------------------------------------------------------------------------------
 
@@ -241,13 +242,8 @@ def shown_default(option: Field) -> str:
 
 def describe_option(option: Field, hint: Any, comment: str) -> str:
     """The help text of an option: its comment, what it allows, its default."""
-    required = option.default is MISSING and option.default_factory is MISSING
     default = shown_default(option)
-    details = [allowed_values(hint), bounds(hint)]
-    if required:
-        details.append("required")
-    elif default:
-        details.append(f"default: {default}")
+    details = [allowed_values(hint), bounds(hint), f"default: {default}" if default else ""]
     details = [detail for detail in details if detail]
     if not details:
         return comment
@@ -280,7 +276,7 @@ def option_help(config_class: Any) -> str:
         lines[name] = (left, describe_option(options[name], hints.get(name), comment))
         groups.setdefault(heading, []).append(lines[name])
 
-    everyday = [config_class.aliases.get(name, name) for name in everyday_options(config_class)]
+    everyday = [config_class.aliases.get(name, name) for name in config_class.everyday]
     first = [lines[name] for name in everyday if name in lines]
     if "dry_run" not in options:
         first.append(DRY_RUN)
@@ -290,10 +286,6 @@ def option_help(config_class: Any) -> str:
         if rest:
             blocks.append(format_group(heading, rest))
     return "\n\n".join(blocks)
-
-
-def everyday_options(config_class: Any) -> Sequence[str]:
-    return getattr(config_class, "everyday", ())
 
 
 def read_hints(config_class: Any) -> dict[str, Any]:
@@ -381,4 +373,5 @@ def help_text(stage_class: Any, doc: str, arguments: Sequence[str]) -> str:
         chosen, _ = stage_class.resolve(options)
         if chosen is not stage_class:
             stage_class, doc = chosen, sys.modules[chosen.__module__].__doc__
-    return f"{doc.strip()}\n\n{option_help(stage_class.config_class)}"
+    options_text = option_help(get_config_class(stage_class))
+    return f"{doc or ''}\n\n{options_text}".strip()

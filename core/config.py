@@ -41,6 +41,8 @@ from core.yaml_files import parse_yaml
 
 def split_names(value: Any) -> Any:
     """The names in a text, which commas or spaces separate; None is an empty list."""
+    if isinstance(value, str) and value.strip().startswith("["):
+        return parse_yaml(value)
     if isinstance(value, str):
         return re.findall(r"[^,\s]+", value)
     return value or []
@@ -76,7 +78,7 @@ Scheduler = Literal["linear", "cosine", "polynomial", "constant", "constant_with
 
 MAPPINGS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
 SEQUENCES = (list, tuple, set, frozenset, collections.abc.Sequence, collections.abc.Iterable)
-SECRET_NAMES = re.compile("token|secret|password|key")
+SECRET_NAMES = re.compile("secret|password|key|auth|api|token(?!s)")
 VALIDATION = ConfigDict(coerce_numbers_to_str=True, allow_inf_nan=False)
 
 
@@ -149,7 +151,7 @@ def coerce_fields(config: Any) -> None:
             message = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
             # A secret may have been given to the wrong option, such as use_auth_token.
             shown = "" if SECRET_NAMES.search(name) else f"={value!r}"
-            raise ConfigError(f"{name}{shown}: {message[0].lower()}{message[1:]}") from None
+            raise ConfigError(f"{name}{shown}: {message[:1].lower()}{message[1:]}") from None
 
 
 def replace_aliases(config_class: Any, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -232,7 +234,7 @@ class ModelConfig(StageConfig):
     # model
     model_name_or_path: str = ""  # hub name, folder of a model or adapter, or .gguf file
     revision: str | None = None  # branch, tag or commit of a hub name
-    torch_dtype: Precision = "auto"  # auto: bfloat16 on a GPU that has it, float32 on CPU and MPS
+    torch_dtype: Precision = "auto"  # auto: bfloat16 or float16 on a GPU, float32 on CPU and MPS
     trust_remote_code: bool = False  # run the Python code that comes with the model
     use_auth_token: bool = False  # use your login, for gated models (`hf auth login` or HF_TOKEN)
     attn_implementation: str | None = None  # sdpa, eager, flash_attention_2; none: model's choice

@@ -41,12 +41,12 @@ NO_OPTIONAL_COLUMNS: Mapping[str, Sequence[str]] = MappingProxyType({})
 # -- files to rows -----------------------------------------------------------------------------
 
 
-def load_dataset_from_path(path: str, config_name: str | None = None, split: str = "train"):
+def load_dataset_from_path(path: str, config_name: str | None = None):
     """The `datasets.Dataset` at `path`, which is one of
 
     - a .json, .jsonl, .csv or .parquet file, or a folder of files of one of these types,
     - a folder written by `Dataset.save_to_disk`,
-    - the name of a data set on the Hugging Face hub, with `config_name` and `split`.
+    - the name of a data set on the Hugging Face hub, with `config_name`.
 
     Raises ConfigError, with the remedy, if there is no such data or it cannot be read.
     """
@@ -69,13 +69,13 @@ def load_dataset_from_path(path: str, config_name: str | None = None, split: str
                 for file in training_files:
                     rows.extend(read_file(file))
                 dataset = dataset_from_rows(rows)
-            elif file_type == "parquet" and not config_name and split == "train":
+            elif file_type == "parquet" and not config_name:
                 patterns = [glob.escape(str(file)) for file in training_files]
                 dataset = datasets.load_dataset("parquet", data_files=patterns, split="train")
             elif local.is_dir():
-                dataset = datasets.load_dataset(str(local), config_name, split=split)
+                dataset = datasets.load_dataset(str(local), config_name, split="train")
             elif hub_is_reachable("data", path):
-                dataset = datasets.load_dataset(path, config_name, split=split)
+                dataset = datasets.load_dataset(path, config_name, split="train")
             else:
                 raise ConfigError(
                     f"data {path}: no such file or folder here, and the hub cannot be reached"

@@ -86,15 +86,25 @@ def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
     """Write one JSON object a line, atomically."""
     with atomic_writer(path) as file:
         for row in rows:
-            line = json.dumps(row, ensure_ascii=False, default=str)
+            line = json.dumps(row, ensure_ascii=False, default=number_or_text)
             file.write(line + "\n")
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The objects of a file with one JSON object a line."""
+    # Lines of bytes: splitting text would also split inside a value, at U+2028.
+    lines = path.read_bytes().splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def number_or_text(value: Any) -> float | str:
     """A number of NumPy or PyTorch as a float, anything else that JSON does not know as text."""
-    if hasattr(value, "__float__"):
+    if not hasattr(value, "__float__"):
+        return str(value)
+    try:
         return float(value)
-    return str(value)
+    except (TypeError, ValueError):  # an array of several numbers
+        return str(value)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -152,6 +162,4 @@ def rows_from_main_process(path: Path, make: Callable[[], list[dict]]) -> list[d
     if is_main_process():
         write_jsonl(path, make())
     wait_for_path(path)
-    # Lines of bytes: splitting text would also split inside a value, at U+2028.
-    lines = path.read_bytes().splitlines()
-    return [json.loads(line) for line in lines]
+    return read_jsonl(path)

@@ -18,6 +18,7 @@ import torch
 from core.config import ModelConfig
 from core.errors import ConfigError, as_config_error
 from core.files import cached_folder
+from core.recipe_files import is_link
 
 FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".gguf", ".txt")  # no hub name ends so
 TEXT_FILES = ("*.json", "*.jinja", "*.model", "*.txt")  # configuration and tokenizer
@@ -114,7 +115,7 @@ def check_model(name: str | None) -> None:
 
     stage:NAME stands for what an earlier stage of the chain will leave.
     """
-    if name and not name.startswith("stage:"):
+    if name and not is_link(name):
         find_model(name, ModelConfig(model_name_or_path=name), weights=False)
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from core.config import Count, Sentences
 from core.errors import ConfigError
 from core.llm_client import LLMClient, LLMClientConfig
+from core.recipe_files import is_link
 from core.rewards import check_reward_model, load_reward_model
 from core.runtime import logger
 from core.sampling import SAMPLING_DEFAULTS
@@ -186,7 +187,7 @@ class Judge:
             raise ConfigError(
                 "feedback_model_path is missing: give the folder of a reward model, or stage:NAME"
             )
-        elif not config.feedback_model_path.startswith("stage:"):
+        elif not is_link(config.feedback_model_path):
             check_reward_model(config.feedback_model_path)
 
     def load(self) -> None:

@@ -31,7 +31,7 @@ from core.errors import ConfigError
 from core.fingerprints import file_identity
 from core.hub import check_model
 from core.logprobs import answer_logits, collate_answers
-from core.runtime import is_main_process, logger
+from core.runtime import is_main_process, logger, to_device
 from core.sampling import decode_completions, sample_completions, uniform_numbers
 
 PROVIDERS = {  # kind: (base URL, environment variable of the key)
@@ -555,7 +555,7 @@ class LLMClient:
         # The answer is a placeholder: its position is where the logits of the next token are.
         rows = [{"prompt": ids, "answers": [[ids[-1]]], "labels": [[ids[-1]]]} for ids in prompts]
         batch = collate_answers(rows, share_prompt=False)
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        batch = to_device(batch, model.device)
         logits, _ = answer_logits(model, batch)  # (B, V)
         choice_logits = logits[:, [ids[0] for ids in tokens]].float()
         return choice_logits.softmax(-1).tolist()

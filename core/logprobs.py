@@ -12,7 +12,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from core.chat import IGNORE
-from core.runtime import logger
+from core.runtime import logger, to_device
 
 # The tensors of a batch of answers, and what each holds where a sequence is shorter than the
 # longest.
@@ -27,6 +27,15 @@ def unwrap_model(model):
     module too.)"""
     children = dict(model.named_children())
     return children.get("module", model)
+
+
+def disable_dropout(model) -> None:
+    """Turn off the model's own dropout; that of an adapter, lora_dropout, is the user's choice."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout) and "lora_dropout" not in name:
+            module.p = 0.0
+        elif "attention_dropout" in vars(module):
+            module.attention_dropout = 0.0
 
 
 @contextlib.contextmanager
@@ -155,7 +164,7 @@ def sharing_is_exact(model, row: dict) -> bool:
 
     def logits_of(share_prompt: bool) -> torch.Tensor:
         batch = collate_answers([row], share_prompt)
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        batch = to_device(batch, model.device)
         logits, _ = answer_logits(model, batch)
         return logits.float()
 

@@ -261,10 +261,6 @@ def count_truncated(encoded: list[dict], name: str) -> None:
 # -- batches ---------------------------------------------------------------------------------------
 
 
-def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {name: value.to(device) for name, value in batch.items()}
-
-
 def compute_in_batches(
     compute: Callable[[list], Tensor], rows: list[dict], batch_size: int, device: torch.device
 ) -> Tensor:

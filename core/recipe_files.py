@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -14,6 +15,8 @@ from core.errors import ConfigError, as_config_error
 from core.files import file_digest
 
 LINK = "stage:"  # an option written as stage:NAME stands for what the stage NAME leaves
+# For these, older files write null where they mean the default of the algorithm.
+NONE_IS_DEFAULT = ("num_generations", "ppo_epochs", "max_kl")
 
 
 def load_recipe(path: Path, base_class: type) -> Any:
@@ -68,6 +71,36 @@ def resolve_options(
     return stage_class, resolve_names(get_config_class(stage_class), given)
 
 
+def option_names(config_class: Any) -> set[str]:
+    """Names and short names of the options of a config class."""
+    return {option.name for option in fields(config_class)} | set(config_class.aliases)
+
+
+def select_options(
+    options: Mapping[str, Any], config_classes: Mapping[str, Any], chosen: str | None, why: str
+) -> dict[str, Any]:
+    """The options without those that only other recipes than the `chosen` one read.
+
+    `config_classes` has the configs of the recipes that there are, by name. Older files may list
+    the options of all of them, so a default is left out without a word. Raises ConfigError, which
+    says `why`, for any other value. What no recipe knows is kept: it is refused as a typo later.
+    """
+    selected = {}
+    for name, value in options.items():
+        if value is None and name in NONE_IS_DEFAULT:
+            continue
+        owners = [
+            recipe
+            for recipe, config_class in config_classes.items()
+            if name in option_names(config_class)
+        ]
+        if not owners or chosen in owners:
+            selected[name] = value
+        elif not any(is_default(config_classes[owner], name, value) for owner in owners):
+            raise ConfigError(f"{name} has no effect {why}; it belongs to {', '.join(owners)}")
+    return selected
+
+
 def is_default(config_class: Any, option: str, value) -> bool:
     """Whether a value, which may be text, is the default. Raises ConfigError for an invalid one."""
     name = config_class.aliases.get(option, option)
@@ -75,10 +108,12 @@ def is_default(config_class: Any, option: str, value) -> bool:
     return getattr(given, name) == getattr(config_class(), name)
 
 
+def is_link(value: Any) -> bool:
+    """Whether the value of an option is written as stage:NAME."""
+    return isinstance(value, str) and value.startswith(LINK)
+
+
 def find_links(config: StageConfig) -> dict[str, str]:
     """{option: stage} of the options that are written as stage:NAME."""
-    return {
-        option: value.removeprefix(LINK)
-        for option, value in vars(config).items()
-        if isinstance(value, str) and value.startswith(LINK)
-    }
+    options = vars(config).items()
+    return {name: value.removeprefix(LINK) for name, value in options if is_link(value)}

@@ -22,6 +22,7 @@ from core.config import ModelConfig, Names, Natural, Positive, comma_separated
 from core.errors import ConfigError, as_config_error, unknown_name
 from core.function_process import Subprocess
 from core.llm_client import LLMClientError
+from core.recipe_files import is_link
 from core.runtime import compute_dtype, default_device, logger
 
 REWARDS = {  # built-in verifiers: the function, and the column or option it reads
@@ -197,7 +198,7 @@ def start_reward_functions(config: ScoringConfig) -> dict[str, Callable]:
     `reward`.
 
     Checks the folder of the reward model too, which is loaded later. Raises ConfigError."""
-    if config.reward_model_path and not config.reward_model_path.startswith("stage:"):
+    if config.reward_model_path and not is_link(config.reward_model_path):
         check_reward_model(config.reward_model_path)
     functions: dict[str, Callable] = {}
     # A file that cannot be loaded is reported now, before a model is loaded.

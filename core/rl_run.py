@@ -24,7 +24,7 @@ import torch
 
 from core.checkpoints import find_checkpoint
 from core.kl import k3, loss_needs_log_probs, next_kl_coef
-from core.logprobs import sharing_is_exact
+from core.logprobs import disable_dropout, sharing_is_exact
 from core.rewards import score_completions, weighted_total
 from core.rl_checkpoints import load_checkpoint, save_checkpoint
 from core.rollout import (
@@ -87,21 +87,23 @@ class Run(Policy):
         """The numbers of the steps that are left; evaluates and saves between them."""
         config = self.config
         # A resumed run has this evaluation in its checkpoint.
-        if self.evaluation_rows and self.step == 0:
+        if self.evaluation_rows and not self.before:
             self.before |= self.report(evaluate(self))
-        while self.step < config.num_training_steps:
-            self.step_began = time.perf_counter()
-            yield self.step
-            if self.stop_requested():
-                save_checkpoint(self)
-                return
+        # A signal may come during a step or an evaluation; neither is followed by another step.
+        while not self.stop_requested():
             # `finish` evaluates and the stage saves the model: neither is needed twice.
             if self.step == config.num_training_steps:
                 return
+            self.step_began = time.perf_counter()
+            yield self.step
+            is_last = self.step == config.num_training_steps
+            if is_last or self.stop_requested():
+                continue
             if self.evaluation_rows and config.eval_freq and self.step % config.eval_freq == 0:
                 self.report(evaluate(self))
             if config.save_freq and self.step % config.save_freq == 0:
                 save_checkpoint(self)
+        save_checkpoint(self)
 
     def stop_requested(self) -> bool:
         """Whether a signal came to any of the processes: they save and end together."""
@@ -194,11 +196,12 @@ class Run(Policy):
         config = self.config
         metrics = rollout_metrics(self, rollout) | metrics
         completions = config.batch_size * self.accelerator.num_processes
-        if config.target_kl:
+        if config.target_kl and "kl" in metrics:
             share = completions / config.kl_horizon
             self.kl_coef = next_kl_coef(self.kl_coef, metrics["kl"], config.target_kl, share)
         # What the figures were before training: those of the first rollout.
-        first = {name: metrics[name] for name in ("reward", "length", "stopped", "entropy")}
+        names = ("reward", "length", "stopped", "entropy")
+        first = {name: metrics[name] for name in names if name in metrics}
         self.before = first | self.before
         self.schedule.step()
         self.step += 1
@@ -346,7 +349,7 @@ def build_run(
     from accelerate import Accelerator
     from transformers.integrations import unset_hf_deepspeed_config
 
-    disable_dropout(model)
+    disable_dropout(model)  # with it, ratios of probabilities are noise (Huang et al. 2024)
     model.train(config.gradient_checkpointing > 0)
     if config.gradient_checkpointing:
         options = {"use_reentrant": False}
@@ -392,15 +395,6 @@ def build_run(
     if not run.parameters:
         raise RuntimeError("no parameter of the model trains: everything is frozen")
     return run
-
-
-def disable_dropout(model) -> None:
-    """With dropout the ratios of probabilities are noise (Huang et al. 2024)."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        elif "attention_dropout" in vars(module):
-            module.attention_dropout = 0.0
 
 
 def new_value_head(model) -> torch.nn.Linear:
@@ -469,19 +463,30 @@ def prompts_of_step(seed: int, rows: list[dict], step: int, count: int) -> list[
 
 def rollout_metrics(run: Run, rollout: Rollout) -> dict[str, float]:
     """What a rollout shows, over all processes; docs/metrics.md defines each."""
+    metrics = scored_metrics(run, rollout)
+    gather = run.accelerator.gather
+    metrics["length"] = gather(rollout.lengths).float().mean()
+    metrics["stopped"] = gather(rollout.stopped).float().mean()
+    return {name: float(value) for name, value in metrics.items()} | {"kl_coef": run.kl_coef}
+
+
+def scored_metrics(run: Run, rollout: Rollout) -> dict[str, torch.Tensor]:
+    """The metrics over the completions that have a verdict; {} if none has one."""
     gather, used = run.accelerator.gather, rollout.used
     scores = gather(rollout.scores)  # (B of all processes,)
     num_tokens = gather(used.sum(1)).sum()
     judged = scores[~scores.isnan()]
+    if not len(judged):
+        return {}
     metrics = {"reward": judged.mean(), "reward_std": judged.std(correction=0)}
     if rollout.rewards.shape[1] > 1:
         names = [f"reward_{Path(name).name}" for name in run.reward_functions]
         metrics |= dict(zip(names, gather(rollout.rewards).nanmean(0), strict=True))
     if rollout.ref_logps is not None:
         kl = (k3(rollout.old_logps, rollout.ref_logps) * used).sum(1)  # (B,)
-        metrics["kl"] = gather(kl).sum() / max(1, len(judged))
+        metrics["kl"] = gather(kl).sum() / len(judged)
     entropy = run.sum_over_processes((rollout.entropy * used).sum())
-    metrics["entropy"] = entropy / num_tokens.clamp(min=1)
+    metrics["entropy"] = entropy / num_tokens
     if rollout.values is not None:
         metrics["explained_variance"] = explained_variance(run, rollout)
     # Groups in which all completions did equally well, or badly, carry no signal for GRPO and RLOO.
@@ -489,9 +494,7 @@ def rollout_metrics(run: Run, rollout: Rollout) -> dict[str, float]:
         groups = scores.view(-1, run.config.num_generations)  # (P, G)
         deviations = (groups - groups.nanmean(1, keepdim=True)).nan_to_num()
         metrics["zero_variance"] = (deviations.abs().amax(1) < 1e-6).float().mean()
-    metrics["length"] = gather(rollout.lengths).float().mean()
-    metrics["stopped"] = gather(rollout.stopped).float().mean()
-    return {name: float(value) for name, value in metrics.items()} | {"kl_coef": run.kl_coef}
+    return metrics
 
 
 def explained_variance(run: Run, rollout: Rollout) -> torch.Tensor:
@@ -500,9 +503,10 @@ def explained_variance(run: Run, rollout: Rollout) -> torch.Tensor:
     errors = returns - rollout.values
     ones = torch.ones_like(used)
     sums = [(x * used).sum() for x in (ones, errors, errors**2, returns, returns**2)]
-    count, error, error2, value, value2 = run.sum_over_processes(torch.stack(sums))
-    error_variance = error2 - error * error / count
-    return_variance = value2 - value * value / count
+    totals = run.sum_over_processes(torch.stack(sums))
+    count, error_sum, error_squares, return_sum, return_squares = totals
+    error_variance = error_squares - error_sum * error_sum / count
+    return_variance = return_squares - return_sum * return_sum / count
     return 1 - error_variance / return_variance.clamp(min=1e-8)
 
 
@@ -551,7 +555,7 @@ def raise_alarms(run: Run) -> None:
             f"the policy is leaving the reference: KL {now.get('kl', 0):.1f} nats per completion. "
             "Raise init_kl_coef, set target_kl, or lower learning_rate",
         )
-    if now["entropy"] < 0.1 * run.before["entropy"]:
+    if "entropy" in now and now["entropy"] < 0.1 * run.before["entropy"]:
         raise_alarm(
             run,
             "entropy",

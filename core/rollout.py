@@ -39,7 +39,7 @@ from core.rewards import (
     score_completions,
     weighted_total,
 )
-from core.runtime import compute_dtype
+from core.runtime import compute_dtype, to_device
 from core.sampling import (
     SAMPLING_DEFAULTS,
     check_sampling,
@@ -419,7 +419,7 @@ def completion_outputs(
     entropy only if log_probs is wanted too.
     """
     inputs = collate_answers(batch.groups, policy.shares_prompts)
-    inputs = {name: value.to(policy.model.device) for name, value in inputs.items()}
+    inputs = to_device(inputs, policy.model.device)
     model = policy.model
     switched_off: Any = contextlib.nullcontext()
     # With an adapter, the reference is the same model without it, and needs no memory of its own.

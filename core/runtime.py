@@ -83,6 +83,10 @@ def default_device() -> torch.device:
     return torch.device("cpu")
 
 
+def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
 def compute_dtype(precision: str) -> torch.dtype:
     """The dtype of a Precision. "auto" is the fast one of the GPU, and float32 on CPU and MPS."""
     if precision != "auto":

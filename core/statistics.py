@@ -25,7 +25,7 @@ def wilson_interval(mean: float, n: int, z: float) -> tuple[float, float]:
         low = 0.0
     if mean >= 1:
         high = 1.0
-    return low, high
+    return max(low, 0.0), min(high, 1.0)
 
 
 def confidence_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:

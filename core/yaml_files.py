@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,10 @@ def make_yaml() -> Any:
 
 def describe_yaml_error(error: YAMLError) -> str:
     """What is wrong, without the values around it: they may be secrets."""
-    problem = getattr(error, "problem", None) or "invalid syntax"
-    # For a duplicate key the message goes on with both values.
-    return problem.split(" with value ")[0]
+    # Errors of the characters have a reason, all others a problem.
+    problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "invalid syntax"
+    # The message goes on with both values of a duplicate key, and with the text after * or !.
+    return re.split(r" with value | '", problem)[0]
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:

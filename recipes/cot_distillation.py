@@ -26,7 +26,6 @@ Shapes: B rows of a batch, T tokens of the longest, N target tokens of the batch
 
 import functools
 import importlib.util
-import json
 import math
 import re
 import sys
@@ -48,7 +47,7 @@ from core.chat import IGNORE, prompt_ids
 from core.config import Count, FitConfig, Names, Natural, Positive
 from core.data import detect_format, load_dataset_from_path, load_rows, usable_rows
 from core.errors import ConfigError, RowError, as_config_error
-from core.files import rows_from_main_process, write_jsonl
+from core.files import read_jsonl, rows_from_main_process, write_jsonl
 from core.llm_client import LLMClient
 from core.logprobs import logits_at, unwrap_model
 from core.rationales import (
@@ -59,7 +58,7 @@ from core.rationales import (
     strip_or_none,
     write_questions,
 )
-from core.runtime import is_main_process, is_sharded, logger
+from core.runtime import is_main_process, is_sharded, logger, to_device
 from core.sampling import SAMPLING_DEFAULTS, generate, sample_completions
 from core.statistics import mean_with_interval
 from core.training import fit
@@ -318,7 +317,7 @@ def sample_student_answers(
     for prompt, answer in zip(prompts, answers, strict=True):
         labels = [IGNORE] * len(prompt) + answer
         rows.append({"input_ids": torch.tensor(prompt + answer), "labels": torch.tensor(labels)})
-    return {name: value.to(device) for name, value in sft.collate(rows).items()}
+    return to_device(sft.collate(rows), device)
 
 
 def make_distillation_loss(config: CoTConfig, teacher_model, tokenizer) -> Callable:
@@ -462,9 +461,7 @@ def evaluate_answers(
 
 def write_samples(path: Path, samples: list[dict], when: str) -> None:
     """Write the samples; those after training follow those from before it."""
-    earlier = []
-    if when == "after":
-        earlier = [json.loads(line) for line in path.read_bytes().splitlines()]
+    earlier = read_jsonl(path) if when == "after" else []
     write_jsonl(path, earlier + samples)
 
 

@@ -45,6 +45,7 @@ from core.logprobs import (
     TokenLogps,
     answer_logits,
     collate_answers,
+    disable_dropout,
     sharing_is_exact,
     without_adapter,
 )
@@ -58,12 +59,11 @@ from core.preferences import (  # rows of preferences, which recipes/reward.py r
     encode_answers,
     pair_accuracy,
     split_pairs,
-    to_device,
     to_pair,
     to_single,
     truncate_answers,
 )
-from core.runtime import compute_dtype, logger
+from core.runtime import compute_dtype, logger, to_device
 from core.training import fit
 
 # -- configuration ---------------------------------------------------------------------------------
@@ -449,7 +449,7 @@ def train(config: DPOConfig, model, tokenizer, train_rows: list, eval_rows: list
     evaluation = encode_rows(eval_rows, tokenizer, limits, "evaluation data")
 
     # 2. The reference, which the policy has to start at.
-    disable_dropout(model)
+    disable_dropout(model)  # its noise would look like a change from the reference
     reference = frozen_reference(config, model, tokenizer)
     longest = max(training, key=lambda row: len(row["input_ids"]))
     check_start(config, model.eval(), reference, longest)
@@ -463,15 +463,6 @@ def train(config: DPOConfig, model, tokenizer, train_rows: list, eval_rows: list
     metrics = fit(config, model, tokenizer, training, evaluation, make_batch, batch_loss)
     warn_if_chosen_answers_fell(metrics)
     return metrics
-
-
-def disable_dropout(model) -> None:
-    """Turn off the model's own dropout: its noise would look like a change from the reference."""
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Dropout) and "lora_dropout" not in name:
-            module.p = 0.0
-        elif "attention_dropout" in vars(module):
-            module.attention_dropout = 0.0
 
 
 def frozen_reference(config: DPOConfig, model, tokenizer):

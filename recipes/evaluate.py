@@ -51,6 +51,13 @@ from core.function_process import Subprocess
 from core.hub import check_model
 from core.judge import Judge, JudgingConfig
 from core.logprobs import TokenLogps, answer_logits, collate_answers
+from core.preferences import (
+    PAIR_FORMATS,
+    UNPAIRED_FORMATS,
+    encode_answers,
+    to_pair,
+    to_single,
+)
 from core.rewards import (
     ScoringConfig,
     check_answer_column,
@@ -61,10 +68,10 @@ from core.rewards import (
     weighted_total,
 )
 from core.rollout import PROMPT_FORMATS, to_prompt
-from core.runtime import logger
+from core.runtime import logger, to_device
 from core.sampling import generate
 from core.statistics import mean_with_interval
-from recipes import dpo, sft
+from recipes import sft
 
 # -- configuration ---------------------------------------------------------------------------------
 
@@ -73,8 +80,9 @@ ANSWERED = {
     name: columns for name, columns in sft.FORMATS.items() if name not in ("messages", "text")
 }
 PROMPTS = {name: columns for name, columns in PROMPT_FORMATS.items() if name != "instruction-input"}
+PAIRED = PAIR_FORMATS | UNPAIRED_FORMATS
 # Format: its columns. If several formats fit, the one with the most columns is used.
-FORMATS = dpo.FORMATS | ANSWERED | PROMPTS
+FORMATS = PAIRED | ANSWERED | PROMPTS
 
 
 @dataclass
@@ -129,8 +137,8 @@ def convert(row: dict, form: str) -> dict:
     columns = {name: value for name, value in row.items() if name not in FORMATS[form]}
     if form == "unpaired":
         return convert_unpaired(row, columns)
-    if form in dpo.FORMATS:
-        pair = dpo.to_pair(row, form)
+    if form in PAIRED:
+        pair = to_pair(row, form)
         answers = [pair["chosen"], pair["rejected"]]
         return {"prompt": pair["prompt"], "answers": answers, "columns": columns}
     if form in ANSWERED or (form == "messages" and has_final_answer(row)):
@@ -145,7 +153,7 @@ def convert(row: dict, form: str) -> dict:
 
 def convert_unpaired(row: dict, columns: dict) -> dict:
     """`convert` of {"prompt", "completion", "label"}: only a desirable answer is expected."""
-    single = dpo.to_single(row)
+    single = to_single(row)
     answers = []
     expected = None
     if single["label"]:
@@ -173,7 +181,7 @@ def encode(row: dict, tokenizer, max_length: int, max_new_tokens: int) -> dict:
         )
     if not row["answers"]:
         return row | {"sides": []}
-    prompt, encoded = dpo.encode_answers(row["prompt"], row["answers"], tokenizer)
+    prompt, encoded = encode_answers(row["prompt"], row["answers"], tokenizer)
     longest_answer = max(len(ids) for ids, _ in encoded)
     if len(prompt) + longest_answer > max_length:
         raise RowError(f"longer than {max_length} tokens")
@@ -226,7 +234,7 @@ def answer_logps(model, rows: list[dict], batch_size: int) -> list[list[tuple[fl
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
         batch = collate_answers([sides[index] for index in indices], share_prompt=False)
-        batch = {name: value.to(model.device) for name, value in batch.items()}
+        batch = to_device(batch, model.device)
         has_target = batch["targets"] != IGNORE  # (B, T)
         logits, _ = answer_logits(model, batch)  # (N, V)
         targets = batch["targets"][has_target]  # (N,)
@@ -320,7 +328,8 @@ def is_number(text: str) -> bool:
     final = text.split("####")[-1]
     # A word is two letters or more that are no LaTeX command: "x + 1" has none.
     word = re.search(r"(?<!\\)\b[^\W\d_]{2,}", final)
-    return verifiers.may_be_number(final) and word is None
+    has_digit = re.search(r"\d", final) is not None
+    return has_digit and verifiers.may_be_number(final) and word is None
 
 
 def exact_matches(samples: list[dict]) -> dict[int, float | None]:

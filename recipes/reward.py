@@ -41,9 +41,9 @@ from core.preferences import (  # rows of preferences, which recipes/dpo.py read
     OPTIONAL_COLUMNS,
     PAIR_FORMATS,
     pair_accuracy,
-    to_device,
     to_pair,
 )
+from core.runtime import to_device
 from core.training import fit
 
 # -- configuration ---------------------------------------------------------------------------------

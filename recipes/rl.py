@@ -18,7 +18,7 @@ The options below are those that all pages share; the second command lists those
 """
 
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import BaseStage, main
 from core.errors import ConfigError, unknown_name
-from core.recipe_files import is_default
+from core.recipe_files import select_options
 from core.rollout import RLConfig
 from recipes import a2c, grpo, ppo, trpo
 
@@ -38,9 +38,6 @@ STAGES = {
     "grpo": grpo.GRPOStage,
     "rloo": grpo.GRPOStage,
 }
-
-# For these, older files write null where they mean the default of the algorithm.
-NONE_IS_DEFAULT = ("num_generations", "ppo_epochs", "max_kl")
 
 
 @dataclass
@@ -64,33 +61,11 @@ class RLStage(BaseStage):
             raise ConfigError(unknown_name("algorithm", algorithm, STAGES))
         page = STAGES[algorithm]
         # RLOO is a page of its own in older files; here it is GRPO with another baseline.
-        if algorithm == "rloo":
-            options.setdefault("advantage", "rloo")
-        # A typo is refused later, with the nearest name. Here: options that another page has.
-        kept = {}
-        for name, value in options.items():
-            if value is None and name in NONE_IS_DEFAULT:
-                continue
-            owners = algorithms_with(name)
-            if not owners or algorithm in owners:
-                kept[name] = value
-            # Older files may list all options: a default of another page changes nothing.
-            elif not any(is_default(STAGES[owner].config_class, name, value) for owner in owners):
-                raise ConfigError(
-                    f"{name} has no effect with algorithm={algorithm}; "
-                    f"it belongs to {', '.join(owners)}"
-                )
-        return page, kept
-
-
-def algorithms_with(option: str) -> list[str]:
-    """The algorithms whose page has an option of this name."""
-    names = []
-    for algorithm, page in STAGES.items():
-        config_class = page.config_class
-        if option in config_class.aliases or option in {f.name for f in fields(config_class)}:
-            names.append(algorithm)
-    return names
+        if algorithm == "rloo" and options.setdefault("advantage", "rloo") != "rloo":
+            raise ConfigError("algorithm=rloo means advantage=rloo; remove one of them")
+        config_classes = {name: stage.config_class for name, stage in STAGES.items()}
+        why = f"with algorithm={algorithm}"
+        return page, select_options(options, config_classes, algorithm, why)
 
 
 if __name__ == "__main__":

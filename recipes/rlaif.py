@@ -37,14 +37,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import BaseStage, StageResult, load_model_and_tokenizer, main
 from core.config import Count, FitConfig, Options, TrainingConfig, resolve_names
-from core.data import load_rows
 from core.errors import ConfigError, as_config_error
 from core.files import rows_from_main_process, write_jsonl
 from core.judge import PROMPT_VERSION, Judge, JudgingConfig
 from core.llm_client import LLMClient, LLMClientError
-from core.recipe_files import is_default
+from core.recipe_files import option_names, select_options
 from core.rewards import load_reward_model, start_reward_functions, stopping_functions
-from core.rollout import RLConfig, encode_prompts, estimate_work, prompt_sequences, to_prompt
+from core.rollout import RLConfig, encode_prompts, estimate_work, load_prompts, prompt_sequences
 from core.runtime import is_main_process, logger
 from core.sampling import generate
 from recipes import a2c, dpo, grpo, ppo, reward, trpo
@@ -60,11 +59,6 @@ RL_CONFIGS: dict[str, type[RLConfig]] = {
     "rloo": grpo.GRPOConfig,
 }
 RL_PAGES: dict[str, Any] = {"ppo": ppo, "a2c": a2c, "trpo": trpo, "grpo": grpo, "rloo": grpo}
-
-
-def option_names(config_class) -> set[str]:
-    """Names and short names of the options of a config class."""
-    return {option.name for option in fields(config_class)} | set(config_class.aliases)
 
 
 # What feedback_mode=preference reads of the options of the RL recipes. Of the training options DPO
@@ -206,10 +200,13 @@ class RLAIFConfig(RLConfig, JudgingConfig):
         """The shared options of RL as they are here, and `rl_kwargs`."""
         config_class = RL_CONFIGS[self.algorithm]
         options = {option.name: getattr(self, option.name) for option in fields(RLConfig)}
-        if self.algorithm == "rloo":
-            options["advantage"] = "rloo"
-        options |= resolve_names(config_class, self.rl_kwargs)
-        return config_class(**options)
+        own_options = resolve_names(config_class, self.rl_kwargs)
+        for name in own_options:
+            if name in options:
+                raise ConfigError(f"rl_kwargs: {name} is shared by all RL recipes; give it alone")
+        if self.algorithm == "rloo" and own_options.setdefault("advantage", "rloo") != "rloo":
+            raise ConfigError("rl_kwargs: algorithm=rloo means advantage=rloo; remove one of them")
+        return config_class(**options | own_options)
 
     def dpo_config(self, start: str, number: int) -> dpo.DPOConfig:
         """The config of DPO in round `number`, which starts from the model at `start`."""
@@ -326,6 +323,11 @@ def label_preferences(
         left_out["equal"],
         left_out["empty"],
     )
+    if not preferences and not figures:
+        raise RuntimeError(
+            "nothing to learn from: no pair has a verdict in both orders; use a stronger judge, "
+            "or raise max_verdict_tokens"
+        )
     if not preferences:
         first_shown = 100 * (figures.get("position_bias", 0.0) + 0.5)
         raise RuntimeError(
@@ -489,32 +491,27 @@ class RLAIFStage(BaseStage):
         algorithm = options.get("algorithm", RLAIFConfig.algorithm)
         if not isinstance(algorithm, str) or algorithm not in RL_CONFIGS:
             return cls, options  # the config refuses it
+        # The command line and YAML take options of the RL recipe beside the others:
+        # --clip_range=0.1 is enough.
         own_names = option_names(RLAIFConfig)
-        mode = options.get("feedback_mode")
-        # The command line and YAML take them beside the others: --clip_range=0.1 is enough.
-        kept = {}
+        kept = {name: value for name, value in options.items() if name in own_names}
+        others = {name: value for name, value in options.items() if name not in own_names}
+        if options.get("feedback_mode") == "preference":
+            others = select_options(others, RL_CONFIGS, None, "with feedback_mode=preference")
+        else:
+            others = select_options(others, RL_CONFIGS, algorithm, f"with algorithm={algorithm}")
+        # The command line hands rl_kwargs over as YAML.
+        with as_config_error("rl_kwargs"):
+            rl_kwargs = TypeAdapter(Options).validate_python(options.get("rl_kwargs", {}))
         moved = {}
-        for name, value in options.items():
-            owners = [other for other, page in RL_CONFIGS.items() if name in option_names(page)]
-            if name in own_names or not owners:
-                kept[name] = value
-            elif algorithm in owners and mode != "preference":
-                if value is not None:  # in older files the default of the algorithm
-                    moved[name] = value
-            # Older files may list all options: a default changes nothing.
-            elif value is None or any(is_default(RL_CONFIGS[o], name, value) for o in owners):
-                continue
-            elif mode == "preference":
-                raise ConfigError(f"{name} has no effect with feedback_mode=preference")
+        for name, value in others.items():
+            if name not in option_names(RL_CONFIGS[algorithm]):
+                kept[name] = value  # a typo, which the config refuses
+            elif name in rl_kwargs:
+                raise ConfigError(f"{name} is given twice, once in rl_kwargs; keep one")
             else:
-                raise ConfigError(
-                    f"{name} has no effect with algorithm={algorithm}; "
-                    f"it belongs to {', '.join(owners)}"
-                )
+                moved[name] = value
         if moved:
-            # The command line hands rl_kwargs over as YAML.
-            with as_config_error("rl_kwargs"):
-                rl_kwargs = TypeAdapter(Options).validate_python(options.get("rl_kwargs", {}))
             kept["rl_kwargs"] = rl_kwargs | moved
         return cls, kept
 
@@ -523,7 +520,7 @@ class RLAIFStage(BaseStage):
         self.judge = Judge(config, load_model_and_tokenizer)
         self.judge.check()
         self.functions = start_reward_functions(config)
-        training, evaluation, self.lineage["data"] = load_rows(config, to_prompt, None)
+        training, evaluation, self.lineage["data"] = load_prompts(config)
         self.lineage["reference"] = "the stage's input model"
         self.lineage["judge"] = {
             "model": config.feedback_model_path,
@@ -535,7 +532,16 @@ class RLAIFStage(BaseStage):
         return prompt_sequences(self.config, row, tokenizer)
 
     def work(self, lengths):
-        return estimate_work(self.config.rl_config(), lengths)
+        config = self.config
+        if config.trains_with_rl:
+            return estimate_work(config.rl_config(), lengths)
+        # DPO on pairs of answers to each prompt, once a round.
+        stage = dpo.DPOStage(config.dpo_config("parent", 1))
+        pairs_per_prompt = config.num_candidates // 2
+        stage.data = self.data[0] * pairs_per_prompt, []
+        pair_lengths = [length + config.sampling["max_new_tokens"] for length in lengths]
+        steps, tokens, passes, rows = stage.work(pair_lengths)
+        return steps * config.num_rounds, tokens * config.num_rounds, passes, rows
 
     def train(self, model, tokenizer):
         config = self.config

@@ -248,10 +248,20 @@ def test_yaml_is_read_without_surprises(tmp_path):
         ("a: [", "line 1: expected"),
         ("- a", "key: value"),
         ("a: !!python/object/apply:os.system ['true']", "could not determine a constructor"),
+        ("a: \x07", "special characters are not allowed"),
     ):
         path.write_text(text)
         with pytest.raises(ConfigError, match=words):
             load_yaml(path)
+
+
+@pytest.mark.parametrize("text", ["a: *sk-canary", "a: !sk-canary 1", "a: 1\na: sk-canary"])
+def test_what_may_be_a_secret_is_not_in_a_message_about_yaml(tmp_path, text):
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"a.yaml, line \d: found|could not") as error:
+        load_yaml(path)
+    assert "canary" not in str(error.value)
 
 
 def test_a_copied_recipe_runs_by_its_path(pipeline, tmp_path):

@@ -15,7 +15,8 @@ from conftest import ROOT, read_help
 
 import chain
 from chain import Pipeline
-from core.cli import option_help, read_command_line
+from common import BaseStage, build_stage
+from core.cli import help_text, option_help, read_command_line
 from core.config import Names, Positive, StageConfig
 from core.errors import ConfigError
 
@@ -179,6 +180,23 @@ def test_help_of_a_class_without_source():
     # The parent's explanation, and the default of the class itself.
     assert explanations["seed"][1].startswith("random seed")
     assert explanations["seed"][1].endswith("(default: 7)")
+
+
+def test_the_config_class_may_be_named_by_init_alone(tmp_path, capsys, monkeypatch):
+    @dataclass
+    class OwnConfig(StageConfig):
+        margin: float = 1.0  # distance of the two
+
+    class OwnStage(BaseStage):
+        stage_name = "own"
+
+        def __init__(self, config: OwnConfig):
+            super().__init__(config)
+
+    OwnStage.__init__.__annotations__["config"] = OwnConfig
+    stage, _ = build_stage(OwnStage, ["--margin=2"])
+    assert stage.config.margin == 2.0
+    assert "distance of the two" in help_text(OwnStage, None, ["--help"])
 
 
 # -- copies of a recipe, whatever their authors did -----------------------------------------------

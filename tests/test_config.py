@@ -27,6 +27,7 @@ from core.errors import ConfigError
         ("report_to", "tensorboard", ["tensorboard"]),
         ("lora_target_modules", ("q_proj", "v_proj"), ["q_proj", "v_proj"]),
         ("lora_target_modules", "q_proj, v_proj", ["q_proj", "v_proj"]),
+        ("lora_target_modules", "[q_proj, v_proj]", ["q_proj", "v_proj"]),
         ("model_name_or_path", 12, "12"),
         ("gradient_checkpointing", "true", 1),
         ("gradient_checkpointing", False, 0),
@@ -67,6 +68,11 @@ def test_values_are_coerced_by_annotation(name, value, meant):
 def test_wrong_values_are_refused_by_name(name, value):
     with pytest.raises(ConfigError, match=f"^{name}"):
         FitConfig(**{name: value})
+
+
+def test_a_number_of_tokens_is_no_secret():
+    with pytest.raises(ConfigError, match="max_new_tokens=0: "):
+        sft.SFTConfig(max_new_tokens=0)
 
 
 def test_a_token_is_refused_without_being_shown():

@@ -2,7 +2,9 @@
 
 import json
 
+import numpy as np
 import pytest
+import torch
 
 import core.files
 import core.run_log
@@ -17,6 +19,19 @@ def test_a_line_is_ended_by_a_line_feed_alone(tmp_path):
     assert [
         json.loads(line) for line in (tmp_path / "a.jsonl").read_text().split("\n")[:-1]
     ] == rows[:2]
+
+
+def test_numbers_of_other_libraries_stay_numbers(tmp_path):
+    values = {
+        "count": np.int64(3),
+        "mean": torch.tensor(0.5),
+        "many": np.arange(2),
+        "where": tmp_path,
+    }
+    core.files.write_jsonl(tmp_path / "a.jsonl", [values])
+    assert core.files.read_jsonl(tmp_path / "a.jsonl") == [
+        {"count": 3, "mean": 0.5, "many": "[0 1]", "where": str(tmp_path)}
+    ]
 
 
 def test_what_is_half_written_replaces_nothing(tmp_path):

@@ -5,6 +5,7 @@ import copy
 import itertools
 import json
 import math
+import signal
 import statistics
 import subprocess
 import sys
@@ -255,6 +256,8 @@ def test_the_door_hands_over_to_the_page():
         assert stage_class is stage and options.pop("batch_size") == 8
         assert options == ({"advantage": "rloo"} if algorithm == "rloo" else {})
     assert rl.RLStage.resolve({})[0] is ppo.PPOStage
+    with pytest.raises(ConfigError, match="algorithm=rloo means advantage=rloo; remove one"):
+        rl.RLStage.resolve({"algorithm": "rloo", "advantage": "grpo"})
 
 
 @pytest.mark.parametrize(
@@ -852,6 +855,14 @@ def test_a_completion_without_a_verdict_teaches_nothing(tokenizer, tmp_path):
             and torch.equal(trpo.flatten(run.parameters), before)
             and not data.advantages.isnan().any()
         )
+
+        # Nothing is known of reward, KL and entropy: no figure, no alarm, and beta stays.
+        known = rollout_metrics(run, data)
+        assert set(known) == {"length", "stopped", "kl_coef"}
+        run.config.target_kl = 1.0
+        run.report = lambda metrics: metrics
+        run.end_step(data, learnt)
+        assert run.kl_coef == known["kl_coef"] and not run.alarms_raised
 
     def some(prompts, completions, **_):
         return [None if n % 4 == 0 else n / 10 for n in range(len(completions))]
@@ -1812,6 +1823,26 @@ def test_two_processes_are_two_halves_of_one(model_dir, tmp_path):
     for one, two in zip(*folders.values(), strict=False):
         for first, second in zip(steps_of(one), steps_of(two), strict=True):
             assert first == pytest.approx(second, abs=1e-4, rel=1e-3)
+
+
+def test_no_step_follows_a_signal_that_came_during_an_evaluation(tokenizer, tmp_path, monkeypatch):
+    run, rows = make_run(tokenizer, tmp_path, num_training_steps=3, eval_freq=1)
+    run.evaluation_rows = rows
+    saved = []
+    monkeypatch.setattr(rl_run, "save_checkpoint", lambda run: saved.append(run.step))
+    monkeypatch.setattr(run, "report", lambda metrics: metrics)
+
+    def evaluate(run):
+        if run.step == 1:
+            run.signals.append(signal.SIGTERM)
+        return {"eval_reward": 0.0}
+
+    monkeypatch.setattr(rl_run, "evaluate", evaluate)
+    steps = []
+    for step in run.steps():
+        steps.append(step)
+        run.step += 1
+    assert steps == [0] and saved == [1]
 
 
 def test_in_a_chain_the_reward_model_of_an_earlier_stage_is_found(model_dir, tmp_path, monkeypatch):

@@ -113,6 +113,14 @@ def test_a_model_in_memory_alone_is_refused(tmp_path, model, tokenizer):
         (dict(algorithm="reinforce"), "algorithm='reinforce'"),
         (dict(rl_kwargs={"clip_rang": 0.1}), "did you mean 'clip_range'"),
         (dict(rl_kwargs={"clip_range": -1}), "clip_range=-1"),
+        (
+            dict(rl_kwargs={"batch_size": 8}),
+            "batch_size is shared by all RL recipes; give it alone",
+        ),
+        (
+            dict(algorithm="rloo", rl_kwargs={"advantage": "grpo"}),
+            "algorithm=rloo means advantage=rloo",
+        ),
         (dict(algorithm="a2c", gradient_accumulation_steps=2), "gradient_accumulation_steps"),
         (dict(num_candidates=3), "set an even number"),
         (dict(constitution=[]), "constitution is empty"),
@@ -178,6 +186,8 @@ def test_options_of_the_rl_recipe_may_stand_beside_the_others():
         rlaif.RLAIFStage.resolve({"cg_damping": 0.2})
     with pytest.raises(ConfigError, match="clip_range has no effect with feedback_mode=preference"):
         rlaif.RLAIFStage.resolve({"feedback_mode": "preference", "clip_range": 0.3})
+    with pytest.raises(ConfigError, match="clip_range is given twice, once in rl_kwargs"):
+        rlaif.RLAIFStage.resolve({"clip_range": 0.1, "rl_kwargs": {"clip_range": 0.3}})
     older = {"algorithm": "grpo", "gamma": 1.0, "ppo_epochs": None}
     assert rlaif.RLAIFStage.resolve(older)[1] == {"algorithm": "grpo"}
     # What is no name at all is left to the config, which refuses it.

@@ -3,6 +3,15 @@
 import pytest
 
 import core.statistics
+from core.statistics import wilson_interval
+
+
+def test_rounding_moves_no_interval_out_of_its_range():
+    for count in range(1, 400):
+        low, high = wilson_interval(1e-17, count, 1.96)
+        assert 0 <= low <= high <= 1
+        low, high = wilson_interval(1 - 1e-16, count, 1.96)
+        assert 0 <= low <= high <= 1
 
 
 def test_intervals():
