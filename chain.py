@@ -275,9 +275,8 @@ class Pipeline:
         ConfigError."""
         lines: list[str] = []
         bytes_needed = 0.0
-        skeleton = (
-            None  # the model of the first stage without its weights stands for those of the others
-        )
+        # The model of the first stage, without its weights, stands for those of the others.
+        skeleton = None
         for folder, stage in self.enabled.items():
             try:
                 stage.check()

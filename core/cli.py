@@ -374,4 +374,4 @@ def help_text(stage_class: Any, doc: str, arguments: Sequence[str]) -> str:
         if chosen is not stage_class:
             stage_class, doc = chosen, sys.modules[chosen.__module__].__doc__
     options_text = option_help(get_config_class(stage_class))
-    return f"{doc or ''}\n\n{options_text}".strip()
+    return f"{(doc or '').strip()}\n\n{options_text}".strip()

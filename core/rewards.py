@@ -51,9 +51,8 @@ class ScoringConfig(ModelConfig):
     )
     reward_weights: Weights = field(default_factory=list)  # weights of the sum; empty: 1 each
     reward_model_path: str | None = None  # folder of a sequence classifier, or stage:NAME
-    reward_model_type: Literal["regression", "classification"] = (
-        "regression"  # use its score, or the probability of its last label
-    )
+    # use its score, or the probability of its last label
+    reward_model_type: Literal["regression", "classification"] = "regression"
     reward_pattern: str = ""  # regular expression: `regex` searches it, `format` matches it whole
     reward_length: Natural = 0  # words, for `length`: 1 up to here, falling to 0 at twice as many
     reward_timeout: Positive = 60.0  # seconds that a reward function may take for a batch

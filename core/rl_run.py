@@ -61,10 +61,9 @@ class Run(Policy):
     scaler: torch.amp.GradScaler
     kl_coef: float  # beta, adapted where target_kl is set
     step: int = 0
-    before: dict[str, float] = field(default_factory=dict)  # metrics of first step and evaluation
-    history: list[dict[str, float]] = field(
-        default_factory=list
-    )  # metrics of each step since the start
+    # Metrics of the first evaluation and the first step, and of each step since the start.
+    before: dict[str, float] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
     alarms_raised: set[str] = field(default_factory=set)
     signals: list[int] = field(default_factory=list)  # that came during the present step
     step_began: float = 0.0  # time.perf_counter() at the start of the present step

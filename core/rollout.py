@@ -70,6 +70,7 @@ class RLConfig(DataConfig, ScoringConfig, TrainingConfig):
         "prompt_dataset_path",
         "output_dir",
         "reward",
+        "reward_model_path",
         "num_training_steps",
         "batch_size",
         "num_generations",
@@ -78,9 +79,7 @@ class RLConfig(DataConfig, ScoringConfig, TrainingConfig):
         "init_kl_coef",
     )
     has_critic: ClassVar[bool] = False  # whether the algorithm learns a value function
-    optimizes_policy: ClassVar[bool] = (
-        True  # false: the policy is not updated by the optimizer (TRPO)
-    )
+    optimizes_policy: ClassVar[bool] = True  # false: TRPO steps by itself
 
     prompt_dataset_path: str = ""  # file (.json, .jsonl, .csv, .parquet), folder, or hub name
     validation_split: Share = 0.05  # fraction of rows held out for evaluation
@@ -100,9 +99,8 @@ class RLConfig(DataConfig, ScoringConfig, TrainingConfig):
     lr_scheduler_type: Scheduler = "linear"  # learning-rate schedule after warm-up
     # KL to the reference (the starting model)
     init_kl_coef: NonNegative = 0.05  # weight beta of the KL penalty; 0 disables it
-    kl_penalty: Literal["kl", "abs", "mse", "k3", "full"] = (
-        "kl"  # kl is k1, abs |k1|, mse k2, full exact
-    )
+    # estimator: kl is k1, abs is |k1|, mse is k2, full is exact
+    kl_penalty: Literal["kl", "abs", "mse", "k3", "full"] = "kl"
     kl_in: Literal["reward", "loss"] = "reward"  # part of each token's reward, or of the loss
     target_kl: Positive | None = None  # adapt beta to this KL per completion, in nats; none: fixed
     kl_horizon: Positive = 10000.0  # horizon of the adaptive KL controller, in completions
@@ -271,7 +269,7 @@ class Policy:
     tokenizer: Any
     reward_functions: dict[str, Callable]
     reference: (
-        Any  # frozen copy of the start; None if switching off the adapter gives it, or unused
+        Any  # frozen copy of the start; None if unused, or if it is the model without adapter
     )
     has_adapter: bool  # whether the model without its adapter is the one that the run started from
     shares_prompts: bool  # whether one pass over a prompt serves all its completions
@@ -288,9 +286,8 @@ class Policy:
 class Rollout:
     """B completions of P prompts, and the tensors computed from them.
 
-    Tensors are on the model's device. The algorithm fills in the fields that are None at first.
-    `select` gives a mini-batch, which is
-    a Rollout of fewer completions.
+    Tensors are on the model's device. The algorithm fills in the fields that are None at first. A
+    mini-batch is a Rollout of fewer completions (`select`).
     """
 
     groups: list[dict]  # P of {"prompt": ids, "answers": G completions (ids), "labels": the same}
@@ -299,9 +296,7 @@ class Rollout:
     mask: torch.Tensor  # (B, T) bool: completion tokens, its stop token included
     lengths: torch.Tensor  # (B,)
     stopped: torch.Tensor  # (B,) bool: whether it ended in a stop token
-    sampled_logps: list[
-        list[float]
-    ]  # B lists: log-probabilities of the tokens as they were sampled
+    sampled_logps: list[list[float]]  # B lists: of the tokens, as they were sampled
     indices: torch.Tensor  # (B,): places of these completions in the whole rollout
     seconds: float  # that sampling and scoring took
     rewards: torch.Tensor | None = None  # (B, R): each reward function's verdict; NaN: none

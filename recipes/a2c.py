@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from annotated_types import Ge, Le
 
+# A recipe runs from any directory, also as a copy in another folder of the repository.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import BaseStage, main
@@ -190,10 +191,8 @@ def update(run: Run, rollout: Rollout) -> dict[str, float]:
     rollout.weights = rollout.used  # the loss is a mean over the tokens of scored completions
     means = WeightedMeans()
     shuffle = torch.Generator().manual_seed(run.config.seed + run.step)
-    all_mini_batches = run.config.batch_size // run.config.mini_batch_size
-    for batches, num_tokens in run.accumulation_groups(
-        rollout, shuffle, accumulate=all_mini_batches
-    ):
+    accumulate = run.config.batch_size // run.config.mini_batch_size  # all mini-batches
+    for batches, num_tokens in run.accumulation_groups(rollout, shuffle, accumulate):
         for batch in batches:
             outputs = policy_outputs(run, batch)  # logps (b, T)
             losses, token_metrics = token_losses(run, batch, outputs)  # (b, T)

@@ -38,6 +38,7 @@ from typing import ClassVar
 
 import torch
 
+# A recipe runs from any directory, also as a copy in another folder of the repository.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import BaseStage, load_model_and_tokenizer, main

@@ -26,10 +26,11 @@ completion; b completions in a mini-batch.
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
+# A recipe runs from any directory, also as a copy in another folder of the repository.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import BaseStage, main
@@ -57,6 +58,8 @@ from core.rollout import (
 @dataclass
 class GRPOConfig(RLConfig):
     """Options of GRPO and RLOO, in addition to those of RLConfig in core/rollout.py."""
+
+    everyday: ClassVar = (*RLConfig.everyday, "advantage")
 
     num_generations: Count = 4  # completions sampled for each prompt (G)
     # advantages
@@ -146,7 +149,7 @@ def train(
 
             # 3. Advantages: compare the completions of one prompt with each other.
             record_old_logps(run, rollout)  # sets old_logps, ref_logps (B, T), if needed
-            rollout.advantages = compute_advantages(run, rollout)  # (B, T)
+            compute_advantages(run, rollout)  # sets rollout.advantages (B, T)
 
             # 4. Update: one or several passes over the rollout, in clipped optimizer steps.
             metrics = update(run, rollout)
@@ -172,8 +175,8 @@ def record_old_logps(run: Run, rollout: Rollout) -> None:
         rollout.ref_logps = rollout_outputs(run, rollout, reference=True).logps
 
 
-def compute_advantages(run: Run, rollout: Rollout) -> torch.Tensor:
-    """(B, T): each token gets the advantage of its completion."""
+def compute_advantages(run: Run, rollout: Rollout) -> None:
+    """Set rollout.advantages (B, T): each token gets the advantage of its completion."""
     config = run.config
     truncated = ~rollout.stopped  # (B,)
     scores = rollout.scores - config.missing_stop_penalty * truncated  # (B,)
@@ -184,7 +187,7 @@ def compute_advantages(run: Run, rollout: Rollout) -> torch.Tensor:
         advantages = leave_one_out_advantages(groups)
     else:
         advantages = group_advantages(groups, config.scale_rewards)
-    return advantages.view(-1, 1) * rollout.mask.float()
+    rollout.advantages = advantages.view(-1, 1) * rollout.mask.float()
 
 
 def update(run: Run, rollout: Rollout) -> dict[str, float]:

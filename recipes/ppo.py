@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from annotated_types import Ge, Le
 
+# A recipe runs from any directory, also as a copy in another folder of the repository.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import BaseStage, main

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+# A recipe runs from any directory, also as a copy in another folder of the repository.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import BaseStage, main

@@ -33,6 +33,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import TypeAdapter
 
+# A recipe runs from any directory, also as a copy in another folder of the repository.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import BaseStage, StageResult, load_model_and_tokenizer, main

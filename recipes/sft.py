@@ -73,7 +73,7 @@ class SFTConfig(FitConfig):
     max_seq_length: Count = 2048  # tokens per sequence; chats lose later turns, text is split
     packing: bool = False  # put several rows into one sequence, isolated from each other
     num_eval_samples: Natural = 0  # held-out prompts to answer before and after training
-    max_new_tokens: Count = 128  # maximum tokens of the answers of num_eval_samples, in tokens
+    max_new_tokens: Count = 128  # maximum length of the answers of num_eval_samples, in tokens
 
     def validate(self) -> None:
         super().validate()

@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from annotated_types import Ge, Le
 
+# A recipe runs from any directory, also as a copy in another folder of the repository.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import BaseStage, main
@@ -64,6 +65,10 @@ class TRPOConfig(RLConfig):
     has_critic = True
     optimizes_policy = False
     aliases: ClassVar = RLConfig.aliases | {"ppo_epochs": "critic_epochs"}
+    everyday: ClassVar = (
+        *(name for name in RLConfig.everyday if name != "learning_rate"),
+        "max_kl",
+    )
 
     # trust region
     max_kl: Positive = 0.01  # trust region: maximum mean KL per update, in nats per token

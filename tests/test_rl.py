@@ -102,7 +102,7 @@ def rolled(run, rows, seed=0):
     score_rollout(run, rollout)
     if page is grpo:
         grpo.record_old_logps(run, rollout)
-        rollout.advantages = grpo.compute_advantages(run, rollout)
+        grpo.compute_advantages(run, rollout)
     else:
         rl_run.record_old_policy(run, rollout)
         page.compute_advantages(run, rollout)
