@@ -49,8 +49,9 @@ def kl_loss(
 
     k2 has this gradient as it is. k1 and k3 have others: multiplied by pi/pi_old, which turns means
     over pi_old into means over pi, they have it too (DeepSeek-AI 2025, "DeepSeek-V3.2", section
-    3.1). Without `old_logps` the tokens were sampled by pi itself. What a token does to the KL of
-    later tokens is not part of it, unlike with the KL in the reward.
+    3.1). |k1| is no estimate of the KL, nor is its gradient. Without `old_logps` the tokens were
+    sampled by pi itself. What a token does to the KL of later tokens is not part of it, unlike with
+    the KL in the reward.
     """
     if name not in ("kl", "k3"):
         return ESTIMATORS[name](logps, ref_logps)

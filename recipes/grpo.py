@@ -64,7 +64,7 @@ class GRPOConfig(RLConfig):
     num_generations: Count = 4  # completions sampled for each prompt (G)
     # advantages
     advantage: Literal["grpo", "rloo"] = "grpo"  # baseline: group mean, or mean of the others
-    scale_rewards: bool = True  # divide by the group's standard deviation; biases the optimum
+    scale_rewards: bool = True  # divide by the group's standard deviation; biased with kl_in=loss
     # loss
     ppo_epochs: Count = 1  # passes over each rollout
     clip_range: Positive = 0.2  # probability ratios are clipped to 1 - clip_range .. 1 + clip_range
