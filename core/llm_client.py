@@ -373,8 +373,10 @@ class LLMClient:
         return bool(self.config.input_price or self.config.output_price)
 
     def spent(self, answers: Mapping[str, dict]) -> float:
-        """Dollars that the answers cost."""
+        """Dollars that the answers cost; those of a model run here cost none."""
         total = 0.0
+        if not self.remote:
+            return total
         for answer in answers.values():
             total += answer["tokens_in"] * self.config.input_price
             total += answer["tokens_out"] * self.config.output_price

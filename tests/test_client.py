@@ -326,6 +326,10 @@ def test_limits_hold_over_all_runs(server, tmp_path):
     with pytest.raises(RuntimeError, match=f"max_cost=18 is reached: {one_under_way} dollars"):
         ask(client(server, tmp_path, max_cost=18, **prices), numbered(20))
     assert server.asked.total() <= 14
+    # In rlaif the policy's own answers are kept like those of a server, which alone has a price.
+    config = core.llm_client.LLMClientConfig(output_dir=str(tmp_path), **prices)
+    policy = core.llm_client.LLMClient(config, "policy", "small", "local")
+    assert policy.spent({"key": {"tokens_in": 10**6, "tokens_out": 10**6}}) == 0
 
 
 def test_a_cost_limit_holds_over_all_runs_and_what_is_known_is_free(server, tmp_path):
