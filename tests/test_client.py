@@ -376,17 +376,19 @@ def test_a_cost_that_nobody_can_tell_stops_the_asking(server, tmp_path):
 
 # -- what is refused before ------------------------------------------------------------------------
 
+URL, KEY = "teacher_base_url", "teacher_api_key"
+
 
 @pytest.mark.parametrize(
     "kind, url, variable, words",
     [
-        ("api", None, None, "teacher_base_url is the address of the server"),
-        ("api", "http://127.0.0.1:9/v1?api_key=sk-secret", None, "has a query in it"),
-        ("api", "http://127.0.0.1:9/v1", None, "=http://127.0.0.1:9/v1 does not answer"),
-        ("api", "http://me:secret@127.0.0.1:9/v1", None, "has a password in it"),
-        ("api", "http://127.0.0.1:9/v1", CANARY, "names the environment variable"),
+        ("api", None, None, f"{URL} is the address of the server"),
+        ("api", "http://127.0.0.1:9/v1?api_key=sk-secret", None, f"{URL} has a query in it"),
+        ("api", "http://127.0.0.1:9/v1", None, f"{URL}=http://127.0.0.1:9/v1 does not answer"),
+        ("api", "http://me:secret@127.0.0.1:9/v1", None, f"{URL} has a password in it"),
+        ("api", "http://127.0.0.1:9/v1", CANARY, f"{KEY} names the environment variable"),
         ("api", "http://127.0.0.1:9/v1", "LINE", "a line break or a letter beyond ASCII"),
-        ("api", "http://127.0.0.1:PORT/v1", None, "does not answer: nonnumeric port"),
+        ("api", "http://127.0.0.1:PORT/v1", None, f"{URL}=.* does not answer: nonnumeric port"),
         ("openai", None, None, "OPENAI_API_KEY is not set"),
         ("anthropic", None, None, "ANTHROPIC_API_KEY is not set"),
     ],
@@ -411,7 +413,7 @@ LOCAL = "with teacher_model_type=local"
     [
         ({"max_calls": 3}, f"max_calls has no effect {LOCAL}: it is for servers"),
         ({"teacher_base_url": "http://x/v1"}, f"teacher_base_url has no effect {LOCAL}"),
-        ({"teacher_api_key": CANARY}, "names the environment variable"),
+        ({"teacher_api_key": CANARY}, "teacher_api_key names the environment variable"),
         ({"max_cost": 1.0}, "max_cost needs input_price"),
     ],
 )

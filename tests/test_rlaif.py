@@ -532,6 +532,8 @@ def test_a_win_rate_that_cannot_be_taken_costs_no_model(
         feedback_mode="direct",
     )
     assert result.success and "win_rate" not in result.metrics and "no win rate: " in caplog.text
+    remedy = "The trained model is kept; recipes/evaluate.py can compare the two"
+    assert remedy in caplog.text
     assert (tmp_path / "out/model.safetensors").exists() and json.loads(
         (tmp_path / "out/win_rate.jsonl").read_text().splitlines()[0]
     )["win"] is None
