@@ -509,7 +509,7 @@ def test_an_overflow_in_another_process_skips_the_step_in_this_one(
     run.scaler.scale(sum((parameter**2).sum() for parameter in trained)).backward()
     run.optimizer_step()
     assert (
-        all(torch.equal(old, new) for old, new in zip(before, run.parameters, strict=False))
+        all(torch.equal(old, new) for old, new in zip(before, run.parameters, strict=True))
         and run.scaler.get_scale() == 512.0
     )
 
@@ -588,7 +588,7 @@ def test_steps_of_one_shape_sample_the_same(tokenizer, monkeypatch, temperature)
         assert found[0][0] == found[1][0] and len({*map(len, found[0][0])}) > (chances is not None)
         assert all(
             first == pytest.approx(second, abs=1e-5)
-            for first, second in zip(found[0][1], found[1][1], strict=False)
+            for first, second in zip(found[0][1], found[1][1], strict=True)
         )
 
 
@@ -610,7 +610,7 @@ def test_padding_on_the_left_moves_no_position(tokenizer, tmp_path):
         run.config.sampling,
         core.sampling.uniform_numbers(4, run.config.sampling, 0),
     )
-    for row, ids, logps in zip(rows, completions, sampled, strict=False):
+    for row, ids, logps in zip(rows, completions, sampled, strict=True):
         alone = (
             model(input_ids=torch.tensor([row["ids"] + ids]))
             .logits[0]
@@ -642,7 +642,7 @@ def test_completions_end_with_their_stop_token(tokenizer, tmp_path):
     )
     assert stops == [0, 2] and 0 < data.stopped.float().mean() < 1.1
     for answer, stopped, mask, _reward in zip(
-        answers, data.stopped, data.mask, data.advantages + data.values, strict=False
+        answers, data.stopped, data.mask, data.advantages + data.values, strict=True
     ):
         assert (
             not {*answer[:-1]} & {*stops}
@@ -1125,7 +1125,7 @@ def test_no_accepted_step_leaves_the_region(tokenizer, tmp_path):
         assert moved <= 0.02 and moved == pytest.approx(learnt["policy_kl"], abs=1e-5)
         if learnt["line_search"] < 0:
             assert all(
-                torch.equal(old, new) for old, new in zip(before, run.parameters, strict=False)
+                torch.equal(old, new) for old, new in zip(before, run.parameters, strict=True)
             )
         else:
             accepted.append(moved)
@@ -1159,10 +1159,10 @@ def test_a_rejected_step_restores_the_weights_bitwise(tokenizer, tmp_path, monke
     )  # downhill: nothing improves
     learnt = update(run, data)
     assert learnt["line_search"] == -1 and learnt["policy_kl"] == 0
-    assert all(torch.equal(old, new) for old, new in zip(before, run.parameters, strict=False))
+    assert all(torch.equal(old, new) for old, new in zip(before, run.parameters, strict=True))
     monkeypatch.setattr(trpo, "conjugate_gradient", lambda *args: solve(*args) * float("nan"))
     update(run, data)
-    assert all(torch.equal(old, new) for old, new in zip(before, run.parameters, strict=False))
+    assert all(torch.equal(old, new) for old, new in zip(before, run.parameters, strict=True))
 
 
 def test_the_longest_step_is_as_long_as_the_region(tokenizer, tmp_path, monkeypatch):
@@ -1249,7 +1249,7 @@ def distance_to_the_optimum(words, tmp_path, steps=150, tokens=2, **options):
     def table(prompts, completions, **_):
         return [
             rewards[p[0]["content"], text.strip()]
-            for p, text in zip(prompts, completions, strict=False)
+            for p, text in zip(prompts, completions, strict=True)
         ]
 
     rows = [{"prompt": [{"role": "user", "content": text}], "columns": {}} for text in asked]
@@ -1284,7 +1284,7 @@ def distance_to_the_optimum(words, tmp_path, steps=150, tokens=2, **options):
         return (
             sum(
                 float(exact_kl(policy[None], best[None]))
-                for policy, best in zip(policies(), optima, strict=False)
+                for policy, best in zip(policies(), optima, strict=True)
             )
             / 3
         )
@@ -1589,6 +1589,12 @@ def write_prompts(tmp_path, count=12):
     [
         *((algorithm, {}) for algorithm in ALGORITHMS),
         ("grpo", {"optim": "adamw_8bit", "lora_r": 64}),
+        # Options of one page alone.
+        ("a2c", {"whiten_rewards": True, "value_learning_rate": 1e-2, "entropy_coef": 0.1}),
+        ("ppo", {"ppo_epochs": 3, "mini_batch_size": 4, "max_kl": 0.5, "clip_range_value": 0.1}),
+        ("trpo", {"critic_epochs": 2, "cg_damping": 0.2, "max_kl": 0.02}),
+        ("grpo", {"ppo_epochs": 3, "mini_batch_size": 4, "scale_rewards": False}),
+        ("rloo", {"ppo_epochs": 3, "mini_batch_size": 4, "clip_range": 0.1}),
     ],
 )
 def test_a_run_that_was_cut_off_goes_on_exactly(model_dir, tmp_path, algorithm, more):
@@ -1734,12 +1740,18 @@ def test_alarms_are_said_once_with_a_remedy(caplog):
         for entropy, divergence in ((2.0, 0.1), (1.0, 0.1), (0.1, 30.0), (0.1, 30.0)):
             run.history.append({"entropy": entropy, "kl": divergence, "zero_variance": 1.0})
             rl_run.raise_alarms(run)
-    messages = [record.getMessage() for record in caplog.records]
-    assert (
-        len(messages) == 3
-        and "KL 30.0" in messages[0]
-        and "collapsed: 0.100" in messages[1]
-        and "for three steps" in messages[2]
+    divergence, entropy, zero_variance = [record.getMessage() for record in caplog.records]
+    assert divergence == (
+        "the policy is leaving the reference: KL 30.0 nats per completion. "
+        "Raise init_kl_coef, set target_kl, or lower learning_rate"
+    )
+    assert entropy == (
+        "entropy has collapsed: 0.100 nats per token. "
+        "Lower learning_rate, raise init_kl_coef or entropy_coef"
+    )
+    assert zero_variance == (
+        "all completions of every prompt have had the same reward for three steps: nothing to "
+        "learn from. Choose prompts neither too easy nor too hard, or raise num_generations"
     )
 
 
@@ -1783,9 +1795,7 @@ def test_two_processes_are_two_halves_of_one(model_dir, tmp_path):
             same
             | own
             | {"algorithm": algorithm, "batch_size": 8 // processes, "output_dir": str(folder)}
-            for (algorithm, own), folder in zip(
-                algorithms.items(), folders[processes], strict=False
-            )
+            for (algorithm, own), folder in zip(algorithms.items(), folders[processes], strict=True)
         ]
         if processes == 1:
             assert all(stage_of(page_config(**options)).execute().success for options in runs)
@@ -1809,7 +1819,7 @@ def test_two_processes_are_two_halves_of_one(model_dir, tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    for one, two in zip(*folders.values(), strict=False):
+    for one, two in zip(*folders.values(), strict=True):
         for first, second in zip(steps_of(one), steps_of(two), strict=True):
             assert first == pytest.approx(second, abs=1e-4, rel=1e-3)
 
