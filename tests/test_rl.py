@@ -202,7 +202,10 @@ def unchanged(total):
             "leaves no room for a prompt",
         ),
         (dict(kl_horizon=5), "kl_horizon has no effect without target_kl"),
-        (dict(kl_in="loss", algorithm="trpo"), "set kl_in=reward"),
+        (
+            dict(kl_in="loss", algorithm="trpo"),
+            "takes the KL to the reference in the reward; set kl_in=reward",
+        ),
         (dict(kl_penalty="full"), "set kl_in=loss"),
         (dict(target_kl=1, init_kl_coef=0), "target_kl scales init_kl_coef"),
         (dict(lora_dropout=0.1), "set lora_dropout=0"),
@@ -1415,7 +1418,7 @@ def test_functions_of_a_file(tmp_path, caplog):
     )
     for name, words in (
         ("short", "must return a list of 2 numbers or None"),
-        ("named", "not {'0': 0.0"),
+        ("named", "must return a list of 2 numbers or None, not {'0': 0.0"),
         ("much", "a reward is infinite"),
     ):
         with pytest.raises(RuntimeError, match=words):
