@@ -1067,7 +1067,8 @@ def test_all_weights_train_against_a_frozen_copy(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("algorithm", ("ppo", "a2c", "grpo", "rloo"))
 def test_its_coefficient_raises_the_entropy(tokenizer, tmp_path, algorithm):
-    """With nothing else to learn: no reward, no KL."""
+    """With nothing else to learn: equal rewards, or with a critic none, and no KL."""
+    reward = 1.0 if algorithm in ("grpo", "rloo") else 0.0
     run, rows = make_run(
         tokenizer,
         tmp_path,
@@ -1075,7 +1076,7 @@ def test_its_coefficient_raises_the_entropy(tokenizer, tmp_path, algorithm):
         entropy_coef=1.0,
         init_kl_coef=0,
         learning_rate=1e-2,
-        functions={"zero": lambda prompts, completions, **_: [0.0] * len(completions)},
+        functions={"equal": lambda prompts, completions, **_: [reward] * len(completions)},
     )
     with torch.no_grad():  # a model that is less sure of itself would have nothing left to gain
         run.model.get_output_embeddings().weight.mul_(20)
