@@ -1597,8 +1597,11 @@ def write_prompts(tmp_path, count=12):
         ("a2c", {"whiten_rewards": True, "value_learning_rate": 1e-2, "entropy_coef": 0.1}),
         ("ppo", {"ppo_epochs": 3, "mini_batch_size": 4, "max_kl": 0.5, "clip_range_value": 0.1}),
         ("trpo", {"critic_epochs": 2, "cg_damping": 0.2, "max_kl": 0.02}),
-        ("grpo", {"ppo_epochs": 3, "mini_batch_size": 4, "scale_rewards": False}),
-        ("rloo", {"ppo_epochs": 3, "mini_batch_size": 4, "clip_range": 0.1}),
+        (
+            "grpo",
+            {"ppo_epochs": 3, "num_generations": 2, "mini_batch_size": 2, "scale_rewards": False},
+        ),
+        ("rloo", {"ppo_epochs": 3, "num_generations": 2, "mini_batch_size": 2, "clip_range": 0.1}),
     ],
 )
 def test_a_run_that_was_cut_off_goes_on_exactly(model_dir, tmp_path, algorithm, more):
