@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import subprocess
 import sys
 
@@ -400,16 +401,22 @@ def test_a_dry_run_of_a_recipe_and_of_a_chain_says_all_and_writes_nothing(
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    for expected in (
-        "beta=0.2",
-        "9 rows, 8 to train on and 1 to evaluate on; format prompt-chosen-rejected, "
-        "since it has the columns prompt",
-        "⟦yes<|im_end|>⟧",
+    lines = done.stdout.splitlines()
+    options = f"model_name_or_path={model_dir}, preference_dataset_path={pairs}, beta=0.2"
+    for line in (
+        f"options     {options}",
         "reference   the stage's input model",
-        "TFLOP at 40% of the",
-        "gradients and optimizer of",
+        f"data        {pairs}: 9 rows, 8 to train on and 1 to evaluate on; "
+        "format prompt-chosen-rejected, since it has the columns prompt, chosen, rejected",
+        "            ⟦yes<|im_end|>⟧",
+        "disk        about 0.0 GB: the model in float32, the adapter, up to 2 checkpoints",
     ):
-        assert expected in done.stdout, (expected, done.stdout)
+        assert line in lines, (line, done.stdout)
+    for pattern in (
+        r"time        about .*: 1 steps, .* 3 passes, .* TFLOP at 40% of the .* measured here",
+        r"memory      about .*: weights .*, gradients and optimizer of .* trained weights .*",
+    ):
+        assert any(re.fullmatch(pattern, line) for line in lines), (pattern, done.stdout)
     assert not (tmp_path / "o").exists() and "Warning" not in done.stdout + done.stderr
 
 

@@ -93,7 +93,7 @@ def test_help_has_every_option_with_its_short_name_and_an_explanation():
     entries = read_help(done.stdout)
     assert set(entries) == {option.name for option in fields(sft.SFTConfig)} | {"dry_run"}
     for name, (_, explanation) in entries.items():
-        assert not explanation.startswith("("), f"{name} is not explained"
+        assert len(explanation.partition("(")[0].strip()) > 5, f"{name} is not explained"
     assert entries["model_name_or_path"][0] == ["model"]
     assert entries["dataset_name_or_path"][0] == ["data"]
     assert entries["optim"][1].endswith("adafactor, sgd; default: adamw_torch)")

@@ -380,19 +380,26 @@ def test_a_cost_that_nobody_can_tell_stops_the_asking(server, tmp_path):
 
 # -- what is refused before ------------------------------------------------------------------------
 
+URL, KEY = "teacher_base_url", "teacher_api_key"
+
 
 @pytest.mark.parametrize(
     "kind, url, variable, words",
     [
-        ("api", None, None, "teacher_base_url is the address of the server"),
-        ("api", "http://127.0.0.1:9/v1?api_key=sk-secret", None, "has a query in it"),
-        ("api", "http://127.0.0.1:9/v1", None, "=http://127.0.0.1:9/v1 does not answer"),
-        ("api", "http://me:secret@127.0.0.1:9/v1", None, "has a password in it"),
-        ("api", "http://127.0.0.1:9/v1", CANARY, "names the environment variable"),
-        ("api", "http://127.0.0.1:9/v1", "LINE", "a line break or a letter beyond ASCII"),
-        ("api", "http://127.0.0.1:PORT/v1", None, "does not answer: nonnumeric port"),
-        ("openai", None, None, "OPENAI_API_KEY is not set"),
-        ("anthropic", None, None, "ANTHROPIC_API_KEY is not set"),
+        ("api", None, None, f"{URL} is the address of the server"),
+        ("api", "http://127.0.0.1:9/v1?api_key=sk-secret", None, f"{URL} has a query in it"),
+        ("api", "http://127.0.0.1:9/v1", None, f"{URL}=http://127.0.0.1:9/v1 does not answer"),
+        ("api", "http://me:secret@127.0.0.1:9/v1", None, f"{URL} has a password in it"),
+        ("api", "http://127.0.0.1:9/v1", CANARY, f"{KEY} names the environment variable"),
+        (
+            "api",
+            "http://127.0.0.1:9/v1",
+            "LINE",
+            f"{KEY} names .*, and has a space, a line break or a letter beyond ASCII in it",
+        ),
+        ("api", "http://127.0.0.1:PORT/v1", None, f"{URL}=.* does not answer: nonnumeric port"),
+        ("openai", None, None, f"{KEY} names .*, and OPENAI_API_KEY is not set"),
+        ("anthropic", None, None, f"{KEY} names .*, and ANTHROPIC_API_KEY is not set"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_before(tmp_path, monkeypatch, kind, url, variable, words):
@@ -415,7 +422,7 @@ LOCAL = "with teacher_model_type=local"
     [
         ({"max_calls": 3}, f"max_calls has no effect {LOCAL}: it is for servers"),
         ({"teacher_base_url": "http://x/v1"}, f"teacher_base_url has no effect {LOCAL}"),
-        ({"teacher_api_key": CANARY}, "names the environment variable"),
+        ({"teacher_api_key": CANARY}, "teacher_api_key names the environment variable"),
         ({"max_cost": 1.0}, "max_cost needs input_price"),
     ],
 )

@@ -18,6 +18,7 @@ from test_rlaif import verdict
 
 import chain
 import common
+from core.rewards import REWARDS
 from core.yaml_files import load_yaml
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -73,9 +74,14 @@ COMMANDS = sorted(
         (command, yaml_of(text) or yaml_of(TEXTS[PAGES[0]]))
         for text in TEXTS.values()
         for command in commands_on(text)
-        if "..." not in command
     }
 )
+# What runs for a command that a page abbreviates.
+IN_FULL = {
+    "python recipes/rl.py --algorithm=...": (
+        "python recipes/rl.py --algorithm=grpo --model=NAME --data=FILE --reward=numeric"
+    )
+}
 
 
 def config_of(recipe):
@@ -153,12 +159,12 @@ def split_command(command):
     return script, options, others
 
 
-def miniature_options(script, options, run):
-    """The options that make a command small."""
+def miniature_options(script, options, pipeline_file):
+    """The options that make a command small; of a chain, those of the stages in its file."""
     if script == "chain.py":
         stages = options.get("stages", "").split(",")
         if stages == [""]:
-            stages = load_yaml(run / "pipeline.yaml")["stages"]
+            stages = load_yaml(ROOT / pipeline_file)["stages"]
         small = {}
         for stage in stages:
             small |= {f"{stage}.{name}": value for name, value in MINIATURE[stage].items()}
@@ -214,11 +220,7 @@ def stands_for(model_dir, reward_dir, short_data, tmp_path, server):  # noqa: F8
 def test_every_command_runs(
     command, pipeline, model_dir, stands_for, tmp_path, monkeypatch, quiet_signals
 ):
-    script, options, words = split_command(command)
-    if script == "chain.py" and words and words[0].startswith("yaml/"):
-        # Each of them has a dry run below; test_chain.py runs a miniature of each.
-        assert (ROOT / words[0]).exists() and set(options) <= {"dry_run"}
-        return
+    script, options, words = split_command(IN_FULL.get(command, command))
     run, out = tmp_path / "run", tmp_path / "out"
     (run / "pipeline.yaml").write_text(pipeline)
     stands_for["FILE"] = stands_for.get(f"examples/{DATA.get(recipe_of(script))}.jsonl")
@@ -227,9 +229,12 @@ def test_every_command_runs(
     if script == "chain.py":
         options["model_name_or_path"] = model_dir
     if script != "report.py" and "help" not in options:
-        options |= {"output_dir": str(out)} | miniature_options(script, options, run)
+        pipeline_file = options.get("config") or (words[0] if words else None)
+        options |= {"output_dir": str(out)} | miniature_options(script, options, pipeline_file)
     arguments = [*words, *(as_argument(name, value) for name, value in options.items())]
     run_script(script, arguments, monkeypatch)
+    if script != "report.py" and not {"help", "dry_run"} & set(options):
+        assert list(out.rglob("stage.json")), "the command left no record of a stage"
     for path in out.rglob("stage.json"):
         check_metrics_are_documented(json.loads(path.read_text())["metrics"])
     for path in out.rglob("metrics.jsonl"):
@@ -275,6 +280,13 @@ def test_every_piece_of_python_runs(block, model_dir, reward_dir, tmp_path, monk
 def test_the_commands_cover_every_recipe():
     scripts = {split_command(command)[0] for command, _ in COMMANDS}
     assert scripts >= {f"recipes/{name}.py" for name in RECIPES} | {"chain.py", "report.py"}
+
+
+def test_none_of_the_commands_is_overlooked():
+    """A pattern that finds fewer of them than there are would let the tests above pass."""
+    in_full = [command for command, _ in COMMANDS if command not in IN_FULL]
+    assert len(in_full) >= 52
+    assert len(PYTHON) >= 3
 
 
 def test_make_targets_exist():
@@ -370,25 +382,53 @@ def test_a_recipe_page_has_its_parts(path):
 METRICS = TEXTS[ROOT / "docs/metrics.md"]
 
 
+# What a word in capitals, or an x, stands for in the name of a metric.
+PLACEHOLDERS = {
+    "NAME": "|".join(REWARDS),
+    "TASK": "|".join(path.stem for path in (ROOT / "examples").glob("*.jsonl")),
+    "N": r"\d+",
+    "x": r"(?P<metric>\w+)",  # the name of another metric
+    "...": "teacher|feedback|policy",
+}
+
+
 def metric_patterns():
-    """The names in the first column of docs/metrics.md as regular expressions."""
+    """The names in the first columns of docs/metrics.md as regular expressions. The affixes, which
+    come before the first section, are no names."""
+    placeholder = re.compile(r"\.\.\.|(?<![a-z])(?:NAME|TASK|N|x)(?![a-z])")
     patterns = []
-    for line in METRICS.splitlines():
+    for line in METRICS.partition("\n## ")[2].splitlines():
         if line.startswith("| `"):
-            patterns += re.findall(r"`([\w.]+)`", line.split(" | ")[0])
-    placeholder = re.compile(r"\.\.\.|(?<![a-z])(NAME|TASK|N|x)(?![a-z])")
-    as_regex = [placeholder.sub(r"\\w+", pattern) for pattern in patterns]
-    return re.compile("|".join(as_regex))
+            for name in re.findall(r"`([\w.]+)`", line.split(" | ")[0]):
+                pattern = placeholder.sub(lambda match: f"({PLACEHOLDERS[match[0]]})", name)
+                patterns.append(re.compile(pattern))
+    return patterns
 
 
 PATTERNS = metric_patterns()
 
 
+def is_documented(name):
+    """Whether docs/metrics.md explains a metric, with the affixes that it explains."""
+    plain = re.sub(r"_(low|high|n)$", "", re.sub(r"_before(?=$|_(low|high|n)$)", "", name))
+    for pattern in PATTERNS:
+        match = pattern.fullmatch(name) or pattern.fullmatch(plain.removeprefix("eval_"))
+        if match and (not match.groupdict() or is_documented(match["metric"])):
+            return True
+    return False
+
+
 def check_metrics_are_documented(metrics):
     for name in metrics:
-        plain = re.sub(r"_(before|low|high|n)$", "", re.sub(r"_before$", "", name))
-        plain = plain.removeprefix("eval_")
-        assert PATTERNS.fullmatch(plain), f"docs/metrics.md does not explain {name}"
+        assert is_documented(name), f"docs/metrics.md does not explain {name}"
+
+
+def test_a_metric_without_a_row_is_noticed():
+    assert len(PATTERNS) >= 73
+    for name in ("eval_margin_before_n", "reward_eval_accuracy", "dpo_2_margin", "teacher_cost"):
+        assert is_documented(name), name
+    for name in ("margins", "eval_", "x_n", "reward_what", "dpo_margin", "my_cost", "my_accuracy"):
+        assert not is_documented(name), name
 
 
 def test_a_metric_is_found_by_its_name():

@@ -30,8 +30,6 @@ def home(tmp_path, monkeypatch):
     ):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
-    for template in ROOT.glob("*.j2"):
-        shutil.copy(template, tmp_path)
     for name, text in FILES.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)

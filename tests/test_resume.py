@@ -16,6 +16,7 @@ import pytest
 import rl
 import sft
 from conftest import ROOT
+from test_house import files_behind
 
 import core.checkpoints
 import core.files
@@ -491,7 +492,7 @@ def test_a_signal_between_the_steps_ends_at_once(model_dir, data, tmp_path):
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=20)
     assert process.returncode == 143
-    assert said.startswith("stopped by SIGTERM; ") and len(said.splitlines()) == 1
+    assert said.strip() == "stopped by SIGTERM; run the same command again to resume"
 
 
 def test_a_loss_that_is_not_finite_at_step_3_stops_with_the_weights_of_step_2(
@@ -591,6 +592,21 @@ def test_the_code_of_a_recipe_is_what_it_imports(tmp_path):
     code = set(sft.SFTStage(sft.SFTConfig(output_dir=str(tmp_path))).fingerprint()["code"])
     assert {"recipes/sft.py", "common.py", "core/training.py", "core/runtime.py"} <= code
     assert not code & {"chain.py", "report.py", "recipes/dpo.py", "core/judge.py"}
+    assert code == code_behind("recipes/sft.py")
+
+
+@pytest.mark.parametrize("algorithm", rl.STAGES)
+def test_the_code_of_an_rl_page_is_all_that_it_imports_and_no_more(tmp_path, algorithm):
+    stage_class = rl.STAGES[algorithm]
+    page = stage_class.__module__.rpartition(".")[2]
+    stage = stage_class(stage_class.config_class(output_dir=str(tmp_path)))
+    assert set(stage.fingerprint()["code"]) == code_behind(f"recipes/{page}.py")
+
+
+def code_behind(path):
+    """The files that a file of the repository imports in turn, and the package of those in core."""
+    files = {file.relative_to(ROOT).as_posix() for file in files_behind(ROOT / path)}
+    return files | {"core/__init__.py"}
 
 
 def test_the_code_of_a_reward_function_process_counts(tmp_path):

@@ -203,7 +203,10 @@ def unchanged(total):
             "leaves no room for a prompt",
         ),
         (dict(kl_horizon=5), "kl_horizon has no effect without target_kl"),
-        (dict(kl_in="loss", algorithm="trpo"), "set kl_in=reward"),
+        (
+            dict(kl_in="loss", algorithm="trpo"),
+            "takes the KL to the reference in the reward; set kl_in=reward",
+        ),
         (dict(kl_penalty="full"), "set kl_in=loss"),
         (dict(target_kl=1, init_kl_coef=0), "target_kl scales init_kl_coef"),
         (dict(lora_dropout=0.1), "set lora_dropout=0"),
@@ -512,7 +515,7 @@ def test_an_overflow_in_another_process_skips_the_step_in_this_one(
     run.scaler.scale(sum((parameter**2).sum() for parameter in trained)).backward()
     run.optimizer_step()
     assert (
-        all(torch.equal(old, new) for old, new in zip(before, run.parameters, strict=False))
+        all(torch.equal(old, new) for old, new in zip(before, run.parameters, strict=True))
         and run.scaler.get_scale() == 512.0
     )
 
@@ -591,7 +594,7 @@ def test_steps_of_one_shape_sample_the_same(tokenizer, monkeypatch, temperature)
         assert found[0][0] == found[1][0] and len({*map(len, found[0][0])}) > (chances is not None)
         assert all(
             first == pytest.approx(second, abs=1e-5)
-            for first, second in zip(found[0][1], found[1][1], strict=False)
+            for first, second in zip(found[0][1], found[1][1], strict=True)
         )
 
 
@@ -613,7 +616,7 @@ def test_padding_on_the_left_moves_no_position(tokenizer, tmp_path):
         run.config.sampling,
         core.sampling.uniform_numbers(4, run.config.sampling, 0),
     )
-    for row, ids, logps in zip(rows, completions, sampled, strict=False):
+    for row, ids, logps in zip(rows, completions, sampled, strict=True):
         alone = (
             model(input_ids=torch.tensor([row["ids"] + ids]))
             .logits[0]
@@ -645,7 +648,7 @@ def test_completions_end_with_their_stop_token(tokenizer, tmp_path):
     )
     assert stops == [0, 2] and 0 < data.stopped.float().mean() < 1.1
     for answer, stopped, mask, _reward in zip(
-        answers, data.stopped, data.mask, data.advantages + data.values, strict=False
+        answers, data.stopped, data.mask, data.advantages + data.values, strict=True
     ):
         assert (
             not {*answer[:-1]} & {*stops}
@@ -1075,7 +1078,8 @@ def test_all_weights_train_against_a_frozen_copy(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("algorithm", ("ppo", "a2c", "grpo", "rloo"))
 def test_its_coefficient_raises_the_entropy(tokenizer, tmp_path, algorithm):
-    """With nothing else to learn: no reward, no KL."""
+    """With nothing else to learn: equal rewards, or with a critic none, and no KL."""
+    reward = 1.0 if algorithm in ("grpo", "rloo") else 0.0
     run, rows = make_run(
         tokenizer,
         tmp_path,
@@ -1083,7 +1087,7 @@ def test_its_coefficient_raises_the_entropy(tokenizer, tmp_path, algorithm):
         entropy_coef=1.0,
         init_kl_coef=0,
         learning_rate=1e-2,
-        functions={"zero": lambda prompts, completions, **_: [0.0] * len(completions)},
+        functions={"equal": lambda prompts, completions, **_: [reward] * len(completions)},
     )
     with torch.no_grad():  # a model that is less sure of itself would have nothing left to gain
         run.model.get_output_embeddings().weight.mul_(20)
@@ -1136,7 +1140,7 @@ def test_no_accepted_step_leaves_the_region(tokenizer, tmp_path):
         assert moved <= 0.02 and moved == pytest.approx(learnt["policy_kl"], abs=1e-5)
         if learnt["line_search"] < 0:
             assert all(
-                torch.equal(old, new) for old, new in zip(before, run.parameters, strict=False)
+                torch.equal(old, new) for old, new in zip(before, run.parameters, strict=True)
             )
         else:
             accepted.append(moved)
@@ -1170,10 +1174,10 @@ def test_a_rejected_step_restores_the_weights_bitwise(tokenizer, tmp_path, monke
     )  # downhill: nothing improves
     learnt = update(run, data)
     assert learnt["line_search"] == -1 and learnt["policy_kl"] == 0
-    assert all(torch.equal(old, new) for old, new in zip(before, run.parameters, strict=False))
+    assert all(torch.equal(old, new) for old, new in zip(before, run.parameters, strict=True))
     monkeypatch.setattr(trpo, "conjugate_gradient", lambda *args: solve(*args) * float("nan"))
     update(run, data)
-    assert all(torch.equal(old, new) for old, new in zip(before, run.parameters, strict=False))
+    assert all(torch.equal(old, new) for old, new in zip(before, run.parameters, strict=True))
 
 
 def test_the_longest_step_is_as_long_as_the_region(tokenizer, tmp_path, monkeypatch):
@@ -1260,7 +1264,7 @@ def distance_to_the_optimum(words, tmp_path, steps=150, tokens=2, **options):
     def table(prompts, completions, **_):
         return [
             rewards[p[0]["content"], text.strip()]
-            for p, text in zip(prompts, completions, strict=False)
+            for p, text in zip(prompts, completions, strict=True)
         ]
 
     rows = [{"prompt": [{"role": "user", "content": text}], "columns": {}} for text in asked]
@@ -1295,7 +1299,7 @@ def distance_to_the_optimum(words, tmp_path, steps=150, tokens=2, **options):
         return (
             sum(
                 float(exact_kl(policy[None], best[None]))
-                for policy, best in zip(policies(), optima, strict=False)
+                for policy, best in zip(policies(), optima, strict=True)
             )
             / 3
         )
@@ -1426,7 +1430,7 @@ def test_functions_of_a_file(tmp_path, caplog):
     )
     for name, words in (
         ("short", "must return a list of 2 numbers or None"),
-        ("named", "not {'0': 0.0"),
+        ("named", "must return a list of 2 numbers or None, not {'0': 0.0"),
         ("much", "a reward is infinite"),
     ):
         with pytest.raises(RuntimeError, match=words):
@@ -1600,6 +1604,15 @@ def write_prompts(tmp_path, count=12):
     [
         *((algorithm, {}) for algorithm in ALGORITHMS),
         ("grpo", {"optim": "adamw_8bit", "lora_r": 64}),
+        # Options of one page alone.
+        ("a2c", {"whiten_rewards": True, "value_learning_rate": 1e-2, "entropy_coef": 0.1}),
+        ("ppo", {"ppo_epochs": 3, "mini_batch_size": 4, "max_kl": 0.5, "clip_range_value": 0.1}),
+        ("trpo", {"critic_epochs": 2, "cg_damping": 0.2, "max_kl": 0.02}),
+        (
+            "grpo",
+            {"ppo_epochs": 3, "num_generations": 2, "mini_batch_size": 2, "scale_rewards": False},
+        ),
+        ("rloo", {"ppo_epochs": 3, "num_generations": 2, "mini_batch_size": 2, "clip_range": 0.1}),
     ],
 )
 def test_a_run_that_was_cut_off_goes_on_exactly(model_dir, tmp_path, algorithm, more):
@@ -1608,7 +1621,7 @@ def test_a_run_that_was_cut_off_goes_on_exactly(model_dir, tmp_path, algorithm, 
         model_name_or_path=model_dir,
         prompt_dataset_path=write_prompts(tmp_path),
         reward=["length"],
-        reward_length=3,
+        reward_length=1,
         batch_size=8,
         generation_kwargs={"max_new_tokens": 6},
         num_training_steps=4,
@@ -1635,6 +1648,8 @@ def test_a_run_that_was_cut_off_goes_on_exactly(model_dir, tmp_path, algorithm, 
     assert steps_of(tmp_path / "whole") == steps_of(tmp_path / "cut")
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, again.model.state_dict()[name]), name
+    curve = [step for step in steps_of(tmp_path / "whole") if "kl" in step]
+    assert all(step["kl"] > 0 for step in curve[1:]), "nothing was learnt, so nothing is compared"
     before = {name for name in whole.metrics if name.endswith("_before")}
     assert before and all(again.metrics[name] == whole.metrics[name] for name in before)
     assert len({step["kl_coef"] for step in steps_of(tmp_path / "whole") if "kl_coef" in step}) > 1
@@ -1745,12 +1760,18 @@ def test_alarms_are_said_once_with_a_remedy(caplog):
         for entropy, divergence in ((2.0, 0.1), (1.0, 0.1), (0.1, 30.0), (0.1, 30.0)):
             run.history.append({"entropy": entropy, "kl": divergence, "zero_variance": 1.0})
             rl_run.raise_alarms(run)
-    messages = [record.getMessage() for record in caplog.records]
-    assert (
-        len(messages) == 3
-        and "KL 30.0" in messages[0]
-        and "collapsed: 0.100" in messages[1]
-        and "for three steps" in messages[2]
+    divergence, entropy, zero_variance = [record.getMessage() for record in caplog.records]
+    assert divergence == (
+        "the policy is leaving the reference: KL 30.0 nats per completion. "
+        "Raise init_kl_coef, set target_kl, or lower learning_rate"
+    )
+    assert entropy == (
+        "entropy has collapsed: 0.100 nats per token. "
+        "Lower learning_rate, raise init_kl_coef or entropy_coef"
+    )
+    assert zero_variance == (
+        "all completions of every prompt have had the same reward for three steps: nothing to "
+        "learn from. Choose prompts neither too easy nor too hard, or raise num_generations"
     )
 
 
@@ -1781,7 +1802,7 @@ def test_two_processes_are_two_halves_of_one(model_dir, tmp_path):
         model_name_or_path=model_dir,
         prompt_dataset_path=write_prompts(tmp_path),
         reward=["length"],
-        reward_length=3,
+        reward_length=1,
         num_training_steps=3,
         save_freq=0,
         generation_kwargs={"max_new_tokens": 6},
@@ -1794,9 +1815,7 @@ def test_two_processes_are_two_halves_of_one(model_dir, tmp_path):
             same
             | own
             | {"algorithm": algorithm, "batch_size": 8 // processes, "output_dir": str(folder)}
-            for (algorithm, own), folder in zip(
-                algorithms.items(), folders[processes], strict=False
-            )
+            for (algorithm, own), folder in zip(algorithms.items(), folders[processes], strict=True)
         ]
         if processes == 1:
             assert all(stage_of(page_config(**options)).execute().success for options in runs)
@@ -1820,7 +1839,9 @@ def test_two_processes_are_two_halves_of_one(model_dir, tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    for one, two in zip(*folders.values(), strict=False):
+    for one, two in zip(*folders.values(), strict=True):
+        learnt = [step["kl"] for step in steps_of(one) if "kl" in step][1:]
+        assert min(learnt) > 0, "nothing was learnt, so nothing is compared"
         for first, second in zip(steps_of(one), steps_of(two), strict=True):
             assert first == pytest.approx(second, abs=1e-4, rel=1e-3)
 

@@ -95,8 +95,14 @@ def test_a_model_in_memory_alone_is_refused(tmp_path, model, tokenizer):
             dict(feedback_mode="preference", rl_kwargs={"ppo_epochs": 3}),
             "rl_kwargs has no effect with feedback_mode=preference",
         ),
-        (dict(feedback_mode="preference", warmup_ratio=0.5), "warmup_ratio has no effect"),
-        (dict(feedback_mode="preference", learning_rate=2e-4), "learning_rate has no effect"),
+        (
+            dict(feedback_mode="preference", warmup_ratio=0.5),
+            "warmup_ratio has no effect with feedback_mode=preference",
+        ),
+        (
+            dict(feedback_mode="preference", learning_rate=2e-4),
+            "learning_rate has no effect with feedback_mode=preference",
+        ),
         (
             dict(feedback_mode="direct", num_candidates=4),
             "num_candidates has no effect with feedback_mode=direct",
@@ -188,6 +194,10 @@ def test_options_of_the_rl_recipe_may_stand_beside_the_others():
         rlaif.RLAIFStage.resolve({"feedback_mode": "preference", "clip_range": 0.3})
     with pytest.raises(ConfigError, match="clip_range is given twice, once in rl_kwargs"):
         rlaif.RLAIFStage.resolve({"clip_range": 0.1, "rl_kwargs": {"clip_range": 0.3}})
+    for option in ({"ppo_epochs": 3}, {"ppo_epochs": "3"}):
+        words = "ppo_epochs has no effect with feedback_mode=preference"
+        with pytest.raises(ConfigError, match=words):
+            rlaif.RLAIFStage.resolve({"feedback_mode": "preference", **option})
     older = {"algorithm": "grpo", "gamma": 1.0, "ppo_epochs": None}
     assert rlaif.RLAIFStage.resolve(older)[1] == {"algorithm": "grpo"}
     # What is no name at all is left to the config, which refuses it.
@@ -542,6 +552,8 @@ def test_a_win_rate_that_cannot_be_taken_costs_no_model(
         feedback_mode="direct",
     )
     assert result.success and "win_rate" not in result.metrics and "no win rate: " in caplog.text
+    remedy = "The trained model is kept; recipes/evaluate.py can compare the two"
+    assert remedy in caplog.text
     assert (tmp_path / "out/model.safetensors").exists() and json.loads(
         (tmp_path / "out/win_rate.jsonl").read_text().splitlines()[0]
     )["win"] is None
