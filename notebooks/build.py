@@ -1,8 +1,7 @@
-"""Makes each .ipynb from its .py: `make notebooks` runs them, `make colab` fills in a repository.
+"""Make each .ipynb from its .py: `make notebooks` runs them, `make colab` fills in a repository.
 
     python notebooks/build.py                        run all notebooks on the real model
     python notebooks/build.py 02_dpo 04_rl           run these
-    python notebooks/build.py --clear 02_dpo         convert without running: no outputs
     python notebooks/build.py --colab OWNER/NAME     write the repository into badge and set-up cell
 
 The .py files are Python, so the shell commands of the set-up cell are comments there; in the .ipynb
@@ -55,17 +54,12 @@ def read_notebook(source: Path):
 
 def run_notebook(source: Path) -> None:
     """Run the notebook of `source`, and write it with its outputs beside it."""
+    import nbformat
     from nbclient import NotebookClient
 
     notebook = read_notebook(source)
     resources = {"metadata": {"path": str(source.parent)}}
     NotebookClient(notebook, timeout=None, kernel_name="python3", resources=resources).execute()
-    write_notebook(notebook, source)
-
-
-def write_notebook(notebook, source: Path) -> None:
-    import nbformat
-
     nbformat.write(notebook, source.with_suffix(".ipynb"))
 
 
@@ -87,7 +81,6 @@ def fill_repository(folder: Path, repository: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*", help="notebooks to run; all by default")
-    parser.add_argument("--clear", action="store_true", help="convert only, without outputs")
     parser.add_argument("--colab", metavar="OWNER/NAME", help="fill in this repository; run none")
     arguments = parser.parse_args()
     if arguments.colab is not None:
@@ -101,9 +94,6 @@ def main() -> None:
     for name in arguments.names or sources:
         if name not in sources:
             parser.error(f"there is no notebook {name}; choose from {', '.join(sources)}")
-        if arguments.clear:
-            write_notebook(read_notebook(sources[name]), sources[name])
-            continue
         started = time.perf_counter()
         run_notebook(sources[name])
         minutes = (time.perf_counter() - started) / 60

@@ -35,9 +35,9 @@ ALLOWED_IMPORTS = {
 # Recipes that are a part of another: its algorithm contains theirs.
 CONTAINED_RECIPES = {
     "cot_distillation": {"sft"},
-    "evaluate": {"dpo", "sft"},
+    "evaluate": {"sft"},
     "rl": {"a2c", "grpo", "ppo", "trpo"},
-    "rlaif": {"a2c", "dpo", "grpo", "ppo", "reward", "rl", "trpo"},
+    "rlaif": {"a2c", "dpo", "grpo", "ppo", "reward", "trpo"},
 }
 SLOW_LIBRARIES = {"accelerate", "bitsandbytes", "datasets", "peft", "transformers", "trl"}
 # What report.py needs besides the standard library.
