@@ -73,7 +73,9 @@ def resolve_options(
 
 def option_names(config_class: Any) -> set[str]:
     """Names and short names of the options of a config class."""
-    return {option.name for option in fields(config_class)} | set(config_class.aliases)
+    names = {option.name for option in fields(config_class)}
+    names.update(config_class.aliases)
+    return names
 
 
 def select_options(
@@ -90,13 +92,13 @@ def select_options(
         if value is None and name in NONE_IS_DEFAULT:
             continue
         owners = [
-            recipe
-            for recipe, config_class in config_classes.items()
-            if name in option_names(config_class)
+            recipe for recipe in config_classes if name in option_names(config_classes[recipe])
         ]
         if not owners or chosen in owners:
             selected[name] = value
-        elif not any(is_default(config_classes[owner], name, value) for owner in owners):
+            continue
+        defaults = [is_default(config_classes[owner], name, value) for owner in owners]
+        if not any(defaults):
             raise ConfigError(f"{name} has no effect {why}; it belongs to {', '.join(owners)}")
     return selected
 
