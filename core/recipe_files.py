@@ -32,13 +32,11 @@ def load_recipe(path: Path, base_class: type) -> Any:
     with as_config_error(f"stage {path} cannot be imported"):
         spec.loader.exec_module(module)
     # Classes that the recipe imports, such as BaseStage itself or a sibling's stage, do not count.
-    classes = [
-        value
-        for value in vars(module).values()
-        if isinstance(value, type)
-        and issubclass(value, base_class)
-        and value.__module__ == spec.name
-    ]
+    classes = []
+    for value in vars(module).values():
+        is_stage = isinstance(value, type) and issubclass(value, base_class)
+        if is_stage and value.__module__ == spec.name:
+            classes.append(value)
     if len(classes) != 1:
         raise ConfigError(
             f"stage {path}: the file must define one subclass of {base_class.__name__}, "
@@ -91,9 +89,10 @@ def select_options(
     for name, value in options.items():
         if value is None and name in NONE_IS_DEFAULT:
             continue
-        owners = [
-            recipe for recipe in config_classes if name in option_names(config_classes[recipe])
-        ]
+        owners = []
+        for recipe, config_class in config_classes.items():
+            if name in option_names(config_class):
+                owners.append(recipe)
         if not owners or chosen in owners:
             selected[name] = value
             continue
