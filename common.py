@@ -37,6 +37,7 @@ from core.runtime import (
     peak_memory,
     start_logging,
 )
+from core.screen import busy
 from core.statistics import before_and_after
 
 # -- the stage contract ---------------------------------------------------------------------------
@@ -334,6 +335,7 @@ class BaseStage:
 # -- loading --------------------------------------------------------------------------------------
 
 
+@busy("loading the model")
 def load_model_and_tokenizer(
     config: ModelConfig, needs_chat_template: bool = True, task: str = "CAUSAL_LM"
 ):

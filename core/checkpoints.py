@@ -1,7 +1,7 @@
 """The folder of a run: sealed checkpoints, the claim on the folder, the record of a finished stage.
 
-What a checkpoint holds is written by core/trainer.py (sft, dpo, reward, cot_distillation) and by
-core/rl_checkpoints.py (a2c, ppo, trpo, grpo); here it is sealed, found again and verified.
+What a checkpoint holds is written by core/train_state.py; here it is sealed, found again and
+verified.
 OUT/fingerprint.json says which run the folder and its checkpoints belong to. OUT/stage.json is
 written last: a stage is finished when its stage.json says so.
 """
@@ -103,6 +103,22 @@ def refuse_other_options(checkpoint: Path, config: TrainingConfig) -> None:
             f"{checkpoint} is of a run with other options ({changes}); choose another output_dir, "
             "or start anew with resume_from_checkpoint=False"
         )
+
+
+def remove_final_checkpoint(config: StageConfig, metrics: Mapping[str, float]) -> None:
+    """Remove the checkpoint of the last step, unless the interval of checkpoints asks for it.
+
+    It was for what could have failed before the stage was recorded.
+    """
+    options, steps = vars(config), metrics.get("steps")
+    interval = options.get("save_steps") or options.get("save_freq")
+    checkpoints = Path(config.output_dir, "checkpoints")
+    if not steps or not checkpoints.exists():
+        return
+    if not interval or steps % interval:
+        shutil.rmtree(checkpoints / f"checkpoint-{steps}", ignore_errors=True)
+    if not any(checkpoints.iterdir()):
+        checkpoints.rmdir()
 
 
 # -- the claim on a folder ------------------------------------------------------------------------
@@ -226,3 +242,4 @@ def write_stage_record(config: StageConfig, result: Any, lineage: Mapping[str, A
         "versions": versions,
     }
     write_json(folder / "stage.json", record)
+    remove_final_checkpoint(config, result.metrics)

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 from core.errors import ConfigError
 from core.runtime import is_main_process, logger, wait_for_everyone
+from core.screen import busy
 
 # ---- digests and disk space ----------------------------------------------------------------------
 
@@ -148,7 +149,7 @@ def cached_folder(
     logger.info("%s %s once, cached in %s", kind, files[0].name, shown)
     # One process of each machine builds.
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        with atomic_folder(folder) as temporary:
+        with busy(f"{kind} {files[0].name}"), atomic_folder(folder) as temporary:
             build(temporary)
     wait_for_path(folder)
     return folder

@@ -25,8 +25,8 @@ import torch
 from core.checkpoints import find_checkpoint
 from core.kl import k3, loss_needs_log_probs, next_kl_coef
 from core.logprobs import disable_dropout, sharing_is_exact
+from core.optimizers import new_optimizer, schedule_factor, set_learning_rates
 from core.rewards import score_completions, weighted_total
-from core.rl_checkpoints import load_checkpoint, save_checkpoint
 from core.rollout import (
     Policy,
     RLConfig,
@@ -37,9 +37,11 @@ from core.rollout import (
     encode_prompts,
     rollout_outputs,
 )
-from core.run_log import log_step, truncate_metrics
+from core.run_log import finish_trackers, log_step, start_trackers, truncate_metrics
 from core.runtime import compute_dtype, deferred_signals, is_main_process, logger
 from core.sampling import decode_completions, sample_completions, uniform_numbers
+from core.screen import Pace
+from core.train_state import load_checkpoint, save_checkpoint
 
 # Metrics that only metrics.jsonl has; the lines on the screen would be too long with them.
 NOT_ON_SCREEN = (
@@ -57,7 +59,6 @@ class Run(Policy):
     value_head: torch.nn.Linear | None
     accelerator: Any
     optimizer: torch.optim.Optimizer
-    schedule: Any
     scaler: torch.amp.GradScaler
     kl_coef: float  # beta, adapted where target_kl is set
     step: int = 0
@@ -67,6 +68,7 @@ class Run(Policy):
     alarms_raised: set[str] = field(default_factory=set)
     signals: list[int] = field(default_factory=list)  # that came during the present step
     step_began: float = 0.0  # time.perf_counter() at the start of the present step
+    pace: Pace | None = None  # since the first step of this process
 
     def sum_over_processes(self, value: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(value, "sum")
@@ -88,21 +90,50 @@ class Run(Policy):
         # A resumed run has this evaluation in its checkpoint.
         if self.evaluation_rows and not self.before:
             self.before |= self.report(evaluate(self))
+        self.pace = Pace(self.step)
         # A signal may come during a step or an evaluation; neither is followed by another step.
         while not self.stop_requested():
             # `finish` evaluates and the stage saves the model: neither is needed twice.
             if self.step == config.num_training_steps:
                 return
             self.step_began = time.perf_counter()
+            set_learning_rates(self.optimizer, self.schedule_factor)
             yield self.step
-            is_last = self.step == config.num_training_steps
-            if is_last or self.stop_requested():
+            if self.step == config.num_training_steps and config.save_freq:
+                # Nothing is lost until the stage has recorded its result; then it goes.
+                self.save(is_end=True)
+            if self.step == config.num_training_steps or self.stop_requested():
                 continue
             if self.evaluation_rows and config.eval_freq and self.step % config.eval_freq == 0:
                 self.report(evaluate(self))
             if config.save_freq and self.step % config.save_freq == 0:
-                save_checkpoint(self)
-        save_checkpoint(self)
+                self.save()
+        self.save()
+
+    @property
+    def schedule_factor(self) -> float:
+        """What the learning rates of the present step are multiplied by."""
+        return schedule_factor(self.config, self.step, self.config.num_training_steps)
+
+    def save(self, is_end: bool = False) -> None:
+        """Write a checkpoint. Sampling and shuffling are functions of seed and step."""
+        state = {"kl_coef": self.kl_coef, "before": self.before, "scaler": self.scaler.state_dict()}
+        save_checkpoint(
+            self.config, self.step, self.trained_tensors, self.optimizer, state, is_end=is_end
+        )
+
+    def resume(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint."""
+        steps = self.config.num_training_steps
+        state = load_checkpoint(checkpoint, self.trained_tensors, self.optimizer, steps)
+        self.step, self.kl_coef, self.before = state["step"], state["kl_coef"], state["before"]
+        self.scaler.load_state_dict(state["scaler"])
+
+    @property
+    def trained_tensors(self) -> list[torch.Tensor]:
+        """The policy's trained weights, and those of the critic's head."""
+        head = [] if self.value_head is None else list(self.value_head.parameters())
+        return [*self.parameters, *head]
 
     def stop_requested(self) -> bool:
         """Whether a signal came to any of the processes: they save and end together."""
@@ -191,7 +222,7 @@ class Run(Policy):
     # -- after the update
 
     def end_step(self, rollout: Rollout, metrics: dict[str, float]) -> None:
-        """Log the step, adapt beta, advance the schedule, and warn of what goes wrong."""
+        """Log the step, adapt beta, and warn of what goes wrong."""
         config = self.config
         metrics = rollout_metrics(self, rollout) | metrics
         completions = config.batch_size * self.accelerator.num_processes
@@ -202,7 +233,6 @@ class Run(Policy):
         names = ("reward", "length", "stopped", "entropy")
         first = {name: metrics[name] for name in names if name in metrics}
         self.before = first | self.before
-        self.schedule.step()
         self.step += 1
         seconds = time.perf_counter() - self.step_began
         speed = {"completions_per_s": round(completions / seconds, 3)}
@@ -215,7 +245,8 @@ class Run(Policy):
         config = self.config
         if is_main_process():
             folder = Path(config.output_dir)
-            log_step(folder, self.step, config.num_training_steps, metrics, NOT_ON_SCREEN)
+            steps = config.num_training_steps
+            log_step(folder, self.step, steps, metrics, NOT_ON_SCREEN, self.pace)
         if config.report_to:
             self.accelerator.log(metrics, step=self.step)
         return metrics
@@ -225,8 +256,7 @@ class Run(Policy):
         after = {}
         if self.evaluation_rows:
             after = self.report(evaluate(self))
-        if self.config.report_to:
-            self.accelerator.end_training()
+        finish_trackers(self.accelerator)
         # A single batch says less about reward and length than the held-out prompts do.
         names = ("kl",) if self.evaluation_rows else ("kl", "reward", "length")
         last = self.history[-1] if self.history else {}
@@ -317,7 +347,7 @@ def start_run(
     run = build_run(config, model, tokenizer, reward_functions, longest, training, evaluation)
     checkpoint = find_checkpoint(config)
     if checkpoint:
-        load_checkpoint(run, checkpoint)
+        run.resume(checkpoint)
     logger.info(
         "training %s of %s parameters on %d prompts, on %s in %s",
         f"{sum(parameter.numel() for parameter in run.parameters):,}",
@@ -346,6 +376,7 @@ def build_run(
     `probe_row` is a prompt to try with whether one pass serves several answers.
     """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from transformers.integrations import unset_hf_deepspeed_config
 
     disable_dropout(model)  # with it, ratios of probabilities are noise (Huang et al. 2024)
@@ -361,17 +392,15 @@ def build_run(
     if config.init_kl_coef and not has_adapter:
         reference = copy.deepcopy(model).requires_grad_(False).eval()
     value_head = new_value_head(model) if config.has_critic else None
-    # Before the Accelerator: the TrainingArguments in it reset accelerate's state.
-    optimizer = new_optimizer(config, model, value_head)
+    optimizer = new_optimizer(config, model, parameter_groups(config, model, value_head))
     on_cpu = model.device.type == "cpu"
+    AcceleratorState._reset_state()  # the stage before may have had another precision
     accelerator = Accelerator(
         cpu=on_cpu, log_with=config.report_to or None, project_dir=config.output_dir
     )
     # Under DeepSpeed too every process holds the whole policy, and whatever is loaded later.
     unset_hf_deepspeed_config()
-    if config.report_to:
-        wandb = {"wandb": {"name": config.wandb_run_name}}
-        accelerator.init_trackers(config.wandb_project or "rl", init_kwargs=wandb)
+    start_trackers(accelerator, config)
     # float16 gradients underflow without a scaler; bfloat16 and float32 need none.
     float16 = compute_dtype(config.torch_dtype) == torch.float16
     run = Run(
@@ -387,7 +416,6 @@ def build_run(
         value_head=value_head,
         accelerator=accelerator,
         optimizer=optimizer,
-        schedule=new_schedule(config, optimizer),
         scaler=torch.amp.GradScaler(model.device.type, enabled=float16),
         kl_coef=config.init_kl_coef,
     )
@@ -405,14 +433,8 @@ def new_value_head(model) -> torch.nn.Linear:
     return head
 
 
-def new_optimizer(config, model, value_head) -> torch.optim.Optimizer:
-    """The optimizer that `optim` names, for the policy (unless it is TRPO's) and the critic."""
-    from transformers import Trainer, TrainingArguments
-
-    # transformers knows the classes and defaults of all the optimizers that `optim` may name.
-    on_cpu = model.device.type == "cpu"
-    arguments = TrainingArguments(optim=config.optim, use_cpu=on_cpu, report_to="none")
-    optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+def parameter_groups(config, model, value_head) -> list[dict[str, Any]]:
+    """The policy's weights, unless TRPO steps them by itself, and those of the critic's head."""
     groups = []
     if config.optimizes_policy:
         policy = [p for p in model.parameters() if p.requires_grad]
@@ -422,15 +444,7 @@ def new_optimizer(config, model, value_head) -> torch.optim.Optimizer:
     if value_head is not None:
         head = list(value_head.parameters())
         groups.append({"params": head, "lr": config.value_learning_rate, "weight_decay": 0.0})
-    return optimizer_class(groups, **options | {"lr": config.learning_rate})
-
-
-def new_schedule(config: RLConfig, optimizer: torch.optim.Optimizer):
-    from transformers import get_scheduler
-
-    steps = config.num_training_steps
-    warmup_steps = round(config.warmup_ratio * steps)
-    return get_scheduler(config.lr_scheduler_type, optimizer, warmup_steps, steps)
+    return groups
 
 
 def probe_of(row: dict) -> dict:

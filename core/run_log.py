@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from core.files import atomic_writer
 from core.runtime import logger
+from core.screen import Pace
 
 # How a figure is shown on the screen; the others are shown as "name value", with four digits.
 SCREEN_FORMATS = {"learning_rate": "lr {:.2g}", "tokens_per_s": "{:,.0f} tokens/s"}
@@ -28,7 +30,12 @@ def truncate_metrics(path: Path, step: int) -> None:
 
 
 def log_step(
-    folder: Path, step: int, steps: int, logs: Mapping[str, float], not_on_screen: str
+    folder: Path,
+    step: int,
+    steps: int,
+    logs: Mapping[str, float],
+    not_on_screen: str,
+    pace: Pace | None = None,
 ) -> None:
     """Append `logs` to metrics.jsonl, and show them without the names that match the regular
     expression `not_on_screen`."""
@@ -40,6 +47,38 @@ def log_step(
             continue
         template = SCREEN_FORMATS.get(name, f"{name} {{:.4g}}")
         shown.append(template.format(value))
+    if pace is not None:
+        shown.append(pace.describe(step, steps))
     width = len(str(steps))
-    # A notebook shows the last step only (core/runtime.py, NotebookHandler).
-    logger.info("step %*d/%d  %s", width, step, steps, "  ".join(shown), extra={"is_step": True})
+    is_evaluation = any(name.startswith("eval_") for name in logs)
+    # core/screen.py decides by these what a person sees.
+    how = {"is_step": True, "stays": is_evaluation or step == steps}
+    line = "  ".join(part for part in shown if part)
+    logger.info(
+        "step %*d/%d  %s",
+        width,
+        step,
+        steps,
+        line,
+        extra=how,
+    )
+
+
+# -- trackers --------------------------------------------------------------------------------------
+
+
+def start_trackers(accelerator, config) -> None:
+    """Start the trackers of `report_to`: TensorBoard in OUT/runs, Weights & Biases, trackio."""
+    if not config.report_to:
+        return
+    os.environ["WANDB_DIR"] = config.output_dir
+    run_name = config.wandb_run_name or config.output_dir
+    wandb = {"wandb": {"name": run_name}}
+    accelerator.init_trackers(config.wandb_project or "runs", init_kwargs=wandb)
+
+
+def finish_trackers(accelerator) -> None:
+    """End them, or the steps of the next stage would go into the run of this one."""
+    # Not by accelerator.end_training(), which would end the process group too.
+    for tracker in accelerator.trackers:
+        tracker.finish()

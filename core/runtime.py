@@ -15,11 +15,11 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from core.errors import as_config_error
+from core.screen import new_screen_handler
 
 logger = logging.getLogger("recipes")
 
@@ -205,8 +205,7 @@ def start_logging(level: str, path: Path | None = None) -> contextlib.ExitStack:
     add_handler(stack, logging.getLogger(), file_handler)
     # In a chain, the chain has set up the screen for its stages.
     if is_main_process() and not logger.handlers:
-        handler_class = NotebookHandler if in_notebook() else logging.StreamHandler
-        screen_handler = handler_class(sys.stdout)
+        screen_handler = new_screen_handler()
         screen_handler.setLevel(level.upper())
         add_handler(stack, logger, screen_handler)
 
@@ -218,37 +217,6 @@ def start_logging(level: str, path: Path | None = None) -> contextlib.ExitStack:
     transformers.utils.logging.enable_propagation()
     transformers.utils.logging.disable_progress_bar()
     return stack
-
-
-def in_notebook() -> bool:
-    """Whether this program is the kernel of a Jupyter or Colab notebook."""
-    if "IPython" not in sys.modules:
-        return False
-    shell = sys.modules["IPython"].get_ipython()
-    return getattr(shell, "kernel", None) is not None
-
-
-class NotebookHandler(logging.StreamHandler):
-    """The screen in a notebook, where the line of a step takes the place of the line before it.
-
-    The lines of steps are the records with a true attribute `is_step` (core/run_log.py). After any
-    other line they begin a new output.
-    """
-
-    step_output: Any = None  # IPython's handle of the output that shows the last step
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if not getattr(record, "is_step", False):
-            self.step_output = None
-            super().emit(record)
-            return
-        from IPython.display import display
-
-        content = {"text/plain": self.format(record)}
-        if self.step_output is None:
-            self.step_output = display(content, raw=True, display_id=True)
-        else:
-            self.step_output.update(content, raw=True)
 
 
 def add_handler(

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from core.chat import prompt_ids, stop_tokens
 from core.errors import ConfigError, unknown_name
 from core.logprobs import additive_attention_mask
+from core.screen import show_count
 
 CUDA_GRAPH_DEVICES = {"cuda"}  # device types on which a decoding step is recorded once and replayed
 SAMPLING_DEFAULTS = {"max_new_tokens": 64, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
@@ -406,4 +407,5 @@ def generate(
         completions, _ = sample_completions(model, tokenizer, ids, sampling)
         texts, stopped = decode_completions(tokenizer, completions)
         answers += zip(texts, stopped, strict=True)
+        show_count("answers", len(answers), len(prompts))
     return answers

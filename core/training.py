@@ -1,22 +1,142 @@
-"""The training loop: transformers' Trainer behind one function."""
+"""The training loop of sft, dpo, reward and cot_distillation: `fit`, on accelerate.
+
+A step takes R rows. They are split into micro-batches of per_device_train_batch_size rows, of which
+each of W processes takes every W-th.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import importlib
-import os
+import math
+import signal
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from core.checkpoints import find_checkpoint
 from core.config import FitConfig
-from core.runtime import compute_dtype, default_device, deferred_signals, is_main_process, logger
+from core.errors import ConfigError
+from core.files import write_jsonl
+from core.optimizers import decay_groups, new_optimizer, schedule_factor, set_learning_rates
+from core.run_log import finish_trackers, log_step, start_trackers
+from core.runtime import (
+    compute_dtype,
+    default_device,
+    deferred_signals,
+    is_main_process,
+    is_sharded,
+    logger,
+    to_device,
+)
+from core.screen import Pace, show_count
+from core.sharding import copy_without_weights, gather_sharded_weights, undo_preparation
+from core.train_state import load_checkpoint, load_weights, save_checkpoint
+
+Batch = dict[str, Tensor]
+
+NOT_ON_SCREEN = "epoch|grad_norm|.*_(logps|reward)"
+
+
+@dataclass
+class Progress:
+    """What a checkpoint keeps beside weights, optimizer and random numbers."""
+
+    step: int = 0  # optimizer steps that are done
+    history: list[dict[str, float]] = field(default_factory=list)  # the lines of metrics.jsonl
+    best_metric: float | None = None
+    best_step: int = 0
+    without_improvement: int = 0  # evaluations since the best one
+
+
+class ItemMeans:
+    """Means over items of the metrics of batches, and over processes; the device need not wait."""
+
+    def __init__(self):
+        self.sums: dict[str, Any] = {}
+        self.num_items = 0
+
+    def add(self, metrics: dict[str, Tensor], num_items: int) -> None:
+        """Metrics that are means over `num_items` items."""
+        self.num_items += num_items
+        for name, value in metrics.items():
+            total = torch.as_tensor(value).detach().double() * num_items
+            self.sums[name] = self.sums.get(name, 0) + total
+
+    def over_processes(self, accelerator) -> dict[str, float]:
+        values = [*self.sums.values(), torch.tensor(float(self.num_items))]
+        totals = torch.stack([value.double().to(accelerator.device) for value in values])
+        *sums, num_items = accelerator.reduce(totals, "sum").tolist()
+        return {name: total / num_items for name, total in zip(self.sums, sums, strict=True)}
+
+
+@dataclass
+class Window:
+    """What has been measured in this process since the last logged step."""
+
+    means: ItemMeans = field(default_factory=ItemMeans)
+    losses: list[Tensor] = field(default_factory=list)  # this process's part of each step's loss
+    num_tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class FitRun:
+    """A training by `fit`."""
+
+    config: FitConfig
+    model: Any  # prepared by accelerate: wrapped by DDP, sharded by FSDP2 or ZeRO-3, or as it was
+    accelerator: Any
+    optimizer: Any
+    parameters: list[Tensor]  # those that train
+    rows: Sequence[dict]
+    eval_batches: list[list[dict]]
+    collate: Callable[[list], Batch]
+    loss: Callable[[Any, Batch], tuple[Tensor, dict[str, Tensor]]]
+    progress: Progress = field(default_factory=Progress)
+    window: Window = field(default_factory=Window)  # since the last logged step
+    signals: list[int] = field(default_factory=list)  # that came during the present step
+    was_stopped: bool = False  # by a signal to any of the processes
+    pace: Pace | None = None  # since the first step of this process
+
+    @property
+    def rows_per_step(self) -> int:
+        config = self.config
+        per_process = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        return per_process * self.accelerator.num_processes
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.rows) / self.rows_per_step)
+
+    @property
+    def num_steps(self) -> int:
+        epochs = self.config.num_train_epochs
+        return self.config.max_steps or math.ceil(self.steps_per_epoch * epochs)
+
+    @property
+    def has_ended(self) -> bool:
+        patience = self.config.early_stopping_patience
+        is_patient = not patience or self.progress.without_improvement < patience
+        return self.was_stopped or not is_patient or self.progress.step >= self.num_steps
+
+    def sum_over_processes(self, values: Tensor) -> Tensor:
+        return self.accelerator.reduce(values, "sum")
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """Write metrics to metrics.jsonl, the screen and the trackers, and remember them."""
+        step = self.progress.step
+        self.progress.history.append({"step": step, **metrics})
+        if is_main_process():
+            folder = Path(self.config.output_dir)
+            log_step(folder, step, self.num_steps, metrics, NOT_ON_SCREEN, self.pace)
+        if self.config.report_to:
+            self.accelerator.log(metrics, step=step)
 
 
 def fit(
@@ -25,8 +145,8 @@ def fit(
     tokenizer,
     train_rows: Sequence[dict],
     eval_rows: Sequence[dict],
-    collate: Callable[[list], dict],
-    loss: Callable[[Any, dict], tuple[torch.Tensor, dict]],
+    collate: Callable[[list], Batch],
+    loss: Callable[[Any, Batch], tuple[Tensor, dict[str, Tensor]]],
 ) -> dict[str, float]:
     """Train `model` in place; returns the metrics after training, and as x_before those from before
     it.
@@ -41,95 +161,99 @@ def fit(
     """
     from peft.helpers import disable_input_dtype_casting
 
-    from core.trainer import FitTrainer
-
     checkpoint = find_checkpoint(config)
-    name_tracker_folders(config)
-    args = build_training_arguments(config, bool(eval_rows), bool(checkpoint))
     log_start(config, model, len(train_rows))
-    trainer = FitTrainer(config, model, tokenizer, args, train_rows, eval_rows, collate, loss)
-
     # FSDP2 and ZeRO-3 change the model itself, where DDP wraps it: what it was is kept as a shell.
-    shell = None
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        shell = copy_without_weights(model)
-    # Autocast casts the inputs of an adapter already, with fewer copies than PEFT would make.
-    with deferred_signals() as signals, disable_input_dtype_casting(model):
-        trainer.signals = signals
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    metrics_after = trainer.evaluate() if eval_rows else {}
+    shell = copy_without_weights(model) if is_sharded() else None
+    run = start_run(config, model, train_rows, eval_rows, collate, loss)
+    if checkpoint:
+        resume(run, checkpoint)
+    if is_main_process():  # of what was logged after the checkpoint, nothing stays
+        write_jsonl(Path(config.output_dir, "metrics.jsonl"), run.progress.history)
 
+    # Autocast casts the inputs of an adapter already, with fewer copies than PEFT would make.
+    with deferred_signals() as run.signals, disable_input_dtype_casting(model):
+        if eval_rows and not checkpoint:
+            run.log(evaluate(run))
+        run.pace = Pace(run.progress.step)
+        for rows in steps_left(run):  # (R,)
+            began = time.perf_counter()
+            factor = schedule_factor(config, run.progress.step, run.num_steps)
+            rate = set_learning_rates(run.optimizer, factor)
+
+            # 1. The gradient of the mean loss over all items of the step.
+            step_loss = accumulate_gradients(run, rows)
+
+            # 2. The optimizer's step, if all is finite.
+            norm = clip_gradients(run)
+            require_finite(run, step_loss, norm)
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+            run.progress.step += 1
+            run.window.seconds += time.perf_counter() - began
+
+            # 3. What is due: a line in the log, an evaluation, a checkpoint.
+            end_step(run, {"learning_rate": rate, "grad_norm": norm})
+
+    metrics = final_evaluation(run) if eval_rows else {}
     undo_preparation(model)
     if shell is not None:
         gather_sharded_weights(model, shell)
-    if is_main_process():
-        with contextlib.suppress(OSError):
-            Path(args.output_dir).rmdir()  # it stays if there are checkpoints in it
-        if "wandb" in config.report_to:
-            # Or the steps of the next stage would go into the run of this one.
-            importlib.import_module("wandb").finish()
-    return collect_metrics(trainer.state, metrics_after)
+    finish_trackers(run.accelerator)
+    return collect_metrics(run.progress, metrics)
 
 
-def name_tracker_folders(config: FitConfig) -> None:
-    """Tell TensorBoard and Weights & Biases where to write; both read it from the environment."""
-    folder = Path(config.output_dir)
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "runs")
-    os.environ["WANDB_DIR"] = str(folder)
-    if config.wandb_project:
-        os.environ["WANDB_PROJECT"] = config.wandb_project
+# -- setting up ------------------------------------------------------------------------------------
 
 
-def every_few_steps(wanted: int | bool) -> str:
-    return "steps" if wanted else "no"
+def start_run(config: FitConfig, model, train_rows, eval_rows, collate, loss) -> FitRun:
+    """Optimizer and batches around a model, which is prepared for its processes and devices."""
+    if config.gradient_checkpointing:
+        model.activation_checkpointing_enable(
+            {"use_reentrant": False}, every_n_layers=config.gradient_checkpointing
+        )
+    accelerator = start_accelerator(config)
+    # FSDP2 exchanges the weights in model and optimizer, so it is given both.
+    optimizer = new_optimizer(config, model, decay_groups(config, model))
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    by_length = sorted(eval_rows, key=lambda row: len(row["input_ids"]))  # little padding
+    size = config.per_device_eval_batch_size
+    return FitRun(
+        config=config,
+        model=prepared,
+        accelerator=accelerator,
+        optimizer=optimizer,
+        parameters=[p for p in prepared.parameters() if p.requires_grad],
+        rows=train_rows,
+        eval_batches=[by_length[start : start + size] for start in range(0, len(by_length), size)],
+        collate=collate,
+        loss=loss,
+    )
 
 
-def build_training_arguments(config: FitConfig, evaluates: bool, resumes: bool):
-    """The TrainingArguments of a config: options of the same name, and those that differ."""
-    from transformers import TrainingArguments
+def start_accelerator(config: FitConfig):
+    """accelerate's Accelerator for the precision and the launch of this run, with its trackers."""
+    from accelerate import Accelerator, PartialState
+    from accelerate.state import AcceleratorState
 
-    device = default_device()
-    dtype = compute_dtype(config.torch_dtype)
-    names = {field.name for field in fields(TrainingArguments)}
-    names &= {field.name for field in fields(FitConfig)}
-    names -= {"resume_from_checkpoint", "log_level"}
-    options = {name: getattr(config, name) for name in names}
-    options |= {
-        "output_dir": str(Path(config.output_dir, "checkpoints")),
-        "run_name": config.wandb_run_name or config.output_dir,
-        "report_to": config.report_to or "none",
-        "max_steps": config.max_steps or -1,
-        "warmup_steps": config.warmup_ratio,  # below 1 it is a fraction of the steps
-        # evaluation
-        "eval_strategy": every_few_steps(evaluates and config.eval_steps),
-        "eval_steps": config.eval_steps or None,
-        "eval_on_start": evaluates and not resumes,
-        # checkpoints
-        "save_strategy": every_few_steps(config.save_steps),
-        "save_steps": config.save_steps or 500,
-        "restore_callback_states_from_checkpoint": True,  # how long early stopping has waited
-        # recomputation of activations, which newer versions call activation checkpointing
-        "gradient_checkpointing": None,
-        "activation_checkpointing": bool(config.gradient_checkpointing),
-        "activation_checkpointing_kwargs": {
-            "use_reentrant": False,
-            "every_n_layers": config.gradient_checkpointing,
-        },
-        # device and precision
-        "use_cpu": device.type == "cpu",
-        "bf16": dtype == torch.bfloat16,
-        "fp16": dtype == torch.float16,
-        "dataloader_pin_memory": device.type == "cuda",
-        "ddp_find_unused_parameters": False,  # every trainable weight is part of every loss
-        # what the Trainer would do by itself
-        "logging_nan_inf_filter": False,
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
-    }
-    args = TrainingArguments(**options)
-    # Several GPUs are for `accelerate launch`, never for DataParallel.
-    args._n_gpu = min(args.n_gpu, 1)
-    return args
+    # The stage before may have had another precision.
+    AcceleratorState._reset_state()
+    PartialState(cpu=default_device().type == "cpu")  # the Accelerator takes its device from it
+    precisions = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    accelerator = Accelerator(
+        mixed_precision=precisions[compute_dtype(config.torch_dtype)],
+        log_with=config.report_to or None,
+        project_dir=config.output_dir,
+    )
+    start_trackers(accelerator, config)
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None:  # what DeepSpeed does by itself
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = (
+            config.per_device_train_batch_size
+        )
+        plugin.deepspeed_config["gradient_clipping"] = config.max_grad_norm
+        plugin.deepspeed_config["zero_allow_untested_optimizer"] = True
+    return accelerator
 
 
 def log_start(config: FitConfig, model, rows: int) -> None:
@@ -148,74 +272,273 @@ def log_start(config: FitConfig, model, rows: int) -> None:
     )
 
 
-def collect_metrics(state, metrics_after: dict[str, float]) -> dict[str, float]:
-    """The metrics of a finished training. The log history in the Trainer's `state` has also what
-    was logged before an interruption."""
-    history = state.log_history
-    not_metrics = ("_runtime", "_per_second", "epoch")
-    metrics = {}
-    for name, value in metrics_after.items():
-        if not name.endswith(not_metrics):
-            metrics[name] = value
-    losses = [logs["loss"] for logs in history if "loss" in logs]
-    metrics["train_loss"] = statistics.fmean(losses)
-    metrics["steps"] = state.global_step
-    speeds = [logs["tokens_per_s"] for logs in history if "tokens_per_s" in logs]
-    if speeds:
-        metrics["tokens_per_s"] = statistics.median(speeds)
+def resume(run: FitRun, checkpoint: Path) -> None:
+    """Go on from a checkpoint."""
+    state = load_checkpoint(checkpoint, run.parameters, run.optimizer, run.num_steps)
+    if run.accelerator.scaler is not None:
+        run.accelerator.scaler.load_state_dict(state["scaler"])
+    run.progress = Progress(**state["progress"])
 
+
+# -- batches ---------------------------------------------------------------------------------------
+
+
+def steps_left(run: FitRun) -> Iterator[Tensor]:
+    """The numbers of the rows of each step that is left, (R,)."""
+    lengths = torch.tensor([len(row["input_ids"]) for row in run.rows])
+    while not run.has_ended:
+        epoch, place = divmod(run.progress.step, run.steps_per_epoch)
+        for rows in steps_of_epoch(lengths, run.rows_per_step, run.config.seed + epoch)[place:]:
+            yield rows
+            if run.has_ended:
+                return
+
+
+def steps_of_epoch(lengths: Tensor, rows_per_step: int, seed: int) -> list[Tensor]:
+    """The rows of each step of an epoch: of about the same length, so with little padding.
+
+    The longest step comes first: if memory is short, it shows at once. A function of the seed
+    alone, so that a resumed run sees the batches that the interrupted one would have seen.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    # Lengths are blurred by 10%, so that every epoch mixes the batches anew.
+    blur = 0.9 + 0.2 * torch.rand(len(lengths), generator=generator)  # (rows,)
+    by_length = (lengths * blur).argsort(descending=True)
+    longest, *others = by_length.split(rows_per_step)
+    incomplete = []
+    if others and len(others[-1]) < rows_per_step:
+        incomplete = [others.pop()]
+    permutation = torch.randperm(len(others), generator=generator).tolist()
+    return [longest, *(others[index] for index in permutation), *incomplete]
+
+
+def own_micro_batches(run: FitRun, rows: Tensor) -> list[list[dict]]:
+    """The rows of this process's micro-batches of a step.
+
+    Every process has as many, or they would wait for each other: some may be empty at the end.
+    """
+    parts = [part.tolist() for part in rows.split(run.config.per_device_train_batch_size)]
+    num_processes = run.accelerator.num_processes
+    missing = -len(parts) % num_processes
+    parts += [[]] * missing
+    own = parts[run.accelerator.process_index :: num_processes]
+    return [[run.rows[number] for number in part] for part in own]
+
+
+# -- a step ----------------------------------------------------------------------------------------
+
+
+def accumulate_gradients(run: FitRun, rows: Tensor) -> Tensor:
+    """Add up the gradients of the step's micro-batches; returns this process's part of its loss."""
+    device, window = run.accelerator.device, run.window
+    micro_batches = own_micro_batches(run, rows)
+    # An empty micro-batch computes some other row, with weight 0.
+    batches = [run.collate(part or [run.rows[0]]) for part in micro_batches]
+    items = []
+    for batch, part in zip(batches, micro_batches, strict=True):
+        items.append(int(batch["num_items"]) if part else 0)
+        window.num_tokens += int(batch["num_tokens"]) if part else 0
+    all_items = run.sum_over_processes(torch.tensor(sum(items), device=device))
+
+    run.model.train()
+    step_loss = torch.zeros((), device=device)
+    for number, (batch, num_items) in enumerate(zip(batches, items, strict=True)):
+        is_last = number == len(batches) - 1
+        with gradients_stay_here(run, until_next=not is_last):
+            loss, metrics = run.loss(run.model, to_device(batch, device))
+            share = loss * num_items / all_items
+            # Gradients are averaged over processes, not summed: hence the last factor.
+            backward(run, share * run.accelerator.num_processes)
+        step_loss += share.detach()
+        window.means.add(metrics, num_items)
+    window.losses.append(step_loss)
+    return step_loss
+
+
+@contextlib.contextmanager
+def gradients_stay_here(run: FitRun, until_next: bool) -> Iterator[None]:
+    """Where gradients are not yet complete, no time is spent on sending them to other processes."""
+    run.accelerator.gradient_state._set_sync_gradients(not until_next)
+    with run.accelerator.no_sync(run.model) if until_next else contextlib.nullcontext():
+        yield
+
+
+def backward(run: FitRun, loss: Tensor) -> None:
+    if not is_deepspeed(run):
+        run.accelerator.backward(loss)
+        return
+    # DeepSpeed takes the step within its backward pass, so the loss is checked now.
+    require_finite(run, loss, 0.0)
+    run.accelerator.backward(loss, scale_wrt_gas=False)
+
+
+def is_deepspeed(run: FitRun) -> bool:
+    return run.accelerator.state.deepspeed_plugin is not None
+
+
+def clip_gradients(run: FitRun) -> float:
+    """Shorten the gradient to at most `max_grad_norm`; returns its norm before that."""
+    max_norm = run.config.max_grad_norm or math.inf
+    return float(run.accelerator.clip_grad_norm_(run.model.parameters(), max_norm))
+
+
+def require_finite(run: FitRun, loss: Tensor, norm: float) -> None:
+    """Raise FloatingPointError for a NaN or an infinity, before it reaches the weights."""
+    figures = {"loss": float(loss), "gradient's norm": norm}
+    # The scaler of float16 skips steps with infinite gradients by itself.
+    if run.accelerator.scaler is not None:
+        del figures["gradient's norm"]
+    for what, value in figures.items():
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"the {what} is {value} at step {run.progress.step + 1}; the weights are as "
+                "before it. Lower learning_rate, or look for a broken row"
+            )
+
+
+# -- after a step ----------------------------------------------------------------------------------
+
+
+def end_step(run: FitRun, figures: dict[str, float]) -> None:
+    """Log, evaluate and save where it is due, after the last step, and before a stop."""
+    config, progress = run.config, run.progress
+    step, is_last = progress.step, progress.step == run.num_steps
+    if step % config.logging_steps == 0 or is_last:
+        epoch = {"epoch": step / run.steps_per_epoch}
+        run.log(mean_metrics(run, figures) | epoch)
+    else:
+        show_count("step", step, run.num_steps)
+    is_best = False
+    if run.eval_batches and config.eval_steps and step % config.eval_steps == 0:
+        metrics = evaluate(run)
+        run.log(metrics)
+        is_best = compare_with_best(run, metrics)
+    run.was_stopped = stop_requested(run)
+    is_due = config.save_steps and step % config.save_steps == 0
+    is_needed_later = is_best and config.load_best_model_at_end
+    if is_due or is_needed_later or run.was_stopped:
+        save(run)
+    elif run.has_ended and config.save_steps:
+        # Nothing is lost until the stage has recorded its result; then this checkpoint goes.
+        save(run, is_end=True)
+
+
+def save(run: FitRun, is_end: bool = False) -> None:
+    progress, scaler = run.progress, run.accelerator.scaler
+    state = {
+        "progress": vars(progress),
+        "scaler": scaler.state_dict() if scaler is not None else {},
+    }
+    save_checkpoint(
+        run.config,
+        progress.step,
+        run.parameters,
+        run.optimizer,
+        state,
+        best_step=progress.best_step,
+        is_end=is_end,
+    )
+
+
+def mean_metrics(run: FitRun, figures: dict[str, float]) -> dict[str, float]:
+    """The loss, the `figures` of the step, metrics and speed, over all processes since the last
+    logged step. A new window begins."""
+    window, run.window = run.window, Window()
+    device = run.accelerator.device
+    # In float64, where sums of many tokens stay exact.
+    tokens = torch.tensor(float(window.num_tokens), device=device)
+    totals = torch.stack([torch.stack(window.losses).double().mean(), tokens.double()])
+    loss, num_tokens = run.sum_over_processes(totals).tolist()
+    metrics = window.means.over_processes(run.accelerator)
+    speed = round(num_tokens / window.seconds, 1)
+    return {"loss": loss, **figures, **metrics, "tokens_per_s": speed}
+
+
+def stop_requested(run: FitRun) -> bool:
+    """Whether a signal came to any of the processes: they save and end together."""
+    # A launcher may signal one process alone; the others would wait for it at the next sum.
+    count = torch.tensor(len(run.signals), device=run.accelerator.device)
+    if not run.sum_over_processes(count):
+        return False
+    if not run.signals:
+        run.signals.append(signal.SIGTERM)
+    return True
+
+
+# -- evaluation ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(run: FitRun) -> dict[str, float]:
+    """{"eval_loss", ...}: the means of loss and metrics over all items of the evaluation rows."""
+    accelerator = run.accelerator
+    run.model.eval()
+    batches = run.eval_batches
+    processes = accelerator.num_processes
+    # Every process has as many rounds, or they would wait for each other.
+    rounds = math.ceil(len(batches) / processes) * processes
+    means = ItemMeans()
+    for number in range(accelerator.process_index, rounds, processes):
+        batch = run.collate(batches[number % len(batches)])
+        num_items = int(batch["num_items"]) if number < len(batches) else 0
+        loss, metrics = run.loss(run.model, to_device(batch, accelerator.device))
+        means.add({"loss": loss, **metrics}, num_items)
+    figures = means.over_processes(accelerator)
+    figures = {f"eval_{name}": value for name, value in figures.items()}
+    check_best_metric(run.config, figures)
+    return figures
+
+
+def check_best_metric(config: FitConfig, metrics: dict[str, float]) -> None:
+    name = config.metric_for_best_model
+    if f"eval_{name.removeprefix('eval_')}" not in metrics:
+        known = ", ".join(sorted(metrics))
+        raise ConfigError(f"metric_for_best_model={name}: there are {known}")
+
+
+def compare_with_best(run: FitRun, metrics: dict[str, float]) -> bool:
+    """Whether an evaluation is the best so far; counts those that are not."""
+    config, progress = run.config, run.progress
+    value = metrics["eval_" + config.metric_for_best_model.removeprefix("eval_")]
+    # Of equal evaluations the first is the best.
+    sign = 1 if config.greater_is_better else -1
+    best = progress.best_metric
+    is_best = best is None or sign * value > sign * best
+    progress.without_improvement += 1
+    if is_best:
+        progress.best_metric, progress.best_step = value, progress.step
+        progress.without_improvement = 0
+    return is_best
+
+
+def final_evaluation(run: FitRun) -> dict[str, float]:
+    """The metrics of the trained model, or with load_best_model_at_end of the best one, whose
+    weights are loaded."""
+    progress = run.progress
+    best_step = progress.best_step
+    if run.config.load_best_model_at_end and best_step not in (0, progress.step):
+        folder = Path(run.config.output_dir, "checkpoints", f"checkpoint-{best_step}")
+        load_weights(folder, run.parameters, run.optimizer)
+        logger.info("the best model is that of step %d", best_step)
+    else:
+        last = progress.history[-1] if progress.history else {}
+        if "eval_loss" in last and last["step"] == progress.step:
+            return {name: value for name, value in last.items() if name != "step"}
+    metrics = evaluate(run)
+    run.log(metrics)
+    return metrics
+
+
+def collect_metrics(progress: Progress, metrics_after: dict[str, float]) -> dict[str, float]:
+    """The metrics of a finished training, and as x_before those of the evaluation before it."""
+    history = progress.history
+    losses = [line["loss"] for line in history if "loss" in line]
+    metrics = dict(metrics_after)
+    metrics["train_loss"] = statistics.fmean(losses)
+    metrics["steps"] = progress.step
+    speeds = [line["tokens_per_s"] for line in history if "tokens_per_s" in line]
+    metrics["tokens_per_s"] = statistics.median(speeds)
     # The first evaluation was made before the first step.
-    evaluations = [logs for logs in history if "eval_loss" in logs]
-    before = evaluations[0] if evaluations else {}
+    before = next((line for line in history if "eval_loss" in line), {})
     metrics_before = {f"{name}_before": before[name] for name in metrics if name in before}
     return metrics | metrics_before
-
-
-# -- the model that the Trainer prepared ----------------------------------------------------------
-
-
-def undo_preparation(model) -> None:
-    """Take away what Trainer and accelerate have set on `model`."""
-    model.config.use_cache = True  # the Trainer's False would be saved with the model
-    # accelerate's autocast would stay in effect, and its mark would keep it from coming again.
-    for name in {"forward", "_original_forward", "_is_accelerate_prepared"} & vars(model).keys():
-        delattr(model, name)
-
-
-def copy_without_weights(model):
-    """A copy of `model` whose weights are on the meta device, but for quantized ones: these are no
-    floats, are shared with the copy, and are not sharded."""
-    replacements: dict[int, Any] = {}
-    for weight in model.parameters():
-        replacement = weight
-        if weight.is_floating_point():
-            empty = torch.empty_like(weight, device="meta")
-            replacement = torch.nn.Parameter(empty, weight.requires_grad)
-        replacements[id(weight)] = replacement
-    return copy.deepcopy(model, replacements)
-
-
-def gather_sharded_weights(model, shell) -> None:
-    """Undo in place what FSDP2 or ZeRO-3 made of `model` since `shell`, its copy without weights:
-    every process has all weights, no module is wrapped, and what saves, merges or samples need not
-    know that they were sharded."""
-    from transformers.integrations import unset_hf_deepspeed_config
-
-    unset_hf_deepspeed_config()  # or the next model would be sharded while it is loaded
-    for shard, target in zip(model.parameters(), shell.parameters(), strict=True):
-        with gathered(shard):
-            whole = shard.full_tensor() if hasattr(shard, "full_tensor") else shard.data.clone()
-        if target.is_meta:
-            weight = torch.nn.Parameter(whole.detach(), target.requires_grad)
-            torch.utils.swap_tensors(target, weight)
-        else:
-            target.data = whole
-    model.__class__ = type(shell)
-    model.__dict__ = vars(shell)
-
-
-def gathered(shard):
-    """A context in which a parameter that ZeRO-3 has split is whole; it leaves others alone."""
-    if not hasattr(shard, "ds_id"):
-        return contextlib.nullcontext()
-    return importlib.import_module("deepspeed").zero.GatheredParameters(shard)

@@ -278,7 +278,7 @@ def update_policy(run: Run, rollout: Rollout, num_tokens: torch.Tensor) -> dict[
     # The longest step along the natural gradient: its KL is max_kl to second order. max_kl is
     # annealed by the learning-rate schedule.
     direction, curvature = natural_gradient(run, batches[0], old_log_probs[0], gradient)
-    max_kl = config.max_kl * run.schedule.get_last_lr()[0] / config.value_learning_rate
+    max_kl = config.max_kl * run.schedule_factor
     longest_step = torch.sqrt(2 * max_kl / curvature.clamp(min=1e-20)) * direction
 
     # Line search: shorten the step until the KL, measured now, is inside and the surrogate better.

@@ -254,13 +254,3 @@ def test_the_lines_of_steps_take_one_place_in_a_notebook(tmp_path):
     assert log.count("step ") == 100
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 101))
-
-
-def test_a_terminal_shows_every_step(tmp_path, capsys):
-    from core.run_log import log_step
-    from core.runtime import start_logging
-
-    with start_logging("info"):
-        for step in (1, 2, 3):
-            log_step(tmp_path, step, 3, {"loss": 0.5}, "")
-    assert capsys.readouterr().out.splitlines() == [f"step {n}/3  loss 0.5" for n in (1, 2, 3)]

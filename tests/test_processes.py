@@ -54,7 +54,7 @@ def chain(kind, model_dir, data, out):
         "learning_rate": 1e-2,
         "lora_r": 0,
     }
-    pairs = {"preference_dataset_path": "examples/preferences.jsonl", "learning_rate": 1e-2}
+    pairs = {"preference_dataset_path": "examples/preferences.jsonl", "learning_rate": 5e-3}
     reinforcement = {
         "prompt_dataset_path": "examples/questions.jsonl",
         "reward": "length",
@@ -152,7 +152,7 @@ def test_processes_that_are_stopped_save_together_and_resume(kind, model_dir, da
         text=True,
     )
     for line in process.stdout:
-        if line.startswith("step  3/"):
+        if line.startswith("step  1/"):
             process.send_signal(signal.SIGTERM)
             break
     rest, _ = process.communicate(timeout=120)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import grpo
 import pytest
 import rl
 import sft
@@ -21,7 +22,9 @@ from test_house import files_behind
 import core.checkpoints
 import core.files
 import core.fingerprints
-import core.trainer
+import core.rl_run
+import core.train_state
+import core.training
 from chain import Pipeline
 from core.errors import ConfigError
 from core.recipe_files import resolve_options
@@ -176,12 +179,17 @@ def interrupted(model_dir, data, tmp_path):
     def full(model, tokenizer):
         raise OSError(28, "No space left on device")
 
-    def run(folder, fails=False, **more):
+    def run(folder, fails=False, keep_end=False, **more):
         config = sft.SFTConfig(**options | {"output_dir": str(tmp_path / folder)} | more)
         stage = sft.SFTStage(config)
         if fails:
             stage.save_model_and_tokenizer = full
-        return stage.execute()
+        result = stage.execute()
+        if (
+            fails and not keep_end
+        ):  # as if it had been lost: that of the end would make the others needless
+            shutil.rmtree(tmp_path / folder / f"checkpoints/checkpoint-{config.max_steps}")
+        return result
 
     assert run("whole").success
     result = run("cut", fails=True)
@@ -202,14 +210,13 @@ def test_the_best_checkpoint_of_a_run_that_was_moved_is_in_its_folder_now(interr
         "save_steps": 1,
         "load_best_model_at_end": True,
         "learning_rate": 0.3,
+        "greater_is_better": True,  # so that an early step is the best
         "max_steps": 4,
     }
     assert run("kept", **options).success
     assert not run("here", fails=True, **options).success
-    state = json.loads((tmp_path / "here/checkpoints/checkpoint-3/trainer_state.json").read_text())
-    assert state["best_global_step"] < 3
-    assert state["best_model_checkpoint"].startswith(str(tmp_path / "here"))
-    shutil.rmtree(tmp_path / "here/checkpoints/checkpoint-4")
+    state = json.loads((tmp_path / "here/checkpoints/checkpoint-3/state.json").read_text())
+    assert 0 < state["progress"]["best_step"] < 3
     (tmp_path / "here").rename(tmp_path / "there")
     assert run("there", **options).success
     assert same_weights(tmp_path / "there", tmp_path / "kept")
@@ -220,7 +227,7 @@ def cut(file):
 
 
 def test_a_checkpoint_of_the_last_step_is_the_end(interrupted):
-    """transformers' Trainer would take one more step. The mean loss is that of all steps."""
+    """No step more is taken. The mean loss is that of all steps."""
     run, folder, whole = interrupted
     same = {"max_steps": 4, "lr_scheduler_type": "constant"}
     done = run("whole", resume_from_checkpoint=False, **same)
@@ -325,10 +332,10 @@ def remove(file):
 @pytest.mark.parametrize(
     "name, harm, words",
     [
-        ("adapter_model.safetensors", cut, "adapter_model.safetensors is damaged"),
-        ("adapter_model.safetensors", flip, "adapter_model.safetensors is damaged"),
-        ("optimizer.pt", remove, "optimizer.pt is missing"),
-        ("trainer_state.json", empty_json, "trainer_state.json is damaged"),
+        ("weights.safetensors", cut, "weights.safetensors is damaged"),
+        ("weights.safetensors", flip, "weights.safetensors is damaged"),
+        ("optimizer.safetensors", remove, "optimizer.safetensors is missing"),
+        ("state.json", empty_json, "state.json is damaged"),
         ("manifest.json", empty, "manifest.json is damaged"),
         ("manifest.json", empty_json, "manifest.json is empty"),
         ("manifest.json", remove, "manifest.json is missing"),
@@ -351,8 +358,8 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_is_taken(
 
 def test_a_checkpoint_that_is_named_has_to_be_whole(interrupted):
     run, folder, whole = interrupted
-    flip(folder / "checkpoints/checkpoint-2/optimizer.pt")
-    with pytest.raises(ConfigError, match="checkpoint-2: optimizer.pt is damaged; give"):
+    flip(folder / "checkpoints/checkpoint-2/optimizer.safetensors")
+    with pytest.raises(ConfigError, match="checkpoint-2: optimizer.safetensors is damaged; give"):
         run("cut", resume_from_checkpoint=str(folder / "checkpoints/checkpoint-2"))
     with pytest.raises(ConfigError, match="checkpoint-4 is of another recipe; give"):
         core.checkpoints.find_checkpoint(
@@ -415,7 +422,7 @@ def test_a_checkpoint_whose_saving_fails_leaves_the_older_one(
             raise OSError(28, "No space left on device")
         seal(folder, config)
 
-    monkeypatch.setattr(core.trainer, "seal_checkpoint", full)
+    monkeypatch.setattr(core.train_state, "seal_checkpoint", full)
     options = dict(
         model_name_or_path=model_dir,
         dataset_name_or_path=data,
@@ -428,7 +435,7 @@ def test_a_checkpoint_whose_saving_fails_leaves_the_older_one(
     assert [path.name for path in (out / "checkpoints").glob("[a-z]*")] == [
         "checkpoint-2"
     ] and not core.files.find_damage(out / "checkpoints/checkpoint-2")
-    monkeypatch.setattr(core.trainer, "seal_checkpoint", seal)
+    monkeypatch.setattr(core.train_state, "seal_checkpoint", seal)
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "lo')  # of a line too there was only half
     assert sft.SFTStage(sft.SFTConfig(**options, output_dir=str(out))).execute().success
@@ -458,7 +465,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(model_dir, data, tmp_path, 
     command += [f"--{name}={value}" for name, value in options.items()]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
-        if line.startswith("step  2/"):
+        if line.startswith("step  1/"):
             process.send_signal(number)
         last = line
     assert process.wait() == 128 + number, last
@@ -469,6 +476,77 @@ def test_a_signal_saves_and_the_same_command_goes_on(model_dir, data, tmp_path, 
     assert again.returncode == 0, again.stderr
     assert "resuming from" in again.stdout
     assert same_weights(cut, whole)
+
+
+@pytest.mark.parametrize("recipe", ["sft", "grpo"])
+def test_after_the_last_step_nothing_is_lost_until_the_stage_is_recorded(
+    model_dir, data, tmp_path, recipe, monkeypatch, caplog
+):
+    """What fails or is stopped in the last evaluation, or later, goes on from the last step."""
+    options = {
+        "sft": {"max_steps": 3, "validation_split": 0.2},
+        "grpo": {
+            "reward": "length",
+            "reward_length": 3,
+            "num_training_steps": 3,
+            "batch_size": 4,
+            "num_eval_prompts": 2,
+            "generation_kwargs": {"max_new_tokens": 4},
+        },
+    }[recipe]
+    options |= {"model": model_dir, "data": data, "output_dir": str(tmp_path / "out")}
+    stage_class = {"sft": sft.SFTStage, "grpo": grpo.GRPOStage}[recipe]
+    stage_class, resolved = resolve_options(stage_class, [options])
+    module, checkpoints = {"sft": core.training, "grpo": core.rl_run}[recipe], tmp_path / "out"
+    checkpoints /= "checkpoints"
+    evaluate, evaluations = module.evaluate, []
+
+    def stopped_in_the_last_one(run):
+        evaluations.append(1)
+        if len(evaluations) == 2:
+            sys.exit(143)
+        return evaluate(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "evaluate", stopped_in_the_last_one)
+        with pytest.raises(SystemExit):
+            stage_class(stage_class.config_class(**resolved)).execute()
+    assert [folder.name for folder in checkpoints.iterdir()] == ["checkpoint-3"]
+    assert not (checkpoints / "checkpoint-3/optimizer.safetensors").exists()
+
+    caplog.set_level("INFO", "recipes")
+    caplog.clear()
+    assert stage_class(stage_class.config_class(**resolved)).execute().success
+    assert "resuming from" in caplog.text and "step 1/3" not in caplog.text
+    assert not checkpoints.exists()
+    lines = (tmp_path / "out/metrics.jsonl").read_text().splitlines()
+    evaluated = [json.loads(line)["step"] for line in lines if "eval_" in line]
+    assert evaluated == [0, 3]
+
+
+def test_the_end_of_a_training_goes_no_further(interrupted):
+    run, folder, _ = interrupted
+    assert not run("end", fails=True, keep_end=True).success
+    end = folder.parent / "end/checkpoints/checkpoint-5"
+    with pytest.raises(ConfigError, match="is the end of a training, without its optimizer"):
+        run("more", max_steps=7, resume_from_checkpoint=str(end))
+
+
+def test_the_last_evaluation_is_logged_once(model_dir, data, tmp_path):
+    config = sft.SFTConfig(
+        model_name_or_path=model_dir,
+        dataset_name_or_path=data,
+        output_dir=str(tmp_path),
+        max_steps=4,
+        eval_steps=2,
+        validation_split=0.2,
+    )
+    result = sft.SFTStage(config).execute()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    evaluations = [line for line in lines if "eval_loss" in line]
+    assert [line["step"] for line in evaluations] == [0, 2, 4]
+    assert result.metrics["eval_loss"] == evaluations[-1]["eval_loss"]
+    assert result.metrics["eval_loss_before"] == evaluations[0]["eval_loss"]
 
 
 def test_a_signal_between_the_steps_ends_at_once(model_dir, data, tmp_path):
@@ -723,7 +801,7 @@ def test_early_stopping_has_waited_as_long_after_an_interruption(
         seal(folder, config)
 
     with monkeypatch.context() as patch:
-        patch.setattr(core.trainer, "seal_checkpoint", full)
+        patch.setattr(core.train_state, "seal_checkpoint", full)
         assert not cut.execute().success
     again = sft.SFTStage(sft.SFTConfig(**options, output_dir=str(tmp_path / "cut"))).execute()
     assert again.metrics["steps"] == whole.metrics["steps"] < 8

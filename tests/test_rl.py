@@ -1186,7 +1186,7 @@ def test_the_longest_step_is_as_long_as_the_region(tokenizer, tmp_path, monkeypa
         tokenizer, tmp_path, algorithm="trpo", lora_r=0, max_kl=0.04, cg_damping=0.01
     )
     data, damping, max_kl = rolled(run, rows), 0.01, 0.02
-    run.schedule.step()  # the second of two steps of a linear schedule: half of max_kl is left
+    run.step = 1  # the second of two steps of a linear schedule: half of max_kl is left
     with torch.no_grad():
         old = completion_outputs(run, data, "log_probs").log_probs
     tried, set_parameters = [], trpo.set_parameters
@@ -1635,12 +1635,15 @@ def test_a_run_that_was_cut_off_goes_on_exactly(model_dir, tmp_path, algorithm, 
     )
     whole = stage_of(page_config(**values, output_dir=str(tmp_path / "whole"))).execute()
     cut = stage_of(page_config(**values, output_dir=str(tmp_path / "cut")))
-    keep, rl_run.save_checkpoint = rl_run.save_checkpoint, lambda run: (keep(run), 1 / 0)
+    keep, rl_run.save_checkpoint = (
+        rl_run.save_checkpoint,
+        lambda *state, **more: (keep(*state, **more), 1 / 0),
+    )
     try:
         assert not cut.execute().success
     finally:
         rl_run.save_checkpoint = keep
-    assert (tmp_path / "cut/checkpoints/step-000002").is_dir()
+    assert (tmp_path / "cut/checkpoints/checkpoint-2").is_dir()
     again = stage_of(
         page_config(**values, output_dir=str(tmp_path / "cut"), resume_from_checkpoint=True)
     ).execute()
@@ -1850,7 +1853,7 @@ def test_no_step_follows_a_signal_that_came_during_an_evaluation(tokenizer, tmp_
     run, rows = make_run(tokenizer, tmp_path, num_training_steps=3, eval_freq=1)
     run.evaluation_rows = rows
     saved = []
-    monkeypatch.setattr(rl_run, "save_checkpoint", lambda run: saved.append(run.step))
+    monkeypatch.setattr(run, "save", lambda: saved.append(run.step))
     monkeypatch.setattr(run, "report", lambda metrics: metrics)
 
     def evaluate(run):

@@ -1,0 +1,171 @@
+"""What a person sees while something takes long.
+
+On a terminal the line of a step takes the place of the one before it, in a notebook too. In a file
+or a pipe, the lines of steps come every few seconds at most; metrics.jsonl has all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+SECONDS_BETWEEN_LINES = 5.0
+CLEAR_LINE = "\r\x1b[2K"
+
+
+class ScreenHandler(logging.StreamHandler):
+    """Records of steps have a true attribute `is_step`; `stays` marks those that are always shown,
+    such as the first and the last one, and evaluations."""
+
+    has_open_line = False  # the cursor is behind a line that will be replaced
+    last_shown = -math.inf  # time.monotonic() of the last line of a step
+
+    @property
+    def is_terminal(self) -> bool:
+        return self.stream.isatty()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        passes = getattr(record, "is_step", False) and not getattr(record, "stays", False)
+        # A step that passes is replaced by the next one, or is one of too many.
+        if passes and self.is_terminal:
+            self.show_line(self.format(record))
+        elif not passes:
+            self.clear_line()
+            super().emit(record)
+        elif time.monotonic() - self.last_shown >= SECONDS_BETWEEN_LINES:
+            self.last_shown = time.monotonic()
+            super().emit(record)
+
+    def show_line(self, text: str) -> None:
+        """Show a line until the next one takes its place."""
+        # A line that wraps could not be cleared as a whole.
+        width = shutil.get_terminal_size().columns
+        self.stream.write(CLEAR_LINE + text[: width - 1])
+        self.flush()
+        self.has_open_line = True
+
+    def clear_line(self) -> None:
+        if self.has_open_line:
+            self.stream.write(CLEAR_LINE)
+            self.has_open_line = False
+
+
+class NotebookHandler(logging.StreamHandler):
+    """The screen in a notebook. After any other line, the lines of steps begin a new output."""
+
+    step_output: Any = None  # IPython's handle of the output that shows the last step
+    last_shown = -math.inf  # time.monotonic() of the last update
+    waiting: logging.LogRecord | None = None  # the newest step, if it is not shown yet
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not getattr(record, "is_step", False):
+            if self.waiting is not None:
+                self.show(self.waiting)
+            self.step_output = None
+            super().emit(record)
+            return
+        # Every update is a message to the browser, and a step may take a millisecond.
+        is_due = time.monotonic() - self.last_shown >= 1.0
+        if is_due or getattr(record, "stays", False):
+            self.show(record)
+        else:
+            self.waiting = record
+
+    def show(self, record: logging.LogRecord) -> None:
+        from IPython.display import display
+
+        self.last_shown, self.waiting = time.monotonic(), None
+        content = {"text/plain": self.format(record)}
+        if self.step_output is None:
+            self.step_output = display(content, raw=True, display_id=True)
+        else:
+            self.step_output.update(content, raw=True)
+
+
+def in_notebook() -> bool:
+    """Whether this program is the kernel of a Jupyter or Colab notebook."""
+    if "IPython" not in sys.modules:
+        return False
+    shell = sys.modules["IPython"].get_ipython()
+    return getattr(shell, "kernel", None) is not None
+
+
+def new_screen_handler() -> logging.Handler:
+    return NotebookHandler(sys.stdout) if in_notebook() else ScreenHandler(sys.stdout)
+
+
+# -- what logs nothing by itself -------------------------------------------------------------------
+
+
+def find_terminal() -> ScreenHandler | None:
+    """The handler that shows this project's lines on a terminal, if there is one."""
+    for handler in logging.getLogger("recipes").handlers:
+        if isinstance(handler, ScreenHandler) and handler.is_terminal:
+            return handler
+    return None
+
+
+def show_count(what: str, done: int, total: int) -> None:
+    """On a terminal, show how much of something is done."""
+    terminal = find_terminal()
+    if terminal is not None:
+        terminal.show_line(f"{what}  {done}/{total}")
+
+
+@contextlib.contextmanager
+def busy(what: str) -> Iterator[None]:
+    """On a terminal, show for how long something has been going on. Also a decorator."""
+    terminal = find_terminal()
+    if terminal is None:
+        yield
+        return
+    began, has_ended = time.monotonic(), threading.Event()
+
+    def show() -> None:
+        # What takes less than a second is not worth a line.
+        while not has_ended.wait(1.0):
+            terminal.show_line(f"{what}  {clock(time.monotonic() - began)}")
+
+    # A daemon, so that it never keeps a program alive that is being ended.
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        has_ended.set()
+        thread.join()
+        terminal.clear_line()
+
+
+class Pace:
+    """How long a loop has taken, and how long it will."""
+
+    def __init__(self, steps_done: int = 0):
+        self.began = time.monotonic()
+        self.steps_before = steps_done
+
+    def describe(self, step: int, steps: int) -> str:
+        """Such as "0:12 elapsed, 1:03 left"; empty before the first step."""
+        elapsed = time.monotonic() - self.began
+        done = step - self.steps_before
+        if not done:
+            return ""
+        # Steps from before an interruption took no time of this process.
+        left = elapsed / done * (steps - step)
+        return f"{clock(elapsed)} elapsed, {clock(left)} left"
+
+
+def clock(seconds: float) -> str:
+    """1:02:03, or 2:03 below an hour."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes:02}:{seconds:02}"
+    return f"{minutes}:{seconds:02}"

@@ -1,0 +1,97 @@
+"""core/screen.py: what is shown while something takes long, on a terminal and in a file."""
+
+import io
+import json
+import logging
+import time
+
+import pytest
+
+import core.screen
+from core.run_log import log_step
+from core.runtime import start_logging
+from core.screen import Pace, ScreenHandler, busy, clock, show_count
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    monkeypatch.setattr("sys.stdout", Terminal())
+    with start_logging("info"):
+        yield core.screen.find_terminal().stream
+
+
+def rows_on_screen(text):
+    """What a terminal shows of `text`: a cleared line is gone."""
+    return [line.split(core.screen.CLEAR_LINE)[-1] for line in text.split("\n")]
+
+
+def test_in_a_file_steps_come_every_few_seconds_and_the_ends_always(tmp_path, capsys, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(core.screen.time, "monotonic", lambda: now)
+    with start_logging("info"):
+        for step in range(1, 21):
+            now += 1.0
+            figures = {"eval_loss": 0.4} if step == 7 else {"loss": 0.5}
+            log_step(tmp_path, step, 20, figures, "")
+    shown = [line.split("/")[0].split()[1] for line in capsys.readouterr().out.splitlines()]
+    assert shown == ["1", "6", "7", "11", "16", "20"]
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 21))
+
+
+def test_on_a_terminal_a_step_takes_the_place_of_the_one_before(tmp_path, terminal):
+    logger = logging.getLogger("recipes")
+    for step in (1, 2):
+        log_step(tmp_path, step, 4, {"loss": 0.5}, "")
+    logger.warning("a warning")
+    show_count("answers", 3, 8)
+    log_step(tmp_path, 3, 4, {"eval_loss": 0.25}, "")
+    log_step(tmp_path, 4, 4, {"loss": 0.125}, "")
+    text = terminal.getvalue()
+    assert "step 1/4  loss 0.5" in text and "answers  3/8" in text
+    assert rows_on_screen(text) == [
+        "a warning",
+        "step 3/4  eval_loss 0.25",
+        "step 4/4  loss 0.125",
+        "",
+    ]
+
+
+def test_a_line_that_will_be_replaced_never_wraps(tmp_path, terminal, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    log_step(tmp_path, 1, 4, {"a_long_name_of_a_metric": 0.5}, "")
+    assert rows_on_screen(terminal.getvalue()) == ["step 1/4  a_long_na"]
+
+
+def test_what_says_nothing_itself_shows_for_how_long_it_has_gone_on(terminal):
+    with busy("loading"):
+        time.sleep(1.3)
+    text = terminal.getvalue()
+    assert "loading  0:01" in text and rows_on_screen(text) == [""]
+
+
+def test_without_a_terminal_nothing_is_counted(capsys):
+    with start_logging("info"):
+        show_count("answers", 3, 8)
+        with busy("loading"):
+            pass
+    assert capsys.readouterr().out == ""
+
+
+def test_a_pace_counts_the_steps_of_this_process(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(core.screen.time, "monotonic", lambda: now)
+    pace = Pace(steps_done=10)
+    assert pace.describe(10, 40) == ""
+    now += 20
+    assert pace.describe(20, 40) == "0:20 elapsed, 0:40 left"
+    assert [clock(seconds) for seconds in (59.6, 61, 3723)] == ["1:00", "1:01", "1:02:03"]
+
+
+def test_the_handler_of_a_file_is_no_terminal():
+    assert not ScreenHandler(io.StringIO()).is_terminal
