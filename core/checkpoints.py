@@ -105,18 +105,14 @@ def refuse_other_options(checkpoint: Path, config: TrainingConfig) -> None:
         )
 
 
-def remove_final_checkpoint(config: StageConfig, metrics: Mapping[str, float]) -> None:
-    """Remove the checkpoint of the last step, unless the interval of checkpoints asks for it.
-
-    It was for what could have failed before the stage was recorded.
-    """
-    options, steps = vars(config), metrics.get("steps")
-    interval = options.get("save_steps") or options.get("save_freq")
+def remove_end_checkpoint(config: StageConfig, metrics: Mapping[str, float]) -> None:
+    """Remove the checkpoint of the last step if it has no optimizer: it was for what could have
+    failed before the stage was recorded."""
     checkpoints = Path(config.output_dir, "checkpoints")
-    if not steps or not checkpoints.exists():
+    end = checkpoints / f"checkpoint-{metrics.get('steps')}"
+    if not end.exists() or (end / "optimizer.safetensors").exists():
         return
-    if not interval or steps % interval:
-        shutil.rmtree(checkpoints / f"checkpoint-{steps}", ignore_errors=True)
+    shutil.rmtree(end)
     if not any(checkpoints.iterdir()):
         checkpoints.rmdir()
 
@@ -242,4 +238,4 @@ def write_stage_record(config: StageConfig, result: Any, lineage: Mapping[str, A
         "versions": versions,
     }
     write_json(folder / "stage.json", record)
-    remove_final_checkpoint(config, result.metrics)
+    remove_end_checkpoint(config, result.metrics)

@@ -402,6 +402,8 @@ def estimate_disk_bytes(
     # Supervised recipes call the interval save_steps, those of RL save_freq.
     options = vars(config)
     save_steps = options.get("save_steps", options.get("save_freq"))
+    if save_steps:
+        disk_bytes += 4 * num_trained  # the end of the training, until the stage is recorded
     if save_steps and save_steps < steps:
         # Weights and Adam's moments; one more than the limit, while the oldest is not yet removed.
         disk_bytes += 12 * num_trained * (config.save_total_limit + 1)

@@ -82,10 +82,11 @@ def schedule_factor(config: TrainingConfig, step: int, num_steps: int) -> float:
         return (step + 1) / num_warmup_steps
     if config.lr_scheduler_type == "constant_with_warmup":
         return 1.0
-    progress = (step - num_warmup_steps) / (num_steps - num_warmup_steps)
+    steps_after_warmup = num_steps - num_warmup_steps
     if config.lr_scheduler_type == "cosine":
+        progress = (step - num_warmup_steps) / steps_after_warmup
         return 0.5 * (1 + math.cos(math.pi * progress))
-    return 1 - progress
+    return (num_steps - step) / steps_after_warmup
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> float:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 
+from core.accelerator import finish_trackers, start_accelerator
 from core.checkpoints import find_checkpoint
 from core.kl import k3, loss_needs_log_probs, next_kl_coef
 from core.logprobs import disable_dropout, sharing_is_exact
@@ -37,8 +37,14 @@ from core.rollout import (
     encode_prompts,
     rollout_outputs,
 )
-from core.run_log import finish_trackers, log_step, start_trackers, truncate_metrics
-from core.runtime import compute_dtype, deferred_signals, is_main_process, logger
+from core.run_log import log_step, truncate_metrics
+from core.runtime import (
+    any_process_stopped,
+    compute_dtype,
+    deferred_signals,
+    is_main_process,
+    logger,
+)
 from core.sampling import decode_completions, sample_completions, uniform_numbers
 from core.screen import Pace
 from core.train_state import load_checkpoint, save_checkpoint
@@ -93,21 +99,22 @@ class Run(Policy):
         self.pace = Pace(self.step)
         # A signal may come during a step or an evaluation; neither is followed by another step.
         while not self.stop_requested():
-            # `finish` evaluates and the stage saves the model: neither is needed twice.
             if self.step == config.num_training_steps:
-                return
+                return  # `finish` evaluates
             self.step_began = time.perf_counter()
             set_learning_rates(self.optimizer, self.schedule_factor)
             yield self.step
-            if self.step == config.num_training_steps and config.save_freq:
-                # Nothing is lost until the stage has recorded its result; then it goes.
-                self.save(is_end=True)
-            if self.step == config.num_training_steps or self.stop_requested():
+            if self.stop_requested():
                 continue
-            if self.evaluation_rows and config.eval_freq and self.step % config.eval_freq == 0:
+            is_last = self.step == config.num_training_steps
+            evaluates = self.evaluation_rows and config.eval_freq and not is_last
+            if evaluates and self.step % config.eval_freq == 0:
                 self.report(evaluate(self))
             if config.save_freq and self.step % config.save_freq == 0:
                 self.save()
+            elif config.save_freq and is_last:
+                # Nothing is lost until the stage has recorded its result; then this one goes.
+                self.save(is_end=True)
         self.save()
 
     @property
@@ -117,7 +124,8 @@ class Run(Policy):
 
     def save(self, is_end: bool = False) -> None:
         """Write a checkpoint. Sampling and shuffling are functions of seed and step."""
-        state = {"kl_coef": self.kl_coef, "before": self.before, "scaler": self.scaler.state_dict()}
+        state = {"step": self.step, "kl_coef": self.kl_coef, "before": self.before}
+        state["scaler"] = self.scaler.state_dict()
         save_checkpoint(
             self.config, self.step, self.trained_tensors, self.optimizer, state, is_end=is_end
         )
@@ -136,14 +144,7 @@ class Run(Policy):
         return [*self.parameters, *head]
 
     def stop_requested(self) -> bool:
-        """Whether a signal came to any of the processes: they save and end together."""
-        # A launcher may signal one process alone; the others would wait for it at the next sum.
-        count = torch.tensor(len(self.signals), device=self.model.device)
-        if not self.sum_over_processes(count):
-            return False
-        if not self.signals:
-            self.signals.append(signal.SIGTERM)
-        return True
+        return any_process_stopped(self.accelerator, self.signals)
 
     def next_prompts(self) -> list[dict]:
         """This process's prompts of the step (P,)."""
@@ -375,8 +376,6 @@ def build_run(
 
     `probe_row` is a prompt to try with whether one pass serves several answers.
     """
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
     from transformers.integrations import unset_hf_deepspeed_config
 
     disable_dropout(model)  # with it, ratios of probabilities are noise (Huang et al. 2024)
@@ -393,14 +392,10 @@ def build_run(
         reference = copy.deepcopy(model).requires_grad_(False).eval()
     value_head = new_value_head(model) if config.has_critic else None
     optimizer = new_optimizer(config, model, parameter_groups(config, model, value_head))
-    on_cpu = model.device.type == "cpu"
-    AcceleratorState._reset_state()  # the stage before may have had another precision
-    accelerator = Accelerator(
-        cpu=on_cpu, log_with=config.report_to or None, project_dir=config.output_dir
-    )
+    # `Policy.autocast` casts; accelerate prepares no model here.
+    accelerator = start_accelerator(config, mixed_precision="no", shards=False)
     # Under DeepSpeed too every process holds the whole policy, and whatever is loaded later.
     unset_hf_deepspeed_config()
-    start_trackers(accelerator, config)
     # float16 gradients underflow without a scaler; bfloat16 and float32 need none.
     float16 = compute_dtype(config.torch_dtype) == torch.float16
     run = Run(

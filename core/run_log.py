@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -62,23 +61,3 @@ def log_step(
         line,
         extra=how,
     )
-
-
-# -- trackers --------------------------------------------------------------------------------------
-
-
-def start_trackers(accelerator, config) -> None:
-    """Start the trackers of `report_to`: TensorBoard in OUT/runs, Weights & Biases, trackio."""
-    if not config.report_to:
-        return
-    os.environ["WANDB_DIR"] = config.output_dir
-    run_name = config.wandb_run_name or config.output_dir
-    wandb = {"wandb": {"name": run_name}}
-    accelerator.init_trackers(config.wandb_project or "runs", init_kwargs=wandb)
-
-
-def finish_trackers(accelerator) -> None:
-    """End them, or the steps of the next stage would go into the run of this one."""
-    # Not by accelerator.end_training(), which would end the process group too.
-    for tracker in accelerator.trackers:
-        tracker.finish()

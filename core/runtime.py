@@ -15,6 +15,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -176,6 +177,20 @@ def deferred_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
     if received:
         sys.exit(128 + received[0])
+
+
+def any_process_stopped(accelerator: Any, signals: list[int]) -> bool:
+    """Whether a signal came to any process: all of them save and end together.
+
+    `signals` is the list of `deferred_signals`, which then has one in every process.
+    """
+    # A launcher may signal one process alone; the others would wait for it at the next sum.
+    count = torch.tensor(len(signals), device=accelerator.device)
+    if not accelerator.reduce(count, "sum"):
+        return False
+    if not signals:
+        signals.append(signal.SIGTERM)
+    return True
 
 
 # ---- logging -------------------------------------------------------------------------------------

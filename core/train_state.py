@@ -5,7 +5,7 @@ OUT/checkpoints/checkpoint-N has
     weights.safetensors     all that trains; with LoRA this is the adapter alone
     optimizer.safetensors   the optimizer's state
     random-R.safetensors    the random numbers of process R
-    state.json              the step, and what else the caller keeps
+    state.json              what else the caller keeps
     options.json, manifest.json    see core/checkpoints.py
 
 Where weights are sharded, each process R above 0 writes its part to weights-R and optimizer-R.
@@ -55,7 +55,7 @@ def save_checkpoint(
                 write_tensors(shard_file(folder, "optimizer"), flat_optimizer_state(optimizer))
         write_tensors(random_file(folder), random_states())
         if is_main_process():
-            write_json(folder / "state.json", {"step": step, **state})
+            write_json(folder / "state.json", state)
     if is_main_process():
         folders = newest_first(Path(config.output_dir, "checkpoints"))
         # The end of a training comes on top: it is there only until the stage is recorded.
@@ -146,10 +146,11 @@ def flat_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     entries = {}
     for n, state in states.items():
         for name, value in state.items():
-            inner = value if isinstance(value, dict) else {name: value}
-            entries |= {
-                f"{n}.{inner_name}": inner_value for inner_name, inner_value in inner.items()
-            }
+            if not isinstance(value, dict):
+                entries[f"{n}.{name}"] = value
+                continue
+            for inner_name, inner_value in value.items():
+                entries[f"{n}.{inner_name}"] = inner_value
     return entries
 
 
@@ -175,7 +176,9 @@ def load_checkpoint(
     if shard_file(folder, "optimizer").exists():
         load_optimizer(folder, optimizer)
     elif step_of(folder) < steps:
-        raise ConfigError(f"{folder} is the end of a training, without its optimizer")
+        raise ConfigError(
+            f"{folder} is the end of a training, without its optimizer; give an earlier checkpoint"
+        )
     # Last of all: loading may have drawn random numbers.
     states = read_tensors(random_file(folder))
     torch.set_rng_state(states["cpu"])

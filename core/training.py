@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,13 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from core.accelerator import finish_trackers, start_accelerator
 from core.checkpoints import find_checkpoint
 from core.config import FitConfig
 from core.errors import ConfigError
 from core.files import write_jsonl
 from core.optimizers import decay_groups, new_optimizer, schedule_factor, set_learning_rates
-from core.run_log import finish_trackers, log_step, start_trackers
+from core.run_log import log_step
 from core.runtime import (
+    any_process_stopped,
     compute_dtype,
     default_device,
     deferred_signals,
@@ -40,6 +41,7 @@ from core.train_state import load_checkpoint, load_weights, save_checkpoint
 
 Batch = dict[str, Tensor]
 
+MIXED_PRECISION = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
 NOT_ON_SCREEN = "epoch|grad_norm|.*_(logps|reward)"
 
 
@@ -212,7 +214,9 @@ def start_run(config: FitConfig, model, train_rows, eval_rows, collate, loss) ->
         model.activation_checkpointing_enable(
             {"use_reentrant": False}, every_n_layers=config.gradient_checkpointing
         )
-    accelerator = start_accelerator(config)
+    precision = MIXED_PRECISION[compute_dtype(config.torch_dtype)]
+    accelerator = start_accelerator(config, precision, shards=True)
+    configure_deepspeed(accelerator, config)
     # FSDP2 exchanges the weights in model and optimizer, so it is given both.
     optimizer = new_optimizer(config, model, decay_groups(config, model))
     prepared, optimizer = accelerator.prepare(model, optimizer)
@@ -231,29 +235,15 @@ def start_run(config: FitConfig, model, train_rows, eval_rows, collate, loss) ->
     )
 
 
-def start_accelerator(config: FitConfig):
-    """accelerate's Accelerator for the precision and the launch of this run, with its trackers."""
-    from accelerate import Accelerator, PartialState
-    from accelerate.state import AcceleratorState
-
-    # The stage before may have had another precision.
-    AcceleratorState._reset_state()
-    PartialState(cpu=default_device().type == "cpu")  # the Accelerator takes its device from it
-    precisions = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
-    accelerator = Accelerator(
-        mixed_precision=precisions[compute_dtype(config.torch_dtype)],
-        log_with=config.report_to or None,
-        project_dir=config.output_dir,
-    )
-    start_trackers(accelerator, config)
+def configure_deepspeed(accelerator, config: FitConfig) -> None:
+    """Tell DeepSpeed, where the launch file chose it, what it does by itself."""
     plugin = accelerator.state.deepspeed_plugin
-    if plugin is not None:  # what DeepSpeed does by itself
-        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = (
-            config.per_device_train_batch_size
-        )
-        plugin.deepspeed_config["gradient_clipping"] = config.max_grad_norm
-        plugin.deepspeed_config["zero_allow_untested_optimizer"] = True
-    return accelerator
+    if plugin is None:
+        return
+    options = plugin.deepspeed_config
+    options["train_micro_batch_size_per_gpu"] = config.per_device_train_batch_size
+    options["gradient_clipping"] = config.max_grad_norm
+    options["zero_allow_untested_optimizer"] = True
 
 
 def log_start(config: FitConfig, model, rows: int) -> None:
@@ -358,7 +348,7 @@ def accumulate_gradients(run: FitRun, rows: Tensor) -> Tensor:
 @contextlib.contextmanager
 def gradients_stay_here(run: FitRun, until_next: bool) -> Iterator[None]:
     """Where gradients are not yet complete, no time is spent on sending them to other processes."""
-    run.accelerator.gradient_state._set_sync_gradients(not until_next)
+    run.accelerator.sync_gradients = not until_next
     with run.accelerator.no_sync(run.model) if until_next else contextlib.nullcontext():
         yield
 
@@ -402,8 +392,8 @@ def require_finite(run: FitRun, loss: Tensor, norm: float) -> None:
 def end_step(run: FitRun, figures: dict[str, float]) -> None:
     """Log, evaluate and save where it is due, after the last step, and before a stop."""
     config, progress = run.config, run.progress
-    step, is_last = progress.step, progress.step == run.num_steps
-    if step % config.logging_steps == 0 or is_last:
+    step = progress.step
+    if step % config.logging_steps == 0 or step == run.num_steps:
         epoch = {"epoch": step / run.steps_per_epoch}
         run.log(mean_metrics(run, figures) | epoch)
     else:
@@ -413,7 +403,7 @@ def end_step(run: FitRun, figures: dict[str, float]) -> None:
         metrics = evaluate(run)
         run.log(metrics)
         is_best = compare_with_best(run, metrics)
-    run.was_stopped = stop_requested(run)
+    run.was_stopped = any_process_stopped(run.accelerator, run.signals)
     is_due = config.save_steps and step % config.save_steps == 0
     is_needed_later = is_best and config.load_best_model_at_end
     if is_due or is_needed_later or run.was_stopped:
@@ -452,17 +442,6 @@ def mean_metrics(run: FitRun, figures: dict[str, float]) -> dict[str, float]:
     metrics = window.means.over_processes(run.accelerator)
     speed = round(num_tokens / window.seconds, 1)
     return {"loss": loss, **figures, **metrics, "tokens_per_s": speed}
-
-
-def stop_requested(run: FitRun) -> bool:
-    """Whether a signal came to any of the processes: they save and end together."""
-    # A launcher may signal one process alone; the others would wait for it at the next sum.
-    count = torch.tensor(len(run.signals), device=run.accelerator.device)
-    if not run.sum_over_processes(count):
-        return False
-    if not run.signals:
-        run.signals.append(signal.SIGTERM)
-    return True
 
 
 # -- evaluation ------------------------------------------------------------------------------------

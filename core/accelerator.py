@@ -1,0 +1,45 @@
+"""accelerate's Accelerator for a run: its processes, its precision, its experiment trackers."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from core.config import TrainingConfig
+from core.runtime import default_device
+
+
+def start_accelerator(config: TrainingConfig, mixed_precision: str, shards: bool) -> Any:
+    """A new Accelerator, whatever the stage before had.
+
+    With `shards` it spreads the model over the processes if the launch file says so; without, every
+    process holds the whole model under any launch file.
+    """
+    from accelerate import Accelerator, PartialState
+    from accelerate.state import AcceleratorState
+
+    # The state is global: it has precision and kind of processes of the stage before.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    on_cpu = default_device().type == "cpu"
+    PartialState(cpu=on_cpu)
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision,
+        # Given here too, it would keep accelerate from sharding on a CPU.
+        cpu=on_cpu and not shards,
+        log_with=config.report_to or None,
+        project_dir=config.output_dir,
+    )
+    if config.report_to:
+        # TensorBoard writes to OUT/runs.
+        os.environ["WANDB_DIR"] = config.output_dir
+        run_name = config.wandb_run_name or config.output_dir
+        wandb = {"wandb": {"name": run_name}}
+        accelerator.init_trackers(config.wandb_project or "runs", init_kwargs=wandb)
+    return accelerator
+
+
+def finish_trackers(accelerator: Any) -> None:
+    """End them, or the steps of the next stage would go into the run of this one."""
+    # Not by accelerator.end_training(), which would end the process group too.
+    for tracker in accelerator.trackers:
+        tracker.finish()
