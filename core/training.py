@@ -144,7 +144,6 @@ class FitRun:
 def fit(
     config: FitConfig,
     model,
-    tokenizer,
     train_rows: Sequence[dict],
     eval_rows: Sequence[dict],
     collate: Callable[[list], Batch],

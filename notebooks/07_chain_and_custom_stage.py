@@ -180,7 +180,7 @@ class TagsStage(BaseStage):
         train_rows = usable_rows(train_rows, encode, "training data")
         if eval_rows:
             eval_rows = usable_rows(eval_rows, encode, "evaluation data")
-        return fit(self.config, model, tokenizer, train_rows, eval_rows, sft.collate, sft.loss)
+        return fit(self.config, model, train_rows, eval_rows, sft.collate, sft.loss)
 
 
 # %% [markdown]

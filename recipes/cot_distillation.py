@@ -389,7 +389,7 @@ def train(
 
     # 4. Train, and answer the held-out questions before and after.
     before = evaluate_reasoning(config, model, tokenizer, eval_sets, "before")
-    metrics = fit(config, model, tokenizer, training, evaluation, sft.collate, loss)
+    metrics = fit(config, model, training, evaluation, sft.collate, loss)
     after = evaluate_reasoning(config, model, tokenizer, eval_sets, "after")
     teacher.local = None
 

@@ -460,7 +460,7 @@ def train(config: DPOConfig, model, tokenizer, train_rows: list, eval_rows: list
     # 3. Train: `fit` is the loop of core/training.py over batches and their loss.
     make_batch = partial(collate, share_prompt=share_prompt)
     batch_loss = partial(loss, config=config, reference=reference)
-    metrics = fit(config, model, tokenizer, training, evaluation, make_batch, batch_loss)
+    metrics = fit(config, model, training, evaluation, make_batch, batch_loss)
     warn_if_chosen_answers_fell(metrics)
     return metrics
 

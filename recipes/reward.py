@@ -201,7 +201,7 @@ def train(config: RewardConfig, model, tokenizer, train_rows: list, eval_rows: l
     if evaluation:
         error = measure_calibration(config, model, evaluation, make_batch)
         calibration["calibration_error_before"] = error
-    metrics = fit(config, model, tokenizer, training, evaluation, make_batch, batch_loss)
+    metrics = fit(config, model, training, evaluation, make_batch, batch_loss)
 
     # 3. Does the model know how sure it may be?
     if evaluation:

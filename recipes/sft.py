@@ -310,7 +310,7 @@ def train(
     before = generate(model, tokenizer, prompts, config.max_new_tokens)
 
     # 3. Train: `fit` is the loop of core/training.py over batches of `collate` and their `loss`.
-    metrics = fit(config, model, tokenizer, training, evaluation, collate, loss)
+    metrics = fit(config, model, training, evaluation, collate, loss)
 
     # 4. Answer the same prompts after training.
     after = generate(model, tokenizer, prompts, config.max_new_tokens)

@@ -693,10 +693,10 @@ def test_after_sft_the_first_loss_is_ln_2_and_the_reference_never_moves(
     seen = []
     inner = dpo.fit
 
-    def watched(config, model, tokenizer, training, evaluation, collate, loss):
+    def watched(config, model, training, evaluation, collate, loss):
         batch, reference = dpo.collate(training), loss.keywords["reference"]
         seen.append(dpo.reference_logps(model, batch, reference)[0])
-        metrics = inner(config, model, tokenizer, training, evaluation, collate, loss)
+        metrics = inner(config, model, training, evaluation, collate, loss)
         model.train()
         seen.append(dpo.reference_logps(model, batch, reference)[0])
         seen.append(dpo.sequence_logps(model, batch)[0].detach())

@@ -622,9 +622,7 @@ def test_a_packed_document_is_the_document_alone(tokenizer, model):
 def fitted(tmp_path, tokenizer, rows, held_out=(), model=None, **options):
     model = model or make_model(tokenizer)
     settings = config(tmp_path, **{"lora_r": 0, "learning_rate": 1e-3} | options)
-    metrics = core.training.fit(
-        settings, model, tokenizer, rows, list(held_out), sft.collate, sft.loss
-    )
+    metrics = core.training.fit(settings, model, rows, list(held_out), sft.collate, sft.loss)
     lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     return model, metrics, lines
 
@@ -676,7 +674,7 @@ def test_steps_hold_rows_of_like_length_the_longest_first_and_each_row_once_an_e
         return sft.collate(rows)
 
     (tmp_path / "out").mkdir()
-    core.training.fit(settings, make_model(tokenizer), tokenizer, rows, [], collate, sft.loss)
+    core.training.fit(settings, make_model(tokenizer), rows, [], collate, sft.loss)
     lengths = sorted(len(row["input_ids"]) for row in rows)
     for epoch in (seen[:7], seen[7:]):
         assert sorted(sum(epoch, [])) == lengths and [len(batch) for batch in epoch] == [3] * 6 + [
@@ -721,9 +719,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tokenizer, tm
 
     (tmp_path / "out").mkdir()
     with pytest.raises(FloatingPointError, match="the loss is nan at step 1"):
-        core.training.fit(
-            config(tmp_path, lora_r=0), model, tokenizer, rows, [], sft.collate, broken
-        )
+        core.training.fit(config(tmp_path, lora_r=0), model, rows, [], sft.collate, broken)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -733,9 +729,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(tokenizer
     model.model.norm.weight.register_hook(lambda grad: grad * float("inf"))
     (tmp_path / "out").mkdir()
     with pytest.raises(FloatingPointError, match="gradient's norm"):
-        core.training.fit(
-            config(tmp_path, lora_r=0), model, tokenizer, rows, [], sft.collate, sft.loss
-        )
+        core.training.fit(config(tmp_path, lora_r=0), model, rows, [], sft.collate, sft.loss)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -761,7 +755,7 @@ def test_after_training_nothing_of_its_precision_stays(tokenizer, tmp_path, opti
         )
         return found
 
-    core.training.fit(settings, model, tokenizer, rows, [], sft.collate, counted)
+    core.training.fit(settings, model, rows, [], sft.collate, counted)
     with torch.autocast("cpu", torch.bfloat16):
         counted(model, sft.collate(rows))
     assert (
@@ -785,7 +779,6 @@ def test_a_model_trained_before_trains_under_autocast_again(tokenizer, tmp_path)
         core.training.fit(
             settings,
             common.add_adapter(model, settings),
-            tokenizer,
             rows,
             rows[:1],
             sft.collate,

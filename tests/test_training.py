@@ -13,7 +13,6 @@ def test_a_frozen_model_is_an_error_not_a_success(tokenizer, model, tmp_path):
         core.training.fit(
             FitConfig(model_name_or_path="m", output_dir=str(tmp_path)),
             model.requires_grad_(False),
-            tokenizer,
             [{"input_ids": [1]}],
             [],
             None,
