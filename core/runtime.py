@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from core.errors import as_config_error
-from core.screen import new_screen_handler
+from core.screen import clear_open_line, new_screen_handler
 
 logger = logging.getLogger("recipes")
 
@@ -138,6 +138,7 @@ def exit_on_signals() -> None:
 
     def exit_now(number, frame):
         name = signal.Signals(number).name
+        clear_open_line()
         print(f"stopped by {name}; run the same command again to resume", file=sys.stderr)
         sys.exit(128 + number)
 

@@ -51,6 +51,13 @@ class ScreenHandler(logging.StreamHandler):
         self.flush()
         self.has_open_line = True
 
+    def close(self) -> None:
+        # What comes next, such as the prompt of a shell, begins a line of its own.
+        if self.has_open_line:
+            self.stream.write("\n")
+            self.has_open_line = False
+        super().close()
+
     def clear_line(self) -> None:
         if self.has_open_line:
             self.stream.write(CLEAR_LINE)
@@ -112,6 +119,14 @@ def find_terminal() -> ScreenHandler | None:
     return None
 
 
+def clear_open_line() -> None:
+    """To be called before something else is printed."""
+    terminal = find_terminal()
+    if terminal is not None:
+        terminal.clear_line()
+        terminal.flush()
+
+
 def show_count(what: str, done: int, total: int) -> None:
     """On a terminal, show how much of something is done."""
     terminal = find_terminal()
@@ -152,11 +167,13 @@ class Pace:
         self.steps_before = steps_done
 
     def describe(self, step: int, steps: int) -> str:
-        """Such as "0:12 elapsed, 1:03 left"; empty before the first step."""
+        """Such as "0:12 elapsed, 1:03 left"; empty before the first step of this process."""
         elapsed = time.monotonic() - self.began
         done = step - self.steps_before
         if not done:
             return ""
+        if step == steps:
+            return f"{clock(elapsed)} elapsed"
         # Steps from before an interruption took no time of this process.
         left = elapsed / done * (steps - step)
         return f"{clock(elapsed)} elapsed, {clock(left)} left"

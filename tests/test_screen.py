@@ -68,6 +68,21 @@ def test_a_line_that_will_be_replaced_never_wraps(tmp_path, terminal, monkeypatc
     assert rows_on_screen(terminal.getvalue()) == ["step 1/4  a_long_na"]
 
 
+def test_the_last_line_ends_where_the_run_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdout", Terminal())
+    with start_logging("info"):
+        stream = core.screen.find_terminal().stream
+        log_step(tmp_path, 1, 4, {"loss": 0.5}, "")
+    assert rows_on_screen(stream.getvalue()) == ["step 1/4  loss 0.5", ""]
+
+
+def test_what_is_printed_after_a_signal_begins_a_line(tmp_path, terminal):
+    log_step(tmp_path, 1, 4, {"loss": 0.5}, "")
+    core.screen.clear_open_line()
+    terminal.write("stopped")
+    assert rows_on_screen(terminal.getvalue()) == ["stopped"]
+
+
 def test_what_says_nothing_itself_shows_for_how_long_it_has_gone_on(terminal):
     with busy("loading"):
         time.sleep(1.3)
@@ -90,6 +105,7 @@ def test_a_pace_counts_the_steps_of_this_process(monkeypatch):
     assert pace.describe(10, 40) == ""
     now += 20
     assert pace.describe(20, 40) == "0:20 elapsed, 0:40 left"
+    assert pace.describe(40, 40) == "0:20 elapsed"
     assert [clock(seconds) for seconds in (59.6, 61, 3723)] == ["1:00", "1:01", "1:02:03"]
 
 
