@@ -1,4 +1,4 @@
-"""Token log-probabilities, and batches of answers that share a prompt.
+"""Batches of answers that share a prompt, and passes of a model over them.
 
 Shapes: B sequences of T positions, of which N are targets; V tokens in the vocabulary, hidden
 states of size H."""
@@ -6,12 +6,13 @@ states of size H."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from core.chat import IGNORE
+from core.output_layer import hidden_states_at, logits_at, scores_at, unwrap_model
 from core.runtime import logger, to_device
 
 # The tensors of a batch of answers, and what each holds where a sequence is shorter than the
@@ -20,13 +21,6 @@ PADDING = {"input_ids": 0, "position_ids": 0, "branch": -1, "sequence": 0, "targ
 
 
 # -- models ----------------------------------------------------------------------------------------
-
-
-def unwrap_model(model):
-    """The model inside DDP or DeepSpeed. (accelerate's extract_model_from_parallel searches every
-    module too.)"""
-    children = dict(model.named_children())
-    return children.get("module", model)
 
 
 def disable_dropout(model) -> None:
@@ -48,28 +42,6 @@ def without_adapter(model) -> Iterator[None]:
         yield
     finally:
         tuner.enable_adapter_layers()
-
-
-def logits_at(model, mask: torch.Tensor, **inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """The logits (N, V) and last hidden states (N, H) of the N positions where `mask` (B, T) is
-    true.
-
-    It is a forward pass of `model` itself, so DDP and FSDP work; only the vocabulary projection
-    skips the other positions, whose logits would take most of the memory."""
-    head = unwrap_model(model).get_output_embeddings()
-    selected = []
-
-    def select_positions(_, args) -> tuple[torch.Tensor]:
-        hidden = args[0]  # (B, T, H)
-        selected.append(hidden[mask])  # (N, H)
-        return (selected[0],)
-
-    hook = head.register_forward_pre_hook(select_positions)
-    try:
-        logits = model(**inputs, use_cache=False).logits
-    finally:
-        hook.remove()
-    return logits, selected[0]
 
 
 def additive_attention_mask(model, visible: torch.Tensor) -> torch.Tensor:
@@ -140,9 +112,9 @@ def make_columns(
     return torch.tensor([ids, positions, branches, sequences, targets], dtype=torch.long)
 
 
-def answer_logits(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """`logits_at` the N positions of a batch of `collate_answers` that have a target: (N, V) and
-    (N, H)."""
+def answer_inputs(model, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The inputs of `model` for a batch of `collate_answers`, and as "mask" (B, T) which positions
+    have a target."""
     inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
     if "attention_mask" in batch:
         inputs["attention_mask"] = batch["attention_mask"]
@@ -153,24 +125,40 @@ def answer_logits(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, 
         same_text = (query == key) | (key == 0)
         visible = same_text.tril()[:, None]  # (B, 1, T, T)
         inputs["attention_mask"] = additive_attention_mask(model, visible)
-    has_target = batch["targets"] != IGNORE  # (B, T)
-    return logits_at(model, has_target, **inputs)
+    inputs["mask"] = batch["targets"] != IGNORE
+    return inputs
+
+
+def answer_logits(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """`logits_at` the N positions of a batch of `collate_answers` that have a target: (N, V) and
+    (N, H)."""
+    return logits_at(model, **answer_inputs(model, batch))
+
+
+def answer_scores(
+    model, batch: dict[str, torch.Tensor], score: Callable, *columns: torch.Tensor
+) -> tuple[Sequence[torch.Tensor], torch.Tensor]:
+    """`scores_at` the N positions of a batch of `collate_answers` that have a target.
+
+    It is score(logits (n, V), targets (n,), *columns)."""
+    inputs = answer_inputs(model, batch)
+    mask = inputs.pop("mask")
+    return scores_at(model, mask, score, batch["targets"][mask], *columns, **inputs)
 
 
 @torch.no_grad()
 def sharing_is_exact(model, row: dict) -> bool:
-    """Whether a shared prompt gives the answers of `row` the same logits as a prompt for each of
-    them."""
+    """Whether a shared prompt gives the answers of `row` the same hidden states as a prompt for
+    each of them."""
 
-    def logits_of(share_prompt: bool) -> torch.Tensor:
+    def hidden_states(share_prompt: bool) -> torch.Tensor:
         batch = collate_answers([row], share_prompt)
         batch = to_device(batch, model.device)
-        logits, _ = answer_logits(model, batch)
-        return logits.float()
+        return hidden_states_at(model, **answer_inputs(model, batch)).float()
 
     # Other implementations of attention do not accept a mask of our own.
     if model.config._attn_implementation in ("sdpa", "eager"):
-        shared, separate = logits_of(True), logits_of(False)  # (N, V)
+        shared, separate = hidden_states(True), hidden_states(False)  # (N, H)
         difference = (shared - separate).std(-1).mean()
         tolerance = 1e-4 if model.dtype == torch.float32 else 0.1
         if difference < tolerance * separate.std(-1).mean():
@@ -180,39 +168,3 @@ def sharing_is_exact(model, row: dict) -> bool:
         "sharing one encoded prompt is not exact with this model's attention"
     )
     return False
-
-
-# -- log-probabilities -----------------------------------------------------------------------------
-
-
-class TokenLogps(torch.autograd.Function):
-    """log softmax(logits)[target] for logits (N, V) and targets (N,): (N,) in float32.
-
-    It works in chunks, and the gradient overwrites the logits, which are not needed after it: a
-    second tensor (N, V), the largest of a training step, is never allocated."""
-
-    @staticmethod
-    def at_once(logits: torch.Tensor) -> int:
-        """Rows of a chunk. On a CPU a chunk has to fit the cache."""
-        return 32 if logits.device.type == "cpu" else 1024
-
-    @staticmethod
-    def forward(ctx, logits, targets):
-        chunks = logits.split(TokenLogps.at_once(logits))
-        log_norms = torch.cat([chunk.float().logsumexp(-1) for chunk in chunks])
-        ctx.save_for_backward(logits, targets, log_norms)
-        target_logits = logits.gather(-1, targets[:, None])[:, 0]
-        return target_logits.float() - log_norms
-
-    @staticmethod
-    def backward(ctx, grads):
-        logits, targets, log_norms = ctx.saved_tensors
-        rows = TokenLogps.at_once(logits)
-        columns = [tensor.split(rows) for tensor in (logits, targets, log_norms, grads)]
-        # d log p(target) / d logits = onehot(target) - softmax(logits)
-        for chunk, target, log_norm, grad in zip(*columns, strict=True):
-            grad = grad[:, None]
-            log_probabilities = chunk.float() - log_norm[:, None]
-            chunk.copy_(log_probabilities.exp_().mul_(-grad))
-            chunk.scatter_add_(-1, target[:, None], grad.to(chunk.dtype))
-        return logits, None

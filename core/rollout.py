@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -30,7 +31,8 @@ from core.config import (
 )
 from core.data import load_rows, usable_rows
 from core.errors import ConfigError, RowError
-from core.logprobs import TokenLogps, answer_logits, collate_answers, without_adapter
+from core.logprobs import answer_logits, answer_scores, collate_answers, without_adapter
+from core.output_layer import TokenLogps, rows_at_once
 from core.rewards import (
     REWARDS,
     ScoringConfig,
@@ -422,37 +424,48 @@ def completion_outputs(
         switched_off = without_adapter(policy.model)
     elif reference:
         model = policy.reference
-    with policy.autocast(), switched_off:
-        logits, hidden = answer_logits(model, inputs)  # (N, V), (N, H)
-    targets = inputs["targets"][inputs["targets"] != IGNORE]  # (N,)
-    temperature = policy.config.sampling["temperature"]
     # The policy is the distribution that is sampled, temperature included (Huang et al. 2024).
-    if temperature != 1:
-        logits = logits / temperature
+    temperature = policy.config.sampling["temperature"]
+    outputs = TokenOutputs(logps=None)
+    with policy.autocast(), switched_off:
+        if "log_probs" in extras:
+            logits, hidden = answer_logits(model, inputs)  # (N, V), (N, H)
+            targets = inputs["targets"][inputs["targets"] != IGNORE]  # (N,)
+            outputs.log_probs = (logits / temperature).float().log_softmax(-1)
+            logps = outputs.log_probs.gather(1, targets[:, None])[:, 0]  # (N,)
+            entropy = entropy_of(outputs.log_probs)  # (N,)
+        else:
+            needs_entropy = "entropy" in extras
+            score = partial(score_tokens, temperature=temperature, needs_entropy=needs_entropy)
+            (logps, entropy), hidden = answer_scores(model, inputs, score)  # (N,), (N, H)
 
     def spread(values: torch.Tensor) -> torch.Tensor:
         """(N, ...) -> (B, T, ...), 0 in padding."""
         zeros = values.new_zeros(*batch.mask.shape, *values.shape[1:])
         return zeros.index_put((batch.mask,), values)
 
-    outputs = TokenOutputs(logps=None)
+    outputs.logps = spread(logps)
+    if "entropy" in extras:
+        outputs.entropy = spread(entropy)
     if "hidden" in extras:
         outputs.hidden = spread(hidden.float())
-    if "log_probs" in extras:
-        outputs.log_probs = logits.float().log_softmax(-1)
-        logps = outputs.log_probs.gather(1, targets[:, None])[:, 0]  # (N,)
-    else:
-        logps = TokenLogps.apply(logits, targets)  # (N,)
-    if "entropy" in extras:
-        if "log_probs" in extras:
-            entropy = entropy_of(outputs.log_probs)
-        else:
-            # In chunks, so that no second (N, V) is in memory.
-            chunks = logits.detach().split(TokenLogps.at_once(logits))
-            entropy = torch.cat([entropy_of(chunk.float().log_softmax(-1)) for chunk in chunks])
-        outputs.entropy = spread(entropy)
-    outputs.logps = spread(logps)
     return outputs
+
+
+def score_tokens(
+    logits: torch.Tensor, targets: torch.Tensor, temperature: float, needs_entropy: bool
+) -> list[torch.Tensor]:
+    """[log-probabilities (n,), entropies (n,)] of targets (n,) with logits (n, V). The latter have
+    no gradient, and are 0 where nobody reads them."""
+    if temperature != 1:
+        logits = logits / temperature
+    logps = TokenLogps.apply(logits, targets)  # (n,)
+    if not needs_entropy:
+        return [logps, torch.zeros_like(logps)]
+    # In chunks, so that no second (n, V) is in memory.
+    chunks = logits.detach().split(rows_at_once(logits))
+    entropy = torch.cat([entropy_of(chunk.float().log_softmax(-1)) for chunk in chunks])
+    return [logps, entropy]
 
 
 def entropy_of(log_probs: torch.Tensor) -> torch.Tensor:

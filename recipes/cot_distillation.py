@@ -50,7 +50,7 @@ from core.data import detect_format, load_dataset_from_path, load_rows, usable_r
 from core.errors import ConfigError, RowError, as_config_error
 from core.files import read_jsonl, rows_from_main_process, write_jsonl
 from core.llm_client import LLMClient
-from core.logprobs import logits_at, unwrap_model
+from core.output_layer import projected_later, scores_at, unwrap_model
 from core.rationales import (
     TeacherConfig,
     check_answers,
@@ -285,16 +285,16 @@ def distillation_loss(
     temperature: float,
     alpha: float,
     beta: float,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """(loss, metrics): alpha T^2 JSD at temperature T + (1 - alpha) negative log-likelihood, both
-    in nats per token, of logits (N, V) and targets (N,)."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(loss, divergence, nll), each (N,) and in nats, of logits (N, V) and targets (N,): the loss
+    is alpha T^2 JSD at temperature T + (1 - alpha) negative log-likelihood."""
     student_logps = (logits.float() / temperature).log_softmax(-1)  # (N, V)
     teacher_logps = (teacher_logits.float() / temperature).log_softmax(-1)  # (N, V)
     # T^2 keeps the size of the gradient independent of T (Hinton et al. 2015, section 2).
-    divergence = temperature**2 * jsd(student_logps, teacher_logps, beta).mean()
-    nll = F.cross_entropy(logits.float(), targets)
+    divergence = temperature**2 * jsd(student_logps, teacher_logps, beta)  # (N,)
+    nll = F.cross_entropy(logits.float(), targets, reduction="none")  # (N,)
     loss = alpha * divergence + (1 - alpha) * nll
-    return loss, {"divergence": divergence.detach(), "nll": nll.detach()}
+    return loss, divergence.detach(), nll.detach()
 
 
 def sample_student_answers(
@@ -335,12 +335,18 @@ def make_distillation_loss(config: CoTConfig, teacher_model, tokenizer) -> Calla
         predicts = F.pad(batch["labels"][:, 1:] != IGNORE, (0, 1))  # (B, T)
         targets = batch["labels"][:, 1:][predicts[:, :-1]]  # (N,)
         inputs = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask")}
-        with torch.no_grad():
-            teacher_logits, _ = logits_at(teacher_model, predicts, **inputs)  # (N, V)
-        logits, _ = logits_at(student, predicts, **inputs)  # (N, V)
-        return distillation_loss(
-            logits, teacher_logits, targets, config.temperature, alpha, config.beta
-        )
+        # The teacher's states become logits beside the student's, a few tokens at a time.
+        states, project = projected_later(teacher_model, predicts, **inputs)  # (N, ...)
+
+        def compare(logits, targets, states) -> tuple[torch.Tensor, ...]:
+            teacher_logits = project(states)  # (n, V)
+            return distillation_loss(
+                logits, teacher_logits, targets, config.temperature, alpha, config.beta
+            )
+
+        scores, _ = scores_at(student, predicts, compare, targets, states, **inputs)
+        losses, divergence, nll = scores  # (N,)
+        return losses.mean(), {"divergence": divergence.mean(), "nll": nll.mean()}
 
     return loss
 

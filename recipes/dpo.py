@@ -19,6 +19,7 @@ Shapes: B pairs of a batch, N target tokens of their 2 B answers, V tokens of th
 """
 
 import copy
+import math
 import sys
 from collections import defaultdict
 from collections.abc import Callable
@@ -42,13 +43,13 @@ from core.data import load_rows, usable_rows
 from core.errors import ConfigError, RowError, unknown_name
 from core.hub import check_model
 from core.logprobs import (
-    TokenLogps,
-    answer_logits,
+    answer_scores,
     collate_answers,
     disable_dropout,
     sharing_is_exact,
     without_adapter,
 )
+from core.output_layer import TokenLogps, vocabulary
 from core.preferences import (  # rows of preferences, which recipes/reward.py reads too
     OPTIONAL_COLUMNS,
     PAIR_FORMATS,
@@ -69,7 +70,8 @@ from core.training import fit
 # -- configuration ---------------------------------------------------------------------------------
 
 FORMATS = PAIR_FORMATS | UNPAIRED_FORMATS
-KL_STRIDE = 16  # KL is measured at every 16th token
+KL_STRIDE = 16  # KL is measured at every 16th token,
+MAX_KL_NUMBERS = 2**22  # or at fewer: the distributions that it needs have this size at most
 Weights = Annotated[list[NonNegative], comma_separated]
 
 
@@ -338,22 +340,28 @@ def losses_by_option() -> dict[str, list[str]]:
 def sequence_logps(model, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """(log pi(y|x) of the batch's answers (B, 2), log-probabilities of all tokens (M, V)).
 
-    The latter are at every KL_STRIDE-th position that has a target, without gradient.
+    The latter are at M of the positions that have a target, without gradient.
     """
     is_target = batch["targets"] != IGNORE  # (rows, T)
-    logits, _ = answer_logits(model, batch)  # (N, V)
-    targets = batch["targets"][is_target]  # (N,)
-    token_logps = TokenLogps.apply(logits, targets)  # (N,)
+    num_targets = int(is_target.sum())
+    most = max(1, MAX_KL_NUMBERS // vocabulary(model))
+    stride = max(KL_STRIDE, math.ceil(num_targets / most))
+    kl_is_measured = torch.arange(num_targets, device=is_target.device) % stride == 0  # (N,)
+
+    def score(logits: Tensor, targets: Tensor, kl_is_measured: Tensor) -> list[Tensor]:
+        logps = TokenLogps.apply(logits, targets)  # (n,)
+        some_logits = logits[kl_is_measured].detach()  # (m, V)
+        return [logps, some_logits.float().log_softmax(-1)]
+
+    scores, _ = answer_scores(model, batch, score, kl_is_measured)
+    token_logps, distributions = scores  # (N,), (M, V)
 
     # Sum over each answer, by a mask: on a GPU index_add would round differently at each call.
     answer_of_token = batch["sequence"][is_target]  # (N,)
     num_answers = 2 * int(batch["num_items"])
-    answers = torch.arange(num_answers, device=logits.device)  # (2 B,)
+    answers = torch.arange(num_answers, device=token_logps.device)  # (2 B,)
     belongs = answers[:, None] == answer_of_token  # (2 B, N)
     logps = torch.where(belongs, token_logps, 0).sum(1)  # (2 B,)
-
-    some_logits = logits[::KL_STRIDE].detach()  # (M, V)
-    distributions = some_logits.float().log_softmax(-1)
     return logps.view(-1, 2), distributions
 
 

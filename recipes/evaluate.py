@@ -51,7 +51,8 @@ from core.files import rows_from_main_process
 from core.function_process import Subprocess
 from core.hub import check_model
 from core.judge import Judge, JudgingConfig
-from core.logprobs import TokenLogps, answer_logits, collate_answers
+from core.logprobs import answer_scores, collate_answers
+from core.output_layer import TokenLogps
 from core.preferences import (
     PAIR_FORMATS,
     UNPAIRED_FORMATS,
@@ -230,6 +231,9 @@ def answer_logps(model, rows: list[dict], batch_size: int) -> list[list[tuple[fl
     # Batches of similar length need little padding.
     order = sorted(range(len(sides)), key=lengths.__getitem__)
 
+    def score(logits: torch.Tensor, targets: torch.Tensor) -> list[torch.Tensor]:
+        return [TokenLogps.apply(logits, targets)]  # (n,)
+
     # Keyed by the place in `sides`, since batches come in another order.
     results: dict[int, tuple[float, int]] = {}
     for start in range(0, len(order), batch_size):
@@ -237,10 +241,8 @@ def answer_logps(model, rows: list[dict], batch_size: int) -> list[list[tuple[fl
         batch = collate_answers([sides[index] for index in indices], share_prompt=False)
         batch = to_device(batch, model.device)
         has_target = batch["targets"] != IGNORE  # (B, T)
-        logits, _ = answer_logits(model, batch)  # (N, V)
-        targets = batch["targets"][has_target]  # (N,)
-        # float64: a long answer sums hundreds of tokens.
-        logps = TokenLogps.apply(logits, targets).double()  # (N,)
+        (logps,), _ = answer_scores(model, batch, score)  # (N,)
+        logps = logps.double()  # float64: a long answer sums hundreds of tokens
         sequence = batch["sequence"][has_target]  # (N,): which of the B answers a token belongs to
         sums = logps.new_zeros(len(indices)).index_add(0, sequence, logps)  # (B,)
         counts = sequence.bincount(minlength=len(indices))  # (B,)

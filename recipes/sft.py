@@ -40,7 +40,7 @@ from core.config import Count, FitConfig, Natural
 from core.data import load_rows, usable_rows
 from core.errors import ConfigError, RowError
 from core.files import write_jsonl
-from core.logprobs import TokenLogps, logits_at
+from core.output_layer import TokenLogps, scores_at
 from core.runtime import is_main_process, logger
 from core.sampling import generate
 from core.training import fit
@@ -280,12 +280,12 @@ def loss(model, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     predicts_target = F.pad(is_target, (0, 1))  # (B, T)
     input_names = ("input_ids", "position_ids", "attention_mask")
     inputs = {name: batch[name] for name in input_names if name in batch}
-    logits, _ = logits_at(model, predicts_target, **inputs)  # (N, V)
 
-    # Before TokenLogps, whose backward pass reuses the memory of the logits for their gradient.
-    accuracy = (logits.argmax(-1) == targets).float().mean()
-    logps = TokenLogps.apply(logits, targets)  # (N,)
-    return sft_loss(logps), {"token_accuracy": accuracy}
+    def score(logits: Tensor, targets: Tensor) -> list[Tensor]:
+        return [TokenLogps.apply(logits, targets), logits.argmax(-1) == targets]  # (n,)
+
+    (logps, is_right), _ = scores_at(model, predicts_target, score, targets, **inputs)  # (N,)
+    return sft_loss(logps), {"token_accuracy": is_right.float().mean()}
 
 
 # -- training --------------------------------------------------------------------------------------
