@@ -1,8 +1,6 @@
-"""Calls to another model, a judge or a teacher: one run here, or one behind a server with OpenAI's
-protocol.
+"""Calls to another model, a judge or a teacher: one run here, or a server with OpenAI's protocol.
 
-Every answer is kept in OUT/calls.jsonl, so a run that is repeated or resumed asks no question
-twice."""
+Every answer is kept in OUT/calls.jsonl, so a run that is repeated or resumed asks nothing twice."""
 
 from __future__ import annotations
 
@@ -15,9 +13,9 @@ import re
 import time
 import urllib.error
 import urllib.request
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -400,8 +398,7 @@ class LLMClient:
         import openai
 
         if self.server is None:
-            # It retries connection errors, timeouts, RETRIED_STATUSES and 5xx, and heeds
-            # Retry-After.
+            # It retries lost connections, timeouts, RETRIED_STATUSES, 5xx, and heeds Retry-After.
             self.server = openai.OpenAI(
                 api_key=self.secret or "none",
                 base_url=self.url,
@@ -420,11 +417,16 @@ class LLMClient:
 
         pool = ThreadPoolExecutor(self.config.concurrency)
         try:
-            futures = {}
-            for key, (messages, _) in todo.items():
-                futures[pool.submit(self.call, messages, options)] = key
-            for future in as_completed(futures):
-                yield futures[future], future.result()
+            under_way: dict[Future, str] = {}
+            left = deque(todo.items())
+            while left or under_way:
+                # A call begins after earlier answers are counted: else many would exceed a limit.
+                while left and len(under_way) < self.config.concurrency:
+                    key, (messages, _) = left.popleft()
+                    under_way[pool.submit(self.call, messages, options)] = key
+                done, _ = wait(under_way, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield under_way.pop(future), future.result()
         finally:
             self.halted = True  # calls under way are not repeated
             pool.shutdown(wait=False, cancel_futures=True)
