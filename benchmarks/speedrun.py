@@ -73,7 +73,7 @@ SPEEDRUNS = {
         recipe="recipes/grpo.py",
         data="examples/questions.jsonl",
         held_out=0.25,
-        max_new_tokens=24,
+        max_new_tokens=16,
         metric="numeric_match",
         target=0.70,
         options={
@@ -82,9 +82,9 @@ SPEEDRUNS = {
             "init_kl_coef": "0",  # so no step waits for a reference
             "batch_size": "32",
             "num_generations": "8",
-            "generation_kwargs": "{max_new_tokens: 20}",
+            "generation_kwargs": "{max_new_tokens: 16, temperature: 0.7}",
             "missing_stop_penalty": "0.3",
-            "learning_rate": "1e-3",
+            "learning_rate": "7e-4",
             "num_training_steps": "20",
             "save_freq": "0",
         },
