@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from core import checkpoints
-from core.attention import train_short_sequences_in_float32
 from core.chat import prepare_tokenizer, stop_tokens
 from core.checks import check_encoded_rows, describe_stage, estimate_fit
 from core.cli import help_text, read_command_line, read_switch
@@ -340,7 +339,8 @@ class BaseStage:
 def load_model_and_tokenizer(
     config: ModelConfig, needs_chat_template: bool = True, task: str = "CAUSAL_LM"
 ):
-    """(model, tokenizer), quantized if the config says so, an adapter merged; or ConfigError."""
+    """(model, tokenizer) of `model_name_or_path`, quantized if the config says so and with an
+    adapter merged; raises ConfigError."""
     base, adapter, _ = find_model_parts(config)
     # The tokenizer comes first: a missing chat template is reported before any weights are read.
     tokenizer, model_config = load_tokenizer(config)
@@ -386,11 +386,10 @@ def load_weights(
     if task == "SEQ_CLS":
         auto_class = transformers.AutoModelForSequenceClassification
         options["num_labels"] = 1
-    train_short_sequences_in_float32()
     model = auto_class.from_pretrained(base, **options)
-    if adapter:
-        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    return model
+    if adapter is None:
+        return model
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload()
 
 
 def merged_folder(config: ModelConfig, base: Path, adapter: Path, task: str | None) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from core.attention import train_short_sequences_in_float32
 from core.config import TrainingConfig
 from core.runtime import default_device
 
@@ -21,6 +22,8 @@ def start_accelerator(config: TrainingConfig, mixed_precision: str, shards: bool
     # The state is global: it has precision and kind of processes of the stage before.
     AcceleratorState._reset_state(reset_partial_state=True)
     on_cpu = default_device().type == "cpu"
+    if on_cpu:
+        train_short_sequences_in_float32()
     PartialState(cpu=on_cpu)
     accelerator = Accelerator(
         mixed_precision=mixed_precision,

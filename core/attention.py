@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 
-SHORT = 192  # positions, up to which torch's own kernel is the slower one
+SHORT = 192  # sequences of fewer positions are short
 
 
 def train_short_sequences_in_float32() -> None:
-    """Have transformers' sdpa attention compute short sequences in float32 where a CPU trains in
+    """Make transformers' "sdpa" attention compute short sequences in float32 where a CPU trains in
     bfloat16.
 
-    The backward pass of torch's kernel takes three times as long in bfloat16 for them; converting
-    queries, keys and values costs less.
+    The backward pass of torch's kernel takes three times as long in bfloat16 for them, and the
+    conversion of queries, keys and values less than that.
     """
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward

@@ -1,4 +1,4 @@
-"""Batches of answers that share a prompt, and passes of a model over them.
+"""Token log-probabilities, and batches of answers that share a prompt.
 
 Shapes: B sequences of T positions, of which N are targets; V tokens in the vocabulary, hidden
 states of size H."""
@@ -168,3 +168,44 @@ def sharing_is_exact(model, row: dict) -> bool:
         "sharing one encoded prompt is not exact with this model's attention"
     )
     return False
+
+
+# -- log-probabilities -----------------------------------------------------------------------------
+
+
+def rows_at_once(logits: torch.Tensor) -> int:
+    """How many rows of logits (N, V) to turn into probabilities at a time. On a CPU they have to
+    fit the cache."""
+    most = 2**20 if logits.device.type == "cpu" else 2**26
+    return max(1, most // logits.shape[-1])
+
+
+class TokenLogps(torch.autograd.Function):
+    """log softmax(logits)[target] for logits (N, V) and targets (N,): (N,) in float32.
+
+    It works in chunks, and the gradient overwrites the logits, which are not needed after it: a
+    second tensor (N, V), the largest of a training step, is never allocated."""
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        rows = rows_at_once(logits)
+        # Allocated before the chunks: small tensors between large ones leave holes in memory.
+        log_norms = logits.new_empty(len(logits), dtype=torch.float32)  # (N,)
+        for chunk, log_norm in zip(logits.split(rows), log_norms.split(rows), strict=True):
+            torch.logsumexp(chunk.float(), -1, out=log_norm)
+        ctx.save_for_backward(logits, targets, log_norms)
+        target_logits = logits.gather(-1, targets[:, None])[:, 0]
+        return target_logits.float() - log_norms
+
+    @staticmethod
+    def backward(ctx, grads):
+        logits, targets, log_norms = ctx.saved_tensors
+        rows = rows_at_once(logits)
+        columns = [tensor.split(rows) for tensor in (logits, targets, log_norms, grads)]
+        # d log p(target) / d logits = onehot(target) - softmax(logits)
+        for chunk, target, log_norm, grad in zip(*columns, strict=True):
+            grad = grad[:, None]
+            log_probabilities = chunk.float() - log_norm[:, None]
+            chunk.copy_(log_probabilities.exp_().mul_(-grad))
+            chunk.scatter_add_(-1, target[:, None], grad.to(chunk.dtype))
+        return logits, None

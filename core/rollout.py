@@ -31,8 +31,14 @@ from core.config import (
 )
 from core.data import load_rows, usable_rows
 from core.errors import ConfigError, RowError
-from core.logprobs import answer_logits, answer_scores, collate_answers, without_adapter
-from core.output_layer import TokenLogps, rows_at_once
+from core.logprobs import (
+    TokenLogps,
+    answer_logits,
+    answer_scores,
+    collate_answers,
+    rows_at_once,
+    without_adapter,
+)
 from core.rewards import (
     REWARDS,
     ScoringConfig,
@@ -426,18 +432,20 @@ def completion_outputs(
         model = policy.reference
     # The policy is the distribution that is sampled, temperature included (Huang et al. 2024).
     temperature = policy.config.sampling["temperature"]
+    wants_entropy = "entropy" in extras
     outputs = TokenOutputs(logps=None)
     with policy.autocast(), switched_off:
         if "log_probs" in extras:
             logits, hidden = answer_logits(model, inputs)  # (N, V), (N, H)
+            if temperature != 1:
+                logits = logits / temperature
+            outputs.log_probs = logits.float().log_softmax(-1)
             targets = inputs["targets"][inputs["targets"] != IGNORE]  # (N,)
-            outputs.log_probs = (logits / temperature).float().log_softmax(-1)
             logps = outputs.log_probs.gather(1, targets[:, None])[:, 0]  # (N,)
-            entropy = entropy_of(outputs.log_probs)  # (N,)
+            entropies = [entropy_of(outputs.log_probs)] if wants_entropy else []  # (N,)
         else:
-            needs_entropy = "entropy" in extras
-            score = partial(score_tokens, temperature=temperature, needs_entropy=needs_entropy)
-            (logps, entropy), hidden = answer_scores(model, inputs, score)  # (N,), (N, H)
+            score = partial(score_tokens, temperature=temperature, wants_entropy=wants_entropy)
+            (logps, *entropies), hidden = answer_scores(model, inputs, score)  # (N,), (N, H)
 
     def spread(values: torch.Tensor) -> torch.Tensor:
         """(N, ...) -> (B, T, ...), 0 in padding."""
@@ -445,27 +453,26 @@ def completion_outputs(
         return zeros.index_put((batch.mask,), values)
 
     outputs.logps = spread(logps)
-    if "entropy" in extras:
-        outputs.entropy = spread(entropy)
+    if wants_entropy:
+        outputs.entropy = spread(entropies[0])
     if "hidden" in extras:
         outputs.hidden = spread(hidden.float())
     return outputs
 
 
 def score_tokens(
-    logits: torch.Tensor, targets: torch.Tensor, temperature: float, needs_entropy: bool
+    logits: torch.Tensor, targets: torch.Tensor, temperature: float, wants_entropy: bool
 ) -> list[torch.Tensor]:
-    """[log-probabilities (n,), entropies (n,)] of targets (n,) with logits (n, V). The latter have
-    no gradient, and are 0 where nobody reads them."""
+    """The log-probabilities (n,) of targets (n,) with logits (n, V), then, if wanted, the entropies
+    (n,) of their distributions, without gradient."""
     if temperature != 1:
         logits = logits / temperature
-    logps = TokenLogps.apply(logits, targets)  # (n,)
-    if not needs_entropy:
-        return [logps, torch.zeros_like(logps)]
-    # In chunks, so that no second (n, V) is in memory.
-    chunks = logits.detach().split(rows_at_once(logits))
-    entropy = torch.cat([entropy_of(chunk.float().log_softmax(-1)) for chunk in chunks])
-    return [logps, entropy]
+    scores = [TokenLogps.apply(logits, targets)]
+    if wants_entropy:
+        # In chunks, so that no second (n, V) is in memory.
+        chunks = logits.detach().split(rows_at_once(logits))
+        scores.append(torch.cat([entropy_of(chunk.float().log_softmax(-1)) for chunk in chunks]))
+    return scores
 
 
 def entropy_of(log_probs: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -18,8 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from core.chat import prompt_ids, stop_tokens
 from core.errors import ConfigError, unknown_name
-from core.logprobs import additive_attention_mask
-from core.output_layer import rows_at_once
+from core.logprobs import additive_attention_mask, rows_at_once
 from core.screen import show_count
 
 CUDA_GRAPH_DEVICES = {"cuda"}  # device types on which a decoding step is recorded once and replayed
@@ -73,20 +71,20 @@ def sample_next_token(
     (0, 1]; without them, the most likely one. The log-probabilities include the temperature, as in
     training, but not top_k and top_p."""
     rows = rows_at_once(logits)
-    logits_by_chunk = logits.split(rows)
-    uniforms_by_chunk = repeat(None) if uniforms is None else uniforms.split(rows)
-    parts = [
-        sample_chunk(chunk, chunk_uniforms, sampling)
-        for chunk, chunk_uniforms in zip(logits_by_chunk, uniforms_by_chunk, strict=False)
-    ]
-    tokens, logps = zip(*parts, strict=True)
+    tokens, logps = [], []
+    for start in range(0, len(logits), rows):
+        chunk = slice(start, start + rows)
+        numbers = None if uniforms is None else uniforms[chunk]
+        chunk_tokens, chunk_logps = sample_few(logits[chunk], numbers, sampling)
+        tokens.append(chunk_tokens)
+        logps.append(chunk_logps)
     return torch.cat(tokens), torch.cat(logps)
 
 
-def sample_chunk(
+def sample_few(
     logits: torch.Tensor, uniforms: torch.Tensor | None, sampling: Mapping
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`sample_next_token` for a few rows: several tensors (B, V) are in memory for it."""
+    """`sample_next_token` for as many rows as may have several tensors (B, V) in memory."""
     logits = logits.float() / sampling["temperature"]
     probabilities = logits.softmax(-1)  # (B, V)
 

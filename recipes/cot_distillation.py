@@ -50,7 +50,7 @@ from core.data import detect_format, load_dataset_from_path, load_rows, usable_r
 from core.errors import ConfigError, RowError, as_config_error
 from core.files import read_jsonl, rows_from_main_process, write_jsonl
 from core.llm_client import LLMClient
-from core.output_layer import projected_later, scores_at, unwrap_model
+from core.output_layer import deferred_logits, scores_at, unwrap_model
 from core.rationales import (
     TeacherConfig,
     check_answers,
@@ -336,7 +336,7 @@ def make_distillation_loss(config: CoTConfig, teacher_model, tokenizer) -> Calla
         targets = batch["labels"][:, 1:][predicts[:, :-1]]  # (N,)
         inputs = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask")}
         # The teacher's states become logits beside the student's, a few tokens at a time.
-        states, project = projected_later(teacher_model, predicts, **inputs)  # (N, ...)
+        states, project = deferred_logits(teacher_model, predicts, **inputs)  # (N, ...)
 
         def compare(logits, targets, states) -> tuple[torch.Tensor, ...]:
             teacher_logits = project(states)  # (n, V)

@@ -43,13 +43,14 @@ from core.data import load_rows, usable_rows
 from core.errors import ConfigError, RowError, unknown_name
 from core.hub import check_model
 from core.logprobs import (
+    TokenLogps,
     answer_scores,
     collate_answers,
     disable_dropout,
     sharing_is_exact,
     without_adapter,
 )
-from core.output_layer import TokenLogps, vocabulary
+from core.output_layer import vocabulary_size
 from core.preferences import (  # rows of preferences, which recipes/reward.py reads too
     OPTIONAL_COLUMNS,
     PAIR_FORMATS,
@@ -344,13 +345,13 @@ def sequence_logps(model, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """
     is_target = batch["targets"] != IGNORE  # (rows, T)
     num_targets = int(is_target.sum())
-    most = max(1, MAX_KL_NUMBERS // vocabulary(model))
+    most = max(1, MAX_KL_NUMBERS // vocabulary_size(model))
     stride = max(KL_STRIDE, math.ceil(num_targets / most))
     kl_is_measured = torch.arange(num_targets, device=is_target.device) % stride == 0  # (N,)
 
     def score(logits: Tensor, targets: Tensor, kl_is_measured: Tensor) -> list[Tensor]:
         logps = TokenLogps.apply(logits, targets)  # (n,)
-        some_logits = logits[kl_is_measured].detach()  # (m, V)
+        some_logits = logits.detach()[kl_is_measured]  # (m, V)
         return [logps, some_logits.float().log_softmax(-1)]
 
     scores, _ = answer_scores(model, batch, score, kl_is_measured)

@@ -51,8 +51,7 @@ from core.files import rows_from_main_process
 from core.function_process import Subprocess
 from core.hub import check_model
 from core.judge import Judge, JudgingConfig
-from core.logprobs import answer_scores, collate_answers
-from core.output_layer import TokenLogps
+from core.logprobs import TokenLogps, answer_scores, collate_answers
 from core.preferences import (
     PAIR_FORMATS,
     UNPAIRED_FORMATS,

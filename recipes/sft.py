@@ -40,7 +40,8 @@ from core.config import Count, FitConfig, Natural
 from core.data import load_rows, usable_rows
 from core.errors import ConfigError, RowError
 from core.files import write_jsonl
-from core.output_layer import TokenLogps, scores_at
+from core.logprobs import TokenLogps
+from core.output_layer import scores_at
 from core.runtime import is_main_process, logger
 from core.sampling import generate
 from core.training import fit

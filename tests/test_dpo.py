@@ -16,7 +16,6 @@ from conftest import ROOT, make_model
 import common
 import core.data
 import core.logprobs
-import core.output_layer
 import core.preferences
 from core.chat import IGNORE
 from core.errors import ConfigError, RowError
@@ -391,7 +390,7 @@ def test_token_logps_are_cross_entropy(dtype):
     )
     results = []
     for function in (
-        core.output_layer.TokenLogps.apply,
+        core.logprobs.TokenLogps.apply,
         lambda x, y: -torch.nn.functional.cross_entropy(x.float(), y, reduction="none"),
     ):
         leaf = logits.clone().requires_grad_()

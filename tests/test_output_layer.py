@@ -24,7 +24,8 @@ from transformers import (
 
 import common
 import core.output_layer
-from core.output_layer import TokenLogps, computes_final_logits, projected_later, scores_at
+from core.logprobs import TokenLogps
+from core.output_layer import deferred_logits, returns_its_logits, scores_at
 
 VOCABULARY = 50
 SIZES = dict(
@@ -133,14 +134,14 @@ def test_scores_in_chunks_are_those_of_all_logits(seen, tied, frozen):
 def test_logits_that_the_model_changes_afterwards_are_scored_as_it_returns_them(make, seen):
     model = make()
     ids, mask, *_ = a_batch()
-    assert not computes_final_logits(model, ids)
+    assert not returns_its_logits(model, ids)
     require_equal(scores_and_gradients(model, seen), by_hand(model))
     assert seen == [int(mask.sum())]
 
 
 def test_a_cap_that_is_not_set_caps_nothing(seen):
     model = capped(None)
-    assert computes_final_logits(model, a_batch()[0])
+    assert returns_its_logits(model, a_batch()[0])
     require_equal(scores_and_gradients(model, seen), by_hand(model))
     assert max(seen) == 8
 
@@ -151,7 +152,7 @@ def test_the_try_on_one_token_leaves_random_numbers_and_gradients_alone():
     torch.manual_seed(3)
     wanted = torch.rand(4)
     torch.manual_seed(3)
-    computes_final_logits(model, ids)
+    returns_its_logits(model, ids)
     assert torch.equal(torch.rand(4), wanted)
     assert all(weight.grad is None for weight in model.parameters())
 
@@ -171,12 +172,12 @@ def test_the_output_layer_is_itself_again_after_a_failure():
 
 
 @pytest.mark.parametrize("make", [capped, lambda: capped(None)])
-def test_projected_later_are_the_logits_whatever_autocast_is_on(make):
+def test_deferred_logits_are_the_logits_whatever_autocast_is_on(make):
     model = make()
     ids, mask, *_ = a_batch()
     with torch.no_grad():
         wanted = model(input_ids=ids).logits[mask]
-    states, project = projected_later(model, mask, input_ids=ids)
+    states, project = deferred_logits(model, mask, input_ids=ids)
     with torch.autocast("cpu", torch.bfloat16):
         found = torch.cat([project(part) for part in states.split(5)])
     assert torch.allclose(found, wanted, atol=1e-6) and not found.requires_grad
@@ -196,18 +197,18 @@ def test_autocast_reaches_the_chunks(seen):
 # -- recipes ---------------------------------------------------------------------------------------
 
 
-def with_chunks(monkeypatch, function):
+def with_and_without_chunks(monkeypatch, function, *args):
     """What `function` returns with all logits at once, and in chunks of one position."""
     results = []
     for max_logits in (2**24, 1):
         monkeypatch.setattr(core.output_layer, "MAX_LOGITS", {"cpu": max_logits})
-        results.append(function())
+        results.append(function(*args))
     return results
 
 
-def loss_and_gradient(model, loss):
+def loss_and_gradient(loss, model, *args):
     model.zero_grad()
-    value, metrics = loss()
+    value, metrics = loss(model, *args)
     value.backward()
     gradient = torch.cat([gradient.flatten() for gradient in weights_of(model)])
     return [value.detach(), gradient, *(metrics[name].float() for name in sorted(metrics))]
@@ -243,16 +244,16 @@ def sft_batch(tokenizer):
 
 def test_sft_in_chunks(tokenizer, adapted, monkeypatch):
     batch = sft_batch(tokenizer)
-    run = lambda: loss_and_gradient(adapted, lambda: sft.loss(adapted, batch))  # noqa: E731
-    require_close(with_chunks(monkeypatch, run))
+    args = (loss_and_gradient, sft.loss, adapted, batch)
+    require_close(with_and_without_chunks(monkeypatch, *args))
 
 
 @pytest.mark.parametrize("share", [True, False])
 def test_dpo_in_chunks(tokenizer, tmp_path, adapted, monkeypatch, share):
     settings = dpo_config(tmp_path)
     batch = dpo.collate(encoded(tokenizer, tmp_path), share)
-    run = lambda: loss_and_gradient(adapted, lambda: dpo.loss(adapted, batch, settings))  # noqa: E731
-    require_close(with_chunks(monkeypatch, run))
+    args = (loss_and_gradient, dpo.loss, adapted, batch, settings)
+    require_close(with_and_without_chunks(monkeypatch, *args))
 
 
 def test_the_kl_of_dpo_is_measured_at_fewer_tokens_of_a_large_vocabulary(
@@ -280,8 +281,8 @@ def test_distillation_in_chunks(tokenizer, tmp_path, adapted, monkeypatch, tempe
     teacher = make_model(tokenizer, seed=5).eval()
     loss = cot.make_distillation_loss(settings, teacher, tokenizer)
     batch = sft_batch(tokenizer)
-    run = lambda: loss_and_gradient(adapted.train(), lambda: loss(adapted, batch))  # noqa: E731
-    require_close(with_chunks(monkeypatch, run))
+    args = (loss_and_gradient, loss, adapted.train(), batch)
+    require_close(with_and_without_chunks(monkeypatch, *args))
 
 
 def test_the_policy_of_rl_in_chunks(tokenizer, adapted, monkeypatch):
@@ -308,7 +309,7 @@ def test_the_policy_of_rl_in_chunks(tokenizer, adapted, monkeypatch):
         gradient = torch.cat([gradient.flatten() for gradient in weights_of(adapted)])
         return [outputs.logps.detach(), outputs.entropy, outputs.hidden.detach(), gradient]
 
-    results = with_chunks(monkeypatch, run)
+    results = with_and_without_chunks(monkeypatch, run)
     require_close(results)
     assert not results[1][1].requires_grad
     whole = completion_outputs(policy, batch, "entropy", "log_probs")
@@ -321,5 +322,5 @@ def test_evaluation_in_chunks(tokenizer, adapted, monkeypatch):
     for answer in ([7, 8], [9, 4, 4]):
         sides.append({"prompt": [5, 6], "answers": [answer], "labels": [answer]})
     rows = [{"sides": sides}]
-    run = lambda: torch.tensor(evaluate.answer_logps(adapted, rows, 2))  # noqa: E731
-    require_close(with_chunks(monkeypatch, run))
+    results = with_and_without_chunks(monkeypatch, evaluate.answer_logps, adapted, rows, 2)
+    require_close([torch.tensor(result) for result in results])

@@ -739,12 +739,12 @@ def test_after_training_nothing_of_its_precision_stays(tokenizer, tmp_path, opti
 
     While it is there, it alone casts the inputs of the adapter's 14 layers, and not peft before it.
     """
+    from peft.helpers import disable_input_dtype_casting
+
     settings, rows = (
         config(tmp_path, torch_dtype="bfloat16", max_steps=1, **options),
         rows_of(tokenizer, *LENGTHS),
     )
-    from peft.helpers import disable_input_dtype_casting
-
     model = common.add_adapter(make_model(tokenizer), settings)
     sft.loss(model, sft.collate(rows))  # whether it caps its logits is known from now on
     (tmp_path / "out").mkdir()
