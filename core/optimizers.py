@@ -30,6 +30,8 @@ def new_optimizer(
         return Adafactor(groups, scale_parameter=False, relative_step=False)
     if config.optim == "sgd":
         return torch.optim.SGD(groups)
+    if config.optim == "muon":
+        return MuonWithAdamW(split_hidden_matrices(model, groups))
     # None leaves the choice of the kernel to torch.
     fused = True if config.optim == "adamw_torch_fused" else None
     return torch.optim.AdamW(groups, **ADAM_DEFAULTS, fused=fused)
@@ -45,6 +47,45 @@ def new_8bit_optimizer(model, groups: list[dict[str, Any]], is_paged: bool):
         if isinstance(module, torch.nn.Embedding):
             manager.register_module_override(module, "weight", {"optim_bits": 32})
     return bitsandbytes.optim.AdamW(groups, **ADAM_DEFAULTS, optim_bits=8, is_paged=is_paged)
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) for groups with "is_hidden", fused AdamW for the others.
+
+    Muon's step is scaled to the size of AdamW's (Liu et al. 2025, "Muon is scalable", equation 4),
+    so one learning rate serves both.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]]):
+        super().__init__(groups, {})
+        self.muon = torch.optim.Muon(self.groups_of(True), adjust_lr_fn="match_rms_adamw")
+        self.adamw = torch.optim.AdamW(self.groups_of(False), **ADAM_DEFAULTS, fused=True)
+
+    def groups_of(self, is_hidden: bool) -> list[dict[str, Any]]:
+        return [group for group in self.param_groups if group["is_hidden"] == is_hidden]
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        # Sharding and loading replace the groups and the state of this optimizer.
+        self.muon.param_groups = self.groups_of(True)
+        self.adamw.param_groups = self.groups_of(False)
+        for part in (self.muon, self.adamw):
+            part.state = self.state
+            part.step()
+
+
+def split_hidden_matrices(model, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`groups`, each in two: "is_hidden" are the matrices inside `model`, without its embeddings
+    and its output layer."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    at_the_ends = {id(weight) for end in ends if end is not None for weight in end.parameters()}
+    inside = {id(weight) for weight in model.parameters() if weight.dim() == 2} - at_the_ends
+    split = []
+    for group in groups:
+        for is_hidden in (True, False):
+            chosen = [weight for weight in group["params"] if (id(weight) in inside) == is_hidden]
+            split.append({**group, "params": chosen, "is_hidden": is_hidden})
+    return split
 
 
 def decay_groups(config: TrainingConfig, model) -> list[dict[str, Any]]:

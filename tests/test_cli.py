@@ -96,7 +96,7 @@ def test_help_has_every_option_with_its_short_name_and_an_explanation():
         assert len(explanation.partition("(")[0].strip()) > 5, f"{name} is not explained"
     assert entries["model_name_or_path"][0] == ["model"]
     assert entries["dataset_name_or_path"][0] == ["data"]
-    assert entries["optim"][1].endswith("adafactor, sgd; default: adamw_torch)")
+    assert entries["optim"][1].endswith("adafactor, sgd; default: adamw_torch_fused)")
 
 
 def test_the_everyday_options_come_first_and_once():

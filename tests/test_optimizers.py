@@ -3,9 +3,11 @@
 import pytest
 import torch
 from conftest import ROOT, make_model
+from sft import SFTConfig
 from transformers import Trainer, TrainingArguments, get_scheduler
 
 from core.config import FitConfig
+from core.errors import ConfigError
 from core.optimizers import decay_groups, new_optimizer, schedule_factor, set_learning_rates
 
 SCHEDULES = ("linear", "cosine", "polynomial", "constant", "constant_with_warmup")
@@ -73,6 +75,38 @@ def test_optimizers_are_those_of_transformers(tokenizer, name):
     assert {key: ours.defaults[key] for key in shared} == {
         key: stock.defaults[key] for key in shared
     }
+
+
+def test_muon_turns_hidden_matrices_by_a_rotation_and_leaves_the_rest_to_adamw(tokenizer):
+    """Jordan et al. 2024: the singular values of a step are about equal. Newton-Schulz leaves
+    them between 0.5 and 1.5; Liu et al. 2025 give them the size of AdamW's step."""
+    rate, decay = 1e-3, 0.1
+    muon_model, adamw_model = make_model(tokenizer), make_model(tokenizer)
+    adamw_model.load_state_dict(muon_model.state_dict())
+    for model, name in ((muon_model, "muon"), (adamw_model, "adamw_torch_fused")):
+        options = config(optim=name, learning_rate=rate, weight_decay=decay)
+        optimizer = new_optimizer(options, model, decay_groups(options, model))
+        tokens = torch.arange(12).view(2, 6)
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+    before = make_model(tokenizer).state_dict()
+    for name, weight in muon_model.named_parameters():
+        if weight.dim() < 2 or "embed" in name or "lm_head" in name:
+            assert torch.equal(weight, adamw_model.get_parameter(name)), name
+            continue
+        change = weight.detach() - before[name] * (1 - rate * decay)
+        size = rate * 0.2 * max(weight.shape) ** 0.5
+        # Twelve tokens give a gradient of low rank: the smallest values stay small.
+        singular_values = torch.linalg.svdvals(change)[:4] / size
+        assert singular_values.min() > 0.5 and singular_values.max() < 1.5, name
+
+
+def test_muon_is_refused_where_matrices_are_split(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match="optim=muon needs every matrix whole"):
+        SFTConfig(
+            model_name_or_path="m", dataset_name_or_path="rows.jsonl", optim="muon"
+        ).validate()
 
 
 def test_no_recipe_imports_the_trainer_of_a_library():

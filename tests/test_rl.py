@@ -1604,6 +1604,7 @@ def write_prompts(tmp_path, count=12):
     [
         *((algorithm, {}) for algorithm in ALGORITHMS),
         ("grpo", {"optim": "adamw_8bit", "lora_r": 64}),
+        ("ppo", {"optim": "muon"}),
         # Options of one page alone.
         ("a2c", {"whiten_rewards": True, "value_learning_rate": 1e-2, "entropy_coef": 0.1}),
         ("ppo", {"ppo_epochs": 3, "mini_batch_size": 4, "max_kl": 0.5, "clip_range_value": 0.1}),
