@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from core import checkpoints
-from core.chat import prepare_tokenizer, stop_tokens
+from core.chat import prepare_tokenizer
 from core.checks import check_encoded_rows, describe_stage, estimate_fit
 from core.cli import help_text, read_command_line, read_switch
 from core.config import ModelConfig, StageConfig, TrainingConfig
@@ -27,6 +27,7 @@ from core.errors import ConfigError, as_config_error
 from core.files import atomic_folder, cached_folder, check_disk_space
 from core.fingerprints import compute_fingerprint
 from core.hub import find_model_parts, load_skeleton, load_tokenizer
+from core.model_config import context_length, set_generation_config
 from core.recipe_files import get_config_class, resolve_options
 from core.runtime import (
     compute_dtype,
@@ -126,10 +127,7 @@ class BaseStage:
         else:
             model, tokenizer = self._adopt(model, tokenizer)
         if self.task == "CAUSAL_LM":
-            # Generation stops at the token that ends a turn.
-            model.generation_config.update(
-                eos_token_id=stop_tokens(tokenizer), pad_token_id=tokenizer.pad_token_id
-            )
+            set_generation_config(model, tokenizer, name)
         # Loading may have drawn random numbers: the adapter is the same wherever the model is from.
         transformers.set_seed(config.seed)
         if isinstance(config, TrainingConfig):
@@ -279,7 +277,7 @@ class BaseStage:
             tokenizer, model_config = load_tokenizer(self._input_config(previous_folder))
         else:
             model_config = model.config
-        check_encoded_rows(self, tokenizer, model_config.max_position_embeddings)
+        check_encoded_rows(self, tokenizer, context_length(model_config))
 
     def _refuse_model_in_memory(self, model, previous_folder: str | None) -> None:
         """Raise ConfigError if the stage reads weights from a folder and there is none."""

@@ -1,152 +1,234 @@
-"""From a chat to tokens: conversations become text, text becomes token ids and labels.
+"""From a conversation to tokens, exactly as the model meets it in use.
 
-    as_messages    value of a data set        ->  messages
-    render_turns   messages                   ->  pieces of text, each a target or not
-    encode_turns   pieces of text             ->  input_ids (T,) and labels (T,)
+    encode_conversation   messages  ->  input_ids (T,) and labels (T,), once or several times
+    prompt_ids            messages  ->  input_ids (T,) up to where the assistant begins to write
 
-Example with a ChatML tokenizer:
+For each answer that is learnt, the context is what a server shows the model at that point: the
+messages before it through the tokenizer's chat template, with the generation prompt. The target is
+what the template then writes for the answer, up to and including the token that ends the turn.
 
     messages   [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
 
-    pieces     [("<|im_start|>user\\n2 + 2?<|im_end|>\\n<|im_start|>assistant\\n", False),
-                ("4<|im_end|>", True),  # the model learns to write this, and to stop
-                ("\\n", False)]          # nothing follows the last target, so this is dropped
+    context    "<|im_start|>user\\n2 + 2?<|im_end|>\\n<|im_start|>assistant\\n"
+    target     "4<|im_end|>"  # the model learns to write this, and to stop
 
     input_ids  [   1, 882, 198, ...,    1, 520, 198,  19,    2]
     labels     [-100,-100,-100, ..., -100,-100,-100,  19,    2]
 
-The text is always that of the tokenizer's chat template, and it is tokenized as a whole, as it will
-be when the model is used. What cannot be rendered exactly raises RowError.
+Where each context goes on from the answer before it, a conversation is one sequence. Some templates
+rewrite earlier turns (they strip thoughts, or end the last turn otherwise): there each answer is a
+sequence of its own. What a template leaves out, or cannot render, raises RowError.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 from core.config import ModelConfig
-from core.errors import ConfigError, RowError, as_config_error
+from core.errors import ConfigError, RowError
+from core.messages import as_json
 from core.runtime import warn_once
 
 IGNORE = -100  # label of a token that is not a target, as in transformers and torch
-
-# Role names of chat data sets, including ShareGPT's.
-ROLES = {
-    "user": "user",
-    "assistant": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "human": "user",
-    "gpt": "assistant",
-}
-MESSAGE_KEYS = {"role", "content", "from", "value"}
 
 INSTRUCTION_TEMPLATE_EXAMPLE = (
     r"--instruction_template='### Instruction:\n{instruction}\n\n### Response:\n{response}'"
 )
 
 
-# -- values to messages ------------------------------------------------------------------------
+# What tells how a template ends a turn, where there is no row to ask.
+SHORT_CHAT = [
+    {"role": "user", "content": "a question"},
+    {"role": "assistant", "content": "an answer"},
+]
 
 
-def as_messages(value, role: str) -> list[dict]:
-    """The messages of `value`: a text (spoken by `role`), one message, or a list of messages.
+class Turn(NamedTuple):
+    """An answer as text."""
 
-    A message is {"role": ..., "content": ...} or, in ShareGPT's form, {"from": ..., "value": ...}.
-    Raises RowError if a text is missing or a speaker is unknown.
+    context: str  # what the model is given
+    target: str  # what it has to write, up to and including the token that ends its turn
+
+
+# -- conversations to tokens -------------------------------------------------------------------
+
+
+def encode_conversation(
+    tokenizer, messages: list[dict], tools: list[dict] | None = None, start: int = 0
+) -> list[tuple[list[int], list[int]]]:
+    """[(input_ids (T,), labels (T,))] of the answers in messages[start:] that are learnt.
+
+    A label is the token itself in a target, and IGNORE elsewhere. An answer that begins the
+    conversation is context. Raises RowError if there is no answer, or one cannot be rendered.
     """
-    if isinstance(value, str | int | float):
-        value = {"role": role, "content": str(value)}
-    turns = [value] if isinstance(value, dict) else value
-    if not turns:
-        raise RowError("with an empty or missing text")
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise RowError("that has neither a text nor a list of messages")
-    warn_of_unused_keys(turns)
-
-    messages = []
-    for turn in turns:
-        text = turn.get("content") or turn.get("value")
-        if not isinstance(text, str) or not text.strip():
-            raise RowError("with an empty or missing text")
-        messages.append({"role": turn.get("role") or turn.get("from"), "content": text})
-
-    unknown = {str(message["role"]) for message in messages} - ROLES.keys()
-    if unknown:
-        raise RowError(f"with an unknown speaker ({', '.join(sorted(unknown))})")
-    for message in messages:
-        message["role"] = ROLES[message["role"]]
-    return messages
-
-
-def warn_of_unused_keys(turns: list[dict]) -> None:
-    """Warn once about content that is not used, such as tool calls."""
-    unused = set()
-    for turn in turns:
-        for key, value in turn.items():
-            is_empty = value in (None, "", [], {})
-            if key not in MESSAGE_KEYS and not is_empty:
-                unused.add(key)
-    if unused:
-        names = ", ".join(sorted(unused))
-        warn_once(f"only the role and content of a message are used, not {names}")
-
-
-# -- messages to pieces of text ----------------------------------------------------------------
-
-
-def render_turns(tokenizer, messages: list[dict]) -> list[tuple[str, bool]]:
-    """The conversation as the model sees it, in pieces (text, is_target).
-
-    Targets are what the assistant has to write, up to and including its stop token. Where the chat
-    template has no stop token, the tokenizer's eos_token is appended. Raises RowError for a
-    conversation that the template does not render turn by turn.
-    """
-    template = training_template(tokenizer, tokenizer.chat_template)
-    final_stop_token = final_stop_pattern(tokenizer)
-
-    pieces = []
-    rendered = ""  # the conversation up to and including the previous answer
+    sequences: list[tuple[list[int], list[int]]] = []
     for index, message in enumerate(messages):
-        if message["role"] != "assistant":
+        is_answer = message["role"] == "assistant" and index > 0
+        if index < start or not is_answer or not message.get("train", True):
             continue
-        if index == 0:
-            raise RowError("that begins with the assistant")
-
-        # The answer is what the template adds to the prompt that the model is given in use.
-        prompt = apply_template(tokenizer, template, messages[:index], generation_prompt=True)
-        answered = apply_template(
-            tokenizer, template, messages[: index + 1], generation_prompt=False
-        )
-        if not answered.startswith(prompt):
-            raise RowError("which the chat template renders without its generation prompt")
-        if not prompt.startswith(rendered):
-            raise RowError(
-                "whose earlier turns the chat template changes; instruction_template keeps them"
-            )
-
-        stop = final_stop_token.search(answered, len(prompt))
-        content_end = stop.start() if stop else len(answered)
-        target_end = stop.end() if stop else len(answered)
-        check_answer_is_whole(answered, len(prompt), content_end, target_end, message["content"])
-
-        target = answered[len(prompt) : target_end]
-        if not stop:
-            target += tokenizer.eos_token
-        pieces.append((prompt[len(rendered) :], False))
-        pieces.append((target, True))
-        pieces.append((answered[target_end:], False))
-        rendered = answered
-    return pieces
+        ids, labels = encode_turn(tokenizer, render_turn(tokenizer, messages, index, tools))
+        earlier, earlier_labels = sequences[-1] if sequences else ([], [])
+        if sequences and ids[: len(earlier)] == earlier:
+            # The context goes on from the answer before: both are one sequence.
+            sequences[-1] = (ids, earlier_labels + labels[len(earlier) :])
+        else:
+            sequences.append((ids, labels))
+    if not sequences:
+        raise RowError("without an answer")
+    return sequences
 
 
-def apply_template(tokenizer, template: str, messages: list[dict], generation_prompt: bool) -> str:
+def encode_turn(tokenizer, turn: Turn) -> tuple[list[int], list[int]]:
+    """(input_ids (T,), labels (T,)) of one answer after its context.
+
+    In use, the context is tokenized alone. If one token would cover the end of the context and the
+    beginning of the answer, the answer too is tokenized alone, which is how the model has to write
+    it. Raises RowError where that changes the text.
+    """
+    context_ids = text_ids(tokenizer, turn.context)
+    ids = text_ids(tokenizer, turn.context + turn.target)
+    if ids[: len(context_ids)] != context_ids:
+        ids = context_ids + text_ids(tokenizer, turn.target)
+        text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        if text != turn.context + turn.target:
+            raise RowError("whose answer begins inside a token of the prompt")
+    start = len(context_ids)
+    return ids, [IGNORE] * start + ids[start:]
+
+
+def text_ids(tokenizer, text: str) -> list[int]:
+    """Token ids (T,) of a text that has its special tokens in it."""
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def prompt_ids(tokenizer, prompt: list[dict], tools: list[dict] | None = None) -> list[int]:
+    """Token ids (T,) of a conversation up to where the assistant begins to write."""
+    return text_ids(tokenizer, render_context(tokenizer, prompt, tools))
+
+
+def stop_tokens(tokenizer) -> list[int]:
+    """Ids of the tokens that end an answer: the tokenizer's eos, the end of a turn in the chat
+    template, and those that the model came with (see core/hub.py)."""
+    stops = {tokenizer.eos_token_id, *getattr(tokenizer, "stops_of_the_model", ())}
+    if tokenizer.chat_template:
+        try:
+            rendered = apply_template(tokenizer, SHORT_CHAT)
+        except RowError as error:
+            raise ConfigError(
+                "the chat template cannot be used for training, set instruction_template instead; "
+                f"every conversation is one {error}"
+            ) from error
+        stop, _ = find_end_of_turn(tokenizer, SHORT_CHAT, rendered)
+        if stop:
+            stops.add(tokenizer.convert_tokens_to_ids(stop))
+    return sorted(stops)
+
+
+# -- conversations to text ---------------------------------------------------------------------
+
+
+def render_context(tokenizer, messages: list[dict], tools: list[dict] | None = None) -> str:
+    """What the model is given before it writes. Raises RowError if a part of it is missing."""
+    tools = tools_of(messages, tools)
+    check_marks(tokenizer, messages)
+
+    def render(form: list[dict]) -> str:
+        context = apply_template(tokenizer, form, tools, generation_prompt=True)
+        check_context(form, tools, context)
+        return context
+
+    return first_without_error(render, template_forms(messages))
+
+
+def render_turn(
+    tokenizer, messages: list[dict], index: int, tools: list[dict] | None = None
+) -> Turn:
+    """The answer messages[index] as text. Raises RowError if a part of it is missing."""
+    tools = tools_of(messages, tools)
+    messages = messages[: index + 1]
+    check_marks(tokenizer, messages)
+    # TRL's version of a template comes second: some keep thoughts that the template itself drops.
+    templates = (None, *training_templates(tokenizer))
+
+    def render(choice: tuple[str | None, list[dict]]) -> Turn:
+        template, form = choice
+        return render_last_turn(tokenizer, form, tools, template)
+
+    return first_without_error(render, itertools.product(templates, template_forms(messages)))
+
+
+def first_without_error(render: Callable, choices: Iterable):
+    """The first result of `render` that is no RowError; if there is none, the first error."""
+    errors = []
+    for choice in choices:
+        try:
+            return render(choice)
+        except RowError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def render_last_turn(
+    tokenizer, messages: list[dict], tools: list[dict] | None, template: str | None
+) -> Turn:
+    """The last message as text, by `template` instead of the tokenizer's own, if there is one."""
+    earlier = messages[:-1]
+    context = apply_template(tokenizer, earlier, tools, generation_prompt=True)
+    check_context(earlier, tools, context)
+    shown = context
+    if template:
+        shown = apply_template(tokenizer, earlier, tools, True, template)
+    opening = generation_prompt_of(tokenizer, earlier, tools, template, shown)
+    answered = apply_template(tokenizer, messages, tools, False, template)
+
+    problem = RowError(
+        f"which the chat template renders without its generation prompt {opening!r}; begin the "
+        "answers as it ends, or set instruction_template"
+    )
+    if not context.endswith(opening):
+        raise problem
+    for start in find_starts(tokenizer, answered, shown, opening):
+        try:
+            stop, end = find_end_of_turn(tokenizer, messages, answered[start:], tools, template)
+            target = answered[start:][:end]
+            check_answer(messages[-1], opening, target.removesuffix(stop))
+        except RowError as error:
+            problem = error
+        else:
+            # What has no token for the end of a turn ends as a text does.
+            return Turn(context, target if stop else target + tokenizer.eos_token)
+    raise problem
+
+
+def find_starts(tokenizer, answered: str, shown: str, opening: str) -> list[int]:
+    """Where an answer may begin in `answered`: after what the model was shown, or, where the answer
+    changes what comes before it, after the last generation prompts."""
+    if answered.startswith(shown):
+        return [len(shown)]
+    if not special_pattern(tokenizer).search(opening):
+        return []
+    starts = [match.end() for match in re.finditer(re.escape(opening), answered)]
+    return starts[::-1]
+
+
+def apply_template(
+    tokenizer,
+    messages: list[dict],
+    tools: list[dict] | None = None,
+    generation_prompt: bool = False,
+    template: str | None = None,
+) -> str:
     """The text of `messages`; with `generation_prompt`, up to where the assistant begins."""
     try:
         return tokenizer.apply_chat_template(
             messages,
+            tools=tools,
             tokenize=False,
             chat_template=template,
             add_generation_prompt=generation_prompt,
@@ -155,90 +237,228 @@ def apply_template(tokenizer, template: str, messages: list[dict], generation_pr
         raise RowError(f"which the chat template refuses: {error}") from error
 
 
-def final_stop_pattern(tokenizer) -> re.Pattern:
-    """A pattern for a special token at the end of a text, ignoring trailing white space."""
+def generation_prompt_of(
+    tokenizer, messages: list[dict], tools: list[dict] | None, template: str | None, context: str
+) -> str:
+    """What the end of `context` has since it ends in a generation prompt; "" if that is unknown."""
+    try:
+        without = apply_template(tokenizer, messages, tools, False, template)
+    except RowError:
+        return ""
+    return context[len(without) :] if context.startswith(without) else ""
+
+
+def find_end_of_turn(
+    tokenizer,
+    messages: list[dict],
+    written: str,
+    tools: list[dict] | None = None,
+    template: str | None = None,
+) -> tuple[str, int]:
+    """(the token that ends the last turn, or "", where it ends in `written`), the text that the
+    template wrote for the turn."""
+    content = text_of(messages[-1]).strip()
+    content_end = 0
+    if content and content in written:
+        content_end = written.rindex(content) + len(content)
+    tokens = []
+    for token in special_pattern(tokenizer).finditer(written, content_end):
+        # Only those at the end, with white space between them.
+        if tokens and written[tokens[-1].end() : token.start()].strip():
+            tokens = []
+        tokens.append(token)
+    if not tokens or written[tokens[-1].end() :].strip():
+        return "", len(written)
+
+    last = tokens[-1]
+    if len(tokens) > 1:
+        # Behind the token that ends a turn, some templates write another at the end of the whole.
+        followed = render_followed(tokenizer, messages, tools, template)
+        beginning = max(0, tokens[0].start() - len(content))
+        for token in tokens:
+            if written[beginning : token.end()] in followed:
+                last = token
+    return last.group(), last.end()
+
+
+def render_followed(
+    tokenizer, messages: list[dict], tools: list[dict] | None, template: str | None
+) -> str:
+    """The text of `messages` with one more after them; "" if the template refuses that."""
+    role = "tool" if messages[-1].get("tool_calls") else "user"
+    try:
+        return apply_template(
+            tokenizer, [*messages, {"role": role, "content": "a"}], tools, False, template
+        )
+    except RowError:
+        return ""
+
+
+def special_pattern(tokenizer) -> re.Pattern:
+    """A pattern for the special tokens of a tokenizer."""
+    return cached_special_pattern(tokenizer, tokenizer.eos_token, len(tokenizer))
+
+
+@functools.lru_cache(maxsize=16)
+def cached_special_pattern(tokenizer, eos_token: str, num_tokens: int) -> re.Pattern:
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    special.add(tokenizer.eos_token)
-    alternatives = "|".join(re.escape(token) for token in sorted(special))
-    return re.compile(rf"(?:{alternatives})(?=\s*$)")
+    special.add(eos_token)
+    # The longest first: one token may begin as another does.
+    by_length = sorted(special, key=lambda token: (-len(token), token))
+    return re.compile("|".join(re.escape(token) for token in by_length))
 
 
-def check_answer_is_whole(
-    answered: str, prompt_end: int, content_end: int, target_end: int, content: str
-) -> None:
-    """Raise RowError if the template shortened the answer `content`, such as by its reasoning."""
-    rendered_content = answered[prompt_end:content_end]
-    if not rendered_content.strip():
-        return  # the template drops all of it: check_encoded_rows reports that for the whole data
-    expected = without_spaces(content)
-    is_in_target = expected in without_spaces(answered[prompt_end:target_end])
-    # A generation prompt such as "<think>" may already contain the beginning of the answer.
-    ends_with_it = without_spaces(answered[:content_end]).endswith(expected)
-    if not is_in_target and not ends_with_it:
+@functools.lru_cache(maxsize=16)
+def marks_of(tokenizer, template: str) -> frozenset[str]:
+    """The special tokens that the tokenizer's chat template writes around the texts of a chat."""
+    marks = {tokenizer.eos_token}
+    with contextlib.suppress(RowError):
+        marks.update(special_pattern(tokenizer).findall(apply_template(tokenizer, SHORT_CHAT)))
+    return frozenset(marks)
+
+
+# -- what templates expect, and what they leave out --------------------------------------------
+
+
+def tools_of(messages: list[dict], tools: list[dict] | None) -> list[dict] | None:
+    """`tools`, or those that the first message has."""
+    return tools or (messages[0].get("tools") if messages else None)
+
+
+def template_forms(messages: list[dict]) -> Iterator[list[dict]]:
+    """The messages as templates may expect them: they take the arguments of a tool call as objects
+    or as JSON text, and beside a call an empty text or None."""
+    plain = []
+    for message in messages:
+        form = {key: value for key, value in message.items() if key not in ("train", "tools")}
+        if "reasoning_content" in message:
+            # As other templates call it.
+            form["thinking"] = form["reasoning"] = message["reasoning_content"]
+        plain.append(form)
+    yield plain
+    yield from forms_of_tool_calls(plain)
+    # Templates of models that see pictures take lists of parts.
+    yield [{**form, "content": [{"type": "text", "text": form["content"]}]} for form in plain]
+
+
+def forms_of_tool_calls(messages: list[dict]) -> Iterator[list[dict]]:
+    """`messages` with tool calls as templates may expect them."""
+    if not any("tool_calls" in message for message in messages):
+        return
+    for write_arguments, no_text in itertools.product((as_object, as_text), ("", None)):
+        forms = []
+        for message in messages:
+            form = dict(message)
+            if "tool_calls" in message:
+                form["content"] = message["content"] or no_text
+                form["tool_calls"] = [
+                    {**call, "function": with_arguments(call["function"], write_arguments)}
+                    for call in message["tool_calls"]
+                ]
+            forms.append(form)
+        yield forms
+
+
+def text_of(message: dict) -> str:
+    """The text of a message in any of these forms."""
+    content = message["content"]
+    if isinstance(content, list):
+        return content[0]["text"]
+    return content or ""
+
+
+def with_arguments(function: dict, write_arguments: Callable) -> dict:
+    return {**function, "arguments": write_arguments(function["arguments"])}
+
+
+def as_object(arguments):
+    return as_json(arguments, "arguments of a tool call")
+
+
+def as_text(arguments) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+def check_marks(tokenizer, messages: list[dict]) -> None:
+    """Raise RowError for a text that has been through a template already, and warn of one with a
+    special token inside."""
+    for message in messages:
+        text = text_of(message).strip()
+        found = list(special_pattern(tokenizer).finditer(text))
+        if not found:
+            continue
+        at_the_ends = [
+            mark.group() for mark in found if mark.start() == 0 or mark.end() == len(text)
+        ]
+        for mark in at_the_ends:
+            if mark in marks_of(tokenizer, str(tokenizer.chat_template)):
+                raise RowError(f"whose texts have the marks of the chat template already ({mark})")
+        warn_once(
+            f"a text has the special token {found[0].group()} inside, which the model reads as such"
+        )
+
+
+def check_context(messages: list[dict], tools: list[dict] | None, context: str) -> None:
+    """Raise RowError if a text, a tool call or a tool is not in the rendered `context`."""
+    rendered = without_spaces(context)
+    for message in messages:
+        # Thoughts of earlier turns are not shown in use either, by many templates.
+        text = text_of(message).split("</think>")[-1]
+        if not is_rendered(text, rendered):
+            raise RowError(f"whose {message['role']} message the chat template leaves out")
+        check_tool_calls(message, rendered)
+    for tool in tools or ():
+        name = tool.get("function", tool).get("name", "")
+        if name not in context:
+            raise RowError("whose tools the chat template leaves out")
+
+
+def check_answer(message: dict, opening: str, target: str) -> None:
+    """Raise RowError if the template shortened an answer, such as by its reasoning. The generation
+    prompt `opening` may have the beginning of it, such as "<think>"."""
+    content = text_of(message)
+    rendered = without_spaces(opening + target)
+    if message["content"] is None and target.lstrip().startswith("None"):
+        raise RowError("whose missing text the chat template writes as None")
+    # Where nothing is left at all, check_encoded_rows reports that for the whole data.
+    if target.strip() and not is_rendered(content, rendered):
         raise RowError("whose answer the chat template shortens")
+    if not is_rendered(message.get("reasoning_content", ""), rendered):
+        raise RowError("whose reasoning the chat template leaves out")
+    check_tool_calls(message, rendered)
+
+
+def check_tool_calls(message: dict, rendered: str) -> None:
+    """Raise RowError if a tool call of `message` is not in `rendered`, a text without spaces."""
+    for call in message.get("tool_calls", ()):
+        function = call["function"]
+        arguments = function["arguments"]
+        # As JSON text they must not be quoted once more.
+        is_quoted = isinstance(arguments, str) and without_spaces(arguments) not in rendered
+        values = [function["name"], *leaves(arguments)]
+        if is_quoted or not all(is_rendered(str(value), rendered) for value in values):
+            raise RowError("whose tool calls the chat template leaves out")
+
+
+def leaves(value) -> list:
+    """The texts and numbers inside a JSON value; of true, false and null templates write several
+    forms."""
+    if isinstance(value, dict):
+        return [leaf for name, inner in value.items() for leaf in [name, *leaves(inner)]]
+    if isinstance(value, list):
+        return [leaf for inner in value for leaf in leaves(inner)]
+    return [] if isinstance(value, bool | None) else [value]
+
+
+def is_rendered(text: str, rendered: str) -> bool:
+    """Whether `rendered`, without spaces, has the text, or the inside of it as a JSON string."""
+    in_json = (json.dumps(text, ensure_ascii=escaped)[1:-1] for escaped in (False, True))
+    return any(without_spaces(form) in rendered for form in (text, *in_json))
 
 
 def without_spaces(text: str) -> str:
     """`text` without white space, which chat templates trim."""
     return "".join(text.split())
-
-
-# -- pieces of text to tokens ------------------------------------------------------------------
-
-
-def encode_turns(tokenizer, pieces: Sequence[tuple[str, bool]]) -> tuple[list[int], list[int]]:
-    """input_ids (T,) and labels (T,) of the pieces as one text that ends with the last target.
-
-    A label is the token itself in a target, and IGNORE elsewhere. Raises RowError if there is no
-    target, or if one token covers the end of a prompt and the beginning of its answer.
-    """
-    targets = [number for number, (_, is_target) in enumerate(pieces) if is_target]
-    if not targets:
-        raise RowError("without an answer")
-    pieces = pieces[: targets[-1] + 1]
-
-    # One call for the whole text: tokenized separately, the pieces could give different tokens.
-    whole_text = "".join(text for text, _ in pieces)
-    encoded = tokenizer(whole_text, add_special_tokens=False, return_offsets_mapping=True)
-    input_ids = encoded["input_ids"]  # (T,)
-    offsets = encoded["offset_mapping"]  # (T, 2): first character of each token, and its end
-
-    labels: list[int] = []
-    piece_end = 0
-    for text, is_target in pieces:
-        piece_end += len(text)
-        while len(labels) < len(input_ids):
-            token_start, token_end = offsets[len(labels)]
-            if token_start >= piece_end:
-                break  # the token belongs to the next piece
-            # At inference the prompt is tokenized alone, so the model would never see such a token.
-            if token_end > piece_end:
-                raise RowError("whose answer begins inside a token of the prompt")
-            labels.append(input_ids[len(labels)] if is_target else IGNORE)
-    return input_ids, labels
-
-
-def prompt_ids(tokenizer, prompt: list[dict]) -> list[int]:
-    """Token ids (T,) of a conversation up to where the assistant begins to write."""
-    pieces = render_turns(tokenizer, [*prompt, {"role": "assistant", "content": "a"}])
-    before_answer = pieces[:-2]  # the last two are the answer and what follows it
-    text = "".join(text for text, _ in before_answer)
-    return tokenizer(text, add_special_tokens=False).input_ids
-
-
-def stop_tokens(tokenizer) -> list[int]:
-    """Ids of the tokens that end an answer: the tokenizer's eos, and the end of a turn in the chat
-    template, which may be another one."""
-    stops = {tokenizer.eos_token_id}
-    if tokenizer.chat_template:
-        chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        with as_config_error(
-            "the chat template cannot be used for training, set instruction_template instead; "
-            "every conversation is one"
-        ):
-            input_ids, _ = encode_turns(tokenizer, render_turns(tokenizer, chat))
-        stops.add(input_ids[-1])
-    return sorted(stops)
 
 
 # -- chat templates ----------------------------------------------------------------------------
@@ -261,26 +481,16 @@ def prepare_tokenizer(tokenizer, config: ModelConfig, needs_chat_template: bool 
         )
 
 
-@functools.cache
-def training_template(tokenizer, template: str) -> str:
-    """The chat template to train with: the tokenizer's own `template`, or TRL's version of it.
-
-    Some templates rewrite earlier turns when later ones follow (they remove the reasoning, say), so
-    that the text before an answer is not the beginning of the whole. TRL's versions do not.
-    """
-    turns = [{"role": role, "content": "a"} for role in ("user", "assistant", "user", "assistant")]
-    one_round = tokenizer.apply_chat_template(turns[:2], tokenize=False)
-    two_rounds = tokenizer.apply_chat_template(turns, tokenize=False)
-    if two_rounds.startswith(one_round):
-        return template
+@functools.lru_cache(maxsize=16)
+def training_templates(tokenizer) -> tuple[str, ...]:
+    """TRL's version of the tokenizer's chat template, made for training, if there is one."""
     from trl.chat_template_utils import get_training_chat_template
 
     try:
-        return get_training_chat_template(tokenizer) or template
-    except ValueError as error:
-        raise ConfigError(
-            f"the chat template changes earlier turns; set instruction_template ({error})"
-        ) from None
+        template = get_training_chat_template(tokenizer)
+    except ValueError:  # TRL does not know it
+        return ()
+    return (template,) if template else ()
 
 
 def template_from_instruction(text: str, tokenizer) -> str:

@@ -23,6 +23,7 @@ from core.chat import IGNORE, prepare_tokenizer, stop_tokens
 from core.config import TrainingConfig
 from core.data import usable_rows
 from core.errors import ConfigError
+from core.model_config import context_length
 from core.runtime import compute_dtype, default_device, logger
 
 SIDES = ("training", "evaluation")  # of the split that `load_data` returns
@@ -219,7 +220,7 @@ def describe_stage(stage: Any, tokenizer, skeleton) -> tuple[list[str], float]:
     if stage.lineage.get("data"):
         lines.append(labelled("data", describe_data(stage)))
 
-    context = skeleton.config.max_position_embeddings
+    context = context_length(skeleton.config)
     encoded = check_encoded_rows(stage, tokenizer, context, warn=True)
     if encoded is None or not encoded.lengths or encoded.example is None:
         return lines, 0.0

@@ -205,11 +205,12 @@ def dataset_from_rows(rows: Sequence[Mapping]):
         columns[name] = [row.get(name) for row in rows]
     dataset = datasets.Dataset.from_dict(columns, on_mixed_types="use_json")
 
-    # Where integers and decimals are mixed, each keeps its type: 7 would become 7.0 beside 7.5.
+    # Where integers and decimals are mixed, each keeps its type: 7 would become 7.0 beside 7.5. And
+    # each object its own keys: Arrow would give all of them those of the others, with None.
     json_features = {}
     for name, values in columns.items():
         types = {type(value) for value in values}
-        if {int, float} <= types:
+        if {int, float} <= types or types & {dict, list}:
             json_features[name] = datasets.Json()
     if json_features:
         features = datasets.Features(dataset.features | json_features)
@@ -374,13 +375,37 @@ def read_rows(
     data_format = detect_format(dataset.column_names, config.formats, config.dataset_format)
     log_columns(path, dataset, data_format, config.formats, optional)
 
+    padded = [
+        name
+        for name in (*config.formats[data_format], "tools")
+        if not is_plain_column(dataset.features.get(name))
+    ]
+
     def convert_row(row):
-        return convert(row, data_format)
+        cleaned = {name: without_padding(row[name]) for name in padded}
+        return convert(row | cleaned, data_format)
 
     rows = usable_rows(dataset, convert_row, "data")
     # The hash lets a later run see that the data has changed.
     digest = hashlib.sha256(json_key(rows).encode()).hexdigest()
     return rows, {"path": path, "format": data_format, "rows": len(rows), "sha256": digest}
+
+
+def is_plain_column(feature) -> bool:
+    """Whether the values of a column are stored as they were given, or the column is missing."""
+    import datasets
+
+    return feature is None or isinstance(feature, datasets.Value | datasets.Json)
+
+
+def without_padding(value):
+    """A value of an Arrow table, whose objects have the keys of all others too, with None: without
+    these keys."""
+    if isinstance(value, dict):
+        return {key: without_padding(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [without_padding(inner) for inner in value]
+    return value
 
 
 def log_columns(

@@ -18,6 +18,7 @@ import torch
 from core.config import ModelConfig
 from core.errors import ConfigError, as_config_error
 from core.files import cached_folder
+from core.model_config import check_model_config, read_stop_tokens
 from core.recipe_files import is_link
 
 FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".gguf", ".txt")  # no hub name ends so
@@ -132,7 +133,11 @@ def load_tokenizer(config: ModelConfig) -> tuple:
     model_path, _, tokenizer_path = find_model_parts(config, weights=False)
     with as_config_error(f"model {config.model_name_or_path} cannot be loaded"):
         tokenizer = load_part(AutoTokenizer, tokenizer_path, config)
-        return tokenizer, load_part(AutoConfig, model_path, config)
+        # Read by core.chat.stop_tokens: published models often stop at several tokens.
+        tokenizer.stops_of_the_model = read_stop_tokens(model_path)
+        model_config = load_part(AutoConfig, model_path, config)
+    check_model_config(config, tokenizer, model_config)
+    return tokenizer, model_config
 
 
 def load_part(auto_class: Any, path: Path, config: ModelConfig):

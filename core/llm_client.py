@@ -29,6 +29,7 @@ from core.errors import ConfigError
 from core.fingerprints import file_identity
 from core.hub import check_model
 from core.logprobs import answer_logits, collate_answers
+from core.model_config import context_length
 from core.runtime import is_main_process, logger, to_device
 from core.sampling import decode_completions, sample_completions, uniform_numbers
 
@@ -480,11 +481,10 @@ class LLMClient:
     def run_here(
         self, todo: Mapping[str, Request], sampling: Mapping, choices: Sequence[str]
     ) -> Iterator[tuple[str, dict | None]]:
-        """Yield (key, answer, or None if the prompt is too long) from a model run here, in batches
-        by length."""
+        """Yield (key, answer, or None if the prompt is too long) from a model run here."""
         model, tokenizer = self.load()
         ids = {key: prompt_ids(tokenizer, messages) for key, (messages, _) in todo.items()}
-        longest = model.config.max_position_embeddings
+        longest = context_length(model.config)
         if not choices:
             longest -= sampling["max_new_tokens"]
 

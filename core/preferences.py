@@ -12,8 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from core.chat import IGNORE, as_messages, encode_turns, render_turns
+from core.chat import IGNORE, encode_conversation
 from core.errors import ConfigError, RowError
+from core.messages import as_messages, read_tools
 from core.runtime import logger
 
 # Name of a format: the columns it needs. Where several fit, the one with more columns is used.
@@ -29,11 +30,14 @@ PAIR_FORMATS = {
 }
 UNPAIRED_FORMATS = {"unpaired": ["prompt", "completion", "label"]}
 
-# Columns that join the prompt of a format if the data has them.
-OPTIONAL_COLUMNS = {
+# Columns that join the prompt of a format if the data has them; each format also takes "tools".
+PROMPT_COLUMNS = {
     "instruction-chosen-rejected": ["input"],
     "instruction-preferred-rejected": ["input"],
     "input-outputs-preference": ["instruction"],
+}
+OPTIONAL_COLUMNS = {
+    form: [*PROMPT_COLUMNS.get(form, []), "tools"] for form in (*PAIR_FORMATS, *UNPAIRED_FORMATS)
 }
 
 LABELS = {"true": True, "1": True, "false": False, "0": False}
@@ -67,7 +71,15 @@ def to_pair(row: dict, form: str) -> dict:
     answers = {"chosen": chosen[start:], "rejected": rejected[start:]}
     if not start or not all(is_answer(answer) for answer in answers.values()):
         raise RowError("whose answers do not follow one prompt")
-    return {"prompt": chosen[:start], **answers}
+    return {"prompt": with_tools(chosen[:start], row), **answers}
+
+
+def with_tools(prompt: list[dict], row: dict) -> list[dict]:
+    """The prompt with the functions that a column "tools" describes."""
+    if not row.get("tools"):
+        return prompt
+    first, *others = prompt
+    return [{**first, "tools": read_tools(row["tools"])}, *others]
 
 
 def read_prompt(row: dict, form: str, prompt_columns: list[str]) -> list[dict]:
@@ -76,7 +88,7 @@ def read_prompt(row: dict, form: str, prompt_columns: list[str]) -> list[dict]:
         return []
     (column,) = prompt_columns
     prompt = as_messages(row[column], "user")
-    if form in OPTIONAL_COLUMNS:
+    if form in PROMPT_COLUMNS:
         parts = [row.get("instruction"), row.get("input")]
         texts = [str(part) for part in parts if part]
         prompt[0]["content"] = "\n\n".join(texts)
@@ -108,6 +120,8 @@ def as_code(value) -> str:
 def as_conversation(prompt: list[dict], answer) -> list[dict]:
     """Prompt and answer as one conversation, whether or not the answer repeats the prompt."""
     messages = as_messages(answer, "assistant")
+    for message in messages:
+        message.pop("train", None)  # a mark for SFT: here the answers are what differs
     if messages[0]["role"] == "assistant":
         return prompt + messages
     return messages
@@ -134,7 +148,7 @@ def to_single(row: dict) -> dict:
     label = as_code(row["label"])
     if label not in LABELS:
         raise RowError(f"whose label is {row['label']!r}, not true or false")
-    prompt = as_messages(row["prompt"], "user")
+    prompt = with_tools(as_messages(row["prompt"], "user"), row)
     completion = as_messages(row["completion"], "assistant")
     return {"prompt": prompt, "completion": completion, "label": LABELS[label]}
 
@@ -174,34 +188,20 @@ def encode_answers(
 ) -> tuple[list[int], list[tuple[list[int], list[int]]]]:
     """Tokenize a prompt and answers to it: (prompt ids (P,), [(ids, labels) of each answer]).
 
-    Labels are IGNORE where the assistant does not speak. Raises RowError if the prompt has other
-    tokens before one answer than before another.
+    Labels are IGNORE where the assistant does not speak. Answers within the prompt are not targets.
+    Raises RowError if an answer has several turns that do not go on from each other.
     """
-    prompts = []
     encoded_answers = []
     for answer in answers:
-        ids, labels = encode_conversation(prompt, answer, tokenizer)
+        sequences = encode_conversation(tokenizer, prompt + answer, start=len(prompt))
+        if len(sequences) > 1:
+            raise RowError("whose answer has several turns, of which the chat template hides some")
+        ids, labels = sequences[0]
         is_target = [label != IGNORE for label in labels]
         start = is_target.index(True)
-        prompts.append(ids[:start])
+        prompt_of_answer = ids[:start]
         encoded_answers.append((ids[start:], labels[start:]))
-    first_prompt = prompts[0]
-    if any(ids != first_prompt for ids in prompts):
-        raise RowError("whose prompt is tokenized differently before the two answers")
-    return first_prompt, encoded_answers
-
-
-def encode_conversation(
-    prompt: list[dict], answer: list[dict], tokenizer
-) -> tuple[list[int], list[int]]:
-    """(ids, labels) of prompt and answer as one text. Answers within the prompt are not targets."""
-    roles = [message["role"] for message in prompt]
-    num_earlier_answers = roles.count("assistant")
-    pieces_of_prompt = 3 * num_earlier_answers  # render_turns gives three pieces for each of them
-    pieces = []
-    for number, (text, is_target) in enumerate(render_turns(tokenizer, prompt + answer)):
-        pieces.append((text, is_target and number >= pieces_of_prompt))
-    return encode_turns(tokenizer, pieces)
+    return prompt_of_answer, encoded_answers
 
 
 def truncate_answers(

@@ -17,11 +17,12 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from core import verifiers
-from core.chat import encode_turns, render_turns
+from core.chat import encode_conversation
 from core.config import ModelConfig, Names, Natural, Positive, comma_separated
 from core.errors import ConfigError, as_config_error, unknown_name
 from core.function_process import Subprocess
 from core.llm_client import LLMClientError
+from core.model_config import context_length
 from core.recipe_files import is_link
 from core.runtime import compute_dtype, default_device, logger
 
@@ -159,7 +160,7 @@ def load_reward_model(config: ScoringConfig) -> Callable:
         rows = []
         for prompt, completion in zip(prompts, completions, strict=True):
             rows.append(encode_answer(tokenizer, prompt, completion))
-        max_length = model.config.max_position_embeddings
+        max_length = context_length(model.config)
         if max(map(len, rows)) > max_length:
             raise ValueError(f"longer than the reward model's {max_length} tokens")
 
@@ -184,7 +185,8 @@ def encode_answer(tokenizer, prompt: list[dict], completion: str) -> list[int]:
     """Token ids of a conversation, by the chat template of a reward model if it has one."""
     if tokenizer.chat_template:
         messages = [*prompt, {"role": "assistant", "content": completion}]
-        return encode_turns(tokenizer, render_turns(tokenizer, messages))[0]
+        ids, _ = encode_conversation(tokenizer, messages, start=len(prompt))[-1]
+        return ids
     prompt_text = "\n".join(message["content"] for message in prompt)
     return tokenizer(prompt_text, completion).input_ids
 

@@ -25,6 +25,7 @@ from core.accelerator import finish_trackers, start_accelerator
 from core.checkpoints import find_checkpoint
 from core.kl import k3, loss_needs_log_probs, next_kl_coef
 from core.logprobs import disable_dropout, sharing_is_exact
+from core.model_config import context_length
 from core.optimizers import new_optimizer, schedule_factor, set_learning_rates
 from core.rewards import score_completions, weighted_total
 from core.rollout import (
@@ -334,7 +335,7 @@ def start_run(
     config: RLConfig, model, tokenizer, train_rows: list, eval_rows: list, reward_functions: dict
 ) -> Run:
     """The run of an RL recipe on rows by `to_prompt`, continued from its last checkpoint."""
-    limit = min(config.max_seq_length, model.config.max_position_embeddings)
+    limit = min(config.max_seq_length, context_length(model.config))
     training = encode_prompts(config, train_rows, tokenizer, limit, "training data")
     evaluation = encode_prompts(config, eval_rows, tokenizer, limit, "evaluation data")
     if len(evaluation) > config.num_eval_prompts:

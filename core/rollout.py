@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from core.chat import IGNORE, as_messages, prompt_ids
+from core.chat import IGNORE, prompt_ids
 from core.config import (
     Count,
     DataConfig,
@@ -39,6 +39,7 @@ from core.logprobs import (
     rows_at_once,
     without_adapter,
 )
+from core.messages import as_messages
 from core.rewards import (
     REWARDS,
     ScoringConfig,
@@ -193,7 +194,7 @@ def to_prompt(row: dict, form: str, needs_answer: bool = False) -> dict:
     if needs_answer and row.get("answer", "") is None:
         raise RowError("without an answer")
     source = PROMPT_FORMATS[form]
-    prompt = as_messages(row[source[0]], "user")
+    prompt = as_messages(row[source[0]], "user", row.get("tools"))
     if form == "instruction-input":
         parts = [str(part) for part in (row["instruction"], row["input"]) if part]
         prompt = as_messages("\n\n".join(parts), "user")

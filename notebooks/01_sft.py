@@ -37,7 +37,7 @@ import pandas as pd
 import torch.nn.functional as F
 
 from common import load_model_and_tokenizer
-from core.chat import render_turns
+from core.chat import render_turn
 from core.data import load_dataset_from_path
 from core.runtime import start_logging
 from recipes import sft
@@ -70,8 +70,8 @@ conversation
 config = sft.SFTConfig(model_name_or_path=MODEL)
 with start_logging("error"):  # hides messages of the libraries
     model, tokenizer = load_model_and_tokenizer(config)
-pieces = render_turns(tokenizer, conversation)
-pd.DataFrame(pieces, columns=["text", "is it a target?"])
+turn = render_turn(tokenizer, conversation, index=1)
+pd.DataFrame([turn.context, turn.target], index=["context", "target"], columns=["text"])
 
 # %% [markdown]
 # Tokens and their labels. The label -100 marks a token that is not a target. The targets are the answer and the stop token

@@ -50,6 +50,7 @@ from core.data import detect_format, load_dataset_from_path, load_rows, usable_r
 from core.errors import ConfigError, RowError, as_config_error
 from core.files import read_jsonl, rows_from_main_process, write_jsonl
 from core.llm_client import LLMClient
+from core.model_config import context_length
 from core.output_layer import deferred_logits, scores_at, unwrap_model
 from core.rationales import (
     TeacherConfig,
@@ -360,7 +361,7 @@ def train(
     """Teach `model` in place the rationales of the rows {"question", "rationale", "answer"}; the
     teacher writes those that are missing. Returns the metrics; raises RuntimeError if no chain of
     the teacher leads to a right answer."""
-    max_length = min(config.max_seq_length, model.config.max_position_embeddings)
+    max_length = min(config.max_seq_length, context_length(model.config))
     eval_sets = {"": eval_rows} | load_eval_files(config)
 
     # 1. Collect rationales: ask the teacher and keep the chains that lead to the answer.

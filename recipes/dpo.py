@@ -50,6 +50,7 @@ from core.logprobs import (
     sharing_is_exact,
     without_adapter,
 )
+from core.model_config import context_length
 from core.output_layer import vocabulary_size
 from core.preferences import (  # rows of preferences, which recipes/reward.py reads too
     OPTIONAL_COLUMNS,
@@ -452,7 +453,7 @@ def kto_objective(log_ratios: Tensor, label: Tensor, config: DPOConfig) -> tuple
 def train(config: DPOConfig, model, tokenizer, train_rows: list, eval_rows: list) -> dict:
     """Train `model` in place on pairs or single answers (core/preferences.py); returns metrics."""
     # 1. Rows to tokens. The model's context length is an upper limit.
-    max_length = min(config.max_seq_length, model.config.max_position_embeddings)
+    max_length = min(config.max_seq_length, context_length(model.config))
     limits = replace(config, max_seq_length=max_length)
     training = encode_rows(train_rows, tokenizer, limits, "training data")
     evaluation = encode_rows(eval_rows, tokenizer, limits, "evaluation data")

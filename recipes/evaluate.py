@@ -43,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import BaseStage, load_model_and_tokenizer, main
 from core import verifiers
-from core.chat import IGNORE, as_messages, prompt_ids
+from core.chat import IGNORE, prompt_ids
 from core.config import Count, DataConfig, ModelConfig, Natural, StageConfig
 from core.data import read_rows, usable_rows
 from core.errors import ConfigError, RowError
@@ -52,6 +52,8 @@ from core.function_process import Subprocess
 from core.hub import check_model
 from core.judge import Judge, JudgingConfig
 from core.logprobs import TokenLogps, answer_scores, collate_answers
+from core.messages import as_messages
+from core.model_config import context_length
 from core.preferences import (
     PAIR_FORMATS,
     UNPAIRED_FORMATS,
@@ -201,7 +203,7 @@ def encode_for_models(
     def encode_for_all(row: dict) -> list[dict]:
         encoded = []
         for model, tokenizer in models:
-            max_length = min(config.max_seq_length, model.config.max_position_embeddings)
+            max_length = min(config.max_seq_length, context_length(model.config))
             encoded.append(encode(row, tokenizer, max_length, config.max_new_tokens))
         return encoded
 

@@ -33,10 +33,11 @@ from torch.nn.utils.rnn import pad_sequence
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import BaseStage, main
-from core.chat import encode_turns, render_turns, stop_tokens
+from core.chat import encode_conversation, stop_tokens
 from core.config import Count, FitConfig, NonNegative, Positive
 from core.data import load_rows, usable_rows
 from core.errors import ConfigError, RowError
+from core.model_config import context_length
 from core.preferences import (  # rows of preferences, which recipes/dpo.py reads too
     OPTIONAL_COLUMNS,
     PAIR_FORMATS,
@@ -80,8 +81,8 @@ def encode(row: dict, tokenizer, max_length: int) -> dict:
 
     "input_ids" has the tokens of both, for the length. Raises RowError if one is too long.
     """
-    chosen = encode_conversation(row["prompt"] + row["chosen"], tokenizer)
-    rejected = encode_conversation(row["prompt"] + row["rejected"], tokenizer)
+    chosen = encode_answer(row["prompt"], row["chosen"], tokenizer)
+    rejected = encode_answer(row["prompt"], row["rejected"], tokenizer)
     # A truncated answer would be scored without its end, so the pair is left out instead.
     if max(len(chosen), len(rejected)) > max_length:
         raise RowError(f"longer than {max_length} tokens")
@@ -90,9 +91,9 @@ def encode(row: dict, tokenizer, max_length: int) -> dict:
     return {"chosen": chosen, "rejected": rejected, "input_ids": both, "margin": margin}
 
 
-def encode_conversation(messages: list[dict], tokenizer) -> list[int]:
+def encode_answer(prompt: list[dict], answer: list[dict], tokenizer) -> list[int]:
     """The tokens of a conversation up to the end of its last answer."""
-    ids, _ = encode_turns(tokenizer, render_turns(tokenizer, messages))
+    ids, _ = encode_conversation(tokenizer, prompt + answer, start=len(prompt))[-1]
     return ids
 
 
@@ -190,7 +191,7 @@ def train(config: RewardConfig, model, tokenizer, train_rows: list, eval_rows: l
     `model` is a sequence classifier with one label. A pair may have a "margin".
     """
     # 1. Rows to tokens. The model has no positions beyond its context, whatever the option says.
-    max_length = min(config.max_seq_length, model.config.max_position_embeddings)
+    max_length = min(config.max_seq_length, context_length(model.config))
     training = encode_rows(train_rows, tokenizer, max_length, "training data")
     evaluation = encode_rows(eval_rows, tokenizer, max_length, "evaluation data")
 

@@ -42,6 +42,7 @@ from core.errors import ConfigError, as_config_error
 from core.files import rows_from_main_process, write_jsonl
 from core.judge import PROMPT_VERSION, Judge, JudgingConfig
 from core.llm_client import LLMClient, LLMClientError
+from core.model_config import context_length
 from core.recipe_files import option_names, select_options
 from core.rewards import load_reward_model, start_reward_functions, stopping_functions
 from core.rollout import RLConfig, encode_prompts, estimate_work, load_prompts, prompt_sequences
@@ -547,7 +548,7 @@ class RLAIFStage(BaseStage):
     def train(self, model, tokenizer):
         config = self.config
         self.judge.load()
-        limit = min(config.max_seq_length, model.config.max_position_embeddings)
+        limit = min(config.max_seq_length, context_length(model.config))
         training, evaluation = self.data
         training = encode_prompts(config, training, tokenizer, limit, "training data")
         evaluation = encode_prompts(config, evaluation, tokenizer, limit, "evaluation data")

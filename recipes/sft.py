@@ -35,12 +35,14 @@ from torch.nn.utils.rnn import pad_sequence
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import BaseStage, main
-from core.chat import IGNORE, as_messages, encode_turns, render_turns
+from core.chat import IGNORE, encode_conversation, text_ids
 from core.config import Count, FitConfig, Natural
 from core.data import load_rows, usable_rows
 from core.errors import ConfigError, RowError
 from core.files import write_jsonl
 from core.logprobs import TokenLogps
+from core.messages import as_messages
+from core.model_config import context_length
 from core.output_layer import scores_at
 from core.runtime import is_main_process, logger
 from core.sampling import generate
@@ -95,7 +97,7 @@ def to_messages(row: dict, form: str, separate_input: bool = False) -> list[dict
     """
     if form in ("messages", "sharegpt"):
         (column,) = FORMATS[form]
-        return as_messages(row[column], "user")
+        return as_messages(row[column], "user", row.get("tools"))
 
     *prompt_columns, answer_column = FORMATS[form]
     prompt_parts = [row[column] for column in prompt_columns]
@@ -105,7 +107,7 @@ def to_messages(row: dict, form: str, separate_input: bool = False) -> list[dict
     if alpaca_input and not separate_input:
         prompt_parts.append(alpaca_input)
 
-    prompt = as_messages(join_prompt_parts(prompt_parts), "user")
+    prompt = as_messages(join_prompt_parts(prompt_parts), "user", row.get("tools"))
     if separate_input:
         # The template reads "input" in every prompt, so it is there even if the row has none.
         prompt[-1]["input"] = alpaca_input or ""
@@ -135,26 +137,33 @@ def encode(row: list[dict] | str, tokenizer, max_length: int) -> tuple[list[dict
     """Tokenize a conversation or a text: (sequences, whether turns were cut off).
 
     A sequence is {"input_ids": (T,), "labels": (T,)} with T <= max_length. A conversation gives one
-    sequence, which ends with the last answer that fits. A text is split into as many as it needs.
-    Raises RowError if no answer fits, or if no token is a target.
+    sequence, which ends with the last answer that fits, or several where the chat template shows
+    earlier turns otherwise. A text is split into as many as it needs. Raises RowError if no answer
+    fits, or if no token is a target.
     """
     if isinstance(row, str):
         return encode_text(row, tokenizer, max_length), False
 
-    ids, labels = encode_turns(tokenizer, render_turns(tokenizer, row))
-    end = find_last_answer_end(labels, max_length)
-    if not end:
+    sequences = []
+    is_cut = False
+    for ids, labels in encode_conversation(tokenizer, row):
+        end = find_last_answer_end(labels, max_length)
+        is_cut = is_cut or end < len(ids)
+        if end:
+            sequences += split_into_sequences(ids[:end], labels[:end], starts=[0])
+    if not sequences:
         raise RowError(f"with no answer that ends within {max_length} tokens")
-    sequences = split_into_sequences(ids[:end], labels[:end], starts=[0])
-    return sequences, end < len(ids)
+    return sequences, is_cut
 
 
 def encode_text(text: str, tokenizer, max_length: int) -> list[dict]:
-    """Tokenize a text, from BOS if the tokenizer adds it to EOS, in pieces of max_length tokens."""
+    """Tokenize a text, from BOS if the tokenizer adds it to EOS, in pieces of max_length tokens.
+
+    A BOS or EOS that the text has already is not doubled."""
     adds_bos = tokenizer.bos_token_id in tokenizer("a").input_ids
     bos = tokenizer.bos_token if adds_bos else ""
-    whole_text = bos + text.removeprefix(bos) + tokenizer.eos_token
-    ids, labels = encode_turns(tokenizer, [(whole_text, True)])
+    eos = tokenizer.eos_token
+    ids = text_ids(tokenizer, bos + text.removeprefix(bos).removesuffix(eos) + eos)
 
     starts = list(range(0, len(ids), max_length))
     # The first token of a piece is not a target, so a last piece of one token would teach nothing:
@@ -162,7 +171,7 @@ def encode_text(text: str, tokenizer, max_length: int) -> list[dict]:
     last_length = len(ids) - starts[-1]
     if last_length == 1 and max_length > 1 and len(starts) > 1:
         starts[-1] -= 1
-    return split_into_sequences(ids, labels, starts)
+    return split_into_sequences(ids, ids, starts)
 
 
 def find_last_answer_end(labels: list[int], max_length: int) -> int:
@@ -298,7 +307,7 @@ def train(
     """Fine-tune `model` in place on conversations (lists of messages) or texts; returns metrics."""
     # 1. Rows to tokens and labels.
     # The model's context length is an upper limit.
-    max_length = min(config.max_seq_length, model.config.max_position_embeddings)
+    max_length = min(config.max_seq_length, context_length(model.config))
     training = encode_rows(train_rows, tokenizer, max_length, "training data")
     evaluation = encode_rows(eval_rows, tokenizer, max_length, "evaluation data")
     if config.packing:
@@ -388,7 +397,8 @@ class SFTStage(BaseStage):
                 return to_text(row)
             return to_messages(row, form, separate_input)
 
-        optional_columns = {"alpaca": ["input"]}
+        optional_columns = {form: ["tools"] for form in FORMATS if form != "text"}
+        optional_columns["alpaca"] += ["input"]
         train_rows, eval_rows, source = load_rows(self.config, convert, optional_columns)
         self.lineage["data"] = source
         self.needs_chat_template = source["format"] != "text"

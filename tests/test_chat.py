@@ -4,23 +4,24 @@ import pytest
 
 import core.chat
 import core.errors
+import core.messages
 import core.runtime
 from core.errors import ConfigError
+from core.messages import as_messages
 
 
-def test_a_chat_becomes_pieces_then_tokens_as_the_docstring_shows(tokenizer):
+def test_a_chat_becomes_tokens_as_the_docstring_shows(tokenizer):
     chat = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
-    pieces = core.chat.render_turns(tokenizer, core.chat.as_messages(chat, "user"))
-    assert pieces == [
-        ("<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n", False),
-        ("4<|im_end|>", True),
-        ("\n", False),
-    ]
-    for text, _ in pieces:
+    context, target = core.chat.render_turn(tokenizer, core.messages.as_messages(chat, "user"), 1)
+    assert (context, target) == (
+        "<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n",
+        "4<|im_end|>",
+    )
+    for text in (context, target):
         assert repr(text).replace("'", '"') in core.chat.__doc__
 
-    input_ids, labels = core.chat.encode_turns(tokenizer, pieces)  # (T,), (T,)
-    assert tokenizer.decode(input_ids) == pieces[0][0] + pieces[1][0]
+    [(input_ids, labels)] = core.chat.encode_conversation(tokenizer, chat)  # (T,), (T,)
+    assert tokenizer.decode(input_ids) == context + target
     answer = tokenizer("4<|im_end|>", add_special_tokens=False).input_ids
     prompt_length = len(input_ids) - len(answer)
     assert input_ids[prompt_length:] == answer
@@ -28,7 +29,7 @@ def test_a_chat_becomes_pieces_then_tokens_as_the_docstring_shows(tokenizer):
     assert core.chat.prompt_ids(tokenizer, chat[:1]) == input_ids[:prompt_length]
 
 
-def test_a_message_that_is_none_is_a_row_left_out(caplog):
+def test_a_message_that_is_none_is_a_row_left_out():
     for value in (
         [None, {"role": "user", "content": "a"}],
         ["hi", "there"],
@@ -38,10 +39,89 @@ def test_a_message_that_is_none_is_a_row_left_out(caplog):
         [],
     ):
         with pytest.raises(core.errors.RowError):
-            core.chat.as_messages(value, "user")
-    assert core.chat.as_messages(7, "user") == [{"role": "user", "content": "7"}]
-    core.chat.as_messages({"role": "user", "content": "a", "tool_calls": [1], "name": None}, "user")
-    assert "only the role and content of a message are used, not tool_calls" in caplog.text
+            as_messages(value, "user")
+    assert as_messages(7, "user") == [{"role": "user", "content": "7"}]
+
+
+USER = {"role": "user", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    "turn, read",
+    [
+        ({"from": "gpt", "value": "b"}, {"role": "assistant", "content": "b"}),
+        ({"role": "developer", "content": "b"}, {"role": "system", "content": "b"}),
+        ({"role": "tool", "content": ""}, {"role": "tool", "content": ""}),
+        (
+            {"role": "user", "content": [{"type": "text", "text": "b"}, "c"]},
+            {"role": "user", "content": "b\nc"},
+        ),
+        (
+            {"role": "assistant", "content": "b", "weight": 0, "reasoning": "c"},
+            {"role": "assistant", "content": "b", "reasoning_content": "c", "train": False},
+        ),
+        (
+            {"role": "assistant", "content": "b", "weight": 1, "train": None, "name": ""},
+            {"role": "assistant", "content": "b"},
+        ),
+        (
+            {"role": "assistant", "content": [{"type": "thinking", "thinking": "c"}, "b"]},
+            {"role": "assistant", "content": "b", "reasoning_content": "c"},
+        ),
+        (
+            {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [
+                    {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+                ],
+            },
+        ),
+        (
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [{"id": "i", "function": {"name": "f"}}],
+            },
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [
+                    {"type": "function", "function": {"name": "f", "arguments": {}}, "id": "i"}
+                ],
+            },
+        ),
+    ],
+)
+def test_messages_are_read_in_the_forms_that_data_sets_have(turn, read):
+    assert as_messages([USER, turn], "user") == [USER, read]
+
+
+@pytest.mark.parametrize(
+    "turn, said",
+    [
+        ({"role": "user", "content": [{"type": "image_url"}]}, "a part that is no text .image_url"),
+        ({"role": "narrator", "content": "b"}, "an unknown speaker .narrator"),
+        ({"role": "assistant", "content": None}, "an empty or missing text"),
+        ({"role": "assistant", "content": "b", "weight": 0.5}, "a weight of 0.5"),
+        ({"role": "assistant", "content": "b", "tool_calls": [1]}, "a tool call that is no JSON"),
+        ({"from": "function_call", "value": "f(x)"}, "a tool call that is no JSON"),
+    ],
+)
+def test_a_message_that_would_lose_a_part_is_refused(turn, said):
+    with pytest.raises(core.errors.RowError, match=said):
+        as_messages([USER, turn], "user")
+
+
+def test_an_empty_system_message_is_none_and_tools_stay(caplog):
+    core.runtime.warn_once.cache_clear()
+    system = {"role": "system", "content": " ", "rating": 5}
+    tools = '[{"name": "f"}]'
+    assert as_messages([system, USER], "user", tools) == [
+        USER | {"tools": [{"type": "function", "function": {"name": "f"}}]}
+    ]
+    assert "these parts of a message are not used: rating" in caplog.text
 
 
 def test_an_instruction_template_warns_of_unknown_fields(tokenizer, caplog):

@@ -91,8 +91,8 @@ def test_data_without_trained_tokens_is_refused(tmp_path, own_tokenizer):
     with pytest.raises(ConfigError, match="none of its tokens is a target"):
         core.checks.check_encoded_rows(stage, own_tokenizer, 512)
     own_tokenizer.chat_template = CHATML.replace(
-        "message['content']", "''"
-    )  # the template leaves all texts out
+        "message['content']", "(message['content'] if message['role'] == 'user' else '')"
+    )  # the template leaves the answers out
     with pytest.raises(ConfigError, match="none of its tokens is a target"):
         core.checks.check_encoded_rows(stage_on(tmp_path, ROWS), own_tokenizer, 512)
 
@@ -106,7 +106,7 @@ def test_a_text_that_begins_twice_is_refused(tmp_path, own_tokenizer):
     assert core.checks.check_encoded_rows(stage_on(tmp_path, ROWS), own_tokenizer, 512)
 
 
-def test_a_prompt_that_has_other_tokens_before_its_answer_is_refused(tmp_path):
+def test_a_prompt_that_has_other_tokens_before_its_answer_keeps_those_of_its_own(tmp_path):
     """Two line breaks are one token at the end of a prompt, and two before a word, as in Llama."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -123,30 +123,34 @@ def test_a_prompt_that_has_other_tokens_before_its_answer_is_refused(tmp_path):
         decoders.ByteLevel(),
     )
     own_tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
-    for template, refused in (
-        ("{instruction}\n\n{response}", True),
-        ("{instruction}\n{response}", False),
-        ("{instruction}\n\n# {response}", False),
+    for template in (
+        "{instruction}\n\n{response}",
+        "{instruction}\n{response}",
+        "{instruction}\n\n# {response}",
     ):
         own_tokenizer.chat_template = core.chat.template_from_instruction(template, own_tokenizer)
         stage = stage_on(tmp_path, ROWS)
-        if refused:
-            with pytest.raises(
-                ConfigError, match="prompt tokenizes differently without its answer"
-            ):
-                core.checks.check_encoded_rows(stage, own_tokenizer, 512)
-        else:
-            assert core.checks.check_encoded_rows(stage, own_tokenizer, 512).lengths
+        ids, labels = core.checks.check_encoded_rows(stage, own_tokenizer, 512).example
+        start = labels.count(core.chat.IGNORE)
+        prompt = own_tokenizer.decode(ids[:start])
+        assert prompt.endswith(template[len("{instruction}") : -len("{response}")].rstrip(" "))
+        assert ids[:start] == own_tokenizer(prompt).input_ids
 
 
-def test_a_template_that_writes_more_before_an_answer_than_it_keeps_is_refused(own_tokenizer):
+def test_a_template_that_writes_more_before_an_answer_than_it_keeps_is_refused(
+    tmp_path, own_tokenizer
+):
     own_tokenizer.chat_template = CHATML.replace(
         "assistant\n{% endif", "assistant\n<think>\n{% endif"
     )
     with pytest.raises(
+        ConfigError, match="no usable rows .12 which .* without its generation prompt"
+    ):
+        core.checks.check_encoded_rows(stage_on(tmp_path, ROWS), own_tokenizer, 512)
+    own_tokenizer.chat_template = "{{ raise_exception('only one turn') }}"
+    with pytest.raises(
         ConfigError,
-        match="set instruction_template instead; every conversation is one: "
-        "which .* without its generation prompt",
+        match="set instruction_template instead; every conversation is one which .* only one turn",
     ):
         core.chat.stop_tokens(own_tokenizer)
 

@@ -1,22 +1,27 @@
 """recipes/sft.py: which tokens are targets, the loss for any batching, and learning to stop."""
 
+import copy
+import itertools
 import json
+from pathlib import Path
 
 import cot_distillation
 import ppo
 import pytest
 import sft
 import torch
+import trl
 from conftest import make_model
 from torch.profiler import ProfilerActivity, profile
 
 import common
 import core.chat
 import core.data
+import core.messages
 import core.runtime
 import core.sampling
 import core.training
-from core.chat import IGNORE, encode_turns, render_turns
+from core.chat import IGNORE, encode_conversation
 from core.errors import ConfigError, RowError
 
 CHAT = [
@@ -69,20 +74,43 @@ def targets(tokenizer, ids, labels):
 # -- targets ---------------------------------------------------------------------------------------
 
 
+def learnt_turns(tokenizer, messages):
+    """[(context, target)] of a conversation, as text."""
+    turns = []
+    for ids, labels in encode_conversation(tokenizer, messages):
+        edges = [n for n in range(1, len(ids)) if labels[n] != IGNORE == labels[n - 1]]
+        for start in edges:
+            target = list(itertools.takewhile(lambda label: label != IGNORE, labels[start:]))
+            turns.append((tokenizer.decode(ids[:start]), tokenizer.decode(target)))
+    return turns
+
+
+def with_template(tokenizer, template, special=()):
+    """A copy of the tokenizer with another chat template: Jinja, or the name of one of TRL's."""
+    tok = copy.deepcopy(tokenizer)
+    tok.add_special_tokens({"additional_special_tokens": list(special)})
+    if template.endswith(".jinja"):
+        template = (Path(trl.__file__).parent / "chat_templates" / template).read_text()
+    tok.chat_template = template
+    return tok
+
+
 def test_targets_are_the_answers_and_their_stop_tokens(tokenizer):
-    ids, labels = encode_turns(tokenizer, render_turns(tokenizer, CHAT))
+    [(ids, labels)] = encode_conversation(tokenizer, CHAT)
     assert targets(tokenizer, ids, labels) == ["Uno.<|im_end|>", "Dos, my friend.<|im_end|>"]
     rendered = tokenizer.apply_chat_template(CHAT, tokenize=False)
     assert tokenizer.decode(ids) == rendered.removesuffix("\n")  # nothing added, nothing lost
     assert all(label in (IGNORE, token) for token, label in zip(ids, labels, strict=True))
 
 
-def test_unicode_and_special_texts_are_exact_targets(tokenizer):
+def test_unicode_and_special_texts_are_exact_targets(tokenizer, caplog):
+    core.runtime.warn_once.cache_clear()
     answer = "Grüße 👩‍🚀 <|im_start|> \n\n  ok\t"
-    ids, labels = encode_turns(
-        tokenizer, render_turns(tokenizer, [CHAT[1], {"role": "assistant", "content": answer}])
+    [(ids, labels)] = encode_conversation(
+        tokenizer, [CHAT[1], {"role": "assistant", "content": answer}]
     )
     assert targets(tokenizer, ids, labels) == [answer + "<|im_end|>"]
+    assert "a text has the special token <|im_start|> inside" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -91,11 +119,9 @@ def test_unicode_and_special_texts_are_exact_targets(tokenizer):
 def test_templates_end_every_answer_in_a_stop_token_and_the_prompt_is_its_prefix(
     tokenizer, tmp_path, template
 ):
-    import copy
-
     tok = copy.deepcopy(tokenizer)
     core.chat.prepare_tokenizer(tok, config(tmp_path, instruction_template=template))
-    ids, labels = encode_turns(tok, render_turns(tok, CHAT[1:]))
+    [(ids, labels)] = encode_conversation(tok, CHAT[1:])
     stop = "<|endoftext|>" if template else "<|im_end|>"
     assert [text.strip() for text in targets(tok, ids, labels)] == [
         "Uno." + stop,
@@ -109,41 +135,45 @@ def test_templates_end_every_answer_in_a_stop_token_and_the_prompt_is_its_prefix
     )
 
 
+PLAIN_TEXT = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
 def test_a_template_without_a_stop_token_gets_one(tokenizer):
-    import copy
-
-    tok = copy.deepcopy(tokenizer)
-    tok.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-    tok.chat_template += "{% if add_generation_prompt %}assistant:{% endif %}"
-    ids, labels = encode_turns(tok, render_turns(tok, CHAT))
-    assert targets(tok, ids, labels) == [" Uno.\n<|endoftext|>", " Dos, my friend.\n<|endoftext|>"]
-
-
-def test_a_template_that_rewrites_earlier_turns_is_replaced_by_trls(tokenizer):
-    import copy
-    from pathlib import Path
-
-    import trl
-
-    tok = copy.deepcopy(tokenizer)
-    tok.chat_template = (Path(trl.__file__).parent / "chat_templates/qwen3.jinja").read_text()
-    ids, labels = encode_turns(tok, render_turns(tok, CHAT))
-    assert [text.split("</think>")[-1].strip() for text in targets(tok, ids, labels)] == [
-        "Uno.<|im_end|>",
-        "Dos, my friend.<|im_end|>",
+    """An earlier answer has none in the context, so each answer is a sequence of its own."""
+    assert learnt_turns(with_template(tokenizer, PLAIN_TEXT), CHAT[1:]) == [
+        ("user: One?\nassistant:", " Uno.\n<|endoftext|>"),
+        (
+            "user: One?\nassistant: Uno.\nuser: Two?\nassistant:",
+            " Dos, my friend.\n<|endoftext|>",
+        ),
     ]
-    tok.chat_template = (
-        tokenizer.chat_template
-    )  # a later stage gives the same tokenizer another template
-    assert encode_turns(tok, render_turns(tok, CHAT)) == encode_turns(
-        tokenizer, render_turns(tokenizer, CHAT)
-    )
+
+
+def test_a_template_that_strips_earlier_thoughts_gives_each_answer_its_own_context(tokenizer):
+    thoughts = copy.deepcopy(CHAT[1:])
+    thoughts[1]["content"] = "<think>\nUn?\n</think>\n\nUno."
+    tok = with_template(tokenizer, "qwen3.jinja")
+    first = "<|im_start|>user\nOne?<|im_end|>\n<|im_start|>assistant\n"
+    assert learnt_turns(tok, thoughts) == [
+        (first, "<think>\nUn?\n</think>\n\nUno.<|im_end|>"),
+        (
+            first + "Uno.<|im_end|>\n<|im_start|>user\nTwo?<|im_end|>\n<|im_start|>assistant\n",
+            "<think>\n\n</think>\n\nDos, my friend.<|im_end|>",
+        ),
+    ]
+    # A later stage gives the same tokenizer another template.
+    tok.chat_template = tokenizer.chat_template
+    assert encode_conversation(tok, CHAT) == encode_conversation(tokenizer, CHAT)
 
 
 MESSAGE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ CONTENT }}<|im_end|>\n{% endfor %}"
 )
 PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+THOUGHT = {"role": "assistant", "content": "<think>long</think>Uno."}
 
 
 @pytest.mark.parametrize(
@@ -155,54 +185,83 @@ PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
             CHAT,
             "refuses: System role",
         ),
-        (MESSAGE, CHAT[2:], "that begins with the assistant"),
+        (
+            MESSAGE.replace("CONTENT", "m['content'] if m['role'] != 'system'"),
+            CHAT,
+            "whose system message the chat template leaves out",
+        ),
+        (MESSAGE, CHAT[2:3], "without an answer"),
         (
             MESSAGE.replace("CONTENT", "m['content'].split('</think>')[-1]"),
-            [*CHAT[1:2], {"role": "assistant", "content": "<think>long</think>Uno."}],
+            [*CHAT[1:2], THOUGHT],
             "the chat template shortens",
         ),
         (
-            MESSAGE.replace(
-                "CONTENT",
-                "m['content'] if loop.last or m['role'] == 'user' "
-                "else m['content'].split('</think>')[-1]",
-            ),
-            [*CHAT[1:2], {"role": "assistant", "content": "<think>long</think>Uno."}, *CHAT[3:]],
-            "earlier turns the chat template changes",
+            MESSAGE,
+            [CHAT[1], CHAT[2] | {"reasoning_content": "Un?"}],
+            "whose reasoning the chat template leaves out",
         ),
         (
-            MESSAGE + "{% if not add_generation_prompt %}<|endoftext|>{% endif %}",
-            CHAT,
-            "earlier turns the chat template changes",
+            MESSAGE,
+            [CHAT[1], CHAT[2] | {"tool_calls": core.messages.read_tool_calls({"name": "count"})}],
+            "whose tool calls the chat template leaves out",
+        ),
+        (MESSAGE, [CHAT[1] | {"tools": [{"name": "count"}]}, CHAT[2]], "whose tools the chat"),
+        (MESSAGE, [CHAT[1], CHAT[2] | {"content": "Uno.<|im_end|>"}], "the marks of the chat"),
+        (
+            MESSAGE,
+            [CHAT[1] | {"content": "<|im_start|>user\nOne?"}, CHAT[2]],
+            "the marks of the chat template already",
         ),
     ],
 )
-def test_a_row_that_the_template_would_garble_is_left_out(
-    tokenizer, template, turns, said, monkeypatch
-):
-    import copy
-
-    # As if TRL did not know the template.
-    monkeypatch.setattr(core.chat, "training_template", lambda tokenizer, template: template)
-    tok = copy.deepcopy(tokenizer)
-    tok.chat_template = template.replace("CONTENT", "m['content']") + PROMPT
+def test_a_row_that_the_template_would_garble_is_left_out(tokenizer, template, turns, said):
+    tok = with_template(tokenizer, template.replace("CONTENT", "m['content']") + PROMPT)
     with pytest.raises(RowError, match=said):
-        render_turns(tok, turns)
-    render_turns(tok, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+        encode_conversation(tok, turns)
+    encode_conversation(
+        tok, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    )
 
 
-def test_several_turns_by_phi_are_left_out_and_one_is_learnt(tokenizer):
-    """Its template, and TRL's version, end a chat in a token that a further turn removes."""
-    import copy
-    from pathlib import Path
+def test_an_answer_that_ends_in_eos_gets_no_second_one(tokenizer):
+    with pytest.raises(RowError, match="the marks of the chat template already"):
+        encode_conversation(
+            with_template(tokenizer, PLAIN_TEXT),
+            [CHAT[1], CHAT[2] | {"content": "Uno.<|endoftext|>"}],
+        )
+    for text in ("Uno.", "Uno.<|endoftext|>"):
+        [sequence] = sft.encode_text(text, tokenizer, 64)
+        assert tokenizer.decode(sequence["input_ids"]) == "Uno.<|endoftext|>"
 
-    import trl
 
-    tok = copy.deepcopy(tokenizer)
-    tok.chat_template = (Path(trl.__file__).parent / "chat_templates/phi3.jinja").read_text()
-    assert "Uno." in targets(tok, *encode_turns(tok, render_turns(tok, CHAT[1:3])))[0]
-    with pytest.raises(RowError, match="earlier turns the chat template changes"):
-        render_turns(tok, CHAT[1:])
+def test_earlier_turns_that_a_template_changes_are_learnt_as_they_are_shown(tokenizer):
+    """The thought of the first answer is learnt, and is not in the context of the second."""
+    content = "m['content'] if loop.last or m['role'] == 'user' else m['content'].split('nk>')[-1]"
+    tok = with_template(tokenizer, MESSAGE.replace("CONTENT", content) + PROMPT)
+    (_, first), (context, second) = learnt_turns(tok, [CHAT[1], THOUGHT, *CHAT[3:]])
+    assert first == "<think>long</think>Uno.<|im_end|>" and second == "Dos, my friend.<|im_end|>"
+    assert "long" not in context and "Uno." in context
+
+
+def test_a_token_behind_the_last_turn_is_not_the_end_of_a_turn(tokenizer):
+    """Phi-3 writes <|endoftext|> behind the last answer's <|end|>, GPT-OSS <|return|> instead."""
+    tok = with_template(tokenizer, "phi3.jinja", ("<|user|>", "<|assistant|>", "<|end|>"))
+    context = "<|user|>\nOne?<|end|>\n<|assistant|>\n"
+    assert learnt_turns(tok, CHAT[1:]) == [
+        (context, "Uno.<|end|>"),
+        (context + "Uno.<|end|>\n<|user|>\nTwo?<|end|>\n<|assistant|>\n", "Dos, my friend.<|end|>"),
+    ]
+    assert tok.convert_tokens_to_ids("<|end|>") in core.chat.stop_tokens(tok)
+    special = ("<|start|>", "<|message|>", "<|end|>", "<|return|>", "<|channel|>", "<|call|>")
+    tok = with_template(tokenizer, "gptoss.jinja", special)
+    tok.eos_token = "<|return|>"
+    (_, first), (context, second) = learnt_turns(tok, CHAT[1:])
+    assert first == "<|channel|>final<|message|>Uno.<|return|>"
+    assert context.endswith(
+        "<|message|>Uno.<|end|><|start|>user<|message|>Two?<|end|><|start|>assistant"
+    )
+    assert second == "<|channel|>final<|message|>Dos, my friend.<|return|>"
 
 
 @pytest.mark.parametrize(
@@ -210,38 +269,90 @@ def test_several_turns_by_phi_are_left_out_and_one_is_learnt(tokenizer):
     [
         ("qwen3_5_think.jinja", "<think>\nlong\n</think>\n\nUno.", "long\n</think>\n\nUno."),
         ("qwen3_5_nothink.jinja", "<think>\n\n</think>\n\nUno.", "Uno."),
-        (
-            "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-            "{% if add_generation_prompt %}assistant:{% endif %}",
-            "Uno.<|endoftext|>",
-            "Uno.",
-        ),
+        ("deepseek_r1_distill.jinja", "<think>\nlong\n</think>\n\nUno.", "long\n</think>\n\nUno."),
     ],
 )
 def test_what_the_generation_prompt_or_the_answer_itself_has_is_not_missed(
     tokenizer, template, answer, said
 ):
-    import copy
-    from pathlib import Path
+    tok = with_template(tokenizer, template)
+    tok.bos_token = "<|endoftext|>"
+    turns = learnt_turns(tok, [CHAT[1], {"role": "assistant", "content": answer}])
+    assert len(turns) == 1 and turns[0][1].strip().startswith(said)
 
-    import trl
 
-    tok = copy.deepcopy(tokenizer)
-    tok.chat_template = (
-        (Path(trl.__file__).parent / "chat_templates" / template).read_text()
-        if template.endswith("jinja")
-        else template
+def test_an_answer_without_the_thought_that_its_prompt_begins_is_refused(tokenizer):
+    tok = with_template(tokenizer, "deepseek_r1_distill.jinja")
+    tok.bos_token = "<|endoftext|>"
+    with pytest.raises(RowError, match="without its generation prompt '<｜Assistant｜><think>"):
+        encode_conversation(tok, CHAT[1:3])
+    assert tok.decode(core.chat.prompt_ids(tok, CHAT[1:2])).endswith(
+        "<think>\n"
+    )  # RL needs no more
+
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+TOOL_CHAT = [
+    {"role": "user", "content": "Sun?"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "yes"},
+    {"role": "assistant", "content": "It shines."},
+]
+
+
+def test_tool_calls_are_learnt_and_their_results_are_context(tokenizer):
+    tok = with_template(tokenizer, "qwen3.jinja")
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+    (context, call), (_, answer) = learnt_turns(
+        tok, [TOOL_CHAT[0] | {"tools": tools}, *TOOL_CHAT[1:]]
     )
-    learnt = targets(
-        tok,
-        *encode_turns(tok, render_turns(tok, [CHAT[1], {"role": "assistant", "content": answer}])),
+    assert '"name": "weather"' in context
+    written = (
+        '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>'
     )
-    assert len(learnt) == 1 and learnt[0].strip().startswith(said)
+    assert call.endswith(written) and answer.endswith("It shines.<|im_end|>")
+    # JSON text, as OpenAI's data has it, is handed on as it is.
+    as_text = copy.deepcopy(TOOL_CHAT)
+    as_text[1]["tool_calls"][0]["function"]["arguments"] = '{"city": "Oslo"}'
+    assert learnt_turns(tok, as_text) == learnt_turns(tok, TOOL_CHAT)
+    # Llama's template would quote it once more, so it gets an object.
+    llama = with_template(tokenizer, "llama3_1.jinja", ("<|eot_id|>", "<|start_header_id|>"))
+    llama.bos_token = "<|endoftext|>"
+    assert learnt_turns(llama, as_text)[0][1] == (
+        '{"name": "weather", "parameters": {"city": "Oslo"}}<|eot_id|>'
+    )
 
 
-def test_an_answer_that_merges_with_its_prompt_is_refused(tokenizer):
-    with pytest.raises(RowError, match="inside a token"):
-        encode_turns(tokenizer, [("Remind m", False), ("e to", True)])
+def test_reasoning_is_learnt_where_the_template_has_a_place_for_it(tokenizer):
+    message = CHAT[2] | {"reasoning_content": "Un?"}
+    [(_, target)] = learnt_turns(with_template(tokenizer, "qwen3.jinja"), [CHAT[1], message])
+    assert target == "<think>\nUn?\n</think>\n\nUno.<|im_end|>"
+    tok = with_template(tokenizer, "gptoss.jinja", ("<|return|>", "<|end|>"))
+    [(_, target)] = learnt_turns(tok, [CHAT[1], message])
+    assert target == (
+        "<|channel|>analysis<|message|>Un?<|end|><|start|>assistant"
+        "<|channel|>final<|message|>Uno.<|return|>"
+    )
+
+
+def test_an_answer_marked_as_context_is_not_learnt(tokenizer):
+    for mark in ({"weight": 0}, {"train": False}):
+        chat = core.messages.as_messages([*CHAT[:2], CHAT[2] | mark, *CHAT[3:]], "user")
+        [(ids, labels)] = encode_conversation(tokenizer, chat)
+        assert targets(tokenizer, ids, labels) == ["Dos, my friend.<|im_end|>"]
+        assert "Uno.<|im_end|>" in tokenizer.decode(ids)
+    [(ids, labels)] = encode_conversation(tokenizer, [CHAT[2], *CHAT[1:3]])
+    assert targets(tokenizer, ids, labels) == ["Uno.<|im_end|>"]  # what begins a chat is context
+
+
+def test_an_answer_that_would_merge_with_its_prompt_is_learnt_as_it_is_written_in_use(tokenizer):
+    tok = with_template(tokenizer, "{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    chat = [{"role": "user", "content": "Remind m"}, {"role": "assistant", "content": "e to"}]
+    [(ids, labels)] = encode_conversation(tok, chat)
+    prompt = tok("Remind m").input_ids
+    assert tok("Remind me to").input_ids[: len(prompt)] != prompt
+    assert ids == prompt + tok("e to<|endoftext|>").input_ids
+    assert labels == [IGNORE] * len(prompt) + ids[len(prompt) :]
 
 
 def test_what_does_not_fit_is_cut_at_an_answers_end_or_left_out(tokenizer):
@@ -433,10 +544,10 @@ def test_dates_of_a_parquet_file_do_not_stop_a_run(tmp_path):
 
 def test_marks_on_a_message_that_are_not_read_are_said(caplog):
     core.runtime.warn_once.cache_clear()
-    core.chat.as_messages(
-        [{"role": "user", "content": "a", "weight": 0, "tool_calls": None, "name": ""}], "user"
+    core.messages.as_messages(
+        [{"role": "user", "content": "a", "stars": 3, "tool_calls": None, "name": ""}], "user"
     )
-    assert "not weight" in caplog.text and "tool_calls" not in caplog.text
+    assert "not used: stars" in caplog.text and "tool_calls" not in caplog.text
 
 
 def test_unknown_and_ambiguous_columns_are_refused():

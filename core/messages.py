@@ -1,0 +1,198 @@
+"""From the values of a data set to messages, as chat templates take them.
+
+A message is {"role": ..., "content": text}; its role is system, user, assistant or tool. Where the
+data has them, it also has
+
+    "tool_calls"          [{"type": "function", "function": {"name": ..., "arguments": ...}}]
+    "reasoning_content"   what the assistant thought before it wrote
+    "tool_call_id", "name"
+    "train"               False for an answer that is context and not learnt
+    "tools"               in the first message: the functions that the assistant may call
+
+What cannot be read without losing a part of it raises RowError.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from core.errors import RowError
+from core.runtime import warn_once
+
+# Role names of chat data sets, including ShareGPT's.
+ROLES = {
+    "user": "user",
+    "assistant": "assistant",
+    "system": "system",
+    "developer": "system",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "human": "user",
+    "gpt": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+}
+TEXT_KEYS = ("content", "value")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+TEXT_PARTS = ("text", "input_text", "output_text")
+KNOWN_KEYS = {
+    *("role", "from", *TEXT_KEYS, *REASONING_KEYS),
+    *("tool_calls", "function_call", "tool_call_id", "name", "tools", "weight", "train"),
+}
+
+
+def as_messages(value, role: str, tools=None) -> list[dict]:
+    """The messages of `value`: a text (spoken by `role`), one message, or a list of messages.
+
+    A message is {"role": ..., "content": ...} or, in ShareGPT's form, {"from": ..., "value": ...};
+    `tools` is a list of functions, or its JSON. Raises RowError if a text is missing or a speaker
+    is unknown.
+    """
+    if isinstance(value, str | int | float):
+        value = {"role": role, "content": str(value)}
+    turns = [value] if isinstance(value, dict) else value
+    if not turns:
+        raise RowError("with an empty or missing text")
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise RowError("that has neither a text nor a list of messages")
+    warn_of_unused_keys(turns)
+
+    messages = []
+    for turn in turns:
+        tools = tools or turn.get("tools")
+        message = read_message(turn)
+        # An empty system message means that there is none.
+        if message["role"] != "system" or message["content"].strip():
+            messages.append(message)
+    if not messages:
+        raise RowError("with an empty or missing text")
+    if tools:
+        messages[0]["tools"] = read_tools(tools)
+    return messages
+
+
+def warn_of_unused_keys(turns: list[dict]) -> None:
+    """Warn once about content that is not used, such as ratings."""
+    unused = set()
+    for turn in turns:
+        for key, value in turn.items():
+            is_empty = value in (None, "", [], {})
+            if key not in KNOWN_KEYS and not is_empty:
+                unused.add(key)
+    if unused:
+        names = ", ".join(sorted(unused))
+        warn_once(f"these parts of a message are not used: {names}")
+
+
+def read_message(turn: dict) -> dict:
+    """One message of a data set; raises RowError."""
+    speaker = turn.get("role") or turn.get("from")
+    if speaker not in ROLES:
+        raise RowError(f"with an unknown speaker ({speaker})")
+    text, reasoning = read_content(turn)
+    message: dict[str, Any] = {"role": ROLES[speaker], "content": text}
+
+    calls = turn.get("tool_calls") or turn.get("function_call")
+    if speaker == "function_call":
+        calls, message["content"] = text, ""
+    if calls:
+        message["tool_calls"] = read_tool_calls(calls)
+    for key in REASONING_KEYS:
+        reasoning = reasoning or turn.get(key) or ""
+    if reasoning:
+        message["reasoning_content"] = reasoning
+    for key in ("tool_call_id", "name"):
+        if turn.get(key):
+            message[key] = turn[key]
+    if not is_learnt(turn):
+        message["train"] = False
+
+    # A tool may return nothing, and an assistant may call one without a word.
+    may_be_empty = message["role"] in ("system", "tool") or "tool_calls" in message
+    if not may_be_empty and not message["content"].strip():
+        raise RowError("with an empty or missing text")
+    return message
+
+
+def read_content(turn: dict) -> tuple[str, str]:
+    """(text, reasoning) of a message; lists of parts are joined by line breaks."""
+    content = turn.get("content") or turn.get("value") or ""
+    if isinstance(content, str):
+        return content, ""
+    if not isinstance(content, list):
+        raise RowError("with an empty or missing text")
+    texts, thoughts = [], []
+    for part in content:
+        if isinstance(part, str):
+            texts.append(part)
+            continue
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind in TEXT_PARTS and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        elif kind == "thinking":
+            thoughts.append(read_content({"content": part.get("thinking")})[0])
+        else:
+            raise RowError(f"with a part that is no text ({kind})")
+    return "\n".join(texts), "\n".join(thoughts)
+
+
+def is_learnt(turn: dict) -> bool:
+    """What "weight" (OpenAI, Mistral) or "train" (axolotl) says of a message; else true."""
+    for key in ("weight", "train"):
+        mark = turn.get(key)
+        if mark is None:
+            continue
+        if mark not in (0, 1):
+            raise RowError(f"with a {key} of {mark!r}; 0 is context, and 1 is learnt")
+        if not mark:
+            return False
+    return True
+
+
+def read_tool_calls(calls) -> list[dict]:
+    """Calls in OpenAI's form; those of ShareGPT are JSON, and a single one may stand alone."""
+    wrapped = []
+    for call in as_list(calls, "a tool call"):
+        function = as_json(call.get("function") or call, "a tool call")
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise RowError("with a tool call without a name")
+        arguments = function.get("arguments")
+        if arguments is None:
+            arguments = {}
+        wrapped_call = {"type": "function", "function": {**function, "arguments": arguments}}
+        if call.get("id"):
+            wrapped_call["id"] = call["id"]
+        wrapped.append(wrapped_call)
+    return wrapped
+
+
+def read_tools(tools) -> list[dict]:
+    """Descriptions of functions in OpenAI's form."""
+    wrapped = []
+    for tool in as_list(tools, "a list of tools"):
+        if "function" not in tool and "name" in tool:
+            tool = {"type": "function", "function": tool}
+        wrapped.append(tool)
+    return wrapped
+
+
+def as_list(value, what: str) -> list[dict]:
+    """`value`, or the JSON of it, as a list of dictionaries."""
+    value = as_json(value, what)
+    entries = value if isinstance(value, list) else [value]
+    entries = [as_json(entry, what) for entry in entries]
+    if not all(isinstance(entry, dict) for entry in entries):
+        raise RowError(f"with {what} that is no JSON object")
+    return entries
+
+
+def as_json(value, what: str):
+    """`value`, parsed if it is text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise RowError(f"with {what} that is no JSON") from error

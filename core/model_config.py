@@ -1,0 +1,71 @@
+"""What the configuration files of a model say: whether a recipe can train it, how many tokens it
+takes, where it stops."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from core.chat import stop_tokens
+from core.config import ModelConfig
+from core.errors import ConfigError
+from core.runtime import logger
+
+
+def read_stop_tokens(folder: Path) -> list[int]:
+    """The ids of the tokens at which generation ends, by the model's generation_config.json."""
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return []
+    stops = json.loads(file.read_text()).get("eos_token_id")
+    if stops is None:
+        return []
+    return stops if isinstance(stops, list) else [stops]
+
+
+def check_model_config(config: ModelConfig, tokenizer, model_config) -> None:
+    """Raise ConfigError for a model that no recipe can train."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    name, kind = config.model_name_or_path, model_config.model_type
+    if model_config.is_encoder_decoder:
+        raise ConfigError(
+            f"model {name} ({kind}) is an encoder and a decoder; give a decoder-only language model"
+        )
+    # A model that brings its own code is not in the mapping. Some encoders are, to be decoders.
+    brings_code = bool(getattr(model_config, "auto_map", None))
+    writes_text = type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    fills_gaps = type(model_config) in MODEL_FOR_MASKED_LM_MAPPING
+    is_encoder = fills_gaps and not getattr(model_config, "is_decoder", False)
+    if not brings_code and (is_encoder or not writes_text):
+        raise ConfigError(f"model {name} ({kind}) writes no text; give a language model")
+    num_embeddings = model_config.get_text_config().vocab_size
+    if len(tokenizer) > num_embeddings:
+        raise ConfigError(
+            f"model {name} has embeddings for {num_embeddings} tokens, and its tokenizer has "
+            f"{len(tokenizer)}; call model.resize_token_embeddings({len(tokenizer)}) and save it"
+        )
+
+
+def set_generation_config(model, tokenizer, name: str) -> None:
+    """Let generation stop at the token that ends a turn, and make the options valid: many published
+    models have a temperature without do_sample, which could not be saved after training."""
+    generation = model.generation_config
+    generation.update(eos_token_id=stop_tokens(tokenizer), pad_token_id=tokenizer.pad_token_id)
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        generation.do_sample = True
+        generation.validate(strict=True)
+        logger.warning(
+            "model %s: its generation_config has sampling options and do_sample=false, which "
+            "cannot be saved; do_sample is now true",
+            name,
+        )
+
+
+def context_length(model_config) -> int:
+    """The number of tokens that a model can take; sys.maxsize where it has no limit."""
+    text_config = model_config.get_text_config()
+    return getattr(text_config, "max_position_embeddings", None) or sys.maxsize
