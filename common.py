@@ -16,9 +16,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from core import checkpoints
+from core.adapters import add_adapter, share_adapted
 from core.chat import prepare_tokenizer
 from core.checks import check_encoded_rows, describe_stage, estimate_fit
 from core.cli import help_text, read_command_line, read_switch
@@ -27,7 +26,13 @@ from core.errors import ConfigError, as_config_error
 from core.files import atomic_folder, cached_folder, check_disk_space
 from core.fingerprints import compute_fingerprint
 from core.hub import find_model_parts, load_skeleton, load_tokenizer
-from core.model_config import context_length, set_generation_config
+from core.model_config import check_can_score, context_length, set_generation_config
+from core.quantization import (
+    cast_weights,
+    check_quantized,
+    dequantize_base,
+    keep_training_mode,
+)
 from core.recipe_files import get_config_class, resolve_options
 from core.runtime import (
     compute_dtype,
@@ -132,6 +137,8 @@ class BaseStage:
         transformers.set_seed(config.seed)
         if isinstance(config, TrainingConfig):
             model = add_adapter(model, config, self.task)
+        if hasattr(model, "peft_config"):
+            self.lineage["adapter"] = {"share_of_linear_weights": share_adapted(model)}
         return model, tokenizer
 
     def train(self, model, tokenizer) -> dict[str, float] | tuple[dict[str, float], Any]:
@@ -277,6 +284,8 @@ class BaseStage:
             tokenizer, model_config = load_tokenizer(self._input_config(previous_folder))
         else:
             model_config = model.config
+        if self.task == "SEQ_CLS":
+            check_can_score(model_config)
         check_encoded_rows(self, tokenizer, context_length(model_config))
 
     def _refuse_model_in_memory(self, model, previous_folder: str | None) -> None:
@@ -423,6 +432,7 @@ def load_quantized(config: ModelConfig, base: Path, task: str):
     model = load_weights(
         config, base, None, task, device_map=device, quantization_config=quantization
     )
+    check_quantized(model)
     for module in model.modules():
         # On some CPUs an evaluation repacks 4-bit weights: then no gradient passes, and
         # dequantizing gives noise.
@@ -435,53 +445,7 @@ def load_quantized(config: ModelConfig, base: Path, task: str):
     return model
 
 
-def keep_training_mode(module) -> None:
-    """Make `module.train(mode)` and `module.eval()` change nothing."""
-
-    def train(mode: bool = True):
-        return module
-
-    module.train = train
-
-
 # -- LoRA and merging -----------------------------------------------------------------------------
-
-
-def add_adapter(model, config: TrainingConfig, task: str = "CAUSAL_LM"):
-    """`model` with a fresh adapter, which alone trains; if lora_r is 0, all weights train."""
-    if not config.lora_r:
-        return model.requires_grad_(True)
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-
-    targets: Any = config.lora_target_modules
-    if targets in ([], ["all-linear"]):
-        targets = "all-linear"
-    else:
-        check_target_modules(model, targets)
-    if config.quantized:
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    lora = LoraConfig(
-        task_type=task,
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=targets,
-        bias=config.lora_bias,
-        use_dora=config.use_dora,
-        use_rslora=config.use_rslora,
-    )
-    return get_peft_model(model, lora)
-
-
-def check_target_modules(model, targets: Sequence[str]) -> None:
-    """Raise ConfigError if a target is not the last part of the name of a linear layer."""
-    linear = set()
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            linear.add(name.split(".")[-1])
-    if not set(targets) <= linear:
-        known = ", ".join(sorted(linear))
-        raise ConfigError(f"lora_target_modules={','.join(targets)}: the model's are {known}")
 
 
 def merge_adapter(model):
@@ -492,33 +456,6 @@ def merge_adapter(model):
     if hasattr(model.get_base_model(), "hf_quantizer"):
         model = dequantize_base(model)
     return model.merge_and_unload().requires_grad_(True)
-
-
-def dequantize_base(model):
-    """A PEFT model of a quantized base as one of the same base in floating point."""
-    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-
-    adapter_weights = get_peft_model_state_dict(model)
-    lora = model.peft_config["default"]
-    base = model.unload().dequantize()
-    # dequantize() leaves these flags set, and save_pretrained and PEFT go by them.
-    base.is_loaded_in_4bit = base.is_loaded_in_8bit = False
-    linear = next(module for module in base.modules() if isinstance(module, torch.nn.Linear))
-    cast_weights(base, linear.weight.dtype)
-    model = get_peft_model(base, lora)
-    set_peft_model_state_dict(model, adapter_weights)
-    return model
-
-
-def cast_weights(model, dtype: torch.dtype):
-    """`model` with its weights in `dtype`; buffers, as rotary frequencies, keep their precision."""
-    if not all(weight.is_floating_point() for weight in model.parameters()):
-        raise ConfigError(
-            "a quantized model cannot be handed over; give its folder, and use_4bit or use_8bit"
-        )
-    for weight in model.parameters():
-        weight.data = weight.data.to(dtype)
-    return model
 
 
 # -- saving ---------------------------------------------------------------------------------------

@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 
+from core.adapters import add_adapter
 from core.chat import IGNORE, prepare_tokenizer, stop_tokens
 from core.config import TrainingConfig
 from core.data import usable_rows
 from core.errors import ConfigError
-from core.model_config import context_length
+from core.model_config import check_can_score, context_length
 from core.runtime import compute_dtype, default_device, logger
 
 SIDES = ("training", "evaluation")  # of the split that `load_data` returns
@@ -220,6 +221,8 @@ def describe_stage(stage: Any, tokenizer, skeleton) -> tuple[list[str], float]:
     if stage.lineage.get("data"):
         lines.append(labelled("data", describe_data(stage)))
 
+    if stage.task == "SEQ_CLS":
+        check_can_score(skeleton.config)
     context = context_length(skeleton.config)
     encoded = check_encoded_rows(stage, tokenizer, context, warn=True)
     if encoded is None or not encoded.lengths or encoded.example is None:
@@ -360,16 +363,9 @@ def estimate_fit(config: Any, rows: int, lengths: Sequence[int]) -> tuple[int, f
 
 
 def count_trained_weights(config: TrainingConfig, skeleton) -> int:
-    """The number of weights that train: all, or those of an adapter on every linear layer."""
-    if not config.lora_r:
-        return skeleton.num_parameters()
-    output_layer = skeleton.get_output_embeddings()
-    count = 0
-    for module in skeleton.modules():
-        # PEFT's "all-linear" leaves the output layer out.
-        if isinstance(module, torch.nn.Linear) and module is not output_layer:
-            count += config.lora_r * (module.in_features + module.out_features)
-    return count
+    """The number of weights that train: all, or those of an adapter. Raises ConfigError where the
+    model takes no such adapter."""
+    return add_adapter(copy.deepcopy(skeleton), config).num_parameters(only_trainable=True)
 
 
 def bytes_per_weight(config: TrainingConfig) -> float:
@@ -384,7 +380,7 @@ def bytes_per_weight(config: TrainingConfig) -> float:
 
 def activation_bytes(config: TrainingConfig, skeleton, batch_rows: int, length: int) -> float:
     """Bytes of the activations that a forward pass keeps for the backward pass."""
-    model = skeleton.config
+    model = skeleton.config.get_text_config()
     # About 30 values of the hidden size a layer, of which recomputation leaves 2.
     values_per_layer = 30.0
     if config.gradient_checkpointing:

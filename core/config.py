@@ -76,9 +76,9 @@ Optimizer = Literal[
     "adamw_torch_fused",
     "adamw_8bit",
     "paged_adamw_8bit",
+    "muon",
     "adafactor",
     "sgd",
-    "muon",
 ]
 Scheduler = Literal["linear", "cosine", "polynomial", "constant", "constant_with_warmup"]
 

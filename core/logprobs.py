@@ -58,6 +58,10 @@ def additive_attention_mask(model, visible: torch.Tensor) -> torch.Tensor:
     return mask.masked_fill_(~visible, -torch.inf)
 
 
+# Models whose attention knows no positions but those of its own, and models without attention.
+ALIBI_TYPES = {"bloom", "mpt"}
+RECURRENT_TYPES = {"mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"}
+
 # -- answers that share a prompt -------------------------------------------------------------------
 
 
@@ -148,26 +152,46 @@ def answer_scores(
 
 @torch.no_grad()
 def sharing_is_exact(model, row: dict) -> bool:
-    """Whether a shared prompt gives the answers of `row` the same hidden states as a prompt for
-    each of them."""
+    """Whether a shared prompt gives the answers of `row`, the longest there can be, the same hidden
+    states as a prompt for each of them. A sliding window shows only where an answer passes it."""
 
     def hidden_states(share_prompt: bool) -> torch.Tensor:
         batch = collate_answers([row], share_prompt)
         batch = to_device(batch, model.device)
         return hidden_states_at(model, **answer_inputs(model, batch)).float()
 
-    # Other implementations of attention do not accept a mask of our own.
-    if model.config._attn_implementation in ("sdpa", "eager"):
+    if takes_our_mask(model):
         shared, separate = hidden_states(True), hidden_states(False)  # (N, H)
-        difference = (shared - separate).std(-1).mean()
-        tolerance = 1e-4 if model.dtype == torch.float32 else 0.1
-        if difference < tolerance * separate.std(-1).mean():
+        if states_agree(shared, separate, model.dtype):
             return True
     logger.info(
         "each answer re-encodes its prompt: "
         "sharing one encoded prompt is not exact with this model's attention"
     )
     return False
+
+
+def takes_our_mask(model) -> bool:
+    """Whether the model attends by a mask (B, 1, T, T) and positions that it is given: no state, no
+    ALiBi, no kernel of its own."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    config = model.config.get_text_config()
+    has_alibi = getattr(config, "alibi", False) or config.model_type in ALIBI_TYPES
+    layers = DynamicCache(config=model.config).layers
+    has_states = any(not isinstance(layer, DynamicLayer) for layer in layers)
+    is_recurrent = config.model_type in RECURRENT_TYPES or has_states
+    takes_masks = model.config._attn_implementation in ("sdpa", "eager")
+    return takes_masks and not has_alibi and not is_recurrent
+
+
+def states_agree(first: torch.Tensor, second: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether two ways to compute hidden states (N, H) in `dtype` give the same."""
+    # The largest difference: a convolution leaks into the first tokens of a document alone.
+    difference = (first - second).std(-1).max()
+    tolerance = 1e-3 if dtype == torch.float32 else 0.3
+    return bool(difference < tolerance * second.std(-1).mean())
 
 
 # -- log-probabilities -----------------------------------------------------------------------------

@@ -26,10 +26,16 @@ def read_stop_tokens(folder: Path) -> list[int]:
 
 def check_model_config(config: ModelConfig, tokenizer, model_config) -> None:
     """Raise ConfigError for a model that no recipe can train."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_MASKED_LM_MAPPING,
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    )
 
     name, kind = config.model_name_or_path, model_config.model_type
-    if model_config.is_encoder_decoder:
+    # Of some, transformers would load the decoder alone.
+    is_half = type(model_config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    if model_config.is_encoder_decoder or is_half:
         raise ConfigError(
             f"model {name} ({kind}) is an encoder and a decoder; give a decoder-only language model"
         )
@@ -39,7 +45,9 @@ def check_model_config(config: ModelConfig, tokenizer, model_config) -> None:
     fills_gaps = type(model_config) in MODEL_FOR_MASKED_LM_MAPPING
     is_encoder = fills_gaps and not getattr(model_config, "is_decoder", False)
     if not brings_code and (is_encoder or not writes_text):
-        raise ConfigError(f"model {name} ({kind}) writes no text; give a language model")
+        raise ConfigError(
+            f"model {name} ({kind}) is none that transformers loads as a causal language model"
+        )
     num_embeddings = model_config.get_text_config().vocab_size
     if len(tokenizer) > num_embeddings:
         raise ConfigError(
@@ -62,6 +70,17 @@ def set_generation_config(model, tokenizer, name: str) -> None:
             "model %s: its generation_config has sampling options and do_sample=false, which "
             "cannot be saved; do_sample is now true",
             name,
+        )
+
+
+def check_can_score(model_config) -> None:
+    """Raise ConfigError for a model that transformers has no form of with one score."""
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+    if type(model_config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise ConfigError(
+            f"a model of the type {model_config.model_type} cannot be a reward model: transformers "
+            "has no form of it that returns a score; start from another one"
         )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -408,7 +409,7 @@ def build_run(
         reward_functions=reward_functions,
         reference=reference,
         has_adapter=has_adapter,
-        shares_prompts=config.num_generations > 1 and sharing_is_exact(model, probe_of(probe_row)),
+        shares_prompts=shares_prompts(config, model, probe_row),
         training_rows=list(training),
         evaluation_rows=list(evaluation),
         value_head=value_head,
@@ -445,10 +446,14 @@ def parameter_groups(config, model, value_head) -> list[dict[str, Any]]:
     return groups
 
 
-def probe_of(row: dict) -> dict:
-    """A prompt with two answers, to compare one pass over both with a pass over each."""
-    answer = row["ids"][:8]
-    return {"prompt": row["ids"], "answers": [answer] * 2, "labels": [answer] * 2}
+def shares_prompts(config, model, longest: dict) -> bool:
+    """Whether one pass over a prompt serves all its completions, tried on the longest there are."""
+    if not config.share_prompt or config.num_generations == 1:
+        return False
+    length = config.sampling["max_new_tokens"]
+    answer = list(itertools.islice(itertools.cycle(longest["ids"]), length))
+    row = {"prompt": longest["ids"], "answers": [answer] * 2, "labels": [answer] * 2}
+    return sharing_is_exact(model, row)
 
 
 def prompts_of_step(seed: int, rows: list[dict], step: int, count: int) -> list[dict]:

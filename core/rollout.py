@@ -99,6 +99,7 @@ class RLConfig(DataConfig, ScoringConfig, TrainingConfig):
     num_training_steps: Count = 100  # number of rollouts
     batch_size: Count = 16  # completions per step and process
     num_generations: Count = 1  # completions sampled for each prompt
+    share_prompt: bool = True  # encode a prompt once for its completions, where that is exact
     # sampling; the defaults are {max_new_tokens: 64, temperature: 1, top_k: 0, top_p: 1}
     generation_kwargs: Options = field(default_factory=dict)
     mini_batch_size: Natural = 0  # completions per backward pass; 0 takes the whole batch

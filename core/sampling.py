@@ -7,6 +7,7 @@ most, V tokens in the vocabulary."""
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -144,9 +145,13 @@ def fast_decoding(model) -> Iterator[None]:
         return
 
     lora_layers: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer)]
-    # DoRA rescales the sum of both weights, so its adapter cannot simply be added.
+    # DoRA rescales the sum of both weights, so its adapter cannot simply be added, and experts have
+    # several weights.
     uses_dora = any(layer.use_dora.get("default") for layer in lora_layers)
-    merges_adapter = bool(lora_layers) and not uses_dora
+    adapts_experts = any(hasattr(layer, "parameter_name") for layer in lora_layers)
+    merges_adapter = bool(lora_layers) and not uses_dora and not adapts_experts
+    if not merges_adapter:
+        lora_layers = []
     base_layers = [layer.get_base_layer() for layer in lora_layers]
     linear_layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
     original_data = {layer.weight: layer.weight.data for layer in [*base_layers, *linear_layers]}
@@ -244,6 +249,7 @@ class DecodingBatch:
 
     model: Any
     cache: Any
+    cache_argument: str  # the name under which the model takes its cache
     rows: torch.Tensor  # (B,) which completion each row of the batch is
     running: torch.Tensor  # (B,) whether it has not stopped yet
     tokens: torch.Tensor  # (B,) its newest token
@@ -255,7 +261,10 @@ class DecodingBatch:
 
     def forward(self) -> torch.Tensor:
         """Feed the newest tokens to the model; returns the logits (B, V) of the next ones."""
-        if self.static_shapes:
+        mask: torch.Tensor | None
+        if self.cache_argument == "cache_params":
+            mask = None  # a state has no padding in it; the mask was for reading the prompts
+        elif self.static_shapes:
             mask = self.mask.index_fill_(-1, self.next_slot, 0)
         else:
             mask = self.mask[..., : self.filled + 1]
@@ -264,7 +273,7 @@ class DecodingBatch:
             attention_mask=mask,
             position_ids=self.positions,
             use_cache=True,
-            past_key_values=self.cache,
+            **{self.cache_argument: self.cache},
         )
         self.next_slot.add_(1)
         self.positions.add_(1)
@@ -282,12 +291,21 @@ class DecodingBatch:
         if self.static_shapes or self.running.sum() > len(self.rows) * 3 // 4:
             return
         remaining = self.running.nonzero()[:, 0]
-        self.cache.batch_select_indices(remaining)
+        self.cache.reorder_cache(remaining)
         self.rows = self.rows[remaining]
         self.running = self.running[remaining]
         self.tokens = self.tokens[remaining]
         self.positions = self.positions[remaining]
         self.mask = self.mask[remaining]
+
+
+def cache_argument(model) -> str:
+    """The name under which a model takes and returns its cache."""
+    from peft import PeftModel
+
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    takes_states = "cache_params" in inspect.signature(base.forward).parameters
+    return "cache_params" if takes_states else "past_key_values"
 
 
 def read_prompts(
@@ -307,15 +325,17 @@ def read_prompts(
     # Padding on the left does not count as a position (Huang et al. 2024).
     positions = (mask.cumsum(1) - 1).clamp(min=0)
 
+    cache = DynamicCache(config=model.config)
+    name = cache_argument(model)
     output = model(
         input_ids=ids,
         attention_mask=mask,
         position_ids=positions,
         use_cache=True,
         logits_to_keep=1,
-        past_key_values=DynamicCache(config=model.config),
+        **{name: cache},
     )
-    cache = output.past_key_values
+    cache = output[name]
     width = ids.shape[1]
     next_slot = torch.tensor([width], device=model.device)
 
@@ -324,7 +344,9 @@ def read_prompts(
     if preallocated:
         preallocate_kv_cache(cache, repeats, max_new_tokens, next_slot, static_shapes)
     else:
-        cache.batch_repeat_interleave(repeats)
+        # The one operation on rows that every kind of cache has, states as well as keys and values.
+        prompts_of_rows = torch.arange(len(ids), device=model.device).repeat_interleave(repeats)
+        cache.reorder_cache(prompts_of_rows)
 
     # Slots of tokens to come. They are visible as soon as they exist; with static shapes they exist
     # from the start, so `forward` uncovers them one by one.
@@ -337,6 +359,7 @@ def read_prompts(
     batch = DecodingBatch(
         model=model,
         cache=cache,
+        cache_argument=name,
         rows=rows,
         running=torch.ones_like(rows, dtype=torch.bool),
         tokens=torch.zeros_like(rows),

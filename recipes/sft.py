@@ -40,10 +40,10 @@ from core.config import Count, FitConfig, Natural
 from core.data import load_rows, usable_rows
 from core.errors import ConfigError, RowError
 from core.files import write_jsonl
-from core.logprobs import TokenLogps
+from core.logprobs import TokenLogps, states_agree, to_device
 from core.messages import as_messages
 from core.model_config import context_length
-from core.output_layer import scores_at
+from core.output_layer import hidden_states_at, scores_at
 from core.runtime import is_main_process, logger
 from core.sampling import generate
 from core.training import fit
@@ -62,6 +62,9 @@ FORMATS = {
     "context-question-answer": ["context", "question", "answer"],
     "text": ["text"],
 }
+
+
+INPUT_NAMES = ("input_ids", "position_ids", "attention_mask")  # of the model, in a batch
 
 
 @dataclass
@@ -238,6 +241,36 @@ def pack(rows: list[dict], max_length: int) -> list[dict]:
     return list(packed.with_format("torch", dtype=torch.int32))
 
 
+@torch.no_grad()
+def check_packing(model, packed: list[dict]) -> None:
+    """Raise ConfigError if a packed sequence gives other hidden states than its documents alone."""
+    row = next((row for row in packed if len(row["seq_lengths"]) > 1), None)
+    if row is None:
+        return
+    lengths = row["seq_lengths"].tolist()
+    documents = zip(row["input_ids"].split(lengths), row["labels"].split(lengths), strict=True)
+    alone = [{"input_ids": ids, "labels": labels} for ids, labels in documents]
+
+    def hidden_states(rows: list[dict]) -> Tensor:
+        batch = to_device(collate(rows), model.device)
+        inputs = {name: batch[name] for name in INPUT_NAMES if name in batch}
+        is_token = batch.get("attention_mask", torch.ones_like(batch["input_ids"])) > 0  # (B, T)
+        return hidden_states_at(model, is_token, **inputs).float()
+
+    mode = model.training
+    model.eval()
+    try:
+        agree = states_agree(hidden_states([row]), hidden_states(alone), model.dtype)
+    except (RuntimeError, ValueError):
+        agree = False
+    model.train(mode)
+    if not agree:
+        raise ConfigError(
+            "packing=true: packed documents would see each other in a model of the type "
+            f"{model.config.model_type}; set packing=false"
+        )
+
+
 def collate(rows: list[dict], padding_side: str = "right") -> dict[str, Tensor]:
     """Pad rows of (T,) to a batch of (B, T)."""
 
@@ -288,8 +321,7 @@ def loss(model, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     # Position t predicts token t + 1, so the last position predicts nothing. Only positions that
     # predict a target go through the vocabulary projection: (B, T, V) logits would fill the memory.
     predicts_target = F.pad(is_target, (0, 1))  # (B, T)
-    input_names = ("input_ids", "position_ids", "attention_mask")
-    inputs = {name: batch[name] for name in input_names if name in batch}
+    inputs = {name: batch[name] for name in INPUT_NAMES if name in batch}
 
     def score(logits: Tensor, targets: Tensor) -> list[Tensor]:
         return [TokenLogps.apply(logits, targets), logits.argmax(-1) == targets]  # (n,)
@@ -312,6 +344,7 @@ def train(
     evaluation = encode_rows(eval_rows, tokenizer, max_length, "evaluation data")
     if config.packing:
         training = pack(training, max_length)
+        check_packing(model, training)
 
     # 2. Answer some held-out prompts before training.
     conversations = [row for row in eval_rows if ends_in_answer(row)]

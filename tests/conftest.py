@@ -34,6 +34,10 @@ def own_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tokenizer(own_cache):
+    return make_tokenizer()
+
+
+def make_tokenizer():
     """A byte-level BPE of 400 tokens. Its turns end in <|im_end|>, but its eos is <|endoftext|>.
 
     Code that takes the eos for the end of a turn fails on it.

@@ -1,0 +1,84 @@
+"""Weights that bitsandbytes has quantized: what it left as it is, and the way back to floats."""
+
+from __future__ import annotations
+
+import torch
+
+from core.errors import ConfigError
+from core.runtime import logger
+
+
+def check_quantized(model) -> None:
+    """Log what bitsandbytes has left as it is; raises ConfigError if that is everything, or what
+    the model computes with directly."""
+    kind = model.config.model_type
+    kept = quantized = 0
+    for module in model.modules():
+        for weight in module.parameters(recurse=False):
+            if type(module).__name__ in ("Linear4bit", "Linear8bitLt") and weight.dim() > 1:
+                quantized += module.in_features * module.out_features
+            elif weight.dim() > 1:
+                kept += weight.numel()
+    if kind in ("mamba", "falcon_mamba") or not quantized:
+        raise ConfigError(f"a model of the type {kind} cannot be quantized; load it in 16 bits")
+    share = kept / (kept + quantized)
+    if share > 0.5:
+        size = kept * model.dtype.itemsize / 1e9
+        logger.warning(
+            "%.0f%% of the weights (%.1f GB) are not quantized, such as experts", 100 * share, size
+        )
+
+
+def keep_training_mode(module) -> None:
+    """Make `module.train(mode)` and `module.eval()` change nothing."""
+
+    def train(mode: bool = True):
+        return module
+
+    module.train = train
+
+
+def dequantize_base(model):
+    """A PEFT model of a quantized base as one of the same base in floating point."""
+    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+    adapter_weights = get_peft_model_state_dict(model)
+    lora = model.peft_config["default"]
+    base = model.unload().dequantize()
+    restore_conv1d(base)
+    # dequantize() leaves these flags set, and save_pretrained and PEFT go by them.
+    base.is_loaded_in_4bit = base.is_loaded_in_8bit = False
+    linear = next(module for module in base.modules() if isinstance(module, torch.nn.Linear))
+    cast_weights(base, linear.weight.dtype)
+    model = get_peft_model(base, lora)
+    set_peft_model_state_dict(model, adapter_weights)
+    return model
+
+
+def restore_conv1d(model) -> None:
+    """Make those layers Conv1D again, in place, that quantizing has made linear layers of: in the
+    files of such a model (GPT-2) the weights are (in, out)."""
+    from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):
+        original = AutoModelForCausalLM.from_config(model.config)
+    for name, layer in original.named_modules():
+        if not isinstance(layer, Conv1D):
+            continue
+        linear = model.get_submodule(name)
+        if isinstance(linear, torch.nn.Linear):
+            layer.weight = torch.nn.Parameter(linear.weight.data.T.contiguous())
+            layer.bias = torch.nn.Parameter(linear.bias.data)
+            model.set_submodule(name, layer)
+
+
+def cast_weights(model, dtype: torch.dtype):
+    """`model` with its weights in `dtype`; buffers, as rotary frequencies, keep their precision."""
+    if not all(weight.is_floating_point() for weight in model.parameters()):
+        raise ConfigError(
+            "a quantized model cannot be handed over; give its folder, and use_4bit or use_8bit"
+        )
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
+    return model
