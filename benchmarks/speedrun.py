@@ -79,7 +79,7 @@ SPEEDRUNS = {
             "advantage": "rloo",
             "init_kl_coef": "0",  # so no step waits for a reference
             "batch_size": "32",
-            "num_generations": "8",
+            "num_generations": "4",
             "generation_kwargs": "{max_new_tokens: 16, temperature: 0.7}",
             "missing_stop_penalty": "0.3",
             "learning_rate": "7e-4",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from core import verifiers
 from core.chat import encode_conversation
 from core.config import ModelConfig, Names, Natural, Positive, comma_separated
-from core.errors import ConfigError, as_config_error, unknown_name
+from core.errors import ConfigError, RowError, as_config_error, unknown_name
 from core.function_process import Subprocess
 from core.llm_client import LLMClientError
 from core.model_config import context_length
@@ -130,6 +130,24 @@ def check_reward_model(path: str) -> None:
         raise ConfigError(
             f"reward_model_path={path} is a {names}; train one with recipes/reward.py"
         )
+
+
+def check_reward_prompts(config: ScoringConfig, prompts: Sequence[list[dict]]) -> None:
+    """Raise ConfigError if the reward model's chat template cannot take one of the prompts."""
+    from transformers import AutoTokenizer
+
+    path = config.reward_model_path
+    if not path or is_link(path) or config.on_reward_error == "skip":
+        return
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    for prompt in prompts:
+        try:
+            encode_answer(tokenizer, prompt, "an answer")
+        except RowError as error:
+            raise ConfigError(
+                f"reward_model_path={path}: there is a prompt {error}; change it, or leave such "
+                "rows out by on_reward_error=skip"
+            ) from error
 
 
 def load_reward_model(config: ScoringConfig) -> Callable:

@@ -38,6 +38,7 @@ from core.rollout import (
     completion_outputs,
     encode_prompts,
     rollout_outputs,
+    sampling_gaps,
 )
 from core.run_log import log_step, truncate_metrics
 from core.runtime import (
@@ -237,6 +238,7 @@ class Run(Policy):
         names = ("reward", "length", "stopped", "entropy")
         first = {name: metrics[name] for name in names if name in metrics}
         self.before = first | self.before
+        check_sampling_gap(self, metrics)
         self.step += 1
         seconds = time.perf_counter() - self.step_began
         speed = {"completions_per_s": round(completions / seconds, 3)}
@@ -503,6 +505,8 @@ def scored_metrics(run: Run, rollout: Rollout) -> dict[str, torch.Tensor]:
         metrics["kl"] = gather(kl).sum() / len(judged)
     entropy = run.sum_over_processes((rollout.entropy * used).sum())
     metrics["entropy"] = entropy / num_tokens
+    gap = run.sum_over_processes((sampling_gaps(rollout) * used).sum())
+    metrics["sampling_gap"] = gap / num_tokens
     if rollout.values is not None:
         metrics["explained_variance"] = explained_variance(run, rollout)
     # Groups in which all completions did equally well, or badly, carry no signal for GRPO and RLOO.
@@ -511,6 +515,18 @@ def scored_metrics(run: Run, rollout: Rollout) -> dict[str, torch.Tensor]:
         deviations = (groups - groups.nanmean(1, keepdim=True)).nan_to_num()
         metrics["zero_variance"] = (deviations.abs().amax(1) < 1e-6).float().mean()
     return metrics
+
+
+def check_sampling_gap(run: Run, metrics: dict[str, float]) -> None:
+    """Raise RuntimeError if the mean gap between sampling and training is beyond rounding."""
+    limit = 1e-3 if run.model.dtype == torch.float32 else 0.2
+    gap = metrics.get("sampling_gap", 0.0)
+    if gap > limit:
+        raise RuntimeError(
+            f"sampling and training disagree on the log-probabilities by {gap:.2g} nats a token "
+            f"(sampling_gap, at most {limit:g}); try attn_implementation=eager, and please report "
+            "the model"
+        )
 
 
 def explained_variance(run: Run, rollout: Rollout) -> torch.Tensor:

@@ -44,6 +44,7 @@ from core.rewards import (
     REWARDS,
     ScoringConfig,
     check_answer_column,
+    check_reward_prompts,
     rewards_reading_answers,
     score_completions,
     weighted_total,
@@ -231,6 +232,7 @@ def load_prompts(config: RLConfig) -> tuple[list[dict], list[dict], dict]:
 
     training, evaluation, data_set = load_rows(config, convert, None)
     check_answer_column(config, training[0]["columns"])
+    check_reward_prompts(config, [row["prompt"] for row in (*training, *evaluation)])
     return training, evaluation, data_set
 
 
@@ -497,16 +499,21 @@ def rollout_outputs(
     return outputs
 
 
-def check_sampled_logps(policy: Policy, rollout: Rollout) -> None:
-    """Raise RuntimeError if sampling and training disagree on the tokens' log-probabilities.
+def sampling_gaps(rollout: Rollout) -> torch.Tensor:
+    """|log pi(token) when it was sampled - log pi_old(token)|, (B, T) in nats, 0 in padding.
 
     Both compute the same distribution, separately; if one mishandles attention or positions of a
-    model, the ratios would be wrong from the first step on.
+    model, the ratios are wrong from the first step on.
     """
     sampled = torch.zeros_like(rollout.old_logps)
     flat_logps = list(itertools.chain.from_iterable(rollout.sampled_logps))
     sampled[rollout.mask] = torch.tensor(flat_logps, device=sampled.device)
-    gap = float((sampled - rollout.old_logps).abs().max())
+    return (sampled - rollout.old_logps).abs() * rollout.mask
+
+
+def check_sampled_logps(policy: Policy, rollout: Rollout) -> None:
+    """Raise RuntimeError if sampling and training disagree on the tokens' log-probabilities."""
+    gap = float(sampling_gaps(rollout).max())
     tolerance = 1e-2 if policy.model.dtype == torch.float32 else 1.0
     if gap > tolerance:
         raise RuntimeError(

@@ -1912,3 +1912,28 @@ def test_bad_data_is_refused_before_the_model_is_loaded(tmp_path):
                 validation_split=0,
             )
         ).check()
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_step_says_how_far_sampling_is_from_training(model_dir, tmp_path, algorithm):
+    values = dict(
+        model_name_or_path=model_dir,
+        prompt_dataset_path=write_prompts(tmp_path),
+        reward=["length"],
+        reward_length=1,
+        batch_size=8,
+        num_generations=2,
+        generation_kwargs={"max_new_tokens": 6},
+        num_training_steps=2,
+        save_freq=0,
+        algorithm=algorithm,
+    )
+    assert stage_of(page_config(**values, output_dir=str(tmp_path / "out"))).execute().success
+    lines = (tmp_path / "out/metrics.jsonl").read_text().splitlines()
+    gaps = [row["sampling_gap"] for row in map(json.loads, lines) if "sampling_gap" in row]
+    assert len(gaps) == 2 and max(gaps) < 1e-5
+    run = SimpleNamespace(model=torch.nn.Linear(1, 1))
+    run.model.dtype = torch.float32
+    rl_run.check_sampling_gap(run, {"sampling_gap": 1e-4})
+    with pytest.raises(RuntimeError, match="disagree on the log-probabilities by 0.01 nats"):
+        rl_run.check_sampling_gap(run, {"sampling_gap": 0.01})
