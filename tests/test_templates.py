@@ -152,7 +152,7 @@ def outcome(tok, kind):
 def test_a_conversation_is_learnt_as_its_template_writes_it_or_refused(tokenizer_of, name):
     tok = tokenizer_of(name)
     outcomes = {kind: outcome(tok, kind) for kind in KINDS}
-    # A template whose prompt opens a thought needs one in the answers; all others learn a plain one.
+    # A template whose prompt opens a thought needs one in the answers; others learn plain ones.
     prompt = tok.decode(prompt_ids(tok, [user("2 + 2?")]))
     plain = "refused" if prompt.rstrip().endswith("<think>") else "exact"
     if name == "qwen3_5_think":  # it closes an empty thought by itself
