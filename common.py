@@ -27,6 +27,7 @@ from core.files import atomic_folder, cached_folder, check_disk_space
 from core.fingerprints import compute_fingerprint
 from core.hub import find_model_parts, load_skeleton, load_tokenizer
 from core.model_config import check_can_score, context_length, set_generation_config
+from core.new_tokens import start_new_rows
 from core.quantization import (
     cast_weights,
     check_quantized,
@@ -133,10 +134,11 @@ class BaseStage:
             model, tokenizer = self._adopt(model, tokenizer)
         if self.task == "CAUSAL_LM":
             set_generation_config(model, tokenizer, name)
+        start_new_rows(model, tokenizer.new_ids)
         # Loading may have drawn random numbers: the adapter is the same wherever the model is from.
         transformers.set_seed(config.seed)
         if isinstance(config, TrainingConfig):
-            model = add_adapter(model, config, self.task)
+            model = add_adapter(model, config, self.task, tokenizer.new_ids)
         if hasattr(model, "peft_config"):
             self.lineage["adapter"] = {"share_of_linear_weights": share_adapted(model)}
         return model, tokenizer
@@ -187,7 +189,7 @@ class BaseStage:
             trained = self.train(model, tokenizer)
             metrics, model = trained if isinstance(trained, tuple) else (trained, model)
 
-            self._save_adapter(model)
+            self._save_adapter(model, tokenizer)
             model = merge_adapter(model)
             path = None
             if self.config.save_intermediate:
@@ -312,7 +314,7 @@ class BaseStage:
             model = copy.deepcopy(model)
         return cast_weights(model, config.weight_dtype), tokenizer
 
-    def _save_adapter(self, model) -> None:
+    def _save_adapter(self, model, tokenizer) -> None:
         """Keep the adapter beside the merged model; one of an older run in this folder goes."""
         if not self.config.save_intermediate or not is_main_process():
             return
@@ -323,6 +325,8 @@ class BaseStage:
         self.artifacts["adapter"] = str(folder)
         with atomic_folder(folder) as unfinished:
             model.save_pretrained(unfinished)
+            if tokenizer.new_ids:  # which the base does not have
+                tokenizer.save_pretrained(unfinished)
 
     def _failed_result(self, error: Exception) -> StageResult:
         """The result for an exception that is being handled, which is logged."""
@@ -396,6 +400,10 @@ def load_weights(
     model = auto_class.from_pretrained(base, **options)
     if adapter is None:
         return model
+    if (adapter / "tokenizer_config.json").exists():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(adapter)
+        num_embeddings = model.get_input_embeddings().weight.shape[0]
+        start_new_rows(model, range(num_embeddings, len(tokenizer)))
     return PeftModel.from_pretrained(model, adapter).merge_and_unload()
 
 

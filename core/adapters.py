@@ -13,6 +13,7 @@ import torch
 
 from core.config import TrainingConfig
 from core.errors import ConfigError
+from core.new_tokens import trainable_rows
 from core.runtime import logger
 
 # Layers whose weights are read directly, by kernels or by the model itself, so that an adapter on
@@ -26,10 +27,14 @@ READ_DIRECTLY = dict.fromkeys(("mamba2", "falcon_h1", "nemotron_h"), ("out_proj"
 }
 
 
-def add_adapter(model, config: TrainingConfig, task: str = "CAUSAL_LM"):
-    """`model` with a fresh adapter, which alone trains; if lora_r is 0, all weights train, but for
-    those of another modality. Raises ConfigError for targets that the model does not have or an
-    adapter cannot have."""
+def add_adapter(
+    model, config: TrainingConfig, task: str = "CAUSAL_LM", new_ids: Sequence[int] = ()
+):
+    """`model` with a fresh adapter, which alone trains, beside the rows `new_ids` of embeddings.
+
+    If lora_r is 0, all weights train, but for those of another modality. Raises ConfigError for
+    targets that the model does not have or an adapter cannot have.
+    """
     if not config.lora_r:
         model.requires_grad_(True)
         for weight in other_modalities(model):
@@ -45,6 +50,7 @@ def add_adapter(model, config: TrainingConfig, task: str = "CAUSAL_LM"):
         bias=config.lora_bias,
         use_dora=config.use_dora,
         use_rslora=config.use_rslora,
+        **trainable_rows(model, new_ids),
     )
     if hasattr(model, "hf_quantizer"):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
@@ -74,9 +80,14 @@ def add_adapter(model, config: TrainingConfig, task: str = "CAUSAL_LM"):
 def wrap(model, lora):
     """`get_peft_model`; raises ConfigError for what PEFT refuses."""
     from peft import get_peft_model
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
 
     try:
-        return get_peft_model(model, lora)
+        model = get_peft_model(model, lora)
+        for module in model.modules():
+            if isinstance(module, TrainableTokensLayer):
+                module.cast_input_dtype_enabled = True  # expected by disable_input_dtype_casting
+        return model
     except ValueError as error:
         reason = str(error).replace("lora.ParamWrapper", "an adapter on experts")
         raise ConfigError(f"this model takes no such adapter: {reason}") from error

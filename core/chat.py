@@ -33,6 +33,7 @@ from typing import NamedTuple
 from core.config import ModelConfig
 from core.errors import ConfigError, RowError
 from core.messages import as_json
+from core.new_tokens import add_new_tokens
 from core.runtime import warn_once
 
 IGNORE = -100  # label of a token that is not a target, as in transformers and torch
@@ -465,10 +466,12 @@ def without_spaces(text: str) -> str:
 
 
 def prepare_tokenizer(tokenizer, config: ModelConfig, needs_chat_template: bool = True) -> None:
-    """Set the pad token, and the chat template that `instruction_template` describes, in place.
+    """Set the pad token, the chat template that `instruction_template` describes, and new tokens,
+    whose ids are then `new_ids`, in place.
 
     Raises ConfigError if a chat template is needed and there is none.
     """
+    tokenizer.new_ids = add_new_tokens(tokenizer, config)
     if tokenizer.pad_token is None:
         # Harmless: batches are masked by length, never by the value of a token.
         tokenizer.pad_token = tokenizer.eos_token

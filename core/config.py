@@ -296,6 +296,9 @@ class TrainingConfig(ModelConfig):
     lora_bias: Literal["none", "all", "lora_only"] = "none"  # biases to train
     use_dora: bool = False  # weight-decomposed LoRA (Liu et al. 2024)
     use_rslora: bool = False  # scale by lora_alpha / sqrt(lora_r) (Kalajdzievski 2023)
+    # new tokens; their rows of the embeddings train, also beside an adapter
+    new_tokens: Names = field(default_factory=list)  # tokens to add, such as <step>,</step>
+    new_special_tokens: Names = field(default_factory=list)  # the same, left out of decoded text
     # optimizer and schedule
     gradient_accumulation_steps: Count = 1  # micro-batches per optimizer step
     learning_rate: Positive | None = None  # peak rate; none: 5e-4 for LoRA, 5e-5 else

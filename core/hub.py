@@ -130,13 +130,13 @@ def load_tokenizer(config: ModelConfig) -> tuple:
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    model_path, _, tokenizer_path = find_model_parts(config, weights=False)
+    model_path, adapter, tokenizer_path = find_model_parts(config, weights=False)
     with as_config_error(f"model {config.model_name_or_path} cannot be loaded"):
         tokenizer = load_part(AutoTokenizer, tokenizer_path, config)
         # Read by core.chat.stop_tokens: published models often stop at several tokens.
         tokenizer.stops_of_the_model = read_stop_tokens(model_path)
         model_config = load_part(AutoConfig, model_path, config)
-    check_model_config(config, tokenizer, model_config)
+    check_model_config(config, tokenizer, model_config, may_grow=adapter is not None)
     return tokenizer, model_config
 
 

@@ -24,8 +24,11 @@ def read_stop_tokens(folder: Path) -> list[int]:
     return stops if isinstance(stops, list) else [stops]
 
 
-def check_model_config(config: ModelConfig, tokenizer, model_config) -> None:
-    """Raise ConfigError for a model that no recipe can train."""
+def check_model_config(
+    config: ModelConfig, tokenizer, model_config, may_grow: bool = False
+) -> None:
+    """Raise ConfigError for a model that no recipe can train. With an adapter its embeddings
+    `may_grow` to those of the tokenizer."""
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_MASKED_LM_MAPPING,
@@ -49,7 +52,7 @@ def check_model_config(config: ModelConfig, tokenizer, model_config) -> None:
             f"model {name} ({kind}) is none that transformers loads as a causal language model"
         )
     num_embeddings = model_config.get_text_config().vocab_size
-    if len(tokenizer) > num_embeddings:
+    if len(tokenizer) > num_embeddings and not may_grow:
         raise ConfigError(
             f"model {name} has embeddings for {num_embeddings} tokens, and its tokenizer has "
             f"{len(tokenizer)}; call model.resize_token_embeddings({len(tokenizer)}) and save it"

@@ -138,6 +138,7 @@ def fast_decoding(model) -> Iterator[None]:
     A product of few rows with such weights is three times as fast. Afterwards the weights are
     bitwise the same."""
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
 
     dtypes = {weight.dtype for weight in model.parameters()}
     if model.device.type != "cpu" or dtypes != {torch.float32}:
@@ -149,7 +150,9 @@ def fast_decoding(model) -> Iterator[None]:
     # several weights.
     uses_dora = any(layer.use_dora.get("default") for layer in lora_layers)
     adapts_experts = any(hasattr(layer, "parameter_name") for layer in lora_layers)
-    merges_adapter = bool(lora_layers) and not uses_dora and not adapts_experts
+    # New tokens are switched off with the adapter.
+    has_new_rows = any(isinstance(m, TrainableTokensLayer) for m in model.modules())
+    merges_adapter = bool(lora_layers) and not (uses_dora or adapts_experts or has_new_rows)
     if not merges_adapter:
         lora_layers = []
     base_layers = [layer.get_base_layer() for layer in lora_layers]

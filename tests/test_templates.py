@@ -23,8 +23,8 @@ TEMPLATES = sorted(
 SPECIAL = re.compile(
     r"<[|｜][^<>|｜]+[|｜]>|<(?:start_of_turn|end_of_turn|bos|eos|sop)>|<\|turn>|<turn\|>|\[gMASK\]"
 )
-ENDS = ("<|return|>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<turn|>", "<|eot|>")
-ENDS += ("<|END_OF_TURN_TOKEN|>", "<｜end▁of▁sentence｜>")
+ENDS = ["<|return|>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<turn|>", "<|eot|>"]
+ENDS += ["<|END_OF_TURN_TOKEN|>", "<｜end▁of▁sentence｜>"]
 BEGINNINGS = ("<|begin_of_text|>", "<bos>", "<｜begin▁of▁sentence｜>")
 
 TOOLS = [
