@@ -24,6 +24,7 @@ from core.config import FitConfig
 from core.errors import ConfigError
 from core.files import write_jsonl
 from core.optimizers import decay_groups, new_optimizer, schedule_factor, set_learning_rates
+from core.router_loss import recorded_router_losses, router_loss_weight
 from core.run_log import log_step
 from core.runtime import (
     any_process_stopped,
@@ -338,7 +339,7 @@ def accumulate_gradients(run: FitRun, rows: Tensor) -> Tensor:
     for number, (batch, num_items) in enumerate(zip(batches, items, strict=True)):
         is_last = number == len(batches) - 1
         with gradients_stay_here(run, until_next=not is_last):
-            loss, metrics = run.loss(run.model, to_device(batch, device))
+            loss, metrics = loss_with_router(run, to_device(batch, device))
             share = loss * num_items / all_items
             # Gradients are averaged over processes, not summed: hence the last factor.
             backward(run, share * run.accelerator.num_processes)
@@ -346,6 +347,17 @@ def accumulate_gradients(run: FitRun, rows: Tensor) -> Tensor:
         window.means.add(metrics, num_items)
     window.losses.append(step_loss)
     return step_loss
+
+
+def loss_with_router(run: FitRun, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss, metrics) of a batch; of a mixture of experts with its router loss, if it has one."""
+    weight = router_loss_weight(run.model)
+    if not weight:
+        return run.loss(run.model, batch)
+    with recorded_router_losses(run.model) as losses:
+        loss, metrics = run.loss(run.model, batch)
+    router_loss = torch.stack(losses).mean()
+    return loss + weight * router_loss, metrics | {"router_loss": router_loss.detach()}
 
 
 @contextlib.contextmanager

@@ -1,7 +1,11 @@
 """core/training.py: what the loop refuses before its first step."""
 
+from types import SimpleNamespace
+
 import pytest
 import sft
+import torch
+from families import make_family
 
 import core.training
 from core.config import FitConfig
@@ -43,3 +47,26 @@ def test_a_metric_that_no_evaluation_gives_is_refused_before_the_first_step(
         not (tmp_path / "metrics.jsonl").exists()
         or "loss" not in (tmp_path / "metrics.jsonl").read_text()
     )
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_the_router_loss_is_that_of_transformers(tokenizer, tmp_path, asks):
+    """With labels for all tokens, transformers returns the mean loss plus the weighted router
+    loss."""
+    model = make_family("Mixtral", tokenizer).eval()
+    model.config.output_router_logits = asks
+    model.config.router_aux_loss_coef = model.router_aux_loss_coef = 0.5
+    ids = torch.arange(3, 43).view(2, 20)
+    stock = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
+    stock.loss.backward()
+    router = model.model.layers[0].mlp.gate.weight
+    expected = router.grad.clone()
+    model.zero_grad()
+
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    run = SimpleNamespace(model=model, loss=sft.loss)
+    loss, metrics = core.training.loss_with_router(run, sft.collate(rows))
+    loss.backward()
+    assert torch.allclose(loss, stock.loss, atol=1e-5)
+    assert torch.allclose(router.grad, expected, atol=1e-6)
+    assert ("router_loss" in metrics) == asks
