@@ -7,17 +7,18 @@ from typing import Any
 
 import torch
 
-from core.config import ModelConfig
+from core.config import ModelConfig, TrainingConfig
 from core.runtime import logger
 
 
 def add_new_tokens(tokenizer, config: ModelConfig) -> list[int]:
     """Add the tokens that `new_tokens` and `new_special_tokens` name, in place; returns the ids of
     those that the tokenizer did not have."""
+    if not isinstance(config, TrainingConfig):
+        return []
     known = len(tokenizer)
-    options = vars(config)
-    tokenizer.add_tokens(options.get("new_tokens", []))
-    tokenizer.add_tokens(options.get("new_special_tokens", []), special_tokens=True)
+    tokenizer.add_tokens(config.new_tokens)
+    tokenizer.add_tokens(config.new_special_tokens, special_tokens=True)
     return list(range(known, len(tokenizer)))
 
 

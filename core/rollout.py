@@ -520,3 +520,14 @@ def check_sampled_logps(policy: Policy, rollout: Rollout) -> None:
             f"sampling and training disagree on a token's log-probability by {gap:.2g}; "
             "try attn_implementation=eager, and please report the model"
         )
+
+
+def check_sampling_gap(policy: Policy, gap: float) -> None:
+    """Raise RuntimeError if the mean gap (nats a token) of sampling and training is no rounding."""
+    limit = 1e-3 if policy.model.dtype == torch.float32 else 0.2
+    if gap > limit:
+        raise RuntimeError(
+            f"sampling and training disagree on the log-probabilities by {gap:.2g} nats a token "
+            f"(sampling_gap, at most {limit:g}); try attn_implementation=eager, and please report "
+            "the model"
+        )

@@ -1024,7 +1024,13 @@ def test_the_figures_of_a_rollout_by_hand(tokenizer, tmp_path):
     kl = k3(data.old_logps, data.ref_logps)[used].sum() / 7
     entropy = completion_outputs(run, data, "entropy").entropy[used].mean()
     errors, returns = (data.returns - data.values)[used], data.returns[used]
+    data.sampled_logps = [[logp + 0.5 for logp in row] for row in data.old_logps.tolist()]
+    data.sampled_logps = [
+        row[:length] for row, length in zip(data.sampled_logps, data.lengths.tolist(), strict=True)
+    ]
+    found |= {"sampling_gap": rollout_metrics(run, data)["sampling_gap"]}
     wanted = {
+        "sampling_gap": 0.5,
         "reward": 6 / 7,
         "reward_std": statistics.pstdev(judged),
         "reward_tens": 4 / 7,
@@ -1934,6 +1940,6 @@ def test_every_step_says_how_far_sampling_is_from_training(model_dir, tmp_path, 
     assert len(gaps) == 2 and max(gaps) < 1e-5
     run = SimpleNamespace(model=torch.nn.Linear(1, 1))
     run.model.dtype = torch.float32
-    rl_run.check_sampling_gap(run, {"sampling_gap": 1e-4})
+    rl_run.check_sampling_gap(run, 1e-4)
     with pytest.raises(RuntimeError, match="disagree on the log-probabilities by 0.01 nats"):
-        rl_run.check_sampling_gap(run, {"sampling_gap": 0.01})
+        rl_run.check_sampling_gap(run, 0.01)
