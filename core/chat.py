@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 from core.config import ModelConfig
 from core.errors import ConfigError, RowError
-from core.messages import as_json
+from core.messages import REASONING_KEYS, as_json, is_learnt, reasoning_of
 from core.new_tokens import add_new_tokens
 from core.runtime import warn_once
 
@@ -71,7 +71,7 @@ def encode_conversation(
     sequences: list[tuple[list[int], list[int]]] = []
     for index, message in enumerate(messages):
         is_answer = message["role"] == "assistant" and index > 0
-        if index < start or not is_answer or not message.get("train", True):
+        if index < start or not is_answer or not is_learnt(message):
             continue
         ids, labels = encode_turn(tokenizer, render_turn(tokenizer, messages, index, tools))
         earlier, earlier_labels = sequences[-1] if sequences else ([], [])
@@ -331,10 +331,12 @@ def template_forms(messages: list[dict]) -> Iterator[list[dict]]:
     or as JSON text, and beside a call an empty text or None."""
     plain = []
     for message in messages:
-        form = {key: value for key, value in message.items() if key not in ("train", "tools")}
-        if "reasoning_content" in message:
-            # As other templates call it.
-            form["thinking"] = form["reasoning"] = message["reasoning_content"]
+        form = {
+            key: value for key, value in message.items() if key not in ("train", "weight", "tools")
+        }
+        if reasoning_of(message):
+            # Templates call it by one of these.
+            form |= dict.fromkeys(REASONING_KEYS, reasoning_of(message))
         plain.append(form)
     yield plain
     yield from forms_of_tool_calls(plain)
@@ -364,7 +366,7 @@ def text_of(message: dict) -> str:
     """The text of a message in any of these forms."""
     content = message["content"]
     if isinstance(content, list):
-        return content[0]["text"]
+        return "\n".join(part["text"] for part in content if part.get("text"))
     return content or ""
 
 
@@ -424,7 +426,7 @@ def check_answer(message: dict, opening: str, target: str) -> None:
     # Where nothing is left at all, check_encoded_rows reports that for the whole data.
     if target.strip() and not is_rendered(content, rendered):
         raise RowError("whose answer the chat template shortens")
-    if not is_rendered(message.get("reasoning_content", ""), rendered):
+    if not is_rendered(reasoning_of(message), rendered):
         raise RowError("whose reasoning the chat template leaves out")
     check_tool_calls(message, rendered)
 

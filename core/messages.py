@@ -99,8 +99,7 @@ def read_message(turn: dict) -> dict:
         calls, message["content"] = text, ""
     if calls:
         message["tool_calls"] = read_tool_calls(calls)
-    for key in REASONING_KEYS:
-        reasoning = reasoning or turn.get(key) or ""
+    reasoning = reasoning or reasoning_of(turn)
     if reasoning:
         message["reasoning_content"] = reasoning
     for key in ("tool_call_id", "name"):
@@ -136,6 +135,14 @@ def read_content(turn: dict) -> tuple[str, str]:
         else:
             raise RowError(f"with a part that is no text ({kind})")
     return "\n".join(texts), "\n".join(thoughts)
+
+
+def reasoning_of(turn: dict) -> str:
+    """What the assistant thought before it wrote the message, under whichever name."""
+    for key in REASONING_KEYS:
+        if turn.get(key):
+            return turn[key]
+    return ""
 
 
 def is_learnt(turn: dict) -> bool:
