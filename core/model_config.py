@@ -12,6 +12,9 @@ from core.config import ModelConfig
 from core.errors import ConfigError
 from core.runtime import logger
 
+# Mamba computes with the weights of a layer directly; Falcon's linear layers are of another class.
+NOT_QUANTIZED = {"mamba", "falcon_mamba", "falcon"}
+
 
 def read_stop_tokens(folder: Path) -> list[int]:
     """The ids of the tokens at which generation ends, by the model's generation_config.json."""
@@ -51,6 +54,8 @@ def check_model_config(
         raise ConfigError(
             f"model {name} ({kind}) is none that transformers loads as a causal language model"
         )
+    if config.quantized and kind in NOT_QUANTIZED:
+        raise ConfigError(f"a model of the type {kind} cannot be quantized; load it in 16 bits")
     num_embeddings = model_config.get_text_config().vocab_size
     if len(tokenizer) > num_embeddings and not may_grow:
         raise ConfigError(

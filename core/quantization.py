@@ -9,8 +9,7 @@ from core.runtime import logger
 
 
 def check_quantized(model) -> None:
-    """Log what bitsandbytes has left as it is; raises ConfigError if that is everything, or what
-    the model computes with directly."""
+    """Log what bitsandbytes has left as it is; raises ConfigError if that is everything."""
     kind = model.config.model_type
     kept = quantized = 0
     for module in model.modules():
@@ -19,7 +18,7 @@ def check_quantized(model) -> None:
                 quantized += module.in_features * module.out_features
             elif weight.dim() > 1:
                 kept += weight.numel()
-    if kind in ("mamba", "falcon_mamba") or not quantized:
+    if not quantized:
         raise ConfigError(f"a model of the type {kind} cannot be quantized; load it in 16 bits")
     share = kept / (kept + quantized)
     if share > 0.5:
