@@ -22,7 +22,7 @@ completion; b completions in a mini-batch.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -159,14 +159,6 @@ def surrogate_sum(
     return (torch.exp(logps - old_logps) * advantages * used).sum()
 
 
-def gradient_of(value: torch.Tensor, parameters: Sequence[torch.Tensor], **options) -> torch.Tensor:
-    """The gradient of a scalar as one vector, 0 for parameters that it does not depend on."""
-    gradients = torch.autograd.grad(
-        value, parameters, allow_unused=True, materialize_grads=True, **options
-    )
-    return flatten(gradients)
-
-
 def flatten(tensors) -> torch.Tensor:
     """Tensors of any shapes as one vector."""
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
@@ -179,7 +171,7 @@ def fisher_product(
 
     `kl_gradient` is the gradient of KL(pi_old || pi) at pi = pi_old, with its graph.
     """
-    return gradient_of(kl_gradient @ vector, parameters, retain_graph=True)
+    return flatten(torch.autograd.grad(kl_gradient @ vector, parameters, retain_graph=True))
 
 
 def conjugate_gradient(product: Callable, b: torch.Tensor, iterations: int) -> torch.Tensor:
@@ -277,7 +269,7 @@ def update_policy(run: Run, rollout: Rollout, num_tokens: torch.Tensor) -> dict[
         outputs = completion_outputs(run, batch, "log_probs")
         total = surrogate_sum(outputs.logps, batch.old_logps, batch.advantages, batch.used)
         mean = total / num_tokens
-        gradient += gradient_of(mean, run.parameters)
+        gradient += flatten(torch.autograd.grad(mean, run.parameters))
         surrogate += mean.detach()
         old_log_probs.append(outputs.log_probs.detach())
     gradient = run.sum_over_processes(gradient)
@@ -313,7 +305,7 @@ def natural_gradient(
         token_kl = exact_kl(old_log_probs, outputs.log_probs)  # (N,)
         num_tokens = run.sum_over_processes(batch.used.sum()).clamp(min=1)
         kl = (token_kl * batch.used[batch.mask]).sum() / num_tokens
-        kl_gradient = gradient_of(kl, run.parameters, create_graph=True)
+        kl_gradient = flatten(torch.autograd.grad(kl, run.parameters, create_graph=True))
 
         def damped_product(vector: torch.Tensor) -> torch.Tensor:
             product = run.sum_over_processes(fisher_product(kl_gradient, run.parameters, vector))
