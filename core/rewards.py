@@ -139,6 +139,8 @@ def check_reward_prompts(config: ScoringConfig, prompts: Sequence[list[dict]]) -
     path = config.reward_model_path
     if not path or is_link(path) or config.on_reward_error == "skip":
         return
+    if not Path(path, "tokenizer_config.json").exists():
+        return  # reported when the model is loaded
     tokenizer = AutoTokenizer.from_pretrained(path)
     for prompt in prompts:
         try:
