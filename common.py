@@ -27,7 +27,7 @@ from core.files import atomic_folder, cached_folder, check_disk_space
 from core.fingerprints import compute_fingerprint
 from core.hub import find_model_parts, load_skeleton, load_tokenizer
 from core.model_config import check_can_score, context_length, set_generation_config
-from core.new_tokens import start_new_rows
+from core.new_tokens import rows_to_start, start_new_rows
 from core.quantization import (
     cast_weights,
     check_quantized,
@@ -134,6 +134,7 @@ class BaseStage:
             model, tokenizer = self._adopt(model, tokenizer)
         if self.task == "CAUSAL_LM":
             set_generation_config(model, tokenizer, name)
+        tokenizer.new_ids = rows_to_start(model, tokenizer)
         start_new_rows(model, tokenizer.new_ids)
         # Loading may have drawn random numbers: the adapter is the same wherever the model is from.
         transformers.set_seed(config.seed)

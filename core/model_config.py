@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from core.chat import stop_tokens
-from core.config import ModelConfig
+from core.config import ModelConfig, TrainingConfig
 from core.errors import ConfigError
 from core.runtime import logger
 
@@ -30,8 +30,8 @@ def read_stop_tokens(folder: Path) -> list[int]:
 def check_model_config(
     config: ModelConfig, tokenizer, model_config, may_grow: bool = False
 ) -> None:
-    """Raise ConfigError for a model that no recipe can train. With an adapter its embeddings
-    `may_grow` to those of the tokenizer."""
+    """Raise ConfigError for a model that no recipe can train. With an adapter, or new tokens, its
+    embeddings `may_grow` to those of the tokenizer."""
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_MASKED_LM_MAPPING,
@@ -57,10 +57,14 @@ def check_model_config(
     if config.quantized and kind in NOT_QUANTIZED:
         raise ConfigError(f"a model of the type {kind} cannot be quantized; load it in 16 bits")
     num_embeddings = model_config.get_text_config().vocab_size
+    if isinstance(config, TrainingConfig):
+        may_grow = may_grow or bool(config.new_tokens or config.new_special_tokens)
     if len(tokenizer) > num_embeddings and not may_grow:
+        missing = tokenizer.convert_ids_to_tokens(list(range(num_embeddings, len(tokenizer))))
         raise ConfigError(
             f"model {name} has embeddings for {num_embeddings} tokens, and its tokenizer has "
-            f"{len(tokenizer)}; call model.resize_token_embeddings({len(tokenizer)}) and save it"
+            f"{len(tokenizer)}; call model.resize_token_embeddings({len(tokenizer)}) and save it, "
+            f"or train them: --new_tokens='{','.join(missing[:8])}'"
         )
 
 

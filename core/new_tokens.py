@@ -22,6 +22,12 @@ def add_new_tokens(tokenizer, config: ModelConfig) -> list[int]:
     return list(range(known, len(tokenizer)))
 
 
+def rows_to_start(model, tokenizer) -> list[int]:
+    """The ids of new tokens, and of those that the tokenizer had without rows in the embeddings."""
+    num_embeddings = model.get_input_embeddings().weight.shape[0]
+    return sorted({*tokenizer.new_ids, *range(num_embeddings, len(tokenizer))})
+
+
 @torch.no_grad()
 def start_new_rows(model, ids: Sequence[int]) -> None:
     """Give new tokens the mean of all rows before theirs, in the embeddings and the output layer,

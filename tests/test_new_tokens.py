@@ -12,6 +12,7 @@ from conftest import make_model, training_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
+from core.errors import ConfigError
 
 TOKENS = ["<step>", "</step>"]
 FIT = dict(
@@ -132,3 +133,16 @@ def test_every_training_recipe_takes_new_tokens(model_folder, tmp_path, recipe):
     assert result.success, result.error_message
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.decode([5, 400], skip_special_tokens=True) == tokenizer.decode([5])
+
+
+def test_tokens_that_a_tokenizer_has_without_embeddings_can_be_trained(model_folder, tmp_path):
+    grown = AutoTokenizer.from_pretrained(model_folder)
+    grown.add_tokens(TOKENS)
+    grown.save_pretrained(model_folder)
+    with pytest.raises(ConfigError, match="has 402; .* --new_tokens='<step>,</step>'"):
+        run_sft(model_folder, tmp_path, new_tokens=[])
+    result = run_sft(model_folder, tmp_path)
+    saved = AutoModelForCausalLM.from_pretrained(result.model_path)
+    start = AutoModelForCausalLM.from_pretrained(model_folder).get_input_embeddings().weight
+    moved = (saved.get_input_embeddings().weight[400:] - start.mean(0)).abs().amax(1)
+    assert moved.min() > 0 and saved.config.vocab_size == 402
