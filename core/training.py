@@ -221,6 +221,7 @@ def start_run(config: FitConfig, model, train_rows, eval_rows, collate, loss) ->
     # FSDP2 exchanges the weights in model and optimizer, so it is given both.
     optimizer = new_optimizer(config, model, decay_groups(config, model))
     prepared, optimizer = accelerator.prepare(model, optimizer)
+    prepared.train()  # a loaded model evaluates, inside a new adapter that trains
     by_length = sorted(eval_rows, key=lambda row: len(row["input_ids"]))  # little padding
     size = config.per_device_eval_batch_size
     return FitRun(

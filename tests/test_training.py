@@ -5,9 +5,11 @@ from types import SimpleNamespace
 import pytest
 import sft
 import torch
+from conftest import make_model
 from families import make_family
 
 import core.training
+from core.adapters import add_adapter
 from core.config import FitConfig
 from core.errors import ConfigError
 
@@ -70,3 +72,18 @@ def test_the_router_loss_is_that_of_transformers(tokenizer, tmp_path, asks):
     assert torch.allclose(loss, stock.loss, atol=1e-5)
     assert torch.allclose(router.grad, expected, atol=1e-6)
     assert ("router_loss" in metrics) == asks
+
+
+def test_layers_inside_a_new_adapter_train_without_an_evaluation_before(tokenizer, tmp_path):
+    """Else dropout and the recomputation of activations would be off: a loaded model evaluates."""
+    config = FitConfig(model_name_or_path="m", output_dir=str(tmp_path), max_steps=1, save_steps=0)
+    model = add_adapter(make_model(tokenizer).eval(), config)
+    modes = []
+
+    def loss(model, batch):
+        modes.extend(module.training for module in model.modules())
+        return sft.loss(model, batch)
+
+    rows = [{"input_ids": torch.arange(3, 9), "labels": torch.arange(3, 9)}]
+    core.training.fit(config, model, rows, [], sft.collate, loss)
+    assert modes and all(modes)
