@@ -22,9 +22,9 @@ sequence of its own. What a template leaves out, or cannot render, raises RowErr
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import functools
-import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -32,9 +32,10 @@ from typing import NamedTuple
 
 from core.config import ModelConfig
 from core.errors import ConfigError, RowError
-from core.messages import REASONING_KEYS, as_json, is_learnt, reasoning_of
+from core.messages import is_learnt
 from core.new_tokens import add_new_tokens
 from core.runtime import warn_once
+from core.template_forms import check_answer, check_context, template_forms, text_of
 
 IGNORE = -100  # label of a token that is not a target, as in transformers and torch
 
@@ -68,39 +69,71 @@ def encode_conversation(
     A label is the token itself in a target, and IGNORE elsewhere. An answer that begins the
     conversation is context. Raises RowError if there is no answer, or one cannot be rendered.
     """
-    sequences: list[tuple[list[int], list[int]]] = []
+    chains: list[list[Turn]] = []
     for index, message in enumerate(messages):
         is_answer = message["role"] == "assistant" and index > 0
         if index < start or not is_answer or not is_learnt(message):
             continue
-        ids, labels = encode_turn(tokenizer, render_turn(tokenizer, messages, index, tools))
-        earlier, earlier_labels = sequences[-1] if sequences else ([], [])
-        if sequences and ids[: len(earlier)] == earlier:
-            # The context goes on from the answer before: both are one sequence.
-            sequences[-1] = (ids, earlier_labels + labels[len(earlier) :])
+        turn = render_turn(tokenizer, messages, index, tools)
+        if chains and turn.context.startswith("".join(chains[-1][-1])):
+            chains[-1].append(turn)  # it goes on from the answer before
         else:
-            sequences.append((ids, labels))
-    if not sequences:
+            chains.append([turn])
+    if not chains:
         raise RowError("without an answer")
+    sequences = []
+    for chain in chains:
+        sequences += encode_chain(tokenizer, chain)
     return sequences
 
 
-def encode_turn(tokenizer, turn: Turn) -> tuple[list[int], list[int]]:
-    """(input_ids (T,), labels (T,)) of one answer after its context.
+def encode_chain(tokenizer, turns: list[Turn]) -> list[tuple[list[int], list[int]]]:
+    """[(input_ids (T,), labels (T,))] of answers of which each goes on from the one before.
 
-    In use, the context is tokenized alone. If one token would cover the end of the context and the
-    beginning of the answer, the answer too is tokenized alone, which is how the model has to write
-    it. Raises RowError where that changes the text.
+    They are one sequence, tokenized once, if each context has there the tokens that it has alone.
+    """
+    text = "".join(turns[-1])
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids = encoded.input_ids
+    begins = [begin for begin, _ in encoded.offset_mapping]  # the first character of each token
+    labels = [IGNORE] * len(ids)
+    for context, target in turns:
+        start = bisect.bisect_left(begins, len(context))
+        end = bisect.bisect_left(begins, len(context) + len(target))
+        tail = ids_of_tail(tokenizer, context)
+        if ids[:start][-len(tail) :] != tail:
+            return [encode_turn(tokenizer, turn) for turn in turns]
+        labels[start:end] = ids[start:end]
+    return [(ids, labels)]
+
+
+def ids_of_tail(tokenizer, context: str) -> list[int]:
+    """Token ids of the end of `context`, from its last special token on: no token reaches across
+    one, so the ids before are those of any text that begins so."""
+    begin = 0
+    for mark in special_pattern(tokenizer).finditer(context):
+        begin = mark.start()
+    return list(cached_ids(tokenizer, len(tokenizer), context[begin:]))
+
+
+@functools.lru_cache(maxsize=1024)
+def cached_ids(tokenizer, num_tokens: int, text: str) -> tuple[int, ...]:
+    """`text_ids`; the ends of contexts are few."""
+    return tuple(text_ids(tokenizer, text))
+
+
+def encode_turn(tokenizer, turn: Turn) -> tuple[list[int], list[int]]:
+    """(input_ids (T,), labels (T,)) of an answer that would merge with its context.
+
+    In use, the context is tokenized alone, and the model writes the answer after it. Raises
+    RowError where that is another text: some tokenizers begin every text with a space.
     """
     context_ids = text_ids(tokenizer, turn.context)
-    ids = text_ids(tokenizer, turn.context + turn.target)
-    if ids[: len(context_ids)] != context_ids:
-        ids = context_ids + text_ids(tokenizer, turn.target)
-        text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        if text != turn.context + turn.target:
-            raise RowError("whose answer begins inside a token of the prompt")
-    start = len(context_ids)
-    return ids, [IGNORE] * start + ids[start:]
+    target_ids = text_ids(tokenizer, turn.target)
+    text = tokenizer.decode(context_ids + target_ids, clean_up_tokenization_spaces=False)
+    if text != turn.context + turn.target:
+        raise RowError("whose answer begins inside a token of the prompt")
+    return context_ids + target_ids, [IGNORE] * len(context_ids) + target_ids
 
 
 def text_ids(tokenizer, text: str) -> list[int]:
@@ -154,19 +187,26 @@ def render_turn(
     tools = tools_of(messages, tools)
     messages = messages[: index + 1]
     check_marks(tokenizer, messages)
-    # TRL's version of a template comes second: some keep thoughts that the template itself drops.
-    templates = (None, *training_templates(tokenizer))
 
-    def render(choice: tuple[str | None, list[dict]]) -> Turn:
-        template, form = choice
+    def choices() -> Iterator[tuple[list[dict], str | None]]:
+        for form in template_forms(messages):
+            yield form, None
+        # TRL's versions of some templates keep thoughts that the templates themselves drop.
+        for template in training_templates(tokenizer):
+            for form in template_forms(messages):
+                yield form, template
+
+    def render(choice: tuple[list[dict], str | None]) -> Turn:
+        form, template = choice
         return render_last_turn(tokenizer, form, tools, template)
 
-    return first_without_error(render, itertools.product(templates, template_forms(messages)))
+    return first_without_error(render, choices())
 
 
-def first_without_error(render: Callable, choices: Iterable):
-    """The first result of `render` that is no RowError; if there is none, the first error."""
-    errors = []
+def first_without_error(render: Callable, choices: Iterable, problem: RowError | None = None):
+    """The first result of `render` that is no RowError; if there is none, `problem`, or else the
+    first error."""
+    errors = [] if problem is None else [problem]
     for choice in choices:
         try:
             return render(choice)
@@ -185,26 +225,42 @@ def render_last_turn(
     shown = context
     if template:
         shown = apply_template(tokenizer, earlier, tools, True, template)
-    opening = generation_prompt_of(tokenizer, earlier, tools, template, shown)
     answered = apply_template(tokenizer, messages, tools, False, template)
+    if not template and answered.startswith(context):
+        return finish_turn(tokenizer, messages, tools, None, context, answered[len(context) :])
 
+    opening = generation_prompt_of(tokenizer, earlier, tools, template, shown)
     problem = RowError(
         f"which the chat template renders without its generation prompt {opening!r}; begin the "
         "answers as it ends, or set instruction_template"
     )
     if not context.endswith(opening):
         raise problem
-    for start in find_starts(tokenizer, answered, shown, opening):
-        try:
-            stop, end = find_end_of_turn(tokenizer, messages, answered[start:], tools, template)
-            target = answered[start:][:end]
-            check_answer(messages[-1], opening, target.removesuffix(stop))
-        except RowError as error:
-            problem = error
-        else:
-            # What has no token for the end of a turn ends as a text does.
-            return Turn(context, target if stop else target + tokenizer.eos_token)
-    raise problem
+
+    def finish(start: int) -> Turn:
+        return finish_turn(tokenizer, messages, tools, template, context, answered[start:])
+
+    return first_without_error(finish, find_starts(tokenizer, answered, shown, opening), problem)
+
+
+def finish_turn(
+    tokenizer,
+    messages: list[dict],
+    tools: list[dict] | None,
+    template: str | None,
+    context: str,
+    written: str,
+) -> Turn:
+    """The last message as `context` and the beginning of what the template has `written` after it.
+    Raises RowError if a part of the message is missing there."""
+    stop, end = find_end_of_turn(tokenizer, messages, written, tools, template)
+    target = written[:end]
+    opening = functools.partial(
+        generation_prompt_of, tokenizer, messages[:-1], tools, None, context
+    )
+    check_answer(messages[-1], opening, target.removesuffix(stop))
+    # What has no token for the end of a turn ends as a text does.
+    return Turn(context, target if stop else target + tokenizer.eos_token)
 
 
 def find_starts(tokenizer, answered: str, shown: str, opening: str) -> list[int]:
@@ -318,68 +374,9 @@ def marks_of(tokenizer, template: str) -> frozenset[str]:
     return frozenset(marks)
 
 
-# -- what templates expect, and what they leave out --------------------------------------------
-
-
 def tools_of(messages: list[dict], tools: list[dict] | None) -> list[dict] | None:
     """`tools`, or those that the first message has."""
     return tools or (messages[0].get("tools") if messages else None)
-
-
-def template_forms(messages: list[dict]) -> Iterator[list[dict]]:
-    """The messages as templates may expect them: they take the arguments of a tool call as objects
-    or as JSON text, and beside a call an empty text or None."""
-    plain = []
-    for message in messages:
-        form = {
-            key: value for key, value in message.items() if key not in ("train", "weight", "tools")
-        }
-        if reasoning_of(message):
-            # Templates call it by one of these.
-            form |= dict.fromkeys(REASONING_KEYS, reasoning_of(message))
-        plain.append(form)
-    yield plain
-    yield from forms_of_tool_calls(plain)
-    # Templates of models that see pictures take lists of parts.
-    yield [{**form, "content": [{"type": "text", "text": form["content"]}]} for form in plain]
-
-
-def forms_of_tool_calls(messages: list[dict]) -> Iterator[list[dict]]:
-    """`messages` with tool calls as templates may expect them."""
-    if not any("tool_calls" in message for message in messages):
-        return
-    for write_arguments, no_text in itertools.product((as_object, as_text), ("", None)):
-        forms = []
-        for message in messages:
-            form = dict(message)
-            if "tool_calls" in message:
-                form["content"] = message["content"] or no_text
-                form["tool_calls"] = [
-                    {**call, "function": with_arguments(call["function"], write_arguments)}
-                    for call in message["tool_calls"]
-                ]
-            forms.append(form)
-        yield forms
-
-
-def text_of(message: dict) -> str:
-    """The text of a message in any of these forms."""
-    content = message["content"]
-    if isinstance(content, list):
-        return "\n".join(part["text"] for part in content if part.get("text"))
-    return content or ""
-
-
-def with_arguments(function: dict, write_arguments: Callable) -> dict:
-    return {**function, "arguments": write_arguments(function["arguments"])}
-
-
-def as_object(arguments):
-    return as_json(arguments, "arguments of a tool call")
-
-
-def as_text(arguments) -> str:
-    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
 def check_marks(tokenizer, messages: list[dict]) -> None:
@@ -399,69 +396,6 @@ def check_marks(tokenizer, messages: list[dict]) -> None:
         warn_once(
             f"a text has the special token {found[0].group()} inside, which the model reads as such"
         )
-
-
-def check_context(messages: list[dict], tools: list[dict] | None, context: str) -> None:
-    """Raise RowError if a text, a tool call or a tool is not in the rendered `context`."""
-    rendered = without_spaces(context)
-    for message in messages:
-        # Thoughts of earlier turns are not shown in use either, by many templates.
-        text = text_of(message).split("</think>")[-1]
-        if not is_rendered(text, rendered):
-            raise RowError(f"whose {message['role']} message the chat template leaves out")
-        check_tool_calls(message, rendered)
-    for tool in tools or ():
-        name = tool.get("function", tool).get("name", "")
-        if name not in context:
-            raise RowError("whose tools the chat template leaves out")
-
-
-def check_answer(message: dict, opening: str, target: str) -> None:
-    """Raise RowError if the template shortened an answer, such as by its reasoning. The generation
-    prompt `opening` may have the beginning of it, such as "<think>"."""
-    content = text_of(message)
-    rendered = without_spaces(opening + target)
-    if message["content"] is None and target.lstrip().startswith("None"):
-        raise RowError("whose missing text the chat template writes as None")
-    # Where nothing is left at all, check_encoded_rows reports that for the whole data.
-    if target.strip() and not is_rendered(content, rendered):
-        raise RowError("whose answer the chat template shortens")
-    if not is_rendered(reasoning_of(message), rendered):
-        raise RowError("whose reasoning the chat template leaves out")
-    check_tool_calls(message, rendered)
-
-
-def check_tool_calls(message: dict, rendered: str) -> None:
-    """Raise RowError if a tool call of `message` is not in `rendered`, a text without spaces."""
-    for call in message.get("tool_calls", ()):
-        function = call["function"]
-        arguments = function["arguments"]
-        # As JSON text they must not be quoted once more.
-        is_quoted = isinstance(arguments, str) and without_spaces(arguments) not in rendered
-        values = [function["name"], *leaves(arguments)]
-        if is_quoted or not all(is_rendered(str(value), rendered) for value in values):
-            raise RowError("whose tool calls the chat template leaves out")
-
-
-def leaves(value) -> list:
-    """The texts and numbers inside a JSON value; of true, false and null templates write several
-    forms."""
-    if isinstance(value, dict):
-        return [leaf for name, inner in value.items() for leaf in [name, *leaves(inner)]]
-    if isinstance(value, list):
-        return [leaf for inner in value for leaf in leaves(inner)]
-    return [] if isinstance(value, bool | None) else [value]
-
-
-def is_rendered(text: str, rendered: str) -> bool:
-    """Whether `rendered`, without spaces, has the text, or the inside of it as a JSON string."""
-    in_json = (json.dumps(text, ensure_ascii=escaped)[1:-1] for escaped in (False, True))
-    return any(without_spaces(form) in rendered for form in (text, *in_json))
-
-
-def without_spaces(text: str) -> str:
-    """`text` without white space, which chat templates trim."""
-    return "".join(text.split())
 
 
 # -- chat templates ----------------------------------------------------------------------------

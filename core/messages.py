@@ -37,10 +37,10 @@ ROLES = {
 TEXT_KEYS = ("content", "value")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 TEXT_PARTS = ("text", "input_text", "output_text")
-KNOWN_KEYS = {
-    *("role", "from", *TEXT_KEYS, *REASONING_KEYS),
-    *("tool_calls", "function_call", "tool_call_id", "name", "tools", "weight", "train"),
-}
+SPEAKER_KEYS = ("role", "from", "name")
+TOOL_KEYS = ("tools", "tool_calls", "function_call", "tool_call_id")
+MARKS = ("weight", "train")  # whether an answer is learnt
+KNOWN_KEYS = {*SPEAKER_KEYS, *TEXT_KEYS, *REASONING_KEYS, *TOOL_KEYS, *MARKS}
 
 
 def as_messages(value, role: str, tools=None) -> list[dict]:
@@ -147,7 +147,7 @@ def reasoning_of(turn: dict) -> str:
 
 def is_learnt(turn: dict) -> bool:
     """What "weight" (OpenAI, Mistral) or "train" (axolotl) says of a message; else true."""
-    for key in ("weight", "train"):
+    for key in MARKS:
         mark = turn.get(key)
         if mark is None:
             continue

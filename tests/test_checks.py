@@ -136,6 +136,15 @@ def test_a_prompt_that_has_other_tokens_before_its_answer_keeps_those_of_its_own
         assert prompt.endswith(template[len("{instruction}") : -len("{response}")].rstrip(" "))
         assert ids[:start] == own_tokenizer(prompt).input_ids
 
+    # A stage of one's own that tokenizes prompt and answer as one text is refused.
+    own_tokenizer.chat_template = core.chat.template_from_instruction(
+        "{instruction}\n\n{response}", own_tokenizer
+    )
+    together = own_tokenizer("a\n\nb<|endoftext|>").input_ids
+    stage.sequences = lambda *_: ([(together, [core.chat.IGNORE] * 3 + together[3:])], False)
+    with pytest.raises(ConfigError, match="prompt tokenizes differently without its answer"):
+        core.checks.check_encoded_rows(stage, own_tokenizer, 512)
+
 
 def test_a_template_that_writes_more_before_an_answer_than_it_keeps_is_refused(
     tmp_path, own_tokenizer

@@ -345,6 +345,33 @@ def test_an_answer_marked_as_context_is_not_learnt(tokenizer):
     assert targets(tokenizer, ids, labels) == ["Uno.<|im_end|>"]  # what begins a chat is context
 
 
+def test_messages_may_be_as_a_data_set_has_them(tokenizer):
+    raw = [
+        {"role": "user", "content": [{"type": "text", "text": "One?"}]},
+        {"role": "assistant", "content": "Uno.", "weight": 0},
+        {"role": "user", "content": "Two?"},
+        {"role": "assistant", "content": "Dos."},
+    ]
+    tok = with_template(tokenizer, "qwen3_5_think.jinja")
+    assert [target for _, target in learnt_turns(tok, raw)] == ["\n</think>\n\nDos.<|im_end|>"]
+
+
+def test_a_conversation_is_tokenized_once(tokenizer, monkeypatch):
+    """Else a long one would take time that grows with the square of its length."""
+    core.chat.cached_ids.cache_clear()
+    called = []
+    original = type(tokenizer).__call__
+    monkeypatch.setattr(
+        type(tokenizer),
+        "__call__",
+        lambda self, text, **more: called.append(text) or original(self, text, **more),
+    )
+    [(ids, labels)] = encode_conversation(tokenizer, CHAT[1:] * 20)
+    assert targets(tokenizer, ids, labels)[-1] == "Dos, my friend.<|im_end|>"
+    assert len(targets(tokenizer, ids, labels)) == 40
+    assert len(called) == 2  # the whole, and the end of a context
+
+
 def test_an_answer_that_would_merge_with_its_prompt_is_learnt_as_it_is_written_in_use(tokenizer):
     tok = with_template(tokenizer, "{% for m in messages %}{{ m['content'] }}{% endfor %}")
     chat = [{"role": "user", "content": "Remind m"}, {"role": "assistant", "content": "e to"}]

@@ -1,0 +1,136 @@
+"""What chat templates expect of messages, and what they leave out of them.
+
+template_forms                  messages  ->  the same in the forms that templates take
+check_context, check_answer     raise RowError for a part that the rendered text does not have
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+
+from core.errors import RowError
+from core.messages import MARKS, REASONING_KEYS, as_json, reasoning_of
+
+
+def template_forms(messages: list[dict]) -> Iterator[list[dict]]:
+    """The messages as templates may expect them: they take the arguments of a tool call as objects
+    or as JSON text, and beside a call an empty text or None."""
+    plain = []
+    for message in messages:
+        form = {key: message[key] for key in message if key not in (*MARKS, "tools")}
+        if reasoning_of(message):
+            # Templates call it by one of these.
+            form |= dict.fromkeys(REASONING_KEYS, reasoning_of(message))
+        plain.append(form)
+    yield plain
+    yield from forms_of_tool_calls(plain)
+    # Templates of models that see pictures take lists of parts.
+    yield [{**form, "content": [{"type": "text", "text": text_of(form)}]} for form in plain]
+
+
+def forms_of_tool_calls(messages: list[dict]) -> Iterator[list[dict]]:
+    """`messages` with tool calls as templates may expect them."""
+    if not any("tool_calls" in message for message in messages):
+        return
+    for write_arguments, no_text in itertools.product((as_object, as_text), ("", None)):
+        forms = []
+        for message in messages:
+            form = dict(message)
+            if "tool_calls" in message:
+                form["content"] = message["content"] or no_text
+                form["tool_calls"] = [
+                    {**call, "function": with_arguments(call["function"], write_arguments)}
+                    for call in message["tool_calls"]
+                ]
+            forms.append(form)
+        yield forms
+
+
+def text_of(message: dict) -> str:
+    """The text of a message in any of these forms."""
+    content = message["content"]
+    if isinstance(content, list):
+        return "\n".join(part["text"] for part in content if part.get("text"))
+    return content or ""
+
+
+def with_arguments(function: dict, write_arguments: Callable) -> dict:
+    return {**function, "arguments": write_arguments(function["arguments"])}
+
+
+def as_object(arguments):
+    return as_json(arguments, "arguments of a tool call")
+
+
+def as_text(arguments) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+# -- what a template leaves out -------------------------------------------------------------------
+
+
+def check_context(messages: list[dict], tools: list[dict] | None, context: str) -> None:
+    """Raise RowError if a text, a tool call or a tool is not in the rendered `context`."""
+    rendered = without_spaces(context)
+    for message in messages:
+        # Thoughts of earlier turns are not shown in use either, by many templates.
+        text = text_of(message).split("</think>")[-1]
+        if not is_rendered(text, rendered):
+            raise RowError(f"whose {message['role']} message the chat template leaves out")
+        check_tool_calls(message, rendered)
+    for tool in tools or ():
+        name = tool.get("function", tool).get("name", "")
+        if name not in context:
+            raise RowError("whose tools the chat template leaves out")
+
+
+def check_answer(message: dict, opening: Callable[[], str], target: str) -> None:
+    """Raise RowError if the template shortened an answer, such as by its reasoning. The generation
+    prompt, `opening()`, may have the beginning of it, such as "<think>"."""
+    content = text_of(message)
+    rendered = without_spaces(target)
+    if not is_rendered(content, rendered):
+        rendered = without_spaces(opening() + target)
+    if message["content"] is None and target.lstrip().startswith("None"):
+        raise RowError("whose missing text the chat template writes as None")
+    # Where nothing is left at all, check_encoded_rows reports that for the whole data.
+    if target.strip() and not is_rendered(content, rendered):
+        raise RowError("whose answer the chat template shortens")
+    if not is_rendered(reasoning_of(message), rendered):
+        raise RowError("whose reasoning the chat template leaves out")
+    check_tool_calls(message, rendered)
+
+
+def check_tool_calls(message: dict, rendered: str) -> None:
+    """Raise RowError if a tool call of `message` is not in `rendered`, a text without spaces."""
+    for call in message.get("tool_calls", ()):
+        function = call["function"]
+        arguments = function["arguments"]
+        # As JSON text they must not be quoted once more.
+        is_quoted = isinstance(arguments, str) and without_spaces(arguments) not in rendered
+        values = [function["name"], *leaves(arguments)]
+        if is_quoted or not all(is_rendered(str(value), rendered) for value in values):
+            raise RowError("whose tool calls the chat template leaves out")
+
+
+def leaves(value) -> list:
+    """The texts and numbers inside a JSON value; of true, false and null templates write several
+    forms."""
+    if isinstance(value, dict):
+        return [leaf for name, inner in value.items() for leaf in [name, *leaves(inner)]]
+    if isinstance(value, list):
+        return [leaf for inner in value for leaf in leaves(inner)]
+    return [] if isinstance(value, bool | None) else [value]
+
+
+def is_rendered(text: str, rendered: str) -> bool:
+    """Whether `rendered`, without spaces, has the text, or the inside of it as a JSON string."""
+    in_json = (json.dumps(text, ensure_ascii=escaped)[1:-1] for escaped in (False, True))
+    return any(without_spaces(form) in rendered for form in (text, *in_json))
+
+
+def without_spaces(text: str) -> str:
+    """`text` without white space, which chat templates trim."""
+    return "".join(text.split())
