@@ -140,8 +140,8 @@ class BaseStage:
         transformers.set_seed(config.seed)
         if isinstance(config, TrainingConfig):
             model = add_adapter(model, config, self.task, tokenizer.new_ids)
-        if hasattr(model, "peft_config"):
-            self.lineage["adapter"] = {"share_of_linear_weights": share_adapted(model)}
+            if config.lora_r:
+                self.lineage["adapter"] = {"share_of_linear_weights": share_adapted(model)}
         return model, tokenizer
 
     def train(self, model, tokenizer) -> dict[str, float] | tuple[dict[str, float], Any]:

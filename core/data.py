@@ -375,14 +375,14 @@ def read_rows(
     data_format = detect_format(dataset.column_names, config.formats, config.dataset_format)
     log_columns(path, dataset, data_format, config.formats, optional)
 
-    padded = [
+    padded_columns = [
         name
         for name in (*config.formats[data_format], "tools")
         if not is_plain_column(dataset.features.get(name))
     ]
 
     def convert_row(row):
-        cleaned = {name: without_padding(row[name]) for name in padded}
+        cleaned = {name: without_padding(row[name]) for name in padded_columns}
         return convert(row | cleaned, data_format)
 
     rows = usable_rows(dataset, convert_row, "data")

@@ -136,8 +136,8 @@ def load_tokenizer(config: ModelConfig) -> tuple:
         # Read by core.chat.stop_tokens: published models often stop at several tokens.
         tokenizer.stops_of_the_model = read_stop_tokens(model_path)
         model_config = load_part(AutoConfig, model_path, config)
-    check_model_config(config, tokenizer, model_config, may_grow=adapter is not None)
-    return tokenizer, model_config
+        check_model_config(config, tokenizer, model_config, may_grow=adapter is not None)
+        return tokenizer, model_config
 
 
 def load_part(auto_class: Any, path: Path, config: ModelConfig):

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from core.chat import prompt_ids
 from core.config import Count, ModelConfig, Natural, NonNegative, Positive, Share, StageConfig
-from core.errors import ConfigError
+from core.errors import ConfigError, as_config_error
 from core.fingerprints import file_identity
 from core.hub import check_model
 from core.logprobs import answer_logits, collate_answers
@@ -483,7 +483,8 @@ class LLMClient:
     ) -> Iterator[tuple[str, dict | None]]:
         """Yield (key, answer, or None if the prompt is too long) from a model run here."""
         model, tokenizer = self.load()
-        ids = {key: prompt_ids(tokenizer, messages) for key, (messages, _) in todo.items()}
+        with as_config_error(f"model {self.path}: its chat template cannot take a prompt"):
+            ids = {key: prompt_ids(tokenizer, messages) for key, (messages, _) in todo.items()}
         longest = context_length(model.config)
         if not choices:
             longest -= sampling["max_new_tokens"]
@@ -492,13 +493,11 @@ class LLMClient:
         sorted_keys = sorted(ids, key=lambda key: len(ids[key]))
         for start in range(0, len(sorted_keys), self.config.concurrency):
             batch_keys = sorted_keys[start : start + self.config.concurrency]
-            usable_keys = []
             for key in batch_keys:
-                if len(ids[key]) <= longest:
-                    usable_keys.append(key)
-                    continue
-                self.last_problem = f"longer than the {longest} tokens that the model has room for"
-                yield key, None
+                if len(ids[key]) > longest:
+                    self.last_problem = f"longer than the {longest} tokens that it has room for"
+                    yield key, None
+            usable_keys = [key for key in batch_keys if len(ids[key]) <= longest]
             if not usable_keys:
                 continue
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from core.chat import stop_tokens
 from core.config import ModelConfig, TrainingConfig
-from core.errors import ConfigError
+from core.errors import ConfigError, as_config_error
 from core.runtime import logger
 
 # Mamba computes with the weights of a layer directly; Falcon's linear layers are of another class.
@@ -77,7 +77,8 @@ def set_generation_config(model, tokenizer, name: str) -> None:
         generation.validate(strict=True)
     except ValueError:
         generation.do_sample = True
-        generation.validate(strict=True)
+        with as_config_error(f"model {name}: its generation_config cannot be saved"):
+            generation.validate(strict=True)
         logger.warning(
             "model %s: its generation_config has sampling options and do_sample=false, which "
             "cannot be saved; do_sample is now true",

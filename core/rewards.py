@@ -142,7 +142,9 @@ def check_reward_prompts(config: ScoringConfig, prompts: Sequence[list[dict]]) -
     if not Path(path, "tokenizer_config.json").exists():
         return  # reported when the model is loaded
     tokenizer = AutoTokenizer.from_pretrained(path)
-    for prompt in prompts:
+    # Templates go by roles: one prompt of each sequence of roles tells for all.
+    by_roles = {tuple(message["role"] for message in prompt): prompt for prompt in prompts}
+    for prompt in by_roles.values():
         try:
             encode_answer(tokenizer, prompt, "an answer")
         except RowError as error:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ import torch
 from core.accelerator import finish_trackers, start_accelerator
 from core.checkpoints import find_checkpoint
 from core.kl import k3, loss_needs_log_probs, next_kl_coef
-from core.logprobs import disable_dropout, sharing_is_exact
+from core.logprobs import disable_dropout
 from core.model_config import context_length
 from core.optimizers import new_optimizer, schedule_factor, set_learning_rates
 from core.rewards import score_completions, weighted_total
@@ -34,6 +33,7 @@ from core.rollout import (
     RLConfig,
     Rollout,
     TokenOutputs,
+    can_share_prompts,
     check_sampled_logps,
     check_sampling_gap,
     completion_outputs,
@@ -41,6 +41,7 @@ from core.rollout import (
     rollout_outputs,
     sampling_gaps,
 )
+from core.router_loss import router_loss_weight
 from core.run_log import log_step, truncate_metrics
 from core.runtime import (
     any_process_stopped,
@@ -412,7 +413,7 @@ def build_run(
         reward_functions=reward_functions,
         reference=reference,
         has_adapter=has_adapter,
-        shares_prompts=shares_prompts(config, model, probe_row),
+        shares_prompts=can_share_prompts(config, model, probe_row),
         training_rows=list(training),
         evaluation_rows=list(evaluation),
         value_head=value_head,
@@ -423,6 +424,8 @@ def build_run(
     )
     if not run.parameters:
         raise RuntimeError("no parameter of the model trains: everything is frozen")
+    if router_loss_weight(model):
+        logger.warning("the model's router loss (output_router_logits) is not part of RL's loss")
     return run
 
 
@@ -447,16 +450,6 @@ def parameter_groups(config, model, value_head) -> list[dict[str, Any]]:
         head = list(value_head.parameters())
         groups.append({"params": head, "lr": config.value_learning_rate, "weight_decay": 0.0})
     return groups
-
-
-def shares_prompts(config, model, longest: dict) -> bool:
-    """Whether one pass over a prompt serves all its completions, tried on the longest there are."""
-    if not config.share_prompt or config.num_generations == 1:
-        return False
-    length = config.sampling["max_new_tokens"]
-    answer = list(itertools.islice(itertools.cycle(longest["ids"]), length))
-    row = {"prompt": longest["ids"], "answers": [answer] * 2, "labels": [answer] * 2}
-    return sharing_is_exact(model, row)
 
 
 def prompts_of_step(seed: int, rows: list[dict], step: int, count: int) -> list[dict]:

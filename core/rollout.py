@@ -37,6 +37,7 @@ from core.logprobs import (
     answer_scores,
     collate_answers,
     rows_at_once,
+    sharing_is_exact,
     without_adapter,
 )
 from core.messages import as_messages
@@ -199,7 +200,7 @@ def to_prompt(row: dict, form: str, needs_answer: bool = False) -> dict:
     prompt = as_messages(row[source[0]], "user", row.get("tools"))
     if form == "instruction-input":
         parts = [str(part) for part in (row["instruction"], row["input"]) if part]
-        prompt = as_messages("\n\n".join(parts), "user")
+        prompt = as_messages("\n\n".join(parts), "user", row.get("tools"))
     # Drop answers that the data already has: the policy must not see them.
     while prompt and prompt[-1]["role"] == "assistant":
         prompt.pop()
@@ -497,6 +498,16 @@ def rollout_outputs(
     for name in extras:
         setattr(outputs, name, torch.cat([getattr(part, name) for part in parts]))
     return outputs
+
+
+def can_share_prompts(config: RLConfig, model, longest: dict) -> bool:
+    """Whether one pass over a prompt serves all its completions, tried on the longest there are."""
+    if not config.share_prompt or config.num_generations == 1:
+        return False
+    length = config.sampling["max_new_tokens"]
+    answer = list(itertools.islice(itertools.cycle(longest["ids"]), length))
+    row = {"prompt": longest["ids"], "answers": [answer] * 2, "labels": [answer] * 2}
+    return sharing_is_exact(model, row)
 
 
 def sampling_gaps(rollout: Rollout) -> torch.Tensor:

@@ -19,6 +19,7 @@ Run it on a laptop, and as QLoRA on a GPU:
 Shapes: B rows of a batch, T tokens of its longest row, N target tokens, V tokens of the vocabulary.
 """
 
+import contextlib
 import itertools
 import statistics
 import sys
@@ -40,12 +41,12 @@ from core.config import Count, FitConfig, Natural
 from core.data import load_rows, usable_rows
 from core.errors import ConfigError, RowError
 from core.files import write_jsonl
-from core.logprobs import TokenLogps, states_agree, to_device
+from core.logprobs import TokenLogps, states_agree
 from core.messages import as_messages
 from core.model_config import context_length
 from core.output_layer import hidden_states_at, scores_at
-from core.runtime import is_main_process, logger
-from core.sampling import generate
+from core.runtime import is_main_process, logger, to_device
+from core.sampling import evaluation_mode, generate
 from core.training import fit
 
 # -- configuration ---------------------------------------------------------------------------------
@@ -62,9 +63,6 @@ FORMATS = {
     "context-question-answer": ["context", "question", "answer"],
     "text": ["text"],
 }
-
-
-INPUT_NAMES = ("input_ids", "position_ids", "attention_mask")  # of the model, in a batch
 
 
 @dataclass
@@ -241,6 +239,9 @@ def pack(rows: list[dict], max_length: int) -> list[dict]:
     return list(packed.with_format("torch", dtype=torch.int32))
 
 
+INPUT_NAMES = ("input_ids", "position_ids", "attention_mask")  # of the model, in a batch
+
+
 @torch.no_grad()
 def check_packing(model, packed: list[dict]) -> None:
     """Raise ConfigError if a packed sequence gives other hidden states than its documents alone."""
@@ -257,13 +258,10 @@ def check_packing(model, packed: list[dict]) -> None:
         is_token = batch.get("attention_mask", torch.ones_like(batch["input_ids"])) > 0  # (B, T)
         return hidden_states_at(model, is_token, **inputs).float()
 
-    mode = model.training
-    model.eval()
-    try:
+    agree = False
+    # Some models cannot compute a packed sequence at all.
+    with evaluation_mode(model), contextlib.suppress(RuntimeError, ValueError):
         agree = states_agree(hidden_states([row]), hidden_states(alone), model.dtype)
-    except (RuntimeError, ValueError):
-        agree = False
-    model.train(mode)
     if not agree:
         raise ConfigError(
             "packing=true: packed documents would see each other in a model of the type "

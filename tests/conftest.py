@@ -16,6 +16,16 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 # On a model this small, threads only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Options of a training of two steps that says nothing.
+TWO_STEPS = dict(
+    max_steps=2,
+    per_device_train_batch_size=4,
+    validation_split=0.2,
+    learning_rate=2e-2,
+    save_steps=0,
+    log_level="error",
+)
+
 CHATML = (
     "{% for message in messages %}"
     "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"

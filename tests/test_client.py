@@ -4,6 +4,7 @@ moment."""
 import http.server
 import json
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -509,3 +510,14 @@ def test_a_model_run_here_answers_by_its_own_random_numbers(model_dir, tmp_path)
         ids = core.chat.prompt_ids(tokenizer, chat)
         logits = model(torch.tensor([ids])).logits[0, -1, choice_ids]
         assert json.loads(row) == pytest.approx(logits.softmax(-1).tolist(), abs=1e-5)
+
+
+def test_a_conversation_that_a_local_model_cannot_take_is_said_in_a_sentence(model_dir, tmp_path):
+    strict = shutil.copytree(model_dir, tmp_path / "strict")
+    template = (strict / "chat_template.jinja").read_text()
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    (strict / "chat_template.jinja").write_text(refusal + template)
+    client = local_client(tmp_path / "calls", str(strict))
+    chat = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+    with pytest.raises(ConfigError, match="strict: its chat template cannot take a prompt: no"):
+        client.ask("x", [(chat, 0)], GREEDY, "1", str)

@@ -1,6 +1,10 @@
 """core/data.py: files become rows."""
 
+import json
+
+import datasets
 import pytest
+import sft
 
 import core.data
 from core.errors import ConfigError
@@ -66,3 +70,30 @@ def test_a_configuration_of_a_data_file_is_refused(data):
         ConfigError, match="dataset_config_name=main: data .* has no configurations"
     ):
         core.data.load_dataset_from_path(data, "main")
+
+
+CALLS = [
+    [{"role": "user", "content": "a", "tools": [{"name": "f"}]}],
+    [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]},
+    ],
+    [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"y": 2}}}]},
+    ],
+]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_objects_keep_their_own_keys(tmp_path, ending):
+    """Arrow gives each object the keys of all others too, with None: a call would get arguments
+    that nobody wrote."""
+    path = tmp_path / f"rows.{ending}"
+    if ending == "jsonl":
+        path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in CALLS))
+    else:
+        datasets.Dataset.from_dict({"messages": CALLS}).to_parquet(str(path))
+    config = sft.SFTConfig(model_name_or_path="m", dataset_name_or_path=str(path))
+    rows, _ = core.data.read_rows(config, lambda row, form: row["messages"])
+    assert rows == CALLS

@@ -8,21 +8,13 @@ import pytest
 import reward
 import sft
 import torch
-from conftest import make_model, training_config
+from conftest import TWO_STEPS, make_model, training_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
 from core.errors import ConfigError
 
 TOKENS = ["<step>", "</step>"]
-FIT = dict(
-    max_steps=3,
-    per_device_train_batch_size=4,
-    validation_split=0.2,
-    learning_rate=1e-2,
-    save_steps=0,
-    log_level="error",
-)
 IDS = torch.tensor([[5, 400, 9, 401, 11]])
 
 
@@ -46,7 +38,7 @@ def run_sft(model_folder, tmp_path, name="out", **options):
         model_name_or_path=model_folder,
         dataset_name_or_path=write_rows(tmp_path),
         output_dir=str(tmp_path / name),
-        **FIT | {"new_tokens": TOKENS} | options,
+        **TWO_STEPS | {"new_tokens": TOKENS} | options,
     )
     result = sft.SFTStage(config).execute()
     assert result.success, result.error_message
@@ -117,7 +109,7 @@ def test_every_training_recipe_takes_new_tokens(model_folder, tmp_path, recipe):
             {"prompt": f"Say {n}", "chosen": f"<step>{n}", "rejected": f"{n}</step>"}
             for n in range(8)
         ]
-        more = dict(**FIT, preference_dataset_path=str(path))
+        more = dict(**TWO_STEPS, preference_dataset_path=str(path))
         stage, config = {
             "dpo": (dpo.DPOStage, dpo.DPOConfig),
             "reward": (reward.RewardStage, reward.RewardConfig),

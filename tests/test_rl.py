@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, make_model
+from families import make_family
 
 import common
 import core.chat
@@ -1605,6 +1606,20 @@ def write_prompts(tmp_path, count=12):
     return str(path)
 
 
+def short_run(model_dir, tmp_path):
+    """The options of two steps of any algorithm."""
+    return dict(
+        model_name_or_path=model_dir,
+        prompt_dataset_path=write_prompts(tmp_path),
+        reward=["length"],
+        reward_length=1,
+        batch_size=8,
+        generation_kwargs={"max_new_tokens": 6},
+        num_training_steps=2,
+        save_freq=0,
+    )
+
+
 @pytest.mark.parametrize(
     "algorithm, more",
     [
@@ -1624,13 +1639,7 @@ def write_prompts(tmp_path, count=12):
 )
 def test_a_run_that_was_cut_off_goes_on_exactly(model_dir, tmp_path, algorithm, more):
     """8-bit optimizers quantize the states of 4096 weights and more, and nest them."""
-    values = dict(
-        model_name_or_path=model_dir,
-        prompt_dataset_path=write_prompts(tmp_path),
-        reward=["length"],
-        reward_length=1,
-        batch_size=8,
-        generation_kwargs={"max_new_tokens": 6},
+    values = short_run(model_dir, tmp_path) | dict(
         num_training_steps=4,
         save_freq=2,
         algorithm=algorithm,
@@ -1922,18 +1931,7 @@ def test_bad_data_is_refused_before_the_model_is_loaded(tmp_path):
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_every_step_says_how_far_sampling_is_from_training(model_dir, tmp_path, algorithm):
-    values = dict(
-        model_name_or_path=model_dir,
-        prompt_dataset_path=write_prompts(tmp_path),
-        reward=["length"],
-        reward_length=1,
-        batch_size=8,
-        num_generations=2,
-        generation_kwargs={"max_new_tokens": 6},
-        num_training_steps=2,
-        save_freq=0,
-        algorithm=algorithm,
-    )
+    values = short_run(model_dir, tmp_path) | {"algorithm": algorithm, "num_generations": 2}
     assert stage_of(page_config(**values, output_dir=str(tmp_path / "out"))).execute().success
     lines = (tmp_path / "out/metrics.jsonl").read_text().splitlines()
     gaps = [row["sampling_gap"] for row in map(json.loads, lines) if "sampling_gap" in row]
@@ -1943,3 +1941,13 @@ def test_every_step_says_how_far_sampling_is_from_training(model_dir, tmp_path, 
     rl_run.check_sampling_gap(run, 1e-4)
     with pytest.raises(RuntimeError, match="disagree on the log-probabilities by 0.01 nats"):
         rl_run.check_sampling_gap(run, 0.01)
+
+
+def test_a_router_loss_that_rl_leaves_out_is_said(tokenizer, tmp_path, caplog):
+    model = make_family("Mixtral", tokenizer)
+    for asks in (False, True):
+        caplog.clear()
+        model.config.output_router_logits = asks
+        settings = config(tmp_path, lora_r=0)
+        rl_run.build_run(settings, model, tokenizer, {}, prompts(tokenizer, "a")[0])
+        assert ("router loss" in caplog.text) == asks
