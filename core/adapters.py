@@ -119,7 +119,7 @@ def matrices_of(model) -> dict[str, torch.nn.Parameter]:
         for name, weight in layer.named_parameters(recurse=False):
             is_matrix = is_linear(layer) and name == "weight" and not is_head
             is_expert = holds_experts and weight.dim() == 3
-            is_of_adapter = "lora_" in layer_name
+            is_of_adapter = "lora_" in layer_name or "token_adapter" in layer_name
             if (is_matrix or is_expert) and not is_of_adapter and id(weight) not in outside:
                 matrices[f"{layer_name}.{name}"] = weight
     return matrices

@@ -24,7 +24,10 @@ def check_quantized(model) -> None:
     if share > 0.5:
         size = kept * model.dtype.itemsize / 1e9
         logger.warning(
-            "%.0f%% of the weights (%.1f GB) are not quantized, such as experts", 100 * share, size
+            "%.0f%% of the weights (%.1f GB) stay as they are: linear layers are quantized, "
+            "embeddings and experts are not",
+            100 * share,
+            size,
         )
 
 

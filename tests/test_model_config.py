@@ -86,6 +86,10 @@ def test_an_adapter_reaches_experts_and_says_what_it_does_not_reach(tokenizer, f
     assert "vision" not in " ".join(n for n, p in model.named_parameters() if p.requires_grad)
 
 
+def test_rows_of_new_tokens_are_no_part_of_that_share(tokenizer):
+    assert share_adapted(add_adapter(make_model(tokenizer), training_config("m"), new_ids=[7])) == 1
+
+
 def test_layers_whose_weights_are_read_directly_get_no_adapter(tokenizer):
     """An adapter on them would have no effect, on some devices."""
     left = {name.split(".")[-1] for name in layers_without_adapter(make_family("Mamba", tokenizer))}
