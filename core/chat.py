@@ -92,19 +92,30 @@ def encode_chain(tokenizer, turns: list[Turn]) -> list[tuple[list[int], list[int
 
     They are one sequence, tokenized once, if each context has there the tokens that it has alone.
     """
-    text = "".join(turns[-1])
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids = encoded.input_ids
-    begins = [begin for begin, _ in encoded.offset_mapping]  # the first character of each token
+    ids, count_tokens = tokenize_with_counts(tokenizer, "".join(turns[-1]))
     labels = [IGNORE] * len(ids)
     for context, target in turns:
-        start = bisect.bisect_left(begins, len(context))
-        end = bisect.bisect_left(begins, len(context) + len(target))
+        start = count_tokens(len(context))
+        end = count_tokens(len(context) + len(target))
         tail = ids_of_tail(tokenizer, context)
         if ids[:start][-len(tail) :] != tail:
             return [encode_turn(tokenizer, turn) for turn in turns]
         labels[start:end] = ids[start:end]
     return [(ids, labels)]
+
+
+def tokenize_with_counts(tokenizer, text: str) -> tuple[list[int], Callable[[int], int]]:
+    """(token ids (T,) of a text, function: how many of them its first N characters have)."""
+    if tokenizer.is_fast:
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        first_characters = [begin for begin, _ in encoded.offset_mapping]
+        return encoded.input_ids, functools.partial(bisect.bisect_left, first_characters)
+
+    # Tokenizers in Python do not say where a token begins.
+    def count_tokens(length: int) -> int:
+        return len(text_ids(tokenizer, text[:length]))
+
+    return text_ids(tokenizer, text), count_tokens
 
 
 def ids_of_tail(tokenizer, context: str) -> list[int]:

@@ -35,17 +35,20 @@ def forms_of_tool_calls(messages: list[dict]) -> Iterator[list[dict]]:
     if not any("tool_calls" in message for message in messages):
         return
     for write_arguments, no_text in itertools.product((as_object, as_text), ("", None)):
-        forms = []
-        for message in messages:
-            form = dict(message)
-            if "tool_calls" in message:
-                form["content"] = message["content"] or no_text
-                form["tool_calls"] = [
-                    {**call, "function": with_arguments(call["function"], write_arguments)}
-                    for call in message["tool_calls"]
-                ]
-            forms.append(form)
-        yield forms
+        yield [form_of_tool_calls(message, write_arguments, no_text) for message in messages]
+
+
+def form_of_tool_calls(message: dict, write_arguments: Callable, no_text: str | None) -> dict:
+    """A message with the arguments of its calls as `write_arguments` gives them, and `no_text`
+    where it has calls alone."""
+    if "tool_calls" not in message:
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = call["function"]
+        arguments = write_arguments(function["arguments"])
+        calls.append({**call, "function": {**function, "arguments": arguments}})
+    return {**message, "content": message["content"] or no_text, "tool_calls": calls}
 
 
 def text_of(message: dict) -> str:
@@ -56,16 +59,14 @@ def text_of(message: dict) -> str:
     return content or ""
 
 
-def with_arguments(function: dict, write_arguments: Callable) -> dict:
-    return {**function, "arguments": write_arguments(function["arguments"])}
-
-
 def as_object(arguments):
     return as_json(arguments, "arguments of a tool call")
 
 
 def as_text(arguments) -> str:
-    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    if isinstance(arguments, str):
+        return arguments
+    return json.dumps(arguments, ensure_ascii=False)
 
 
 # -- what a template leaves out -------------------------------------------------------------------
@@ -118,17 +119,24 @@ def check_tool_calls(message: dict, rendered: str) -> None:
 def leaves(value) -> list:
     """The texts and numbers inside a JSON value; of true, false and null templates write several
     forms."""
+    if value is None or isinstance(value, bool):
+        return []
+    if not isinstance(value, dict | list):
+        return [value]
+    found = []
     if isinstance(value, dict):
-        return [leaf for name, inner in value.items() for leaf in [name, *leaves(inner)]]
-    if isinstance(value, list):
-        return [leaf for inner in value for leaf in leaves(inner)]
-    return [] if isinstance(value, bool | None) else [value]
+        found += value.keys()
+        value = list(value.values())
+    for inner in value:
+        found += leaves(inner)
+    return found
 
 
 def is_rendered(text: str, rendered: str) -> bool:
     """Whether `rendered`, without spaces, has the text, or the inside of it as a JSON string."""
-    in_json = (json.dumps(text, ensure_ascii=escaped)[1:-1] for escaped in (False, True))
-    return any(without_spaces(form) in rendered for form in (text, *in_json))
+    in_json = json.dumps(text, ensure_ascii=False)[1:-1]
+    in_ascii = json.dumps(text)[1:-1]
+    return any(without_spaces(form) in rendered for form in (text, in_json, in_ascii))
 
 
 def without_spaces(text: str) -> str:

@@ -53,19 +53,24 @@ def stage_of(config):
     return stages[type(config)](config)
 
 
+# Options of two steps of any algorithm.
+TWO_STEPS = dict(
+    reward=["length"],
+    reward_length=3,
+    batch_size=8,
+    generation_kwargs={"max_new_tokens": 6},
+    num_training_steps=2,
+    save_freq=0,
+)
+
+
 def config(tmp_path, **options):
     values = dict(
         model_name_or_path="tiny",
         prompt_dataset_path="data",
         output_dir=str(tmp_path / "out"),
-        reward=["length"],
-        reward_length=3,
-        batch_size=8,
-        generation_kwargs={"max_new_tokens": 6},
-        num_training_steps=2,
-        save_freq=0,
     )
-    return page_config(**values | options)
+    return page_config(**TWO_STEPS | values | options)
 
 
 def page_of(config):
@@ -1607,17 +1612,9 @@ def write_prompts(tmp_path, count=12):
 
 
 def short_run(model_dir, tmp_path):
-    """The options of two steps of any algorithm."""
-    return dict(
-        model_name_or_path=model_dir,
-        prompt_dataset_path=write_prompts(tmp_path),
-        reward=["length"],
-        reward_length=1,
-        batch_size=8,
-        generation_kwargs={"max_new_tokens": 6},
-        num_training_steps=2,
-        save_freq=0,
-    )
+    """The options of two steps on a model and prompts that are there."""
+    files = dict(model_name_or_path=model_dir, prompt_dataset_path=write_prompts(tmp_path))
+    return TWO_STEPS | files | dict(reward_length=1)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ import pytest
 import sft
 import torch
 import trl
-from conftest import make_model
+from conftest import CHATML, make_model
 from torch.profiler import ProfilerActivity, profile
+from transformers import ByT5Tokenizer
 
 import common
 import core.chat
@@ -370,6 +371,17 @@ def test_a_conversation_is_tokenized_once(tokenizer, monkeypatch):
     assert targets(tokenizer, ids, labels)[-1] == "Dos, my friend.<|im_end|>"
     assert len(targets(tokenizer, ids, labels)) == 40
     assert len(called) == 2  # the whole, and the end of a context
+
+
+def test_a_tokenizer_written_in_python_gives_the_same_targets():
+    """It does not say where its tokens begin."""
+    tok = ByT5Tokenizer(extra_ids=0)
+    tok.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    tok.chat_template = CHATML
+    assert not tok.is_fast
+    turns = learnt_turns(tok, [{"role": "user", "content": "Größe?"}, *CHAT[2:]])
+    assert [target for _, target in turns] == ["Uno.<|im_end|>", "Dos, my friend.<|im_end|>"]
+    assert all(context.endswith("<|im_start|>assistant\n") for context, _ in turns)
 
 
 def test_an_answer_that_would_merge_with_its_prompt_is_learnt_as_it_is_written_in_use(tokenizer):
