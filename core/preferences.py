@@ -180,6 +180,30 @@ def add_mismatched_answers(rows: list[dict]) -> list[dict]:
     return mismatched_rows
 
 
+def first_prompts(rows: list[dict], count: int) -> list[dict]:
+    """The first `count` different prompts of pairs or single answers, each with the first "chosen"
+    and the first "rejected" answer to it, if there is one."""
+    samples: dict[str, dict] = {}
+    for row in rows:
+        sample = samples.setdefault(str(row["prompt"]), {"prompt": row["prompt"]})
+        if "label" in row:
+            name = "chosen" if row["label"] else "rejected"
+            sample.setdefault(name, row["completion"])
+        else:
+            sample.setdefault("chosen", row["chosen"])
+            sample.setdefault("rejected", row["rejected"])
+    return list(samples.values())[:count]
+
+
+def to_sample(row: dict) -> dict[str, str]:
+    """The last message of a prompt, and the first of each answer to it, for samples.jsonl."""
+    sample = {"prompt": row["prompt"][-1]["content"]}
+    for name in ("chosen", "rejected"):
+        if name in row:
+            sample[name] = row[name][0]["content"]
+    return sample
+
+
 # -- messages to tokens ----------------------------------------------------------------------------
 
 
@@ -293,3 +317,18 @@ def pair_accuracy(margins: Tensor) -> Tensor:
     wins = (margins > 0).float().mean()
     ties = (margins == 0).float().mean()
     return wins + ties / 2
+
+
+def warn_if_chosen_answers_fell(metrics: dict[str, float]) -> None:
+    """Warn if accuracy rose only because rejected answers fell faster than chosen ones."""
+
+    def change(name: str) -> float:
+        return metrics.get(f"eval_{name}", 0) - metrics.get(f"eval_{name}_before", 0)
+
+    if change("chosen_logps") < 0 < change("accuracy"):
+        logger.warning(
+            "chosen answers became less likely (log-probability %+.1f) while accuracy rose: "
+            "rejected answers fell faster. If answers get worse, raise beta, lower learning_rate, "
+            "or add a likelihood term: loss_type=sigmoid,nll",
+            change("chosen_logps"),
+        )

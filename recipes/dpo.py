@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import BaseStage, load_model_and_tokenizer, main
 from core.chat import IGNORE
-from core.config import Count, FitConfig, Names, Natural, NonNegative, Positive, comma_separated
+from core.config import Count, Names, Natural, NonNegative, Positive, comma_separated
 from core.data import load_rows, usable_rows
 from core.errors import ConfigError, RowError, unknown_name
 from core.hub import check_model
@@ -60,13 +60,18 @@ from core.preferences import (  # rows of preferences, which recipes/reward.py r
     compute_in_batches,
     count_truncated,
     encode_answers,
+    first_prompts,
     pair_accuracy,
     split_pairs,
     to_pair,
+    to_sample,
     to_single,
     truncate_answers,
+    warn_if_chosen_answers_fell,
 )
-from core.runtime import compute_dtype, logger, to_device
+from core.runtime import compute_dtype, to_device
+from core.samples import SamplesConfig, compare_answers
+from core.sampling import generate
 from core.training import fit
 
 # -- configuration ---------------------------------------------------------------------------------
@@ -78,13 +83,13 @@ Weights = Annotated[list[NonNegative], comma_separated]
 
 
 @dataclass
-class DPOConfig(FitConfig):
+class DPOConfig(SamplesConfig):
     """Options of preference optimization."""
 
-    aliases: ClassVar = FitConfig.aliases | {"data": "preference_dataset_path"}
+    aliases: ClassVar = SamplesConfig.aliases | {"data": "preference_dataset_path"}
     formats: ClassVar = FORMATS
     default_rates: ClassVar = (5e-5, 1e-6)
-    everyday: ClassVar = (*FitConfig.everyday, "loss_type", "beta")
+    everyday: ClassVar = (*SamplesConfig.everyday, "loss_type", "beta")
 
     # preference data
     preference_dataset_path: str = ""  # .json, .jsonl, .csv or .parquet file, folder, or hub name
@@ -467,12 +472,21 @@ def train(config: DPOConfig, model, tokenizer, train_rows: list, eval_rows: list
     if config.precompute_ref_log_probs:
         precompute(config, model, reference, training, share_prompt)
 
-    # 3. Train: `fit` is the loop of core/training.py over batches and their loss.
+    # 3. Answer some held-out prompts before training.
+    samples = first_prompts(eval_rows, config.num_eval_samples)
+    prompts = [sample["prompt"] for sample in samples]
+    before = generate(model, tokenizer, prompts, config.max_new_tokens)
+
+    # 4. Train: `fit` is the loop of core/training.py over batches and their loss.
     make_batch = partial(collate, share_prompt=share_prompt)
     batch_loss = partial(loss, config=config, reference=reference)
     metrics = fit(config, model, training, evaluation, make_batch, batch_loss)
     warn_if_chosen_answers_fell(metrics)
-    return metrics
+
+    # 5. Answer the same prompts after training.
+    after = generate(model, tokenizer, prompts, config.max_new_tokens)
+    samples = [to_sample(sample) for sample in samples]
+    return metrics | compare_answers(config, samples, before, after)
 
 
 def frozen_reference(config: DPOConfig, model, tokenizer):
@@ -532,21 +546,6 @@ def precompute(config: DPOConfig, model, reference, rows: list[dict], share_prom
     all_logps = compute_in_batches(compute, rows, config.per_device_eval_batch_size, model.device)
     for row, logps in zip(rows, all_logps, strict=True):
         row["ref_logps"] = logps  # (2,)
-
-
-def warn_if_chosen_answers_fell(metrics: dict[str, float]) -> None:
-    """Warn if accuracy rose only because rejected answers fell faster than chosen ones."""
-
-    def change(name: str) -> float:
-        return metrics.get(f"eval_{name}", 0) - metrics.get(f"eval_{name}_before", 0)
-
-    if change("chosen_logps") < 0 < change("accuracy"):
-        logger.warning(
-            "chosen answers became less likely (log-probability %+.1f) while accuracy rose: "
-            "rejected answers fell faster. If answers get worse, raise beta, lower learning_rate, "
-            "or add a likelihood term: loss_type=sigmoid,nll",
-            change("chosen_logps"),
-        )
 
 
 class DPOStage(BaseStage):

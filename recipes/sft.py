@@ -21,7 +21,6 @@ Shapes: B rows of a batch, T tokens of its longest row, N target tokens, V token
 
 import contextlib
 import itertools
-import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,15 +36,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import BaseStage, main
 from core.chat import IGNORE, encode_conversation, text_ids
-from core.config import Count, FitConfig, Natural
+from core.config import Count
 from core.data import load_rows, usable_rows
 from core.errors import ConfigError, RowError
-from core.files import write_jsonl
 from core.logprobs import TokenLogps, states_agree
 from core.messages import as_messages
 from core.model_config import context_length
 from core.output_layer import hidden_states_at, scores_at
-from core.runtime import is_main_process, logger, to_device
+from core.runtime import logger, to_device
+from core.samples import SamplesConfig, compare_answers
 from core.sampling import evaluation_mode, generate
 from core.training import fit
 
@@ -66,24 +65,16 @@ FORMATS = {
 
 
 @dataclass
-class SFTConfig(FitConfig):
+class SFTConfig(SamplesConfig):
     """Options of supervised fine-tuning."""
 
     formats: ClassVar = FORMATS
-    everyday: ClassVar = (*FitConfig.everyday, "packing", "num_eval_samples")
+    everyday: ClassVar = (*SamplesConfig.everyday, "packing")
 
     # supervised fine-tuning
     dataset_name_or_path: str = ""  # .json, .jsonl, .csv or .parquet file, folder, or hub name
     max_seq_length: Count = 2048  # tokens per sequence; chats lose later turns, text is split
     packing: bool = False  # put several rows into one sequence, isolated from each other
-    num_eval_samples: Natural = 0  # held-out prompts to answer before and after training
-    max_new_tokens: Count = 128  # maximum length of the answers of num_eval_samples, in tokens
-
-    def validate(self) -> None:
-        super().validate()
-        if self.num_eval_samples and not self.validation_split:
-            raise ConfigError("num_eval_samples needs held-out rows; set validation_split above 0")
-        self.refuse_unread(not self.num_eval_samples, "max_new_tokens", "without num_eval_samples")
 
 
 # -- data: rows to conversations, conversations to tokens ------------------------------------------
@@ -346,8 +337,8 @@ def train(
 
     # 2. Answer some held-out prompts before training.
     conversations = [row for row in eval_rows if ends_in_answer(row)]
-    samples = conversations[: config.num_eval_samples]
-    prompts = [messages[:-1] for messages in samples]
+    conversations = conversations[: config.num_eval_samples]
+    prompts = [messages[:-1] for messages in conversations]
     before = generate(model, tokenizer, prompts, config.max_new_tokens)
 
     # 3. Train: `fit` is the loop of core/training.py over batches of `collate` and their `loss`.
@@ -355,6 +346,7 @@ def train(
 
     # 4. Answer the same prompts after training.
     after = generate(model, tokenizer, prompts, config.max_new_tokens)
+    samples = [as_sample(messages) for messages in conversations]
     return metrics | compare_answers(config, samples, before, after)
 
 
@@ -365,54 +357,10 @@ def ends_in_answer(row: list[dict] | str) -> bool:
     return row[-1]["role"] == "assistant"
 
 
-def compare_answers(
-    config: SFTConfig,
-    conversations: list[list[dict]],
-    before: list[tuple[str, bool]],
-    after: list[tuple[str, bool]],
-) -> dict[str, float]:
-    """Write samples.jsonl, log the first samples, and return metrics before and after training.
-
-    `before` and `after` are answers to the conversations: (text, whether a stop token ended it).
-    The metrics are the fraction of exact matches, and of answers that stopped by themselves.
-    """
-    if not conversations or not is_main_process():
-        return {}
-    samples = []
-    rows = zip(conversations, before, after, strict=True)
-    for messages, (answer_before, _), (answer_after, _) in rows:
-        prompt, expected = messages[-2:]
-        sample = {
-            "prompt": prompt["content"],
-            "expected": expected["content"],
-            "before": answer_before,
-            "after": answer_after,
-        }
-        samples.append({name: text.strip() for name, text in sample.items()})
-
-    write_jsonl(Path(config.output_dir, "samples.jsonl"), samples)
-    for sample in samples[:3]:
-        lines = [f"  {name:9} {shorten(text)}" for name, text in sample.items()]
-        logger.info("\n%s", "\n".join(lines))
-
-    def exact_match(answer: str) -> float:
-        return statistics.fmean(sample[answer] == sample["expected"] for sample in samples)
-
-    def stopped(answers: list[tuple[str, bool]]) -> float:
-        return statistics.fmean(by_stop_token for _, by_stop_token in answers)
-
-    return {
-        "exact_match_before": exact_match("before"),
-        "exact_match": exact_match("after"),
-        "stopped_before": stopped(before),
-        "stopped": stopped(after),
-    }
-
-
-def shorten(text: str, length: int = 160) -> str:
-    """The text on one line, at most `length` characters of it."""
-    one_line = " ".join(text.split())
-    return one_line[:length]
+def as_sample(messages: list[dict]) -> dict[str, str]:
+    """The last prompt of a conversation, and the answer in the data, for samples.jsonl."""
+    prompt, expected = messages[-2:]
+    return {"prompt": prompt["content"], "expected": expected["content"]}
 
 
 class SFTStage(BaseStage):

@@ -17,8 +17,11 @@ import common
 import core.data
 import core.logprobs
 import core.preferences
+import core.sampling
 from core.chat import IGNORE
 from core.errors import ConfigError, RowError
+from core.samples import compare_answers
+from core.sampling import generate
 
 USER, GOOD, BAD = (
     {"role": role, "content": text}
@@ -996,3 +999,109 @@ def test_two_processes_give_the_curve_of_one(model_dir, tmp_path):
         for lines in logged
     ]
     assert len(curves[0]) == 12 and curves[1] == pytest.approx(curves[0], abs=1e-4)
+
+
+# -- answers before and after ----------------------------------------------------------------------
+
+
+def read_samples(folder):
+    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+
+
+def test_held_out_prompts_are_answered_before_and_after(tmp_path, model_dir):
+    rows = [{"prompt": f"Say {n}.", "chosen": f"{n}!", "rejected": "no"} for n in range(12)]
+    options = dict(
+        model_name_or_path=model_dir,
+        preference_dataset_path=written(tmp_path, rows),
+        validation_split=0.5,
+        max_steps=3,
+        learning_rate=0.1,
+        max_new_tokens=5,
+        log_level="error",
+    )
+    stage = dpo.DPOStage(config(tmp_path, num_eval_samples=4, **options))
+    result = stage.execute()
+    assert result.success, result.error_message
+    samples = read_samples(tmp_path / "out")
+    _, held_out = stage.data
+    assert [sample["prompt"] for sample in samples] == [
+        pair["prompt"][0]["content"] for pair in held_out[:4]
+    ]
+    for sample in samples:
+        assert list(sample) == ["prompt", "chosen", "rejected", "before", "after"]
+        assert sample["chosen"] == sample["prompt"].removeprefix("Say ").replace(".", "!")
+        assert sample["rejected"] == "no"
+    assert any(sample["before"] != sample["after"] for sample in samples)
+    # The answers before training are those of the model that training starts from.
+    config_of_start = config(tmp_path, model_name_or_path=model_dir)
+    model, tokenizer = common.load_model_and_tokenizer(config_of_start)
+    prompts = [pair["prompt"] for pair in held_out[:4]]
+    texts = [text.strip() for text, _ in generate(model, tokenizer, prompts, 5)]
+    assert [sample["before"] for sample in samples] == texts
+    names = {"exact_match", "exact_match_before", "stopped", "stopped_before"}
+    assert names <= set(result.metrics)
+
+
+def test_without_samples_nothing_is_answered(tmp_path, model_dir, monkeypatch):
+    monkeypatch.setattr(core.sampling, "sample_completions", lambda *_: 1 / 0)
+    rows = [{"prompt": f"Say {n}.", "chosen": f"{n}!", "rejected": "no"} for n in range(4)]
+    settings = config(
+        tmp_path,
+        model_name_or_path=model_dir,
+        preference_dataset_path=written(tmp_path, rows),
+        validation_split=0.5,
+        max_steps=1,
+        log_level="error",
+    )
+    result = dpo.DPOStage(settings).execute()
+    assert result.success, result.error_message
+    assert not (tmp_path / "out/samples.jsonl").exists() and "stopped" not in result.metrics
+
+
+def test_each_prompt_is_answered_once_with_the_first_answers_of_each_kind():
+    pairs = [pair("a", "1", "2"), pair("a", "3", "4"), pair("b", "5", "6"), pair("c", "7", "8")]
+    samples = core.preferences.first_prompts(pairs, 2)
+    assert [core.preferences.to_sample(sample) for sample in samples] == [
+        {"prompt": "a", "chosen": "1", "rejected": "2"},
+        {"prompt": "b", "chosen": "5", "rejected": "6"},
+    ]
+    single = core.preferences.split_pairs(pairs)
+    assert core.preferences.first_prompts(single, 2) == samples
+    only_bad = [{"prompt": [USER], "completion": [BAD], "label": False}]
+    (sample,) = core.preferences.first_prompts(only_bad, 2)
+    assert core.preferences.to_sample(sample) == {"prompt": "3 pm?", "rejected": "3"}
+
+
+def test_the_chosen_answer_counts_as_the_expected_one(tmp_path):
+    samples = [
+        {"prompt": "a", "chosen": "1", "rejected": "2"},
+        {"prompt": "b", "chosen": "2", "rejected": "1"},
+        {"prompt": "c", "rejected": "3"},  # no desirable answer: it is not counted
+    ]
+    (tmp_path / "out").mkdir()
+    before = [("2", True), ("1", False), ("3", False)]
+    after = [(" 1\n", True), ("1", True), ("3", False)]
+    metrics = compare_answers(config(tmp_path), samples, before, after)
+    assert metrics == pytest.approx(
+        {
+            "exact_match_before": 0,
+            "stopped_before": 1 / 3,
+            "exact_match": 1 / 2,
+            "stopped": 2 / 3,
+        }
+    )
+    del samples[0]["chosen"], samples[1]["chosen"]
+    metrics = compare_answers(config(tmp_path), samples, before, after)
+    assert set(metrics) == {"stopped_before", "stopped"}
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"num_eval_samples": 4, "validation_split": 0}, "validation_split"),
+        ({"max_new_tokens": 5}, "without num_eval_samples"),
+    ],
+)
+def test_options_of_the_answers_that_have_no_effect_are_refused(options, words, tmp_path):
+    with pytest.raises(ConfigError, match=words):
+        config(tmp_path, **options).validate()
