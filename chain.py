@@ -29,6 +29,7 @@ import report
 from common import BaseStage, StageResult, save_model
 from core.checks import describe_stage
 from core.cli import option_help, read_command_line
+from core.command import started_by
 from core.config import ModelConfig, resolve_names
 from core.errors import ConfigError, unknown_name
 from core.files import atomic_folder, check_disk_space, write_json
@@ -515,8 +516,7 @@ class Pipeline:
     # ---- records ----
 
     def write_state(self, **state: Any) -> None:
-        """OUT/pipeline.json and report.html: the plan, where the chain stands, and the results so
-        far."""
+        """OUT/pipeline.json and report.html: plan, state, results so far, and this command."""
         if not is_main_process():
             return
         results = []
@@ -528,6 +528,7 @@ class Pipeline:
         for folder, stage in zip(self.folders, self.stages, strict=True):
             plan[folder] = asdict(stage.config)
         values = {
+            "command": started_by(),
             "state": state,
             "results": results,
             "config": asdict(self.config),

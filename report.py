@@ -1,11 +1,11 @@
 """A run's folder as one page: alarms, metrics, curves, answers side by side, lineage, options.
 
-    python report.py outputs/quickstart               # writes outputs/quickstart/report.html
-    python report.py outputs/lr1e-4 outputs/lr5e-4    # writes outputs/lr5e-4/compare.html
+    python report.py OUT                     # writes OUT/report.html
+    python report.py OUT1 OUT2 OUT3          # compares them, writes OUT3/compare.html
+    python report.py OUT1 OUT2 --output=FILE
 
-The folder is that of a chain or of one stage, finished or not; of two folders, the second is
-compared with the first. The page loads nothing and runs no script. This file reads and computes;
-report.html.j2 lays out.
+A folder is that of a chain or of one stage, finished or not; any number of them are compared. The
+page loads nothing and runs no script. This file reads and computes; report.html.j2 lays out.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
 
+from core.charts import BOTTOM, LEFT, RIGHT, Chart, Line, Point, build_chart
+from core.metrics import Metric, find_best, find_metric, format_number, is_change, judge_change
 from core.run_folder import LogEntry, Stage, is_number, read_run
 from core.yaml_files import dump_yaml
 
@@ -43,123 +46,134 @@ EARLIER_ANSWERS = ("before", "old", "baseline")
 LATER_ANSWERS = ("completion", "answer", "after", "new")
 MAX_ANSWER_LENGTH = 4000  # characters
 MAX_PROMPTS = 12  # of those that a stage was the first to answer
-MAX_POINTS = 100  # groups of neighbouring points in a curve
+REFERENCE_ANSWERS = ("expected", "chosen", "rejected")  # what the data has to a prompt
+# Options and records that differ between any two runs.
+NOT_COMPARED = ("output_dir", "command", "finished", "model_path", "artifacts")
+# Control characters, as the signs that Unicode has for them or by their number: in a log or an
+# answer they could move or hide text.
+CONTROL_SIGNS = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
+CONTROL_SIGNS[0x7F] = "\u2421"
+CONTROL_SIGNS |= {code: f"\\x{code:02x}" for code in range(0x80, 0xA0)}
+CONTROL_SIGNS |= {
+    code: f"\\u{code:04x}" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
+}
 
 
 # -- figures ---------------------------------------------------------------------------------------
 
 
 @dataclass
+class Cell:
+    text: str
+    mark: str = ""  # better, worse or best
+    notes: list[str] = field(default_factory=list)  # below the text
+
+
+@dataclass
 class Row:
-    """A row of a table: cells of (text, note below it), or a heading with a note beside it if there
-    are no cells."""
+    """A row of a table, or a heading if there are no cells."""
 
     name: str
-    cells: list[tuple[str, str]] = field(default_factory=list)
-    note: str = ""
-
-
-def format_number(value: float | None) -> str:
-    if value is None:
-        return "–"
-    size = abs(value)
-    text = f"{value:,.0f}" if 1e4 <= size < 1e15 else f"{value:.4g}"
-    return text.replace("-", "−")
+    cells: list[Cell] = field(default_factory=list)
+    meaning: str = ""
 
 
 def build_figures(
     groups: Mapping[str, dict[str, Stage]], labels: Sequence[str]
 ) -> tuple[list[str], list[Row]] | None:
-    """(head, rows) of the metrics before and after each stage, of one run or of two, and the
-    change."""
-    head = [""]
-    for label in labels:
-        head += [f"{label} before".strip(), f"{label} after".strip()]
-    head.append("change")
+    """(head, rows) of the metrics of each stage: of one run those before and after it and the
+    change, of several runs the final ones side by side."""
     rows: list[Row] = []
     for title, group in groups.items():
-        metrics = []
-        for label in labels:
-            metrics.append(group[label].metrics if label in group else {})
-        rows += figure_rows(title, metrics)
+        if len(labels) == 1:
+            rows += change_rows(title, group[labels[0]])
+        else:
+            stages = [group.get(label) for label in labels]
+            rows += comparison_rows(title, stages)
+    head = ["", "before", "after", "change"]
+    if len(labels) > 1:
+        head = ["", *labels]
     return (head, rows) if rows else None
 
 
-def figure_rows(title: str, runs: Sequence[Mapping[str, float]]) -> list[Row]:
-    """Rows of the metrics of one stage in one run or in two. A metric of one run that has neither a
-    value before nor an interval is named beside the title."""
-    interval_ends = set()
+def metric_names(runs: Sequence[Mapping[str, float]]) -> list[str]:
+    """The metrics in order, without those before training and the ends of intervals. What is
+    measured once, such as the speed, comes last."""
+    parts = set()
     for metrics in runs:
         for name in metrics:
-            interval_ends |= {f"{name}_low", f"{name}_high", f"{name}_n"}
-    names: dict[str, None] = {}  # in order
+            parts |= {f"{name}_low", f"{name}_high", f"{name}_n"}
+    names: dict[str, bool] = {}  # to whether it is a result
     for metrics in runs:
         for key in metrics:
-            if key not in interval_ends:
-                names[key.removesuffix("_before")] = None
+            if key not in parts:
+                name = key.removesuffix("_before")
+                is_result = f"{name}_before" in metrics or f"{name}_low" in metrics
+                names[name] = names.get(name, False) or is_result
+    return [name for name in names if names[name]] + [name for name in names if not names[name]]
 
-    first, last = runs[0], runs[-1]
-    comparing = len(runs) == 2
-    beside, rows = [], []
-    for name in names:
-        two_values = {f"{name}_before", f"{name}_low"} & first.keys()
-        if not comparing and not two_values:
-            value = format_number(first[name])
-            beside.append(f"{name} {value}")
-            continue
+
+def change_rows(title: str, stage: Stage) -> list[Row]:
+    """Rows of the metrics of a stage before and after it."""
+    rows = []
+    for name in metric_names([stage.metrics]):
+        metric = find_metric(name, stage.config)
+        old = stage.metrics.get(f"{name}_before")
+        new = stage.metrics.get(name)
+        cells = [
+            metric_cell(stage.metrics, f"{name}_before"),
+            metric_cell(stage.metrics, name),
+            change_cell(metric, old, new),
+        ]
+        rows.append(Row(name, cells, str(metric or "")))
+    return [Row(title), *rows] if rows else []
+
+
+def comparison_rows(title: str, stages: Sequence[Stage | None]) -> list[Row]:
+    """Rows of the final metrics of a stage in several runs, some of which may not have it."""
+    runs = [stage.metrics if stage else {} for stage in stages]
+    options: dict[str, Any] = {}
+    for stage in stages:
+        options |= stage.config if stage else {}
+    rows = []
+    for name in metric_names(runs):
+        metric = find_metric(name, options)
+        best = find_best(metric, [metrics.get(name) for metrics in runs])
         cells = []
-        for metrics in runs:
-            cells += [metric_cell(metrics, f"{name}_before"), metric_cell(metrics, name)]
-        old = first.get(name if comparing else f"{name}_before")
-        change = format_change(old, last.get(name))
-        cells.append((change, ""))
-        rows.append(Row(name, cells))
-    heading = Row(title, note=", ".join(beside))
-    return [heading, *rows] if names else []
+        for number, metrics in enumerate(runs):
+            cell = metric_cell(metrics, name)
+            if f"{name}_before" in metrics:
+                before = format_number(metrics[f"{name}_before"])
+                cell.notes.append(f"before {before}")
+            if number in best:
+                cell.mark = "best"
+            cells.append(cell)
+        rows.append(Row(name, cells, str(metric or "")))
+    return [Row(title), *rows] if rows else []
 
 
-def metric_cell(metrics: Mapping[str, float], name: str) -> tuple[str, str]:
-    """(value, its 95% interval and number of samples if they are known)."""
-    note = ""
+def metric_cell(metrics: Mapping[str, float], name: str) -> Cell:
+    """A value, with its 95% interval and number of samples if they are known."""
+    cell = Cell(format_number(metrics.get(name)))
     if f"{name}_low" in metrics:
         low = format_number(metrics.get(f"{name}_low"))
         high = format_number(metrics.get(f"{name}_high"))
         n = format_number(metrics.get(f"{name}_n"))
-        note = f"{low} to {high}, n {n}"
-    return format_number(metrics.get(name)), note
+        cell.notes.append(f"{low} to {high}, n {n}")
+    return cell
 
 
-def format_change(old: float | None, new: float | None) -> str:
+def change_cell(metric: Metric | None, old: float | None, new: float | None) -> Cell:
     if old is None or new is None:
-        return "–"
+        return Cell(format_number(None))
+    if not is_change(old, new):
+        return Cell("0")
     change = format_number(new - old)
-    return f"+{change}" if new > old else change
+    sign = "+" if new > old else ""
+    return Cell(sign + change, judge_change(metric, old, new))
 
 
 # -- curves ----------------------------------------------------------------------------------------
-
-LEFT, RIGHT, TOP, BOTTOM = 44, 320, 10, 146  # the plot inside a chart of 340 by 170
-
-
-@dataclass
-class Line:
-    name: str
-    look: str  # classes of the style sheet: a colour, and `dashed` for evaluations
-    points: list[tuple[float, float]]  # (step, value)
-    last: str = ""
-    positions: list[tuple[str, str]] = field(default_factory=list)  # (x, y) in the chart
-
-    @property
-    def is_evaluation(self) -> bool:
-        return "dashed" in self.look
-
-
-@dataclass
-class Chart:
-    title: str
-    lines: list[Line]
-    x_ticks: list[tuple[str, str]]  # (position, label)
-    y_ticks: list[tuple[str, str]]
 
 
 @dataclass
@@ -171,42 +185,62 @@ class CurveGroup:
     more: list[Chart]
 
 
-def build_curves(groups: Mapping[str, dict[str, Stage]]) -> list[CurveGroup]:
-    """The charts of each stage, or of the same stage in two runs."""
+def build_curves(groups: Mapping[str, dict[str, Stage]], labels: Sequence[str]) -> list[CurveGroup]:
+    """The charts of each stage, in which the curves of several runs lie over each other."""
     curve_groups = []
     for title, group in groups.items():
         charts = {}
-        for name, lines in collect_lines(group).items():
+        for name, lines in collect_lines(group, labels).items():
             if any(len(line.points) > 1 for line in lines):
-                charts[name] = build_chart(name, lines)
+                notes = explain_curves(name, group)
+                charts[name] = build_chart(name, notes, lines)
         main = [charts.pop(name) for name in MAIN_CURVES if name in charts]
         if main or charts:
             curve_groups.append(CurveGroup(title, main, list(charts.values())))
     return curve_groups
 
 
-def collect_lines(group: Mapping[str, Stage]) -> dict[str, list[Line]]:
-    """{title of a chart: its lines}: x and eval_x are in one chart, and so are chosen_x and
-    rejected_x."""
+def collect_lines(group: Mapping[str, Stage], labels: Sequence[str]) -> dict[str, list[Line]]:
+    """{title of a chart: its lines}. Of several runs, each has its colour and its dashes."""
     charts: dict[str, list[Line]] = {}
-    comparing = len(group) > 1
-    for run, (label, stage) in enumerate(group.items()):
+    comparing = len(labels) > 1
+    for label, stage in group.items():
         names = set().union(*stage.curves) - {"step", "epoch"}
         for name in sorted(names, key=evaluations_last):
-            lines = charts.setdefault(re.sub("^(eval_)?(chosen_|rejected_)?", "", name), [])
-            # Of two runs each has its colours; otherwise the lines of a chart take turns.
-            colour = len(lines) % 4
-            if comparing:
-                colour = run + 2 if "rejected_" in name else run
-            look = f"c{colour} dashed" if name.startswith("eval_") else f"c{colour}"
             points = points_of(stage, name)
-            if points:
-                line_name = f"{label} {name}".strip()
-                lines.append(Line(line_name, look, points))
+            if not points:
+                continue
+            lines = charts.setdefault(chart_of(name, comparing), [])
+            number = labels.index(label) if comparing else len(lines)
+            is_evaluation = name.startswith("eval_")
+            # Of several runs the chart's title names the metric, and the legend the run.
+            line_name = name
+            if comparing:
+                line_name = f"{label} held out" if is_evaluation else label
+            lines.append(Line(line_name, number, is_evaluation, points))
     return charts
 
 
-def points_of(stage: Stage, name: str) -> list[tuple[float, float]]:
+def chart_of(name: str, comparing: bool) -> str:
+    """x and eval_x are in one chart; of a single run chosen_x and rejected_x are too."""
+    prefixes = "^(eval_)?" if comparing else "^(eval_)?(chosen_|rejected_)?"
+    return re.sub(prefixes, "", name)
+
+
+def explain_curves(title: str, group: Mapping[str, Stage]) -> list[tuple[str, str]]:
+    """What the curves of a chart mean: (name, meaning), without a name where it is the title."""
+    notes = []
+    for name in (title, f"chosen_{title}", f"rejected_{title}"):
+        for stage in group.values():
+            metric = find_metric(name, stage.config)
+            if metric and any(name in row or f"eval_{name}" in row for row in stage.curves):
+                note = ("" if name == title else name, str(metric))
+                if note not in notes:
+                    notes.append(note)
+    return notes
+
+
+def points_of(stage: Stage, name: str) -> list[Point]:
     """(step, value) of a metric, where it is a finite number."""
     points = []
     for row in stage.curves:
@@ -218,73 +252,6 @@ def points_of(stage: Stage, name: str) -> list[tuple[float, float]]:
 
 def evaluations_last(name: str) -> tuple[bool, str]:
     return name.startswith("eval_"), name
-
-
-def build_chart(title: str, lines: list[Line]) -> Chart:
-    """Lines with their positions in the chart, and round numbers at the axes."""
-    steps, values = [], []
-    for line in lines:
-        steps += [step for step, _ in line.points]
-        values += [value for _, value in line.points]
-    first, last = min(steps), max(steps)
-    y_numbers = round_numbers(min(values), max(values))
-    bottom, top = y_numbers[0], y_numbers[-1]
-    width = (last - first) or 1  # in steps
-    height = top - bottom
-
-    def x_of(step: float) -> str:
-        x = LEFT + (RIGHT - LEFT) * (step - first) / width
-        return f"{x:.1f}"
-
-    def y_of(value: float) -> str:
-        y = BOTTOM - (BOTTOM - TOP) * (value - bottom) / height
-        return f"{y:.1f}"
-
-    for line in lines:
-        _, last_value = line.points[-1]
-        line.last = format_number(last_value)
-        for step, value in thin_out(line.points):
-            line.positions.append((x_of(step), y_of(value)))
-    x_ticks = []
-    for step in round_numbers(first, last):
-        if first <= step <= last and step == int(step):
-            x_ticks.append((x_of(step), f"{step:g}"))
-    y_ticks = [(y_of(value), f"{value:.6g}") for value in y_numbers]
-    return Chart(title, lines, x_ticks, y_ticks)
-
-
-def thin_out(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Of a long curve the lowest and the highest of every few neighbours, so that no spike is
-    lost."""
-    size = math.ceil(len(points) / MAX_POINTS)
-    visible: list[tuple[float, float]] = []
-    for start in range(0, len(points), size):
-        neighbours = points[start : start + size]
-        lowest = min(neighbours, key=value_of)
-        highest = max(reversed(neighbours), key=value_of)
-        visible += sorted({lowest, highest})  # by step
-    return visible
-
-
-def value_of(point: tuple[float, float]) -> float:
-    return point[1]
-
-
-def round_numbers(low: float, high: float) -> list[float]:
-    """Round numbers from below `low` to above `high`, 1, 2 or 5 times a power of ten apart, at most
-    about five."""
-    span = (high - low) or abs(low) or 1
-    smallest = span / 4.1
-    power = 10.0 ** math.floor(math.log10(smallest))
-    step = power
-    for factor in (2, 5, 10):
-        if step <= smallest:
-            step = factor * power
-    tolerance = 1e-6  # of a step, against rounding
-    first = math.floor(low / step + tolerance)
-    last = math.ceil(high / step - tolerance)
-    last = max(last, first + 1)
-    return [step * n for n in range(first, last + 1)]
 
 
 # -- answers ---------------------------------------------------------------------------------------
@@ -303,7 +270,7 @@ class Card:
 
     first_stage: str
     prompt: str
-    expected: str | None
+    references: dict[str, str] = field(default_factory=dict)  # answers in the data: {"chosen": ...}
     answers: dict[str, Answer] = field(default_factory=dict)
 
 
@@ -347,10 +314,12 @@ def find_card(cards: dict[str, Card], stage_name: str, row: Mapping[str, Any]) -
     key = last_turn
     if len(turns) > 1 and last_turn in cards and cards[last_turn].prompt not in (prompt, last_turn):
         key = prompt
-    if key not in cards:
-        expected = row.get("expected", row.get("answer"))
-        cards[key] = Card(stage_name, prompt, expected)
-    return cards[key]
+    card = cards.setdefault(key, Card(stage_name, prompt))
+    references = {name: row[name] for name in REFERENCE_ANSWERS if row.get(name)}
+    if "expected" not in row and row.get("answer"):
+        references["expected"] = row["answer"]
+    card.references = references | card.references
+    return card
 
 
 def add_answers(card: Card, stage_name: str, row: Mapping[str, Any]) -> None:
@@ -387,14 +356,12 @@ def cut(text: Any) -> str:
 
 
 def build_options(
-    groups: Mapping[str, dict[str, Stage]], stages: Mapping[str, Stage]
+    groups: Mapping[str, dict[str, Stage]], stages: Mapping[str, Stage], labels: Sequence[str]
 ) -> tuple[list[Row], list[tuple[str, str, str]]]:
-    """(options in which two runs differ, (name, lineage, options) of each stage as YAML)."""
+    """(options in which runs differ, (name, lineage, options) of each stage as YAML)."""
     rows: list[Row] = []
     for title, group in groups.items():
-        runs = list(group.values())
-        if len(runs) == 2:
-            rows += differing_rows(title, *runs)
+        rows += differing_rows(title, [group.get(label) for label in labels])
     texts = []
     for name, stage in stages.items():
         lineage = {"state": stage.state, **stage.lineage}
@@ -402,16 +369,21 @@ def build_options(
     return rows, texts
 
 
-def differing_rows(title: str, first: Stage, second: Stage) -> list[Row]:
-    """Rows of the options, and of the lineage, that two runs of a stage do not have in common."""
-    old_values = first.config | first.lineage
-    new_values = second.config | second.lineage
+def differing_rows(title: str, stages: Sequence[Stage | None]) -> list[Row]:
+    """Rows of the options, and of the lineage, that the runs of a stage do not have in common."""
+    values_of_runs = [stage.config | stage.lineage if stage else None for stage in stages]
+    names: dict[str, None] = {}  # in order
+    for values in values_of_runs:
+        names |= dict.fromkeys(values or ())
     rows = []
-    for name in old_values | new_values:
-        old = format_option(old_values, name)
-        new = format_option(new_values, name)
-        if old != new and name != "output_dir":
-            rows.append(Row(name, [(old, ""), (new, "")]))
+    for name in names:
+        texts = [format_option(values or {}, name) for values in values_of_runs]
+        # A run without the stage differs in nothing.
+        with_stage = {
+            text for text, values in zip(texts, values_of_runs, strict=True) if values is not None
+        }
+        if len(with_stage) > 1 and name not in NOT_COMPARED:
+            rows.append(Row(name, [Cell(text) for text in texts]))
     return [Row(title), *rows] if rows else []
 
 
@@ -430,6 +402,7 @@ class Run:
     name: str
     stages: list[Stage]
     alarms: list[LogEntry]
+    command: str  # that made it, if it was one
 
     @property
     def start(self) -> str:
@@ -447,39 +420,47 @@ class Section:
     error: str = ""  # why it cannot be shown
 
 
-def write(*folders: str | Path) -> Path:
-    """Write OUT/report.html, or of two runs OUT2/compare.html; returns its path. Raises ValueError
-    if one is no run."""
+def write(*folders: str | Path, output: str | Path | None = None) -> Path:
+    """Write `output`, by default OUT/report.html, or compare.html in the last of several folders;
+    returns its path. Raises ValueError if a folder is no run."""
     paths = [Path(folder) for folder in folders]
     names = [path.resolve().name for path in paths]
-    labels = names
-    if len(paths) == 1:
-        labels = [""]
-    elif names[0] == names[1]:
-        labels = [str(path) for path in paths]
     runs = []
-    for label, name, path in zip(labels, names, paths, strict=True):
-        stages, alarms = read_run(path)
-        runs.append(Run(label, name, stages, alarms))
-    page = render(" / ".join(names), runs)
+    for label, name, path in zip(choose_labels(paths, names), names, paths, strict=True):
+        stages, alarms, command = read_run(path)
+        runs.append(Run(label, name, stages, alarms, command))
+    title = " / ".join(names) if len(names) <= 3 else f"{len(names)} runs"
+    page = render(title, runs)
     file_name = "report.html" if len(paths) == 1 else "compare.html"
-    path = paths[-1] / file_name
+    path = Path(output) if output else paths[-1] / file_name
     # A reader, or a crash, meets the old page or the new one, never half of one.
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_bytes(page.encode("utf-8", "replace"))
     return temporary.replace(path)
 
 
+def choose_labels(paths: Sequence[Path], names: Sequence[str]) -> list[str]:
+    """What tells the runs apart: their folders' names, or paths; nothing if there is only one."""
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise ValueError("the same folder is given twice; give each run once")
+    if len(paths) == 1:
+        return [""]
+    if len(set(names)) < len(names):
+        return [str(path) for path in paths]
+    return list(names)
+
+
 def render(title: str, runs: Sequence[Run]) -> str:
-    """The page as HTML; every text in it is escaped."""
+    """The page as HTML; every text in it is escaped, and its control characters are shown."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).resolve().parent),
         autoescape=True,
+        finalize=show_control_characters,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["cut"] = cut
+    environment.filters |= {"cut": cut, "breakable": breakable, "number": format_number}
     return environment.get_template("report.html.j2").render(
         title=title,
         runs=runs,
@@ -488,6 +469,15 @@ def render(title: str, runs: Sequence[Run]) -> str:
         written=f"{datetime.now():%Y-%m-%d %H:%M}",
         plot={"left": LEFT, "right": RIGHT, "bottom": BOTTOM},
     )
+
+
+def show_control_characters(value: Any) -> Any:
+    return value.translate(CONTROL_SIGNS) if isinstance(value, str) else value
+
+
+def breakable(name: str) -> Markup:
+    """A name that may be broken after each underscore, so that a table fits a narrow screen."""
+    return escape(name).replace("_", Markup("_<wbr>"))
 
 
 def build_sections(title: str, runs: Sequence[Run]) -> list[Section]:
@@ -503,9 +493,9 @@ def build_sections(title: str, runs: Sequence[Run]) -> list[Section]:
     sections = [
         build_section("Alarms", build_alarms, runs),
         build_section("Figures", build_figures, groups, labels),
-        build_section("Curves", build_curves, groups),
+        build_section("Curves", build_curves, groups, labels),
         build_section("Answers", build_answers, stages),
-        build_section("Lineage and options", build_options, groups, stages),
+        build_section("Lineage and options", build_options, groups, stages, labels),
     ]
     return [section for section in sections if section.content or section.error]
 
@@ -543,6 +533,22 @@ def build_alarms(runs: Sequence[Run]) -> list[tuple[str, str]]:
 # -- command line ----------------------------------------------------------------------------------
 
 
+def read_arguments(arguments: Sequence[str]) -> tuple[list[str], str | None]:
+    """(folders, output file) of a command line. Raises ValueError."""
+    folders, output = [], None
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if not argument.startswith("-"):
+            folders.append(argument)
+        elif name == "--output" and value:
+            output = value
+        else:
+            raise ValueError(f"unknown option {argument}; there is --output=FILE")
+    if not folders:
+        raise ValueError("give the folder of a run, or of several to compare")
+    return folders, output
+
+
 def main() -> None:
     """The command line. Exit status 2: invalid user input."""
     arguments = sys.argv[1:]
@@ -550,9 +556,8 @@ def main() -> None:
         print(__doc__.strip())
         return
     try:
-        if len(arguments) not in (1, 2):
-            raise ValueError(f"give the folder of a run, or two to compare; got {len(arguments)}")
-        print(write(*arguments))
+        folders, output = read_arguments(arguments)
+        print(write(*folders, output=output))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

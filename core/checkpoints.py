@@ -19,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from core.command import started_by
 from core.config import StageConfig, TrainingConfig
 from core.errors import ConfigError, as_config_error
 from core.files import file_digest, find_damage, write_json
@@ -215,7 +216,8 @@ def relocate(path: str, old_folder: str, folder: Path) -> str:
 def write_stage_record(config: StageConfig, result: Any, lineage: Mapping[str, Any]) -> None:
     """Write stage_config.yaml, the resolved options, and last of all stage.json.
 
-    `result` is a StageResult; `lineage` says what the stage started from, with its fingerprint.
+    `result` is a StageResult; `lineage` says what the stage started from, with its fingerprint. The
+    command is that of the process that finishes the stage: of a resumed run, the last one.
     """
     if not is_main_process():
         return
@@ -228,6 +230,7 @@ def write_stage_record(config: StageConfig, result: Any, lineage: Mapping[str, A
     record = {
         "stage": result.stage_name,
         "output_dir": str(folder),
+        "command": started_by(),
         "success": result.success,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         **lineage,

@@ -146,8 +146,11 @@ def metrics_so_far(curves: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return metrics
 
 
-def read_run(folder: Path) -> tuple[list[Stage], list[LogEntry]]:
-    """(stages, alarms) of the run in a folder. Raises ValueError if there is none."""
+def read_run(folder: Path) -> tuple[list[Stage], list[LogEntry], str]:
+    """(stages, alarms, command) of the run in a folder. Raises ValueError if there is none.
+
+    A stage's own command stays in its lineage where it is another one than that of the run.
+    """
     chain = read_mapping(folder / "pipeline.json")
     of_a_stage = ("stage.json", "metrics.jsonl", "training.log")
     # The log alone is enough: a run that has just begun has no other file.
@@ -184,7 +187,12 @@ def read_run(folder: Path) -> tuple[list[Stage], list[LogEntry]]:
     # A log is appended to over all runs in a folder: older alarms are not of this one.
     first = min(stage.since for stage in stages)
     alarms = [entry for entry in log if entry.level in ("WARNING", "ERROR") and entry.time >= first]
-    return stages, alarms
+    made_by = chain or stages[0].lineage
+    command = str(made_by.get("command") or "")
+    for stage in stages:
+        if stage.lineage.get("command") in ("", command):
+            del stage.lineage["command"]
+    return stages, alarms, command
 
 
 def start_times(log: Sequence[LogEntry]) -> dict[str, str]:

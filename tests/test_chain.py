@@ -464,7 +464,33 @@ def test_the_command_line(pipeline, tmp_path):
         and "step 1/1" in done.stdout
         and "Warning" not in done.stdout + done.stderr
     )
-    assert json.loads(Path(out, "pipeline.json").read_text())["plan"]["01_sft"]["max_steps"] == 1
+    state = json.loads(Path(out, "pipeline.json").read_text())
+    assert state["plan"]["01_sft"]["max_steps"] == 1
+    made_by = f"python chain.py --config {path} --stages sft --output_dir={out}"
+    assert state["command"] == f"{made_by} --sft.max_steps=1 --log_level info"
+    assert json.loads(Path(out, "01_sft/stage.json").read_text())["command"] == state["command"]
+    assert state["command"] in Path(out, "report.html").read_text()
+
+
+def test_a_chain_that_goes_on_has_its_last_command_and_finished_stages_theirs(
+    pipeline, tmp_path, monkeypatch
+):
+    path, out = pipeline(["sft", "note"]), tmp_path / "out"
+    # Under pytest-xdist the main module has no file, as in a notebook.
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", "chain.py", raising=False)
+    records = {}
+    for words in (["--until=01_sft"], ["--api_key=sk-1"]):
+        monkeypatch.setattr(sys, "argv", ["chain.py", *words])
+        until = "01_sft" if "--until=01_sft" in words else None
+        Pipeline.from_yaml(path, until=until).run()
+        for name in ("pipeline.json", "01_sft/stage.json", "02_note/stage.json"):
+            if (out / name).exists():
+                records[name] = json.loads((out / name).read_text())["command"]
+    assert records == {
+        "pipeline.json": "python chain.py '--api_key=***'",
+        "01_sft/stage.json": "python chain.py --until=01_sft",
+        "02_note/stage.json": "python chain.py '--api_key=***'",
+    }
 
 
 @pytest.mark.parametrize(

@@ -291,6 +291,7 @@ def test_the_recipe_from_the_command_line_leaves_a_whole_folder(model_dir, data,
     assert (
         stage["success"] and stage["parent"]["model"] == model_dir and stage["data"]["rows"] == 24
     )
+    assert stage["command"].startswith(f"python recipes/sft.py --model={model_dir} --data={data} ")
     assert stage["metrics"]["eval_loss"] < stage["metrics"]["eval_loss_before"]
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 3]

@@ -18,6 +18,7 @@ from test_rlaif import verdict
 
 import chain
 import common
+from core.metrics import find_metric
 from core.rewards import REWARDS
 from core.yaml_files import load_yaml
 
@@ -193,8 +194,10 @@ def run_script(script, arguments, monkeypatch):
 def stands_for(model_dir, reward_dir, short_data, tmp_path, server):  # noqa: F811
     """{word of a command: what stands for it in the tests}."""
     run = tmp_path / "run"
-    run.mkdir()
-    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    runs = {"OUT": run, "OUT1": run, "OUT2": tmp_path / "run2", "OUT3": tmp_path / "run3"}
+    for folder in set(runs.values()):
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     server.reply = earlier_in_the_alphabet
     return {
         **dict.fromkeys(("NAME", "OTHER", "M", "outputs/sft", "outputs/dpo"), model_dir),
@@ -203,7 +206,8 @@ def stands_for(model_dir, reward_dir, short_data, tmp_path, server):  # noqa: F8
         **short_data,
         "D": short_data["examples/sample_data.jsonl"],
         "http://localhost:8000/v1": server.url,
-        **dict.fromkeys(("OUT", "OUT1", "OUT2"), str(run)),
+        **{word: str(folder) for word, folder in runs.items()},
+        "compare.html": str(tmp_path / "compare.html"),
         "pipeline.yaml": str(run / "pipeline.yaml"),
     }
 
@@ -299,6 +303,7 @@ OTHER_OPTIONS = {
     "config_file",
     "num_processes",
     "no-deps",
+    "output",
 }  # no options of a stage
 
 
@@ -399,6 +404,11 @@ def metric_patterns():
 
 
 PATTERNS = metric_patterns()
+# Options that name the rewards and tasks among the placeholders.
+METRIC_OPTIONS = {
+    "reward": PLACEHOLDERS["NAME"].split("|"),
+    "eval_reasoning_tasks": PLACEHOLDERS["TASK"].split("|"),
+}
 
 
 def is_documented(name):
@@ -414,6 +424,8 @@ def is_documented(name):
 def check_metrics_are_documented(metrics):
     for name in metrics:
         assert is_documented(name), f"docs/metrics.md does not explain {name}"
+        plain = re.sub(r"_(low|high|n)$", "", name).removesuffix("_before")
+        assert find_metric(plain, METRIC_OPTIONS), f"core/metrics.py does not explain {name}"
 
 
 def test_a_metric_without_a_row_is_noticed():

@@ -41,7 +41,14 @@ CONTAINED_RECIPES = {
 }
 SLOW_LIBRARIES = {"accelerate", "bitsandbytes", "datasets", "peft", "transformers", "trl"}
 # What report.py needs besides the standard library.
-IMPORTS_OF_THE_REPORT = {"jinja2", "core.run_folder", "core.yaml_files"}
+IMPORTS_OF_THE_REPORT = {
+    "core.charts",
+    "core.metrics",
+    "core.run_folder",
+    "core.yaml_files",
+    "jinja2",
+    "markupsafe",
+}
 # The sections of a page: every recipe has its own. Any other function that two recipes hold under
 # one name is the same in both.
 SECTIONS = {
