@@ -73,7 +73,7 @@ def page(*folders, **options):
 
 def commands(text):
     found = re.findall('<pre class="command">(.*?)</pre>', text, re.S)
-    return [html.unescape(re.sub("</?span>", "", command)) for command in found]
+    return [html.unescape(command) for command in found]
 
 
 def row_of(text, name):
