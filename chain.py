@@ -21,70 +21,53 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import report
-from common import BaseStage, StageResult, save_model
+from common import BaseStage, StageResult, load_model_and_tokenizer, save_model
 from core.checks import describe_stage
 from core.cli import option_help, read_command_line
 from core.command import started_by
-from core.config import ModelConfig, resolve_names
-from core.errors import ConfigError, unknown_name
+from core.config import ModelConfig, split_names
+from core.errors import ConfigError
 from core.files import atomic_folder, check_disk_space, write_json
 from core.hub import load_skeleton
-from core.pipeline_config import SHARED_OPTIONS, PipelineConfig, refuse_unimplemented
-from core.recipe_files import LINK, find_links, get_config_class, load_recipe, resolve_options
+from core.options import check_options, merge_sources
+from core.pipeline_config import (
+    SHARED_OPTIONS,
+    PipelineConfig,
+    nest_flat_form,
+    split_by_stage,
+)
+from core.recipe_files import find_links
 from core.runtime import exit_on_signals, is_main_process, logger, start_logging
+from core.stage_plan import StagePlan, format_table, short_name
 from core.statistics import before_and_after
 from core.yaml_files import load_yaml
 
-RECIPES = Path(__file__).resolve().parent / "recipes"
 # Files of a stage's folder that are not part of its model.
 NOT_IN_FINAL = shutil.ignore_patterns(
     "adapter", "checkpoints*", "runs", "wandb", "stage*", "*.jsonl", "*.log", ".*"
 )
 
 
-def recipe_names() -> list[str]:
-    return [file.stem for file in RECIPES.glob("*.py")]
-
-
-def short_name(folder: str) -> str:
-    """`sft` of the folder `02_sft`."""
-    return folder.split("_", 1)[1]
-
-
 def has_weights(folder: str | Path | None) -> bool:
-    return folder is not None and any(Path(folder).glob("*.safetensors"))
-
-
-def format_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text in aligned columns, below a head and a rule."""
-    columns = zip(head, *rows, strict=True)
-    widths = [max(map(len, column)) for column in columns]
-    rule = ["-" * width for width in widths]
-    lines = []
-    for row in (head, rule, *rows):
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    return bool(folder) and any(Path(folder).glob("*.safetensors"))
 
 
 # -- pipeline --------------------------------------------------------------------------------------
 
 
-class Pipeline:
+class Pipeline(StagePlan):
     """The stages of a config, checked at construction: `Pipeline(PipelineConfig(...)).run()`."""
 
-    registry: ClassVar[dict[str, type[BaseStage]]] = {}
+    base_class = BaseStage
 
-    @classmethod
-    def register_stage(cls, name: str, stage_class: type[BaseStage]) -> None:
-        """Make `name` usable in `stages`. The config class is the stage's `config_class`, or the
-        annotation of `config` on its `__init__`."""
-        cls.registry[name] = stage_class
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.results: list[StageResult] = []  # of the stages that are finished
 
     @classmethod
     def from_yaml(cls, path: str | Path, **overrides: Any) -> Pipeline:
@@ -95,178 +78,15 @@ class Pipeline:
     @classmethod
     def from_dict(cls, values: dict[str, Any], **overrides: Any) -> Pipeline:
         """The pipeline of a mapping such as a YAML file has; `overrides` as in `from_yaml`."""
-        top_level: dict[str, Any] = {}
-        per_stage: dict[str, dict[str, Any]] = {}
-        for key, value in overrides.items():
-            stage, dot, option = key.partition(".")
-            if dot:
-                per_stage.setdefault(stage, {})[option] = value
-            else:
-                top_level[key] = value
-        in_file = resolve_names(PipelineConfig, values)
-        overriding = resolve_names(PipelineConfig, top_level)
+        values, overrides = nest_flat_form(values, overrides)
+        top_level, per_stage = split_by_stage(overrides)
+        options, problems, notes = merge_sources(PipelineConfig, [values, top_level])
+        checked, wrong = check_options(PipelineConfig, options)
         # The file may have options of stages that `--stages` leaves out: those names are no
         # mistake.
-        declared_stages = PipelineConfig(**in_file).stages
-        return cls(PipelineConfig(**in_file | overriding), per_stage, declared_stages)
-
-    def __init__(
-        self,
-        config: PipelineConfig,
-        overrides: dict[str, dict[str, Any]] | None = None,
-        declared: Sequence[str] = (),
-    ):
-        """`overrides`: options by stage name or folder that win over the config's; `declared`:
-        further stage names that `stage_configs` may have options of. Raises ConfigError."""
-        self.config = config
-        self.overrides = overrides or {}
-        self.results: list[StageResult] = []
-        refuse_unimplemented(config)
-        if not config.stages:
-            raise ConfigError("stages is missing; name at least one, for example stages: [sft]")
-        self.folders = [f"{n:02d}_{Path(name).stem}" for n, name in enumerate(config.stages, 1)]
-        self.check_option_owners(declared)
-        self.stages = [
-            self.build_stage(name, folder)
-            for name, folder in zip(config.stages, self.folders, strict=True)
-        ]
-        self.enabled = {
-            folder: stage
-            for folder, stage in zip(self.folders, self.stages, strict=True)
-            if stage.config.enabled
-        }
-        self.positions = self.stage_positions()
-        self.check_range()
-        self.check_hand_over()
-        self.check_links()
-
-    # ---- plan ----
-
-    def check_option_owners(self, declared: Sequence[str]) -> None:
-        """Refuse options of stages that do not exist. Those of stages that do not run are listed in
-        `unused`."""
-        here = {*self.folders, *map(short_name, self.folders)}
-        known = {*here, *self.registry, *recipe_names()}
-        for number, name in enumerate(declared, 1):
-            stem = Path(name).stem
-            known |= {stem, f"{number:02d}_{stem}"}
-        for name in self.config.stage_configs:
-            if name not in known:
-                raise ConfigError("stage_configs: " + unknown_name("stage", name, known))
-        for name in self.overrides:
-            if name not in here:
-                raise ConfigError(unknown_name("stage", name, here))
-        self.unused = sorted(self.config.stage_configs.keys() - here)
-
-    def build_stage(self, name: str, folder: str) -> BaseStage:
-        """The stage of a name, with its config: command line over stage over pipeline over
-        default."""
-        stage_class = self.find_class(name)
-        label = short_name(folder)
-        sources = []
-        for by_stage in (self.config.stage_configs, self.overrides):
-            for key in (label, folder):  # what is written for 02_sft wins over what is for sft
-                sources.append(by_stage.get(key) or {})
-        try:
-            stage_class, own = resolve_options(stage_class, sources)
-            if "output_dir" in own:
-                raise ConfigError(
-                    "output_dir belongs to the top level of the YAML; "
-                    "the folder of a stage is numbered inside it"
-                )
-            if "model_name_or_path" in own and folder != self.folders[0]:
-                raise ConfigError(
-                    "it starts from the model of the stage before; remove model_name_or_path"
-                )
-            config_class = get_config_class(stage_class)
-            shared = {
-                option.name: getattr(self.config, option.name)
-                for option in fields(config_class)
-                if option.name in SHARED_OPTIONS
-            }
-            output_dir = str(Path(self.config.output_dir, folder))
-            defaults = {"stage_name": label, "output_dir": output_dir}
-            config = config_class(**defaults | shared | own)
-            config.validate()
-        except ConfigError as error:
-            raise ConfigError(f"stage {folder}: {error}") from None
-        return stage_class(config)
-
-    def find_class(self, name: str) -> type[BaseStage]:
-        """The class registered under `name`, or defined by the recipe of that name or path."""
-        if name in self.registry:
-            return self.registry[name]
-        path = Path(name).expanduser() if name.endswith(".py") else RECIPES / f"{name}.py"
-        if not path.is_file():
-            raise ConfigError(unknown_name("stage", name, [*self.registry, *recipe_names()]))
-        return load_recipe(path, BaseStage)
-
-    def stage_positions(self) -> dict[str, int]:
-        """{name or folder: index among the enabled stages}; of two stages of one name the first."""
-        positions: dict[str, int] = {}
-        for index, folder in enumerate(self.enabled):
-            positions[folder] = index
-            positions.setdefault(short_name(folder), index)
-        return positions
-
-    def check_range(self) -> None:
-        """Refuse a from_stage or until that is no enabled stage, and a range that is empty."""
-        first, last = self.config.from_stage, self.config.until
-        for option, name in (("from_stage", first), ("until", last)):
-            if name and name not in self.positions:
-                raise ConfigError(f"{option}: " + unknown_name("stage", name, self.positions))
-        if first and last and self.positions[last] < self.positions[first]:
-            raise ConfigError(f"until={last} comes before from_stage={first}: nothing would run")
-
-    def check_hand_over(self) -> None:
-        """Refuse a stage that needs its input model on disk where the stage before saves none."""
-        on_disk = True  # whether a folder has the model that the next stage starts from
-        for folder, stage in self.enabled.items():
-            if not on_disk and (stage.needs_folder or stage.config.quantized):
-                raise ConfigError(
-                    f"stage {folder} starts from a folder: "
-                    "set save_intermediate in the stage before"
-                )
-            if stage.hands_on:
-                on_disk = stage.config.save_intermediate
-
-    def check_links(self) -> None:
-        """Refuse an option stage:NAME where no stage before has that name, or where it saves
-        nothing."""
-        for folder, stage in zip(self.folders, self.stages, strict=True):
-            for option, name in find_links(stage.config).items():
-                target = self.last_stage_before(folder, name)
-                link = f"stage {folder}: {option}={LINK}{name}"
-                if target is None:
-                    raise ConfigError(f"{link}: no stage before it is named {name}")
-                if not target.config.save_intermediate:
-                    raise ConfigError(f"{link}: that stage has save_intermediate=false")
-
-    def last_stage_before(self, folder: str, name: str) -> BaseStage | None:
-        """The last enabled stage before `folder` that has that name or folder."""
-        named = [
-            stage
-            for other, stage in self.enabled.items()
-            if other < folder and name in (other, short_name(other))
-        ]
-        return named[-1] if named else None
-
-    def plan(self) -> str:
-        """A table of the stages, the models they start from and their folders."""
-        first = next(iter(self.enabled.values()), None)
-        source = self.config.model_name_or_path
-        if first is not None:
-            source = vars(first.config).get("model_name_or_path", source)
-        rows = []
-        for folder, stage in zip(self.folders, self.stages, strict=True):
-            output_dir = stage.config.output_dir
-            if not stage.config.enabled:
-                rows.append((folder, "skipped: enabled is false", output_dir))
-                continue
-            rows.append((folder, source, output_dir))
-            if stage.hands_on:
-                source = f"the model of {folder}"
-        return format_table(("stage", "starts from", "folder"), rows)
+        in_file, *_ = merge_sources(PipelineConfig, [values])
+        declared = split_names(in_file.get("stages"))
+        return cls(PipelineConfig(**checked), per_stage, declared, problems + wrong, notes)
 
     # ---- check ----
 
@@ -304,6 +124,7 @@ class Pipeline:
         before the first stage runs."""
         dry_run = self.config.dry_run
         with start_logging(self.config.log_level, None if dry_run else self.log_path):
+            self.warn_of_options()
             descriptions = self.check()
             logger.info("%s", self.plan())
             if self.unused:
@@ -358,12 +179,8 @@ class Pipeline:
             for option, name in find_links(stage.config).items():
                 kind = option.removesuffix("_path")
                 setattr(stage.config, option, self.artifact(name, kind))
-            if previous is None:
-                result = stage.execute(None, None, None)
-            else:
-                result = stage.execute(previous.model, previous.tokenizer, previous)
-            if not isinstance(result, StageResult):
-                raise TypeError(f"its execute() returned {result!r}, not a StageResult")
+            model, tokenizer = self.load_input(stage, previous)
+            result = stage.execute_and_record(model, tokenizer, previous)
         except Exception as error:  # an input refused late, or an execute() of a user's own
             logger.debug("the failure in full", exc_info=True)
             message = f"{type(error).__name__}: {error}"
@@ -384,6 +201,21 @@ class Pipeline:
             )
         previous.model = previous.tokenizer = None
         return result
+
+    def load_input(self, stage: BaseStage, previous: StageResult | None) -> tuple[Any, Any]:
+        """(model, tokenizer) to hand to a stage. One whose options are those of a model loads its
+        own where there is none in memory; for any other it is loaded here."""
+        model, tokenizer = None, None
+        if previous is not None:
+            model, tokenizer = previous.model, previous.tokenizer
+        source: str | None = self.config.model_name_or_path
+        if previous is not None:
+            source = previous.model_path if has_weights(previous.model_path) else None
+        if model is not None or isinstance(stage.config, ModelConfig) or not source:
+            return model, tokenizer
+        options = {name: getattr(self.config, name) for name in SHARED_OPTIONS}
+        options["model_name_or_path"] = source
+        return load_model_and_tokenizer(ModelConfig(**options), needs_chat_template=False)
 
     def finished(self) -> list[StageResult]:
         """Results of the stages, from the first on, that need not run: finished with the same

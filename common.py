@@ -4,6 +4,7 @@ the command line. The mathematics of an algorithm is in its recipe, everything e
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -34,7 +35,7 @@ from core.quantization import (
     dequantize_base,
     keep_training_mode,
 )
-from core.recipe_files import get_config_class, resolve_options
+from core.recipe_files import get_config_class, make_config, resolve_options
 from core.runtime import (
     compute_dtype,
     default_device,
@@ -43,9 +44,11 @@ from core.runtime import (
     logger,
     peak_memory,
     start_logging,
+    warn_together,
 )
 from core.screen import busy
 from core.statistics import before_and_after
+from core.yaml_files import load_yaml
 
 # -- the stage contract ---------------------------------------------------------------------------
 
@@ -79,23 +82,28 @@ class BaseStage:
 
     def __init__(self, config: StageConfig):
         self.config = config
-        self.stage_name = config.stage_name or self.stage_name
+        # A subclass may define it as a property, which is its name whatever the config says.
+        is_property = isinstance(type(self).stage_name, property)
+        if config.stage_name and not is_property:
+            self.stage_name = config.stage_name
         self.logger = logger.getChild(self.stage_name)
+        self.logs = contextlib.ExitStack()  # what setup_logging opened
         self.data: Any = None  # what load_data returned
         self.lineage: dict[str, Any] = {}  # for stage.json: parent model, data, reference, ...
         self.artifacts: dict[str, str] = {}
         self.start: str | None = None  # in a chain: hash of the fingerprints of the stages before
         self.reuse_finished = False  # true: execute returns the recorded result of the same run
+        self.warns_of_options = True  # false where the chain has done so
         self._fingerprint: dict[str, Any] = {}
         self._changed_code: list[str] = []  # files that changed since Python imported them
         self._executed = False
         self._loaded_data: Any = None  # tells `data` that load_data read from `data` set by hand
 
     @classmethod
-    def resolve(cls, options: dict[str, Any]) -> tuple[type[BaseStage], dict[str, Any]]:
-        """(stage class, options) that run for `options` as given. A page that stands for several
-        recipes chooses one of them here."""
-        return cls, options
+    def resolve(cls, options: dict[str, Any]) -> tuple[type[BaseStage], dict[str, Any], list[str]]:
+        """(stage class, options that run for `options` as given, notes on those without effect). A
+        page that stands for several recipes chooses one of them here."""
+        return cls, options, []
 
     # What a recipe defines or extends.
 
@@ -118,9 +126,16 @@ class BaseStage:
         self, model, tokenizer, previous_result: StageResult | None = None
     ):
         """(model ready to train, tokenizer): those handed over, or in the folder of the stage
-        before, or of `model_name_or_path`. An adapter trains, or all weights if lora_r is 0."""
+        before, or of `model_name_or_path`. An adapter trains, or all weights if lora_r is 0.
+
+        A stage whose options are a plain StageConfig gets what was handed over as it is.
+        """
         import transformers
 
+        if not isinstance(self.config, ModelConfig):
+            if model is None:
+                raise ConfigError(f"{self.stage_name} loads no model: hand one over to execute()")
+            return model, tokenizer
         previous_folder = previous_result.model_path if previous_result else None
         self._refuse_model_in_memory(model, previous_folder)
         config = self._input_config(previous_folder)
@@ -149,8 +164,11 @@ class BaseStage:
         model than the one trained."""
         raise NotImplementedError(f"{type(self).__name__} defines no train()")
 
-    def save_model_and_tokenizer(self, model, tokenizer) -> str:
-        return save_model(model, tokenizer, self.config.output_dir)
+    def save_model_and_tokenizer(self, model, tokenizer) -> Any:
+        """Save both into the stage's folder; returns (path of the model, path of the tokenizer). A
+        subclass may return one folder for both, or None."""
+        folder = save_model(model, tokenizer, self.config.output_dir)
+        return folder, folder
 
     def setup_logging(self) -> None:
         log_file = Path(self.config.output_dir, "training.log")
@@ -192,19 +210,21 @@ class BaseStage:
 
             self._save_adapter(model, tokenizer)
             model = merge_adapter(model)
-            path = None
+            paths: tuple[str | None, str | None] = (None, None)
             if self.config.save_intermediate:
-                path = self.save_model_and_tokenizer(model, tokenizer)
+                saved = self.save_model_and_tokenizer(model, tokenizer)
+                # A stage that makes no model saves none; one folder may have both.
+                paths = saved if isinstance(saved, tuple) else (saved, saved)
             # What such a stage makes, a reward model or figures, is not what the chain trains.
             if not self.hands_on:
-                model, tokenizer, path = input_model, input_tokenizer, previous_folder
+                model, tokenizer = input_model, input_tokenizer
+                paths = previous_folder, previous_folder
 
             metrics = {**metrics, "seconds": round(time.time() - started, 1), **peak_memory()}
             result = StageResult(
-                self.stage_name, True, path, path, metrics, self.artifacts, None, model, tokenizer
+                self.stage_name, True, *paths, metrics, self.artifacts, None, model, tokenizer
             )
-            lineage = {**self.lineage, "fingerprint": self.fingerprint()}
-            checkpoints.write_stage_record(self.config, result, lineage)
+            self._record(result)
             return result
         except ConfigError:
             raise
@@ -216,9 +236,32 @@ class BaseStage:
                 model.unload()
             self.cleanup_logging()
 
+    def execute_and_record(
+        self, model=None, tokenizer=None, previous_result: StageResult | None = None
+    ) -> StageResult:
+        """`execute`; where it is a subclass's own, what ours does around the training: check, claim
+        the folder, record the result."""
+        if type(self).execute is BaseStage.execute:
+            return self.execute(model, tokenizer, previous_result)
+        self.check()
+        self._claim_folder()
+        result = self.execute(model, tokenizer, previous_result)
+        if not isinstance(result, StageResult):
+            raise TypeError(f"its execute() returned {result!r}, not a StageResult")
+        if result.success:
+            self._record(result)
+        return result
+
+    def _record(self, result: StageResult) -> None:
+        lineage = {**self.lineage, "fingerprint": self.fingerprint()}
+        checkpoints.write_stage_record(self.config, result, lineage)
+
     def check(self) -> None:
         """Refuse by ConfigError all that can be refused before a model is loaded."""
-        self.validate_config()
+        with as_config_error(self.stage_name, ValueError):
+            self.validate_config()
+        if self.warns_of_options:
+            warn_together("options", self.config.notes)
         if self.data is None:
             self.data = self._loaded_data = self.load_data()
 
@@ -505,7 +548,7 @@ def main(stage_class: type[BaseStage], doc: str) -> None:
             log_dry_run(stage)
             return
         stage.reuse_finished = True
-        result = stage.execute()
+        result = stage.execute_and_record()
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -525,12 +568,23 @@ def build_stage(stage_class: type[BaseStage], arguments: Sequence[str]) -> tuple
     words, options = read_command_line(arguments)
     if words:
         raise ConfigError(f"unexpected word {words[0]!r}; options are written --name=value")
-    dry_run = read_switch("dry_run", options.pop("dry_run", False))
-    stage_class, resolved = resolve_options(stage_class, [options])
-    config = get_config_class(stage_class)(**resolved)
+    in_file = read_options_file(options.pop("config", None))
+    dry_run = read_switch("dry_run", options.pop("dry_run", in_file.pop("dry_run", False)))
+    stage_class, resolved, notes = resolve_options(stage_class, [in_file, options])
+    config = make_config(get_config_class(stage_class), resolved, notes)
     if not (config.enabled and config.save_intermediate):
         raise ConfigError("enabled=false and save_intermediate=false are for the stages of a chain")
     return stage_class(config), dry_run
+
+
+def read_options_file(path: str | None) -> dict[str, Any]:
+    """The options of a recipe in a YAML file, {} without one; raises ConfigError."""
+    if path is None:
+        return {}
+    options = load_yaml(path)
+    if "stages" in options or "stage_configs" in options:
+        raise ConfigError(f"{path} is the file of a chain; run: python chain.py {path}")
+    return options
 
 
 def log_dry_run(stage: BaseStage) -> None:

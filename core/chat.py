@@ -28,10 +28,11 @@ import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 from core.config import ModelConfig
-from core.errors import ConfigError, RowError
+from core.errors import ConfigError, RowError, as_config_error
 from core.messages import is_learnt
 from core.new_tokens import add_new_tokens
 from core.runtime import warn_once
@@ -413,22 +414,51 @@ def check_marks(tokenizer, messages: list[dict]) -> None:
 
 
 def prepare_tokenizer(tokenizer, config: ModelConfig, needs_chat_template: bool = True) -> None:
-    """Set the pad token, the chat template that `instruction_template` describes, and new tokens,
-    whose ids are then `new_ids`, in place.
+    """Set what the options say of special tokens, the chat template, and new tokens, whose ids are
+    then `new_ids`, in place.
 
     Raises ConfigError if a chat template is needed and there is none.
     """
     tokenizer.new_ids = add_new_tokens(tokenizer, config)
+    if config.eos_token:
+        tokenizer.eos_token = known_token(tokenizer, "eos_token", config.eos_token)
+    if config.pad_token:
+        tokenizer.pad_token = known_token(tokenizer, "pad_token", config.pad_token)
     if tokenizer.pad_token is None:
         # Harmless: batches are masked by length, never by the value of a token.
         tokenizer.pad_token = tokenizer.eos_token
     if config.instruction_template:
         tokenizer.chat_template = template_from_instruction(config.instruction_template, tokenizer)
+    if config.chat_template_path:
+        tokenizer.chat_template = read_chat_template(config.chat_template_path)
     if needs_chat_template and not tokenizer.chat_template:
         raise ConfigError(
             f"{config.model_name_or_path} has no chat template; describe how a prompt is written, "
             f"for example {INSTRUCTION_TEMPLATE_EXAMPLE}, or start from an instruction-tuned model"
         )
+
+
+def known_token(tokenizer, option: str, token: str) -> str:
+    """The token, which must be in the vocabulary; raises ConfigError."""
+    if token not in tokenizer.get_vocab():
+        raise ConfigError(
+            f"{option}={token} is not in the model's vocabulary; "
+            f"add it: --new_special_tokens='{token}'"
+        )
+    return token
+
+
+def read_chat_template(path: str) -> str:
+    """The chat template in a file, or that of the model at `path`; raises ConfigError."""
+    from transformers import AutoTokenizer
+
+    if Path(path).is_file():
+        return Path(path).read_text(encoding="utf-8")
+    with as_config_error(f"chat_template_path={path}: neither a file nor a model"):
+        template = AutoTokenizer.from_pretrained(path).chat_template
+    if not isinstance(template, str):
+        raise ConfigError(f"chat_template_path={path}: that model has no one chat template")
+    return template
 
 
 @functools.lru_cache(maxsize=16)

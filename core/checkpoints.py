@@ -132,6 +132,7 @@ def claim_run_folder(folder: Path, fingerprint: Mapping, resume: bool | str | No
     launch = f"{processes} sharded" if is_sharded() else f"{processes}"
     claim = {**fingerprint, "launch": launch}
     if is_main_process():
+        folder.mkdir(parents=True, exist_ok=True)
         # From here on the stage is not finished, until it writes the record anew.
         (folder / "stage.json").unlink(missing_ok=True)
         remove_unfinished_files(folder)
@@ -211,6 +212,29 @@ def relocate(path: str, old_folder: str, folder: Path) -> str:
     if is_elsewhere or str(folder) == old_folder:
         return path
     return os.path.normpath(folder / relative)
+
+
+def find_model_of_chain(name: str) -> str:
+    """The folder of the model that a chain left in the folder `name`: OUT/final, or the model of
+    the last finished stage if the chain is not finished. Any other `name` is returned as it is.
+    Raises ConfigError."""
+    folder = Path(name).expanduser()
+    if not (folder / "pipeline.json").is_file():
+        return name
+    paths = []
+    with as_config_error(f"the chain in {name} cannot be read"):
+        chain = read_json(folder / "pipeline.json")
+        if chain["state"].get("finished"):
+            paths.append(str(folder / "final"))
+        enabled = [stage for stage, options in chain["plan"].items() if options["enabled"]]
+        # The results of a run that is not finished are those of its first stages.
+        for stage, result in reversed([*zip(enabled, chain["results"], strict=False)]):
+            if result["success"]:
+                paths.append(read_stage_record(folder / stage)["model_path"])
+    for path in paths:
+        if path and any(Path(path).glob("*.safetensors")):
+            return path
+    raise ConfigError(f"the chain in {name} has no model yet; run it to the end of a stage")
 
 
 def write_stage_record(config: StageConfig, result: Any, lineage: Mapping[str, Any]) -> None:

@@ -339,8 +339,8 @@ def estimate_cost(stage: Any, skeleton, lengths: Sequence[int]) -> tuple[list[st
 
     disk_bytes = estimate_disk_bytes(config, num_weights, num_trained, steps)
     disk = (
-        f"about {disk_bytes / 1e9:.1f} GB: the model in float32, the adapter, up to "
-        f"{config.save_total_limit} checkpoints"
+        f"about {disk_bytes / 1e9:.1f} GB: the model in float32, the adapter, "
+        f"{checkpoints_kept(config.save_total_limit)}"
     )
     lines = [labelled("time", time), labelled("memory", memory), labelled("disk", disk)]
     return lines, float(disk_bytes)
@@ -403,8 +403,14 @@ def estimate_disk_bytes(
         disk_bytes += 4 * num_trained  # the end of the training, until the stage is recorded
     if save_steps and save_steps < steps:
         # Weights and Adam's moments; one more than the limit, while the oldest is not yet removed.
-        disk_bytes += 12 * num_trained * (config.save_total_limit + 1)
+        saved = steps // save_steps
+        kept = saved if config.save_total_limit is None else config.save_total_limit + 1
+        disk_bytes += 12 * num_trained * kept
     return disk_bytes
+
+
+def checkpoints_kept(limit: int | None) -> str:
+    return "all checkpoints" if limit is None else f"up to {limit} checkpoints"
 
 
 @functools.cache

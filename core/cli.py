@@ -11,15 +11,15 @@ import sys
 import textwrap
 import tokenize
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import TypeAdapter, ValidationError
 
-from core.config import MAPPINGS, SEQUENCES, plain_types
 from core.errors import ConfigError
+from core.options import MAPPINGS, SEQUENCES, plain_types
 from core.recipe_files import get_config_class
 
 # ---- parsing -------------------------------------------------------------------------------------
@@ -256,8 +256,9 @@ COLUMN = 36  # where the help texts begin
 MIN_WIDTH, MAX_WIDTH = 70, 110
 
 
-def option_help(config_class: Any) -> str:
-    """The options of a config class in groups: names, explanation, allowed values, default.
+def option_help(config_class: Any, without: Collection[str] = ()) -> str:
+    """The options of a config class in groups: names, explanation, allowed values, default; those
+    of `without` are left out.
 
     The first group has those of `everyday`. The section comments between the fields are the
     headings of the others, the options of the class itself before those of its parents. A field is
@@ -269,6 +270,8 @@ def option_help(config_class: Any) -> str:
     groups: dict[str, list[tuple[str, str]]] = {}
     lines: dict[str, tuple[str, str]] = {}
     for name, (heading, comment) in explain_fields(config_class).items():
+        if name in without:
+            continue
         left = ", ".join(names[name])
         word = value_word(hints.get(name))
         if word:
@@ -278,7 +281,7 @@ def option_help(config_class: Any) -> str:
 
     everyday = [config_class.aliases.get(name, name) for name in config_class.everyday]
     first = [lines[name] for name in everyday if name in lines]
-    if "dry_run" not in options:
+    if "dry_run" not in {*options, *without}:
         first.append(DRY_RUN)
     blocks = [format_group("common options", first)]
     for heading, group in groups.items():
@@ -370,7 +373,7 @@ def help_text(stage_class: Any, doc: str, arguments: Sequence[str]) -> str:
     except ConfigError:
         options = {}  # who asks for help may not know yet how options are written
     if options:
-        chosen, _ = stage_class.resolve(options)
+        chosen, *_ = stage_class.resolve(options)
         if chosen is not stage_class:
             stage_class, doc = chosen, sys.modules[chosen.__module__].__doc__
     options_text = option_help(get_config_class(stage_class))

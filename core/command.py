@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from core.config import SECRET_NAMES
+from core.options import SECRET_NAMES
 
 MASK = "***"
 # In a URL: https://user:password@host

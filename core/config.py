@@ -1,7 +1,7 @@
 """Configuration: option types, and the checked dataclasses that the options of every recipe extend.
 
 An option is a field of a dataclass, with a comment that `--help` shows. Its annotation decides how
-a value is read, whether it comes from the command line, from YAML or from Python:
+a value is read, whether it comes from the command line, from YAML or from Python (core/options.py):
 
     sizes: list[int] = field(default_factory=list)  # --sizes=1,2,3 or --sizes="[1, 2, 3]"
     rate: float | None = None  # --rate=2e-4 or --rate=none
@@ -9,30 +9,21 @@ a value is read, whether it comes from the command line, from YAML or from Pytho
 
 from __future__ import annotations
 
-import collections.abc
-import functools
 import importlib.util
 import os
 import re
-import types
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from annotated_types import Ge, Gt, Lt, MinLen
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    TypeAdapter,
-    ValidationError,
-)
+from pydantic import AfterValidator, BeforeValidator, Field
 
-from core.errors import ConfigError, unknown_name
+from core.errors import ConfigError
 from core.files import find_damage
+from core.options import Spellings, coerce_fields
 from core.runtime import compute_dtype, default_device, is_sharded, warn_once
 from core.yaml_files import parse_yaml
 
@@ -46,6 +37,15 @@ def split_names(value: Any) -> Any:
     if isinstance(value, str):
         return re.findall(r"[^,\s]+", value)
     return value or []
+
+
+def split_trackers(value: Any) -> Any:
+    """The names in a text, in small letters, where "none" is no tracker."""
+    names = split_names(value)
+    if not isinstance(names, list):
+        return names
+    names = [str(name).lower() for name in names]
+    return [name for name in names if name != "none"]
 
 
 def read_layer_interval(value: Any) -> Any:
@@ -65,119 +65,53 @@ comma_separated = BeforeValidator(split_names)
 as_yaml = BeforeValidator(parse_yaml)
 Names = Annotated[list[str], comma_separated]
 Folder = Annotated[str, MinLen(1), AfterValidator(os.path.expanduser)]
-Trackers = Annotated[list[Literal["tensorboard", "wandb", "trackio"]], comma_separated]
+Trackers = Annotated[
+    list[Literal["tensorboard", "wandb", "trackio"]], BeforeValidator(split_trackers)
+]
 Switch = Annotated[bool | str, Field(union_mode="left_to_right")]
 LayerInterval = Annotated[Natural, BeforeValidator(read_layer_interval)]
 Options = Annotated[dict[str, Any], as_yaml]
 Sentences = Annotated[list[str], as_yaml]
-Precision = Literal["auto", "float32", "bfloat16", "float16"]
-Optimizer = Literal[
-    "adamw_torch",
-    "adamw_torch_fused",
-    "adamw_8bit",
-    "paged_adamw_8bit",
-    "muon",
-    "adafactor",
-    "sgd",
+Precision = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    Spellings(
+        {
+            "fp32": "float32",
+            "float": "float32",
+            "bf16": "bfloat16",
+            "fp16": "float16",
+            "half": "float16",
+            "torch.float32": "float32",
+            "torch.bfloat16": "bfloat16",
+            "torch.float16": "float16",
+        }
+    ),
 ]
-Scheduler = Literal["linear", "cosine", "polynomial", "constant", "constant_with_warmup"]
+Optimizer = Annotated[
+    Literal[
+        "adamw_torch",
+        "adamw_torch_fused",
+        "adamw_8bit",
+        "paged_adamw_8bit",
+        "muon",
+        "adafactor",
+        "sgd",
+    ],
+    Spellings({"adamw": "adamw_torch", "adamw_hf": "adamw_torch", "adamw_bnb_8bit": "adamw_8bit"}),
+]
+Scheduler = Annotated[
+    Literal["linear", "cosine", "polynomial", "constant", "constant_with_warmup"],
+    # It restarts after each of its cycles, of which there is one.
+    Spellings({"cosine_with_restarts": "cosine"}),
+]
+Level = Annotated[
+    Literal["debug", "info", "warning", "error"],
+    Spellings({"warn": "warning", "critical": "error"}),
+]
+# None switches clipping off, as 0 does.
+GradientNorm = Annotated[float, Ge(0), Spellings({"none": 0.0, "null": 0.0})]
 
-MAPPINGS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
-SEQUENCES = (list, tuple, set, frozenset, collections.abc.Sequence, collections.abc.Iterable)
-SECRET_NAMES = re.compile("secret|password|key|auth|api|token(?!s)")
-VALIDATION = ConfigDict(coerce_numbers_to_str=True, allow_inf_nan=False)
-
-
-def plain_types(hint: Any) -> Iterator[Any]:
-    """The members of an annotation: `Annotated[list[int], ...] | None` gives list[int] and None.
-
-    A member that brings its own reader of text (such as Names) comes with its annotation.
-    """
-    origin = get_origin(hint)
-    if origin in (Union, types.UnionType):
-        for member in get_args(hint):
-            yield from plain_types(member)
-    elif origin is Annotated and not any(isinstance(m, BeforeValidator) for m in hint.__metadata__):
-        yield from plain_types(hint.__origin__)
-    else:
-        yield hint
-
-
-def read_text(hint: Any, value: Any) -> Any:
-    """Text as the None, list or mapping that the annotation `hint` asks for; else as it is."""
-    if not isinstance(value, str):
-        return value
-    members = list(plain_types(hint))
-    choices = [choice for member in members for choice in get_args(member)]
-    # An option may list "none" among its choices, and then it means that choice.
-    if type(None) in members and value.lower() in ("none", "null") and value not in choices:
-        return None
-    if str in members:
-        return value
-    # YAML's own forms are read as YAML; a plain list may also be written a,b,c.
-    origins = [get_origin(member) or member for member in members]
-    if any(origin in MAPPINGS for origin in origins):
-        return parse_yaml(value) or {}
-    if any(origin in SEQUENCES for origin in origins):
-        if value.strip().startswith("["):
-            return parse_yaml(value)
-        parts = [part.strip() for part in value.split(",")]
-        return [part for part in parts if part]
-    return value
-
-
-# ---- checked dataclasses -------------------------------------------------------------------------
-
-
-@functools.cache
-def field_readers(config_class: type) -> dict[str, TypeAdapter]:
-    """{field: what validates and converts its values}, by the annotations of a dataclass."""
-    hints = get_type_hints(config_class, include_extras=True)
-    readers = {}
-    for option in fields(config_class):
-        hint = hints[option.name]
-        from_text = BeforeValidator(functools.partial(read_text, hint))
-        annotation: Any = Annotated[hint, from_text]
-        readers[option.name] = TypeAdapter(annotation, config=VALIDATION)
-    return readers
-
-
-def coerce_fields(config: Any) -> None:
-    """Convert every field of a dataclass to its annotation ("2e-4" to 0.0002), in place.
-
-    Raises ConfigError naming the field. pydantic's own dataclasses would do this by themselves, but
-    only in classes decorated by pydantic: a recipe's author writes the decorator of the standard
-    library, and is checked as well.
-    """
-    for name, reader in field_readers(config.__class__).items():
-        value = getattr(config, name)
-        try:
-            setattr(config, name, reader.validate_python(value))
-        except ValidationError as error:
-            message = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
-            # A secret may have been given to the wrong option, such as use_auth_token.
-            shown = "" if SECRET_NAMES.search(name) else f"={value!r}"
-            raise ConfigError(f"{name}{shown}: {message[:1].lower()}{message[1:]}") from None
-
-
-def replace_aliases(config_class: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with aliases replaced by field names; raises ConfigError for both names of one."""
-    replaced: dict[str, Any] = {}
-    for key, value in values.items():
-        name = config_class.aliases.get(key, key)
-        if name in replaced:
-            raise ConfigError(f"{name} is given twice, once by its short name; keep one")
-        replaced[name] = value
-    return replaced
-
-
-def resolve_names(config_class: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` by field names; raises ConfigError for an unknown name, with the nearest one."""
-    names = {option.name for option in fields(config_class)}
-    for key in values:
-        if config_class.aliases.get(key, key) not in names:
-            raise ConfigError(unknown_name("option", key, names | set(config_class.aliases)))
-    return replace_aliases(config_class, values)
+# ---- options of every stage --------------------------------------------------------------------
 
 
 @dataclass
@@ -194,7 +128,7 @@ class StageConfig:
     enabled: bool = True  # false skips the stage in a chain
     save_intermediate: bool = True  # false saves no weights and hands the model on in memory
     seed: Natural = 42  # random seed of initialization, shuffling, splits and dropout
-    log_level: Literal["debug", "info", "warning", "error"] = "info"  # level of lines on the screen
+    log_level: Level = "info"  # level of lines on the screen
     report_to: Trackers = field(default_factory=list)  # experiment trackers
     use_wandb: bool = False  # same as report_to=wandb
     wandb_project: str | None = None  # Weights & Biases project
@@ -202,9 +136,12 @@ class StageConfig:
 
     def __post_init__(self):
         coerce_fields(self)
+        self.notes_on_names: list[str] = []  # on options of other tools, see core/other_names.py
+        self.notes: list[str] = []  # on what has no effect; filled by `validate`
 
-    def refuse_unread(self, unread: bool, names: str, why: str, **like) -> None:
-        """If `unread`, raise ConfigError for each of the `names` that is not at its default.
+    def note_unread(self, unread: bool, names: str, why: str, **like) -> None:
+        """If `unread`, note for each of the `names` that is not at its default that it has no
+        effect.
 
         `like` are options that the defaults of others depend on.
         """
@@ -213,18 +150,22 @@ class StageConfig:
         defaults = type(self)(**like)
         for name in names.split():
             if getattr(self, name) != getattr(defaults, name):
-                raise ConfigError(f"{name} has no effect {why}")
+                self.notes.append(f"{name} has no effect {why}")
 
     def validate(self) -> None:
-        """Check the options together; raises ConfigError. Opens no file but a named checkpoint."""
+        """Check the options together; raises ConfigError. Opens no file but a named checkpoint.
+
+        Afterwards `notes` says which options have no effect beside the others.
+        """
         coerce_fields(self)  # a notebook may have assigned fields since
+        self.notes = list(vars(self).get("notes_on_names", ()))
         trackers = set(self.report_to)
         if self.use_wandb:
             trackers.add("wandb")
         self.report_to = sorted(trackers)
-        if self.wandb_project and "wandb" not in self.report_to:
-            raise ConfigError("wandb_project has no effect without use_wandb=true")
-        self.refuse_unread(not self.report_to, "wandb_run_name", "without report_to")
+        uses_wandb = "wandb" in self.report_to
+        self.note_unread(not uses_wandb, "wandb_project", "without use_wandb=true")
+        self.note_unread(not self.report_to, "wandb_run_name", "without report_to")
         for tracker in self.report_to:
             if not importlib.util.find_spec(tracker):
                 raise ConfigError(f"report_to={tracker}: not installed; run: pip install {tracker}")
@@ -246,6 +187,9 @@ class ModelConfig(StageConfig):
     attn_implementation: str | None = None  # sdpa, eager, flash_attention_2; none: model's choice
     # prompt format such as "Q: {instruction}\nA: {response}"; none uses the chat template
     instruction_template: str | None = None
+    chat_template_path: str | None = None  # chat template: .jinja file, or a model that has it
+    eos_token: str | None = None  # token that ends a turn; none: the tokenizer's own
+    pad_token: str | None = None  # token of padding; none: the tokenizer's own
     # quantization by bitsandbytes
     use_4bit: bool = False  # load the weights in 4 bits, for QLoRA (Dettmers et al. 2023)
     use_8bit: bool = False  # load the weights in 8 bits, LLM.int8 (Dettmers et al. 2022)
@@ -259,10 +203,28 @@ class ModelConfig(StageConfig):
             raise ConfigError(
                 "model_name_or_path is missing: --model=<hub name, folder or .gguf file>"
             )
+        if self.instruction_template and self.chat_template_path:
+            raise ConfigError(
+                "instruction_template and chat_template_path both say how a prompt is written; "
+                "keep one"
+            )
         if self.use_4bit and self.use_8bit:
             raise ConfigError("use_4bit and use_8bit exclude each other; keep one")
         names = "bnb_4bit_compute_dtype bnb_4bit_quant_type bnb_4bit_use_double_quant"
-        self.refuse_unread(not self.use_4bit, names, "without use_4bit=true")
+        self.note_unread(not self.use_4bit, names, "without use_4bit=true")
+        if default_device().type == "cpu":
+            self.replace_float16()
+
+    def replace_float16(self) -> None:
+        """Compute in float32 where float16 was asked for on a CPU, which has no arithmetic for
+        it."""
+        for name in ("torch_dtype", "bnb_4bit_compute_dtype"):
+            if getattr(self, name) == "float16":
+                setattr(self, name, "float32")
+                if name == "torch_dtype" or self.use_4bit:
+                    note = f"{name}=float16 does not train on a CPU; it is float32 here"
+                    self.notes.append(note)
+                    self.notes_on_names.append(note)  # a second `validate` finds float32
 
     @property
     def quantized(self) -> bool:  # type: ignore[override]
@@ -304,12 +266,13 @@ class TrainingConfig(ModelConfig):
     learning_rate: Positive | None = None  # peak rate; none: 5e-4 for LoRA, 5e-5 else
     weight_decay: NonNegative = 0.0  # decoupled weight decay of AdamW
     warmup_ratio: Share = 0.03  # fraction of steps used for warm-up
+    warmup_steps: Natural = 0  # steps used for warm-up; 0 goes by warmup_ratio
     lr_scheduler_type: Scheduler = "cosine"  # learning-rate schedule after warm-up
     optim: Optimizer = "adamw_torch_fused"  # optimizer; 8-bit and paged: bitsandbytes
-    max_grad_norm: NonNegative = 1.0  # maximum gradient norm; 0 disables clipping
+    max_grad_norm: GradientNorm = 1.0  # maximum gradient norm; 0 disables clipping
     gradient_checkpointing: LayerInterval = 0  # recompute every Nth layer; true is every layer
     # checkpoints
-    save_total_limit: Count = 2  # number of checkpoints to keep
+    save_total_limit: Count | None = 2  # number of checkpoints to keep; none: all
     resume_from_checkpoint: Switch = True  # true: newest intact; false: start over; or a folder
 
     def __post_init__(self):
@@ -322,9 +285,10 @@ class TrainingConfig(ModelConfig):
         super().validate()
         self.check_adapter()
         self.check_precision()
-        flat = self.lr_scheduler_type == "constant" and self.warmup_ratio > 0
+        self.note_unread(bool(self.warmup_steps), "warmup_ratio", "beside warmup_steps")
         why = "with lr_scheduler_type=constant; constant_with_warmup has it"
-        self.refuse_unread(flat, "warmup_ratio", why)
+        is_flat = self.lr_scheduler_type == "constant"
+        self.note_unread(is_flat, "warmup_ratio warmup_steps", why)
         if isinstance(self.resume_from_checkpoint, str):
             damage = find_damage(Path(self.resume_from_checkpoint))
             if damage:
@@ -340,7 +304,7 @@ class TrainingConfig(ModelConfig):
                 "lora_r=0 trains all weights, and quantized weights cannot train; set lora_r=16"
             )
         names = "lora_alpha lora_dropout lora_target_modules lora_bias use_dora use_rslora"
-        self.refuse_unread(not self.lora_r, names, "with lora_r=0")
+        self.note_unread(not self.lora_r, names, "with lora_r=0")
         # `replace(config, lora_r=0)` keeps the rate that __post_init__ chose for an adapter.
         if not self.lora_r and self.learning_rate == self.default_rates[0]:
             adapter_rate, full_rate = self.default_rates
@@ -433,10 +397,6 @@ class FitConfig(DataConfig, TrainingConfig):
 
     def validate(self) -> None:
         super().validate()
-        if self.torch_dtype == "float16" and default_device().type == "cpu":
-            raise ConfigError(
-                "torch_dtype=float16 does not train on a CPU; use auto, bfloat16 or float32"
-            )
         if self.optim == "muon" and is_sharded():
             raise ConfigError(
                 "optim=muon needs every matrix whole, and FSDP and DeepSpeed split them; "
@@ -457,6 +417,10 @@ class FitConfig(DataConfig, TrainingConfig):
                 f"eval_steps={self.eval_steps}"
             )
         names = "metric_for_best_model greater_is_better"
-        self.refuse_unread(not compares_evaluations, names, "without load_best_model_at_end=true")
-        if self.eval_steps and not self.validation_split:
-            raise ConfigError("eval_steps needs held-out rows; set validation_split above 0")
+        self.note_unread(not compares_evaluations, names, "without load_best_model_at_end=true")
+        if compares_evaluations and not self.validation_split:
+            raise ConfigError(
+                "load_best_model_at_end and early_stopping_patience need held-out rows; "
+                "set validation_split above 0"
+            )
+        self.note_unread(not self.validation_split, "eval_steps", "with validation_split=0")

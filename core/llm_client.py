@@ -96,7 +96,7 @@ class LLMClientConfig(StageConfig):
         is_server = kind == "api" or kind in PROVIDERS
         server_options = f"{role}_base_url {role}_api_key max_calls max_cost call_timeout"
         why = f"with {role}_model_type={kind}: it is for servers"
-        self.refuse_unread(not is_server, server_options, why)
+        self.note_unread(not is_server, server_options, why)
 
 
 class LLMClient:

@@ -101,6 +101,11 @@ METRICS = {
     # scorecard
     "perplexity": Metric("per token of the expected answers", "lower"),
     "numeric_match": Metric("share of answers with the expected number", "higher"),
+    # custom tokenizer
+    "vocab_size": Metric("tokens of the vocabulary"),
+    "chars_per_token": Metric("characters of held-out texts per token", "higher"),
+    "bits_per_char": Metric("bits per character of held-out texts", "lower"),
+    "kept_tokens": Metric("share of the new tokens that the old vocabulary has too"),
 }
 ASKED = ("teacher", "feedback", "policy")  # what ... stands for
 REWARDS_WITHOUT_OPTION = ("feedback", "reward_model")

@@ -118,7 +118,7 @@ def schedule_factor(config: TrainingConfig, step: int, num_steps: int) -> float:
     """
     if config.lr_scheduler_type == "constant":
         return 1.0
-    num_warmup_steps = math.ceil(config.warmup_ratio * num_steps)
+    num_warmup_steps = config.warmup_steps or math.ceil(config.warmup_ratio * num_steps)
     if step < num_warmup_steps:
         return (step + 1) / num_warmup_steps
     if config.lr_scheduler_type == "constant_with_warmup":

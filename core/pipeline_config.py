@@ -1,12 +1,15 @@
-"""The top level of a pipeline's YAML file, and what is refused there."""
+"""The top level of a pipeline's YAML file, its older forms, and what runs after the chain."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
 
-from core.config import Folder, Names, Precision, coerce_fields
+from core.config import Folder, Level, Names, Natural, Precision, Trackers
 from core.errors import ConfigError
+from core.options import coerce_fields, merge_sources
 
 StageOptions = dict[str, dict[str, Any] | None]
 
@@ -17,8 +20,13 @@ SHARED_OPTIONS = (
     "torch_dtype",
     "trust_remote_code",
     "use_auth_token",
+    "seed",
     "log_level",
+    "report_to",
+    "use_wandb",
+    "wandb_project",
 )
+FLAT_STAGE = "sft"  # what a file without stages trains, as the first trainer of older files did
 
 
 @dataclass
@@ -43,7 +51,11 @@ class PipelineConfig:
     torch_dtype: Precision = "auto"  # precision of every stage
     trust_remote_code: bool = False  # run Python code that comes with the model
     use_auth_token: bool = False  # gated models: use the login of `hf auth login` or HF_TOKEN
-    log_level: Literal["debug", "info", "warning", "error"] = "info"  # level of the console output
+    seed: Natural = 42  # random seed of every stage
+    log_level: Level = "info"  # level of the console output
+    report_to: Trackers = field(default_factory=list)  # experiment trackers of every stage
+    use_wandb: bool = False  # same as report_to=wandb
+    wandb_project: str | None = None  # Weights & Biases project
     # stages
     output_dir: Folder = "outputs"  # folder of the run: a subfolder per stage, final/, report.html
     stages: Names = field(default_factory=list)  # stages in order; a stage may appear twice
@@ -57,43 +69,80 @@ class PipelineConfig:
     force_restart: bool = False  # rerun all stages, finished or not
     auto_resume: bool = True  # false is the same as force_restart
     enable_state_persistence: bool = True  # false is the same as force_restart; records are written
-    # accepted from older files, not implemented
+    # for programs that run after the chain: it says by which command
     hub_token: str | None = None  # refused: log in by `hf auth login` or set HF_TOKEN
-    push_adapter_only: bool = False  # not implemented; refused
-    convert_to_gguf: bool = False  # not implemented; refused
-    gguf_quantization: str | None = None  # quantization for convert_to_gguf
-    gguf_output_path: str | None = None  # file for convert_to_gguf
-    push_to_hub: bool = False  # not implemented; refused
+    push_to_hub: bool = False  # say how to upload the model
+    push_adapter_only: bool = False  # say how to upload the last adapter
     hub_repo_id: str | None = None  # repository for push_to_hub
     hub_private: bool = True  # make that repository private
     hub_commit_message: str | None = None  # commit message of the push
+    convert_to_gguf: bool = False  # say how to convert the model to a .gguf file
+    gguf_quantization: str | None = None  # quantization for convert_to_gguf
+    gguf_output_path: str | None = None  # file for convert_to_gguf
 
     def __post_init__(self):
         coerce_fields(self)
 
 
-def refuse_unimplemented(config: PipelineConfig) -> None:
-    """Raise ConfigError for options of older files that are not implemented, naming the command
-    that does the same."""
+def nest_flat_form(
+    values: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(values, overrides) of a file without stages, which has the options of one training at the
+    top level, in the form with stages; of another file as they are."""
+    if "stages" in values or "stage_configs" in values or "stages" in overrides:
+        return dict(values), dict(overrides)
+    top, own = split_options(values)
+    top_overrides, own_overrides = split_options(overrides)
+    prefixed = {f"{FLAT_STAGE}.{name}": value for name, value in own_overrides.items()}
+    nested = {**top, "stages": [FLAT_STAGE], "stage_configs": {FLAT_STAGE: own}}
+    return nested, top_overrides | prefixed
+
+
+def split_by_stage(
+    overrides: Mapping[str, Any],
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """(options of the top level, {stage: its options}) of options written name or stage.name."""
+    top_level: dict[str, Any] = {}
+    per_stage: dict[str, dict[str, Any]] = {}
+    for key, value in overrides.items():
+        stage, dot, option = key.partition(".")
+        if dot:
+            per_stage.setdefault(stage, {})[option] = value
+        else:
+            top_level[key] = value
+    return top_level, per_stage
+
+
+def split_options(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(options of the top level by field names, the others); one that is written stage.option
+    stays as it is."""
+    merged, *_ = merge_sources(PipelineConfig, [values])
+    names = {option.name for option in fields(PipelineConfig)}
+    top = {name: value for name, value in merged.items() if name in names or "." in str(name)}
+    own = {name: value for name, value in merged.items() if name not in top}
+    return top, own
+
+
+def commands_after(config: PipelineConfig) -> list[str]:
+    """The commands of other programs that publish or convert the final model, as the options ask.
+    Raises ConfigError for a secret among them."""
     final = f"{config.output_dir}/final"
     if config.hub_token:
         raise ConfigError(
             "hub_token is refused, because others may read a secret in a file; log in by "
             "`hf auth login` or set the variable HF_TOKEN, and write use_auth_token: true"
         )
+    commands = []
     if config.push_to_hub or config.push_adapter_only:
-        option = "push_to_hub" if config.push_to_hub else "push_adapter_only"
         folder = f"{config.output_dir}/NN_STAGE/adapter" if config.push_adapter_only else final
-        message = config.hub_commit_message or "model"
         private = "--private " if config.hub_private else ""
-        raise ConfigError(
-            f"{option} is not implemented; set it to false and run, after the chain: hf upload "
-            f"{config.hub_repo_id or 'NAME/MODEL'} {folder} {private}--commit-message={message!r}"
-        )
+        message = shlex.quote(config.hub_commit_message or "model")
+        repository = config.hub_repo_id or "NAME/MODEL"
+        commands.append(f"hf upload {repository} {folder} {private}--commit-message={message}")
     if config.convert_to_gguf:
-        raise ConfigError(
-            "convert_to_gguf is not implemented; set it to false and run, after the chain, "
-            f"llama.cpp's convert_hf_to_gguf.py {final} "
+        commands.append(
+            f"python llama.cpp/convert_hf_to_gguf.py {final} "
             f"--outfile {config.gguf_output_path or 'model.gguf'} "
             f"--outtype {config.gguf_quantization or 'q8_0'}"
         )
+    return commands

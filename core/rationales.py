@@ -12,7 +12,6 @@ from typing import Literal
 
 from core import verifiers
 from core.config import Count, Names, Natural, Options
-from core.errors import ConfigError
 from core.function_process import Subprocess
 from core.llm_client import LLMClient, LLMClientConfig
 from core.runtime import logger
@@ -52,14 +51,14 @@ class TeacherConfig(LLMClientConfig):
 
     def validate(self) -> None:
         super().validate()
-        self.refuse_unread(
+        self.note_unread(
             not self.generate_synthetic_data,
             "num_synthetic_examples",
             "with generate_synthetic_data=false",
         )
         check_sampling("generation_kwargs", self.generation_kwargs)
         if self.generation_kwargs.get("top_k") and self.teacher_model_type != "local":
-            raise ConfigError("generation_kwargs: top_k has no effect on a teacher behind a server")
+            self.notes.append("generation_kwargs: top_k has no effect on a teacher behind a server")
 
 
 # -- prompts ---------------------------------------------------------------------------------------

@@ -10,13 +10,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from core.config import StageConfig, replace_aliases, resolve_names
+from core.config import StageConfig
 from core.errors import ConfigError, as_config_error
 from core.files import file_digest
+from core.options import check_options, merge_sources
 
 LINK = "stage:"  # an option written as stage:NAME stands for what the stage NAME leaves
-# For these, older files write null where they mean the default of the algorithm.
-NONE_IS_DEFAULT = ("num_generations", "ppo_epochs", "max_kl")
 
 
 def load_recipe(path: Path, base_class: type) -> Any:
@@ -54,19 +53,32 @@ def get_config_class(stage_class: Any) -> Any:
 
 def resolve_options(
     stage_class: Any, sources: Sequence[Mapping[str, Any]]
-) -> tuple[Any, dict[str, Any]]:
-    """(stage class, options by field name) of options from several sources, of which later ones
-    win.
+) -> tuple[Any, dict[str, Any], list[str]]:
+    """(stage class, options by field name, notes on what has no effect) of options from several
+    sources, of which later ones win.
 
     A recipe such as `rl` chooses another stage by one of the options: its `resolve` takes that one
-    out. Raises ConfigError for an unknown option, or one that a source has under two names.
+    out. Raises one ConfigError for all unknown options, wrong values, and options that a source has
+    under two names.
     """
-    given: dict[str, Any] = {}
-    for options in sources:
-        # Per source: an alias in one and the name in another are not a mistake, the later one wins.
-        given |= replace_aliases(get_config_class(stage_class), options)
-    stage_class, given = stage_class.resolve(given)
-    return stage_class, resolve_names(get_config_class(stage_class), given)
+    given, problems, notes = merge_sources(get_config_class(stage_class), sources)
+    stage_class, given, without_effect = stage_class.resolve(given)
+    # The class that was chosen may know more names.
+    config_class = get_config_class(stage_class)
+    given, *more = merge_sources(config_class, [given])
+    values, mistakes = check_options(config_class, given)
+    problems += more[0] + mistakes
+    notes += without_effect + more[1]
+    if problems:
+        raise ConfigError(*problems)
+    return stage_class, values, notes
+
+
+def make_config(config_class: Any, options: Mapping[str, Any], notes: Sequence[str]) -> Any:
+    """The config of checked `options`; `notes` are on options that have no effect."""
+    config = config_class(**options)
+    config.notes_on_names = list(notes)
+    return config
 
 
 def option_names(config_class: Any) -> set[str]:
@@ -78,17 +90,17 @@ def option_names(config_class: Any) -> set[str]:
 
 def select_options(
     options: Mapping[str, Any], config_classes: Mapping[str, Any], chosen: str | None, why: str
-) -> dict[str, Any]:
-    """The options without those that only other recipes than the `chosen` one read.
+) -> tuple[dict[str, Any], list[str]]:
+    """(the options without those that only other recipes than the `chosen` one read, notes on
+    these).
 
     `config_classes` has the configs of the recipes that there are, by name. Older files may list
-    the options of all of them, so a default is left out without a word. Raises ConfigError, which
-    says `why`, for any other value. What no recipe knows is kept: it is refused as a typo later.
+    the options of all of them, so a default is left out without a word; a note on another value
+    says `why` it has no effect. What no recipe knows is kept: it is refused as a typo later.
     """
     selected = {}
+    notes = []
     for name, value in options.items():
-        if value is None and name in NONE_IS_DEFAULT:
-            continue
         owners = []
         for recipe, config_class in config_classes.items():
             if name in option_names(config_class):
@@ -98,8 +110,8 @@ def select_options(
             continue
         defaults = [is_default(config_classes[owner], name, value) for owner in owners]
         if not any(defaults):
-            raise ConfigError(f"{name} has no effect {why}; it belongs to {', '.join(owners)}")
-    return selected
+            notes.append(f"{name} has no effect {why}; it belongs to {', '.join(owners)}")
+    return selected, notes
 
 
 def is_default(config_class: Any, option: str, value) -> bool:

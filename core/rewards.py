@@ -80,13 +80,13 @@ class ScoringConfig(ModelConfig):
         options_read = {REWARDS[name][1] for name in self.reward if name in REWARDS}
         for option in REWARD_OPTIONS:
             is_unread = option not in options_read
-            self.refuse_unread(is_unread, option, f"with reward={','.join(self.reward)}")
+            self.note_unread(is_unread, option, f"with reward={','.join(self.reward)}")
         with as_config_error(f"reward_pattern={self.reward_pattern}"):
             re.compile(self.reward_pattern)
 
         if self.reward_weights and len(self.reward_weights) != len(self.rewarding):
             raise ConfigError(f"reward_weights: give one for each of {', '.join(self.rewarding)}")
-        self.refuse_unread(
+        self.note_unread(
             not self.reward_model_path, "reward_model_type", "without reward_model_path"
         )
 

@@ -91,6 +91,7 @@ class RLConfig(DataConfig, ScoringConfig, TrainingConfig):
     )
     has_critic: ClassVar[bool] = False  # whether the algorithm learns a value function
     optimizes_policy: ClassVar[bool] = True  # false: TRPO steps by itself
+    accumulates: ClassVar[bool] = True  # false: a rollout makes one step, however it is divided
 
     prompt_dataset_path: str = ""  # file (.json, .jsonl, .csv, .parquet), folder, or hub name
     validation_split: Share = 0.05  # fraction of rows held out for evaluation
@@ -150,14 +151,15 @@ class RLConfig(DataConfig, ScoringConfig, TrainingConfig):
                 "max_new_tokens; raise max_seq_length or lower max_new_tokens"
             )
         self.validate_batch_sizes()
+        why = "here: every rollout makes one step"
+        self.note_unread(not self.accumulates, "gradient_accumulation_steps", why)
         self.validate_kl()
         if self.trains_with_rl and self.lora_dropout:
             raise ConfigError(
                 "with lora_dropout above 0, log-probabilities would not be reproducible; "
                 "set lora_dropout=0"
             )
-        if self.eval_freq and not self.validation_split:
-            raise ConfigError("eval_freq needs held-out rows; set validation_split above 0")
+        self.note_unread(not self.validation_split, "eval_freq", "with validation_split=0")
 
     def validate_batch_sizes(self) -> None:
         # batch_size comes first: mini_batch_size may not have been given at all.
@@ -169,8 +171,10 @@ class RLConfig(DataConfig, ScoringConfig, TrainingConfig):
             size, divisor = getattr(self, whole), getattr(self, part)
             if size % divisor:
                 raise ConfigError(f"{whole}={size} must be a multiple of {part}={divisor}")
+        if not (self.trains_with_rl and self.accumulates):
+            return
         num_mini_batches = self.batch_size // self.mini_batch_size
-        if self.trains_with_rl and num_mini_batches % self.gradient_accumulation_steps:
+        if num_mini_batches % self.gradient_accumulation_steps:
             raise ConfigError(
                 "gradient_accumulation_steps must divide batch_size / mini_batch_size"
             )
@@ -183,7 +187,7 @@ class RLConfig(DataConfig, ScoringConfig, TrainingConfig):
             )
         if self.target_kl and not self.init_kl_coef:
             raise ConfigError("target_kl scales init_kl_coef, which is 0; set init_kl_coef above 0")
-        self.refuse_unread(not self.target_kl, "kl_horizon", "without target_kl")
+        self.note_unread(not self.target_kl, "kl_horizon", "without target_kl")
 
 
 # -- data: rows to prompts -------------------------------------------------------------------------

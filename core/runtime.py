@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +206,14 @@ def any_process_stopped(accelerator: Any, signals: list[int]) -> bool:
 
 
 warn_once = functools.cache(logger.warning)
+
+
+def warn_together(what: str, notes: Sequence[str]) -> None:
+    """All `notes` in one warning; none without notes."""
+    if len(notes) == 1:
+        logger.warning("%s: %s", what, notes[0])
+    elif notes:
+        logger.warning("%s:\n  %s", what, "\n  ".join(notes))
 
 
 def start_logging(level: str, path: Path | None = None) -> contextlib.ExitStack:

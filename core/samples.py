@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import ClassVar
 
 from core.config import Count, FitConfig, Natural
-from core.errors import ConfigError
 from core.files import write_jsonl
 from core.runtime import is_main_process, logger
 
@@ -28,9 +27,9 @@ class SamplesConfig(FitConfig):
 
     def validate(self) -> None:
         super().validate()
-        if self.num_eval_samples and not self.validation_split:
-            raise ConfigError("num_eval_samples needs held-out rows; set validation_split above 0")
-        self.refuse_unread(not self.num_eval_samples, "max_new_tokens", "without num_eval_samples")
+        why = "with validation_split=0: it needs held-out rows"
+        self.note_unread(not self.validation_split, "num_eval_samples", why)
+        self.note_unread(not self.num_eval_samples, "max_new_tokens", "without num_eval_samples")
 
 
 def compare_answers(

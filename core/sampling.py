@@ -31,7 +31,9 @@ SMALLEST_COUNTS = {"max_new_tokens": 1, "top_k": 0}
 
 def check_sampling(name: str, sampling: Mapping[str, Any]) -> None:
     """Check the sampling options that the config field `name` holds; raises ConfigError."""
-    unknown = set(sampling) - set(SAMPLING_DEFAULTS)
+    if sampling.get("do_sample") not in (None, True):
+        raise ConfigError(f"{name}: do_sample=false: completions are sampled here; remove it")
+    unknown = set(sampling) - set(SAMPLING_DEFAULTS) - {"do_sample"}
     if unknown:
         message = unknown_name("option", min(unknown), SAMPLING_DEFAULTS)
         raise ConfigError(f"{name}: {message}")

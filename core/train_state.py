@@ -42,8 +42,9 @@ def save_checkpoint(
     best_step: int = 0,
     is_end: bool = False,
 ) -> None:
-    """Write checkpoint-STEP; keep the newest `save_total_limit` checkpoints, and that of the best
-    step. All processes call it. At the end of a training the optimizer's state is left out.
+    """Write checkpoint-STEP; keep the newest `save_total_limit` checkpoints, or all if it is None,
+    and that of the best step. All processes call it. At the end of a training the optimizer's state
+    is left out.
     """
     with new_checkpoint(config, step) as folder:
         # Whole weights are the same in every process: one of them writes.
@@ -56,7 +57,7 @@ def save_checkpoint(
         write_tensors(random_file(folder), random_states())
         if is_main_process():
             write_json(folder / "state.json", state)
-    if is_main_process():
+    if is_main_process() and config.save_total_limit is not None:
         folders = newest_first(Path(config.output_dir, "checkpoints"))
         # The end of a training comes on top: it is there only until the stage is recorded.
         limit = config.save_total_limit + is_end

@@ -59,6 +59,7 @@ class A2CConfig(RLConfig):
     """Options of A2C, in addition to those of every RL recipe (RLConfig in core/rollout.py)."""
 
     has_critic = True
+    accumulates = False  # all mini-batches of a rollout make one optimizer step
 
     # advantages
     gamma: Annotated[float, Ge(0), Le(1)] = 1.0  # discount per token
@@ -69,11 +70,6 @@ class A2CConfig(RLConfig):
     value_loss_coef: NonNegative = 0.5  # weight of the critic's loss
     value_learning_rate: Positive = 1e-3  # learning rate of the critic
     entropy_coef: NonNegative = 0.0  # weight of the entropy bonus
-
-    def validate(self) -> None:
-        why = "in a2c: all mini-batches of a rollout make one optimizer step"
-        self.refuse_unread(True, "gradient_accumulation_steps", why)
-        super().validate()
 
 
 # -- mathematics -----------------------------------------------------------------------------------

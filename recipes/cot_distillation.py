@@ -47,7 +47,7 @@ from core import verifiers
 from core.chat import IGNORE, prompt_ids
 from core.config import Count, FitConfig, Names, Natural, Positive
 from core.data import detect_format, load_dataset_from_path, load_rows, usable_rows
-from core.errors import ConfigError, RowError, as_config_error
+from core.errors import ConfigError, RowError, as_config_error, nearest_name, unknown_name
 from core.files import read_jsonl, rows_from_main_process, write_jsonl
 from core.llm_client import LLMClient
 from core.model_config import context_length
@@ -132,8 +132,8 @@ class CoTConfig(FitConfig, TeacherConfig):
         super().validate()
         uses_divergence = self.distillation_type != "response"
         kind = f"distillation_type={self.distillation_type}"
-        self.refuse_unread(not uses_divergence, "temperature beta on_policy_share", f"with {kind}")
-        self.refuse_unread(self.distillation_type != "both", "alpha", f"with {kind}")
+        self.note_unread(not uses_divergence, "temperature beta on_policy_share", f"with {kind}")
+        self.note_unread(self.distillation_type != "both", "alpha", f"with {kind}")
         if uses_divergence and self.teacher_model_type != "local":
             raise ConfigError(
                 f"{kind} reads the teacher's probabilities of all tokens: "
@@ -158,8 +158,9 @@ class CoTConfig(FitConfig, TeacherConfig):
 
     @property
     def template(self) -> str:
-        """`cot_template` with real line breaks: a shell passes \\n on as two characters."""
-        return self.cot_template.replace("\\n", "\n")
+        """`cot_template` with real line breaks, which a shell passes on as two characters, and
+        {rationale} where {reasoning} is written."""
+        return self.cot_template.replace("\\n", "\n").replace("{reasoning}", "{rationale}")
 
     @property
     def answer_marker(self) -> str:
@@ -207,8 +208,8 @@ def convert(row: dict, form: str) -> dict:
 
 
 def select_reasoning_types(config: CoTConfig, *splits: list[dict]) -> Sequence[list[dict]]:
-    """The splits with the rows of the wanted `reasoning_types` only; unchanged if no row has a
-    type. Raises ConfigError if no row is left in the first split, the training data."""
+    """The splits with the rows of the wanted `reasoning_types` only; unchanged if no training row
+    has one of them, which is said. Raises ConfigError for a slip of the pen."""
     types: Counter[str] = Counter()
     for rows in splits:
         types.update(row["type"] for row in rows if row["type"])
@@ -219,10 +220,13 @@ def select_reasoning_types(config: CoTConfig, *splits: list[dict]) -> Sequence[l
         selected.append([row for row in rows if row["type"] in config.reasoning_types])
     wanted = ",".join(config.reasoning_types)
     if not selected[0]:
-        raise ConfigError(
-            f"reasoning_types={wanted}: no training row has such a type; "
-            f"the data has {', '.join(types)}"
+        for name in config.reasoning_types:
+            if nearest_name(name, types):
+                raise ConfigError("reasoning_types: " + unknown_name("type", name, types))
+        logger.warning(
+            "reasoning_types=%s has no effect: the data has %s", wanted, ", ".join(types)
         )
+        return splits
     logger.info(
         "%d of %d rows are of reasoning_types=%s",
         sum(len(rows) for rows in selected),

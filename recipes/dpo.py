@@ -113,9 +113,11 @@ class DPOConfig(SamplesConfig):
 
     def validate(self) -> None:
         super().validate()
-        for name in self.loss_type:
-            if name not in LOSSES:
-                raise ConfigError(unknown_name("loss_type", name, LOSSES))
+        rate, usual_rate = self.learning_rate, self.default_rates[0]
+        if self.lora_r and rate < usual_rate / 20:
+            self.notes.append(f"learning_rate={rate:g} hardly moves an adapter; try {usual_rate:g}")
+        for name in set(self.loss_type) - set(LOSSES):
+            raise ConfigError(unknown_name("loss_type", name, LOSSES))
         if not self.loss_type or len(self.loss_weights) not in (0, len(self.loss_type)):
             raise ConfigError("loss_type and loss_weights: give one weight for each loss")
         if "kto" in self.loss_type and len(self.loss_type) > 1:
@@ -129,8 +131,8 @@ class DPOConfig(SamplesConfig):
         chosen_losses = ",".join(self.loss_type)
         for option, readers in sorted(losses_by_option().items()):
             unread = not set(readers) & set(self.loss_type)
-            belongs = f"it belongs to {', '.join(readers)}"
-            self.refuse_unread(unread, option, f"with loss_type={chosen_losses}; {belongs}")
+            why = f"with loss_type={chosen_losses}; it belongs to {', '.join(readers)}"
+            self.note_unread(unread, option, why)
 
     @property
     def needs_reference(self) -> bool:

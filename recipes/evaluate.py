@@ -125,7 +125,7 @@ class EvaluateConfig(DataConfig, ScoringConfig, JudgingConfig, ModelConfig):
         judging = {option.name for option in fields(JudgingConfig)}
         judging -= {option.name for option in fields(StageConfig)}
         names = " ".join(sorted(judging))
-        self.refuse_unread(no_judge, names, "without feedback_model_path")
+        self.note_unread(no_judge, names, "without feedback_model_path")
 
 
 # -- data: rows to prompts with answers ------------------------------------------------------------

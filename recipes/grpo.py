@@ -76,7 +76,7 @@ class GRPOConfig(RLConfig):
             raise ConfigError(
                 "advantages compare completions of one prompt; set num_generations to 2 or more"
             )
-        self.refuse_unread(self.advantage == "rloo", "scale_rewards", "with advantage=rloo")
+        self.note_unread(self.advantage == "rloo", "scale_rewards", "with advantage=rloo")
 
 
 # -- mathematics -----------------------------------------------------------------------------------

@@ -53,12 +53,12 @@ class RLStage(BaseStage):
     config_class = RLChoiceConfig
 
     @classmethod
-    def resolve(cls, options: dict) -> tuple[type[BaseStage], dict]:
-        """(the page's stage class, its options). Refuses options of other pages by ConfigError."""
+    def resolve(cls, options: dict) -> tuple[type[BaseStage], dict, list[str]]:
+        """(the page's stage class, its options, notes on those of other pages)."""
         options = dict(options)
-        algorithm = options.pop("algorithm", RLChoiceConfig.algorithm)
-        # What YAML takes for a list, for example, is no name.
-        if not isinstance(algorithm, str) or algorithm not in STAGES:
+        algorithm = options.pop("algorithm", None)
+        algorithm = RLChoiceConfig.algorithm if algorithm is None else str(algorithm).lower()
+        if algorithm not in STAGES:
             raise ConfigError(unknown_name("algorithm", algorithm, STAGES))
         page = STAGES[algorithm]
         # RLOO is a page of its own in older files; here it is GRPO with another baseline.
@@ -66,7 +66,8 @@ class RLStage(BaseStage):
             raise ConfigError("algorithm=rloo means advantage=rloo; remove one of them")
         config_classes = {name: stage.config_class for name, stage in STAGES.items()}
         why = f"with algorithm={algorithm}"
-        return page, select_options(options, config_classes, algorithm, why)
+        options, notes = select_options(options, config_classes, algorithm, why)
+        return page, options, notes
 
 
 if __name__ == "__main__":

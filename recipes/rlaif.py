@@ -37,12 +37,13 @@ from pydantic import TypeAdapter
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import BaseStage, StageResult, load_model_and_tokenizer, main
-from core.config import Count, FitConfig, Options, TrainingConfig, resolve_names
+from core.config import Count, FitConfig, Options, TrainingConfig
 from core.errors import ConfigError, as_config_error
 from core.files import rows_from_main_process, write_jsonl
 from core.judge import PROMPT_VERSION, Judge, JudgingConfig
 from core.llm_client import LLMClient, LLMClientError
 from core.model_config import context_length
+from core.options import resolve_names
 from core.recipe_files import option_names, select_options
 from core.rewards import load_reward_model, start_reward_functions, stopping_functions
 from core.rollout import RLConfig, encode_prompts, estimate_work, load_prompts, prompt_sequences
@@ -142,7 +143,7 @@ class RLAIFConfig(RLConfig, JudgingConfig):
             )
         unread = " ".join(self.unread_options())
         like = {"algorithm": self.algorithm, "lora_r": self.lora_r}
-        self.refuse_unread(True, unread, f"with {mode} and {kind}", **like)
+        self.note_unread(True, unread, f"with {mode} and {kind}", **like)
         if self.feedback_mode == "direct" and self.feedback_model_type == "preference_model":
             raise ConfigError(
                 f"{mode} needs scores, and a preference_model only compares; set "
@@ -182,19 +183,25 @@ class RLAIFConfig(RLConfig, JudgingConfig):
 
     def validate_parts(self) -> None:
         """Check the configs of the contained recipes now rather than after hours of sampling."""
+        parts: list[tuple[str, TrainingConfig]] = []
         if self.feedback_mode == "preference":
-            self.dpo_config("parent", 1).validate()
+            parts.append(("preference_kwargs", self.dpo_config("parent", 1)))
         if self.trains_reward_model:
-            self.reward_config("parent").validate()
+            parts.append(("reward_kwargs", self.reward_config("parent")))
         if self.trains_with_rl:
             # The RL recipe does not know the reward "feedback": check it with another one instead.
-            replace(
+            rewarded = replace(
                 self.rl_config(),
                 reward=["length"],
                 reward_length=1,
                 reward_pattern="",
                 reward_weights=[],
-            ).validate()
+            )
+            parts.append(("rl_kwargs", rewarded))
+        for options, config in parts:
+            config.validate()
+            # A note on an option that is shared with the part stands among those on this stage.
+            self.notes += [f"{options}: {note}" for note in config.notes if note not in self.notes]
 
     # The configs of the recipes that this one contains.
 
@@ -487,21 +494,23 @@ class RLAIFStage(BaseStage):
     needs_folder = "rlaif"
 
     @classmethod
-    def resolve(cls, options: dict[str, Any]) -> tuple[type[BaseStage], dict[str, Any]]:
-        """Move options of the RL recipe alone, such as clip_range, into rl_kwargs. Raises
-        ConfigError for those of another RL recipe."""
-        algorithm = options.get("algorithm", RLAIFConfig.algorithm)
-        if not isinstance(algorithm, str) or algorithm not in RL_CONFIGS:
-            return cls, options  # the config refuses it
+    def resolve(cls, options: dict[str, Any]) -> tuple[type[BaseStage], dict[str, Any], list[str]]:
+        """Move options of the RL recipe alone, such as clip_range, into rl_kwargs; those of another
+        RL recipe are noted."""
+        algorithm = options.get("algorithm") or RLAIFConfig.algorithm
+        algorithm = str(algorithm).lower()
+        if algorithm not in RL_CONFIGS:
+            return cls, options, []  # the config refuses it
         # The command line and YAML take options of the RL recipe beside the others:
         # --clip_range=0.1 is enough.
         own_names = option_names(RLAIFConfig)
         kept = {name: value for name, value in options.items() if name in own_names}
         others = {name: value for name, value in options.items() if name not in own_names}
         if options.get("feedback_mode") == "preference":
-            others = select_options(others, RL_CONFIGS, None, "with feedback_mode=preference")
+            chosen, why = None, "with feedback_mode=preference"
         else:
-            others = select_options(others, RL_CONFIGS, algorithm, f"with algorithm={algorithm}")
+            chosen, why = algorithm, f"with algorithm={algorithm}"
+        others, notes = select_options(others, RL_CONFIGS, chosen, why)
         # The command line hands rl_kwargs over as YAML.
         with as_config_error("rl_kwargs"):
             rl_kwargs = TypeAdapter(Options).validate_python(options.get("rl_kwargs", {}))
@@ -515,7 +524,7 @@ class RLAIFStage(BaseStage):
                 moved[name] = value
         if moved:
             kept["rl_kwargs"] = rl_kwargs | moved
-        return cls, kept
+        return cls, kept, notes
 
     def load_data(self):
         config = self.config

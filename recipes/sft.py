@@ -22,6 +22,7 @@ Shapes: B rows of a batch, T tokens of its longest row, N target tokens, V token
 import contextlib
 import itertools
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -36,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import BaseStage, main
 from core.chat import IGNORE, encode_conversation, text_ids
-from core.config import Count
+from core.config import Count, NonNegative
 from core.data import load_rows, usable_rows
 from core.errors import ConfigError, RowError
 from core.logprobs import TokenLogps, states_agree
@@ -75,6 +76,7 @@ class SFTConfig(SamplesConfig):
     dataset_name_or_path: str = ""  # .json, .jsonl, .csv or .parquet file, folder, or hub name
     max_seq_length: Count = 2048  # tokens per sequence; chats lose later turns, text is split
     packing: bool = False  # put several rows into one sequence, isolated from each other
+    neftune_noise_alpha: NonNegative = 0.0  # strength of noise on the embeddings, such as 5; 0: off
 
 
 # -- data: rows to conversations, conversations to tokens ------------------------------------------
@@ -319,6 +321,50 @@ def loss(model, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     return sft_loss(logps), {"token_accuracy": is_right.float().mean()}
 
 
+@contextlib.contextmanager
+def noisy_embeddings(model, alpha: float) -> Iterator[None]:
+    """NEFTune (Jain et al. 2023, algorithm 1): while the model trains, its embeddings (B, T, D) are
+
+        X + alpha / sqrt(L D) * U(-1, 1)    with L the tokens of the document that a token is in.
+
+    The logged loss of a step is that of the noisy embeddings; evaluations have none.
+    """
+    position_ids: list[Tensor | None] = [None]  # of the batch that the model computes now
+
+    def remember_positions(module, args: tuple, inputs: dict) -> None:
+        position_ids[0] = inputs.get("position_ids")  # (B, T)
+
+    def add_noise(embedding, args: tuple, embedded: Tensor) -> Tensor:
+        if position_ids[0] is None or not embedding.training:
+            return embedded
+        lengths = document_lengths(position_ids[0])  # (B, T)
+        scale = alpha / (lengths * embedded.shape[-1]).sqrt()  # (B, T)
+        noise = 2 * torch.rand(embedded.shape, device=embedded.device) - 1  # (B, T, D)
+        return embedded + (scale[..., None] * noise).to(embedded.dtype)
+
+    if not alpha:
+        yield
+        return
+    embedding = model.get_input_embeddings()
+    handles = [
+        model.register_forward_pre_hook(remember_positions, with_kwargs=True),
+        embedding.register_forward_hook(add_noise),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def document_lengths(position_ids: Tensor) -> Tensor:
+    """For each position (B, T) the number of tokens of its document; positions restart at 0."""
+    document = (position_ids == 0).cumsum(-1)  # (B, T): its number in the row
+    last_position = torch.zeros_like(F.pad(document, (0, 1)))  # (B, T + 1), by document
+    last_position = last_position.scatter_reduce(-1, document, position_ids, "amax")
+    return last_position.gather(-1, document) + 1
+
+
 # -- training --------------------------------------------------------------------------------------
 
 
@@ -342,7 +388,8 @@ def train(
     before = generate(model, tokenizer, prompts, config.max_new_tokens)
 
     # 3. Train: `fit` is the loop of core/training.py over batches of `collate` and their `loss`.
-    metrics = fit(config, model, training, evaluation, collate, loss)
+    with noisy_embeddings(model, config.neftune_noise_alpha):
+        metrics = fit(config, model, training, evaluation, collate, loss)
 
     # 4. Answer the same prompts after training.
     after = generate(model, tokenizer, prompts, config.max_new_tokens)

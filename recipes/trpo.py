@@ -63,6 +63,7 @@ class TRPOConfig(RLConfig):
     """
 
     has_critic = True
+    accumulates = False  # every rollout makes one step
     optimizes_policy = False
     aliases: ClassVar = RLConfig.aliases | {"ppo_epochs": "critic_epochs"}
     everyday: ClassVar = (
@@ -84,11 +85,9 @@ class TRPOConfig(RLConfig):
     value_learning_rate: Positive = 1e-3  # learning rate of the critic
 
     def validate(self) -> None:
-        why = "in trpo: max_kl decides the policy's step"
-        self.refuse_unread(True, "learning_rate", why, lora_r=self.lora_r)
-        why = "in trpo: every rollout makes one step"
-        self.refuse_unread(True, "gradient_accumulation_steps", why)
         super().validate()
+        why = "in trpo: max_kl decides the policy's step"
+        self.note_unread(True, "learning_rate", why, lora_r=self.lora_r)
         if self.kl_in == "loss":
             raise ConfigError("trpo takes the KL to the reference in the reward; set kl_in=reward")
         if compute_dtype(self.torch_dtype) == torch.float16:

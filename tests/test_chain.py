@@ -194,10 +194,6 @@ def test_a_dry_run_opens_the_data_and_writes_nothing(pipeline, tmp_path, capsys)
         ({"stage": ["sft"]}, "unknown option 'stage'; did you mean 'stages'"),
         ({"stages": ["sfd"]}, "did you mean 'sft'"),
         ({"stages": []}, "stages is missing"),
-        (
-            {"push_to_hub": True, "hub_repo_id": "me/it"},
-            "not implemented.*hf upload me/it .*/final --private",
-        ),
         ({"stages": ["no/such.py"]}, "unknown stage"),
         (
             {"stage_configs": {"sft": {"data": "d", "output_dir": "x"}}},
@@ -238,7 +234,7 @@ def test_mistakes_in_the_yaml_are_refused(pipeline, top, words):
 
 
 def test_yaml_is_read_without_surprises(tmp_path):
-    with pytest.raises(ConfigError, match="unknown option 1"):
+    with pytest.raises(ConfigError, match="unknown option '1'"):
         Pipeline.from_dict({1: "x"})
     path = tmp_path / "a.yaml"
     path.write_text("a: 2e-4\nb: 1E5\nc: [1.5e-3, 2e4x]\n")
@@ -556,7 +552,6 @@ def test_the_rl_pages_are_stages_by_name_and_behind_the_stage_rl(algorithm):
     "options, words",
     [
         ({"algorithm": "pp"}, "stage 01_rl: .*did you mean 'ppo'"),
-        ({"algorithm": "ppo", "advantage": "rloo"}, "stage 01_rl: advantage has no effect"),
         ({"data": "a", "prompt_dataset_path": "b"}, "prompt_dataset_path is given twice"),
     ],
 )
@@ -564,6 +559,14 @@ def test_options_of_the_stage_rl_that_do_not_fit_are_refused(options, words):
     configs = {"rl": {"reward": "numeric", **options}}
     with pytest.raises(ConfigError, match=words):
         Pipeline.from_dict({"stages": ["rl"], "model": "m", "stage_configs": configs})
+
+
+def test_an_option_of_another_page_behind_the_stage_rl_is_noted():
+    options = {"algorithm": "ppo", "advantage": "rloo", "data": "d", "reward": "numeric"}
+    one = Pipeline.from_dict({"stages": ["rl"], "model": "m", "stage_configs": {"rl": options}})
+    assert one.stages[0].config.notes == [
+        "advantage has no effect with algorithm=ppo; it belongs to grpo, rloo"
+    ]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "yaml").glob("*.yaml")), ids=lambda path: path.name)
@@ -584,6 +587,7 @@ SMALL = {
         generation_kwargs={"max_new_tokens": 4},
     ),
     "cot_distillation": dict(max_steps=2, num_eval_samples=2, max_new_tokens=4),
+    "custom_tokenizer": dict(vocab_size=300, num_eval_samples=2),
 }
 SMALL["rlaif"] = SMALL["rl"]
 
@@ -737,19 +741,32 @@ def test_a_configuration_of_the_older_form_is_taken_as_it_is(
     "changes, words",
     [
         ({"hub_token": "hf_secret"}, "hf auth login"),
-        ({"push_to_hub": True}, "hf upload me/model .*/final"),
+        ({"until": "sftt"}, "until: unknown stage 'sftt'; did you mean 'sft'"),
+    ],
+)
+def test_what_would_be_unsafe_or_wrong_is_refused_with_the_remedy(
+    tmp_path, model_dir, changes, words
+):
+    with pytest.raises(ConfigError, match=words) as caught:
+        Pipeline.from_dict(older(tmp_path, model_dir, **changes))
+    assert "hf_secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes, command",
+    [
+        ({"push_to_hub": True}, "hf upload me/model .*/final --private --commit-message="),
+        ({"upload_to_hub": True}, "hf upload me/model .*/final --private --commit-message="),
         ({"push_adapter_only": True}, "hf upload me/model .*/NN_STAGE/adapter"),
         (
             {"convert_to_gguf": True},
             "convert_hf_to_gguf.py .*/final --outfile model.gguf --outtype q4_k_m",
         ),
-        ({"until": "sftt"}, "until: unknown stage 'sftt'; did you mean 'sft'"),
     ],
 )
-def test_what_is_not_built_is_refused_with_what_to_do_instead(tmp_path, model_dir, changes, words):
-    with pytest.raises(ConfigError, match=words) as caught:
-        Pipeline.from_dict(older(tmp_path, model_dir, **changes))
-    assert "hf_secret" not in str(caught.value)
+def test_for_what_other_programs_do_their_command_is_said(tmp_path, model_dir, changes, command):
+    (note,) = Pipeline.from_dict(older(tmp_path, model_dir, **changes)).notes
+    assert re.match(f"for another program, after the chain: .*{command}", note)
 
 
 def test_every_option_of_the_pipeline_reaches_the_stages_that_have_it(pipeline):

@@ -1,11 +1,14 @@
 """core/chat.py: messages, chat templates, and the way from a chat to tokens."""
 
+import copy
+
 import pytest
 
 import core.chat
 import core.errors
 import core.messages
 import core.runtime
+from core.config import ModelConfig
 from core.errors import ConfigError
 from core.messages import as_messages
 
@@ -139,3 +142,41 @@ def test_an_instruction_template_warns_of_unknown_fields(tokenizer, caplog):
             field in core.chat.template_from_instruction(template, tokenizer)
             and f"instruction_template: {field} is used as plain text" in caplog.text
         )
+
+
+# -- tokens and templates by option ----------------------------------------------------------------
+
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}<|im_end|>{% endfor %}"
+
+
+def test_a_chat_template_comes_from_a_file_or_from_another_model(tokenizer, tmp_path):
+    file = tmp_path / "mine.jinja"
+    file.write_text(TEMPLATE)
+    assert core.chat.read_chat_template(str(file)) == TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "other")
+    assert core.chat.read_chat_template(str(tmp_path / "other")) == tokenizer.chat_template
+    with pytest.raises(ConfigError, match="neither a file nor a model"):
+        core.chat.read_chat_template(str(tmp_path / "none"))
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    plain.save_pretrained(tmp_path / "plain")
+    with pytest.raises(ConfigError, match="that model has no one chat template"):
+        core.chat.read_chat_template(str(tmp_path / "plain"))
+    config = ModelConfig(model_name_or_path="m", chat_template_path=str(file))
+    core.chat.prepare_tokenizer(plain, config)
+    assert plain.chat_template == TEMPLATE
+    config.instruction_template = "{instruction}"
+    with pytest.raises(ConfigError, match="keep one"):
+        config.validate()
+
+
+def test_the_tokens_that_end_a_turn_and_fill_a_batch_can_be_chosen(tokenizer):
+    own = copy.deepcopy(tokenizer)
+    config = ModelConfig(model_name_or_path="m", eos_token="<|im_end|>", pad_token="<|im_start|>")
+    core.chat.prepare_tokenizer(own, config)
+    assert (own.eos_token, own.pad_token) == ("<|im_end|>", "<|im_start|>")
+    assert own.eos_token_id in core.chat.stop_tokens(own)
+    for name in ("eos_token", "pad_token"):
+        unknown = ModelConfig(model_name_or_path="m", **{name: "<none>"})
+        with pytest.raises(ConfigError, match=f"{name}=<none> is not in the model's vocabulary"):
+            core.chat.prepare_tokenizer(copy.deepcopy(tokenizer), unknown)

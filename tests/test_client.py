@@ -420,8 +420,6 @@ LOCAL = "with teacher_model_type=local"
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"max_calls": 3}, f"max_calls has no effect {LOCAL}: it is for servers"),
-        ({"teacher_base_url": "http://x/v1"}, f"teacher_base_url has no effect {LOCAL}"),
         ({"teacher_api_key": CANARY}, "teacher_api_key names the environment variable"),
         ({"max_cost": 1.0}, "max_cost needs input_price"),
     ],
@@ -438,12 +436,36 @@ def test_options_of_servers_are_refused_for_a_model_run_here_even_if_it_is_not_a
         config.validate()
     assert CANARY not in str(refusal.value)
 
+    with pytest.raises(ConfigError, match=words.replace("teacher_", "feedback_")):
+        judging_config(options).validate()
+
+
+def judging_config(options):
+    """The config of rlaif with the options of a judge that are these of a teacher."""
     options = {name.replace("teacher_", "feedback_"): value for name, value in options.items()}
-    config = rlaif.RLAIFConfig(
+    return rlaif.RLAIFConfig(
         model_name_or_path="x", prompt_dataset_path="y", feedback_model_path="z", **options
     )
-    with pytest.raises(ConfigError, match=words.replace("teacher_", "feedback_")):
-        config.validate()
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"max_calls": 3}, f"max_calls has no effect {LOCAL}: it is for servers"),
+        ({"teacher_base_url": "http://x/v1"}, f"teacher_base_url has no effect {LOCAL}"),
+    ],
+)
+def test_options_of_servers_without_effect_for_a_model_run_here_are_noted(options, words):
+    config = cot_distillation.CoTConfig(
+        model_name_or_path="x", reasoning_dataset_path="y", **options
+    )
+    config.validate()
+    assert [note for note in config.notes if note.startswith(words)]
+
+    config = judging_config(options)
+    config.validate()
+    words = words.replace("teacher_", "feedback_")
+    assert [note for note in config.notes if note.startswith(words)]
 
 
 def test_the_key_is_in_no_file(server, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from annotated_types import Gt, MinLen
 
 import chain
 import core.config
+import core.options
 import core.runtime
 from core.config import FitConfig, StageConfig, TrainingConfig
 from core.errors import ConfigError
@@ -34,9 +35,23 @@ from core.errors import ConfigError
         ("gradient_checkpointing", "2", 2),
         ("resume_from_checkpoint", "true", True),
         ("resume_from_checkpoint", "out/checkpoint-5", "out/checkpoint-5"),
-        ("lora_target_modules", None, []),
+        ("lora_target_modules", None, ["all-linear"]),
         ("num_train_epochs", 2, 2.0),
         ("revision", None, None),
+        ("weight_decay", "none", 0.0),
+        ("learning_rate", "null", 5e-4),
+        ("max_steps", "-1", 0),
+        ("eval_steps", -1, 0),
+        ("max_grad_norm", None, 0.0),
+        ("save_total_limit", "none", None),
+        ("log_level", "INFO", "info"),
+        ("lr_scheduler_type", "Cosine", "cosine"),
+        ("lr_scheduler_type", "cosine_with_restarts", "cosine"),
+        ("torch_dtype", "BF16", "bfloat16"),
+        ("torch_dtype", "torch.float32", "float32"),
+        ("report_to", "none", []),
+        ("report_to", ["none"], []),
+        ("wandb_project", False, None),
     ],
 )
 def test_values_are_coerced_by_annotation(name, value, meant):
@@ -50,8 +65,8 @@ def test_values_are_coerced_by_annotation(name, value, meant):
         ("learning_rate", "fast"),
         ("learning_rate", 0),
         ("learning_rate", float("nan")),
-        ("weight_decay", None),
-        ("max_steps", -1),
+        ("weight_decay", -1),
+        ("max_steps", -2),
         ("max_steps", 1.5),
         ("per_device_train_batch_size", 0),
         ("warmup_ratio", 1.0),
@@ -85,10 +100,10 @@ def test_unknown_names_get_the_nearest_valid_one():
     with pytest.raises(
         ConfigError, match="unknown option 'learnig_rate'; did you mean 'learning_rate'"
     ):
-        core.config.resolve_names(sft.SFTConfig, {"learnig_rate": 1})
+        core.options.resolve_names(sft.SFTConfig, {"learnig_rate": 1})
     with pytest.raises(ConfigError, match="model_name_or_path is given twice"):
-        core.config.resolve_names(sft.SFTConfig, {"model": "a", "model_name_or_path": "b"})
-    assert core.config.resolve_names(sft.SFTConfig, {"model": "a", "data": "b"}) == {
+        core.options.resolve_names(sft.SFTConfig, {"model": "a", "model_name_or_path": "b"})
+    assert core.options.resolve_names(sft.SFTConfig, {"model": "a", "data": "b"}) == {
         "model_name_or_path": "a",
         "dataset_name_or_path": "b",
     }
@@ -101,10 +116,7 @@ def test_unknown_names_get_the_nearest_valid_one():
         ({"dataset_name_or_path": ""}, "dataset_name_or_path is missing"),
         ({"use_4bit": True, "use_8bit": True}, "exclude each other"),
         ({"use_4bit": True, "lora_r": 0}, "lora_r=0"),
-        ({"torch_dtype": "float16", "lora_r": 0}, "underflows"),
-        ({"torch_dtype": "float16"}, "does not train on a CPU"),
         ({"use_dora": True, "use_8bit": True}, "do not go together on a CPU"),
-        ({"lr_scheduler_type": "constant", "warmup_ratio": 0.5}, "warmup_ratio has no effect"),
         ({"load_best_model_at_end": True}, "set eval_steps"),
         (
             {"eval_steps": 3, "save_steps": 4, "load_best_model_at_end": True},
@@ -113,7 +125,20 @@ def test_unknown_names_get_the_nearest_valid_one():
         ({"auto_detect_format": False}, "requires dataset_format"),
         ({"dataset_format": "alpacca"}, "one of: messages"),
         ({"auto_detect_format": False, "dataset_format": "alpacca"}, "one of: messages"),
-        ({"num_eval_samples": 4, "validation_split": 0}, "validation_split"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(options, words):
+    given = {"model_name_or_path": "m", "dataset_name_or_path": "d"} if options else {}
+    with pytest.raises(ConfigError, match=words):
+        sft.SFTConfig(**given | options).validate()
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"torch_dtype": "float16"}, "torch_dtype=float16 does not train on a CPU; it is float32"),
+        ({"lr_scheduler_type": "constant", "warmup_ratio": 0.5}, "warmup_ratio has no effect"),
+        ({"num_eval_samples": 4, "validation_split": 0}, "num_eval_samples has no effect"),
         ({"wandb_project": "p"}, "without use_wandb"),
         ({"lora_r": 0, "lora_alpha": 64}, "lora_alpha has no effect with lora_r=0"),
         ({"use_dora": True, "lora_r": 0}, "use_dora has no effect"),
@@ -123,10 +148,21 @@ def test_unknown_names_get_the_nearest_valid_one():
         ({"wandb_run_name": "x"}, "without report_to"),
     ],
 )
-def test_options_that_contradict_each_other_are_refused(options, words):
-    given = {"model_name_or_path": "m", "dataset_name_or_path": "d"} if options else {}
-    with pytest.raises(ConfigError, match=words):
-        sft.SFTConfig(**given | options).validate()
+def test_a_valid_option_without_effect_is_a_note(options, words):
+    config = sft.SFTConfig(model_name_or_path="m", dataset_name_or_path="d", **options)
+    config.validate()
+    assert len(config.notes) == 1 and words in config.notes[0]
+    config.validate()
+    assert len(config.notes) == 1
+
+
+def test_float16_for_all_weights_is_refused_where_a_gpu_would_take_it(monkeypatch):
+    monkeypatch.setattr(core.config, "default_device", lambda: torch.device("cuda"))
+    config = sft.SFTConfig(
+        model_name_or_path="m", dataset_name_or_path="d", torch_dtype="float16", lora_r=0
+    )
+    with pytest.raises(ConfigError, match="underflows"):
+        config.validate()
 
 
 def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):

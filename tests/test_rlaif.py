@@ -90,32 +90,7 @@ def test_a_model_in_memory_alone_is_refused(tmp_path, model, tokenizer):
     "options, words",
     [
         (dict(reward_model_path="x"), "write feedback_model_type=reward_model"),
-        (dict(num_rounds=2), "num_rounds has no effect with feedback_mode=reward_model"),
-        (
-            dict(feedback_mode="preference", rl_kwargs={"ppo_epochs": 3}),
-            "rl_kwargs has no effect with feedback_mode=preference",
-        ),
-        (
-            dict(feedback_mode="preference", warmup_ratio=0.5),
-            "warmup_ratio has no effect with feedback_mode=preference",
-        ),
-        (
-            dict(feedback_mode="preference", learning_rate=2e-4),
-            "learning_rate has no effect with feedback_mode=preference",
-        ),
-        (
-            dict(feedback_mode="direct", num_candidates=4),
-            "num_candidates has no effect with feedback_mode=direct",
-        ),
         (dict(feedback_mode="direct", feedback_model_type="preference_model"), "needs scores"),
-        (
-            dict(feedback_model_type="reward_model", constitution=["Be kind."]),
-            "constitution has no effect",
-        ),
-        (
-            dict(feedback_mode="preference", num_training_steps=3),
-            "num_training_steps has no effect",
-        ),
         (dict(algorithm="reinforce"), "algorithm='reinforce'"),
         (dict(rl_kwargs={"clip_rang": 0.1}), "did you mean 'clip_range'"),
         (dict(rl_kwargs={"clip_range": -1}), "clip_range=-1"),
@@ -138,6 +113,41 @@ def test_a_model_in_memory_alone_is_refused(tmp_path, model, tokenizer):
 def test_bad_options_are_refused_with_the_remedy(tmp_path, options, words):
     with pytest.raises(ConfigError, match=words):
         config(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(num_rounds=2), "num_rounds has no effect with feedback_mode=reward_model"),
+        (
+            dict(feedback_mode="preference", rl_kwargs={"ppo_epochs": 3}),
+            "rl_kwargs has no effect with feedback_mode=preference",
+        ),
+        (
+            dict(feedback_mode="preference", warmup_ratio=0.5),
+            "warmup_ratio has no effect with feedback_mode=preference",
+        ),
+        (
+            dict(feedback_mode="preference", learning_rate=2e-4),
+            "learning_rate has no effect with feedback_mode=preference",
+        ),
+        (
+            dict(feedback_mode="direct", num_candidates=4),
+            "num_candidates has no effect with feedback_mode=direct",
+        ),
+        (
+            dict(feedback_model_type="reward_model", constitution=["Be kind."]),
+            "constitution has no effect",
+        ),
+        (
+            dict(feedback_mode="preference", num_training_steps=3),
+            "num_training_steps has no effect",
+        ),
+    ],
+)
+def test_options_that_the_others_leave_without_effect_are_noted(tmp_path, options, words):
+    notes = config(tmp_path, **options).notes
+    assert any(words in note for note in notes), notes
 
 
 def test_the_parts_get_their_own_defaults_and_options(tmp_path):
@@ -180,30 +190,33 @@ def test_the_rl_recipe_gets_the_shared_options_and_its_own(tmp_path):
 
 def test_options_of_the_rl_recipe_may_stand_beside_the_others():
     options = {"algorithm": "ppo", "clip_range": "0.1", "rl_kwargs": "{max_kl: 0.5}", "seed": "1"}
-    stage_class, resolved = rlaif.RLAIFStage.resolve(options)
-    assert stage_class is rlaif.RLAIFStage
+    stage_class, resolved, notes = rlaif.RLAIFStage.resolve(options)
+    assert stage_class is rlaif.RLAIFStage and not notes
     assert resolved == {
         "algorithm": "ppo",
         "seed": "1",
         "rl_kwargs": {"max_kl": 0.5, "clip_range": "0.1"},
     }
     assert rlaif.RLAIFConfig(**resolved).rl_config().clip_range == 0.1
-    with pytest.raises(ConfigError, match="cg_damping has no effect .* it belongs to trpo"):
-        rlaif.RLAIFStage.resolve({"cg_damping": 0.2})
-    with pytest.raises(ConfigError, match="clip_range has no effect with feedback_mode=preference"):
-        rlaif.RLAIFStage.resolve({"feedback_mode": "preference", "clip_range": 0.3})
+    *_, notes = rlaif.RLAIFStage.resolve({"cg_damping": 0.2})
+    assert notes == ["cg_damping has no effect with algorithm=ppo; it belongs to trpo"]
     with pytest.raises(ConfigError, match="clip_range is given twice, once in rl_kwargs"):
         rlaif.RLAIFStage.resolve({"clip_range": 0.1, "rl_kwargs": {"clip_range": 0.3}})
-    for option in ({"ppo_epochs": 3}, {"ppo_epochs": "3"}):
-        words = "ppo_epochs has no effect with feedback_mode=preference"
-        with pytest.raises(ConfigError, match=words):
-            rlaif.RLAIFStage.resolve({"feedback_mode": "preference", **option})
+    for option in ({"clip_range": 0.3}, {"ppo_epochs": 3}, {"ppo_epochs": "3"}):
+        (name,) = option
+        *_, notes = rlaif.RLAIFStage.resolve({"feedback_mode": "preference", **option})
+        assert len(notes) == 1
+        assert notes[0].startswith(
+            f"{name} has no effect with feedback_mode=preference; it belongs"
+        )
     older = {"algorithm": "grpo", "gamma": 1.0, "ppo_epochs": None}
-    assert rlaif.RLAIFStage.resolve(older)[1] == {"algorithm": "grpo"}
+    _, resolved, notes = rlaif.RLAIFStage.resolve(older)
+    assert resolved == {"algorithm": "grpo", "rl_kwargs": {"ppo_epochs": None}} and not notes
+    assert rlaif.RLAIFConfig(**resolved).rl_config().ppo_epochs == 1
     # What is no name at all is left to the config, which refuses it.
     with pytest.raises(ConfigError, match="algorithm"):
         rlaif.RLAIFConfig(**rlaif.RLAIFStage.resolve({"algorithm": ["grpo"]})[1])
-    assert rlaif.RLAIFStage.resolve({"seed": 1}) == (rlaif.RLAIFStage, {"seed": 1})
+    assert rlaif.RLAIFStage.resolve({"seed": 1}) == (rlaif.RLAIFStage, {"seed": 1}, [])
 
 
 # -- the judge -------------------------------------------------------------------------------------

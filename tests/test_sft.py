@@ -1091,3 +1091,79 @@ def test_plain_text_trains_a_base_model_without_a_template(model_dir, tmp_path, 
     )
     with pytest.raises(ConfigError, match="plain text has none"):
         sft.SFTStage(config(tmp_path, dataset_name_or_path=str(data), num_eval_samples=2)).execute()
+
+
+# -- noise on the embeddings -----------------------------------------------------------------------
+
+
+def test_documents_end_where_positions_begin_anew():
+    packed = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 0, 0, 1, 2, 3]])
+    expected = torch.tensor([[3, 3, 3, 2, 2, 1], [1, 1, 4, 4, 4, 4]])
+    assert torch.equal(sft.document_lengths(packed), expected)
+    padded_right = torch.tensor([[0, 1, 2, 2, 2]])
+    assert torch.equal(sft.document_lengths(padded_right), torch.full((1, 5), 3))
+
+
+def embeddings_of(model, batch):
+    """The embeddings (B, T, D) that the layers of the model get."""
+    seen = []
+    layer = model.model.layers[0]
+    handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    inputs = {name: batch[name] for name in sft.INPUT_NAMES if name in batch}
+    model(**inputs, use_cache=False)
+    handle.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_noise_of_neftune_has_its_size_and_is_there_in_training_alone(tokenizer, packed):
+    model = make_model(tokenizer)
+    rows = rows_of(tokenizer, *LENGTHS)
+    if packed:
+        rows = sft.pack(rows, 200)
+    batch = sft.collate(rows)
+    clean = embeddings_of(model.eval(), batch)
+    with sft.noisy_embeddings(model, 5.0):
+        assert torch.equal(embeddings_of(model, batch), clean)
+        noise = embeddings_of(model.train(), batch) - clean  # (B, T, D)
+        again = embeddings_of(model, batch) - clean
+    assert torch.equal(embeddings_of(model, batch), clean)
+    assert not torch.equal(noise, again)
+
+    lengths = [row["seq_lengths"].tolist() if packed else [len(row["labels"])] for row in rows]
+    for number, documents in enumerate(lengths):
+        start = 0
+        for length in documents:
+            # Algorithm 1 of Jain et al. 2023: uniform up to alpha / sqrt(L D), D = 64 here.
+            size = 5.0 / (length * 64) ** 0.5
+            of_document = noise[number, start : start + length]
+            assert 0.97 * size < of_document.abs().max() <= size * 1.0001
+            # The standard deviation of a uniform distribution of this width, within 5 of its own.
+            bound = 5 * size / (2 * of_document.numel()) ** 0.5
+            assert of_document.std() == pytest.approx(size / 3**0.5, abs=bound)
+            start += length
+
+
+def test_no_strength_is_no_noise(tokenizer):
+    model = make_model(tokenizer).train()
+    batch = sft.collate(rows_of(tokenizer, *LENGTHS))
+    clean = embeddings_of(model, batch)
+    with sft.noisy_embeddings(model, 0.0):
+        assert torch.equal(embeddings_of(model, batch), clean)
+
+
+def test_training_with_noise_is_another_training_and_its_evaluation_has_none(
+    model_dir, data, tmp_path
+):
+    losses = {}
+    for alpha in (0.0, 30.0):
+        options = dict(max_steps=1, validation_split=0.2, neftune_noise_alpha=alpha)
+        settings = config(
+            tmp_path / str(alpha),
+            model_name_or_path=model_dir,
+            dataset_name_or_path=data,
+            **options,
+        )
+        losses[alpha] = sft.SFTStage(settings).execute().metrics
+    assert losses[0.0]["eval_loss_before"] == losses[30.0]["eval_loss_before"]
+    assert losses[0.0]["eval_loss"] != losses[30.0]["eval_loss"]
