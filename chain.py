@@ -42,8 +42,10 @@ from core.pipeline_config import (
     split_by_stage,
 )
 from core.recipe_files import find_links
+from core.run_end import describe_next_steps, describe_resumption, start_of
 from core.runtime import exit_on_signals, is_main_process, logger, start_logging
-from core.stage_plan import StagePlan, format_table, short_name
+from core.screen import format_table
+from core.stage_plan import StagePlan, short_name
 from core.statistics import before_and_after
 from core.yaml_files import load_yaml
 
@@ -136,6 +138,7 @@ class Pipeline(StagePlan):
             finished = self.finished()
             self.results = []
             if not self.run_stages(finished):
+                logger.info("%s", self.how_to_go_on())
                 return self.results
             complete = len(self.results) == len(self.enabled)
             if complete and self.results:
@@ -143,6 +146,8 @@ class Pipeline(StagePlan):
                 self.keep_final_model(self.results[-1], all_reused)
             self.write_state(finished=complete)
             logger.info("\n%s", self.summary())
+            if self.results:
+                logger.info("\n%s", self.next_steps())
         return self.results
 
     def run_stages(self, finished: Sequence[StageResult]) -> bool:
@@ -157,6 +162,7 @@ class Pipeline(StagePlan):
             if self.config.until and position > self.positions[self.config.until]:
                 break
             if position < len(finished):
+                self.follow_links(stage)
                 previous = finished[position]
                 self.results.append(previous)
                 logger.info("%s is finished already", folder)
@@ -176,9 +182,7 @@ class Pipeline(StagePlan):
         """Run one stage on the model of `previous`, which is then released: one model in memory at
         a time."""
         try:
-            for option, name in find_links(stage.config).items():
-                kind = option.removesuffix("_path")
-                setattr(stage.config, option, self.artifact(name, kind))
+            self.follow_links(stage)
             model, tokenizer = self.load_input(stage, previous)
             result = stage.execute_and_record(model, tokenizer, previous)
         except Exception as error:  # an input refused late, or an execute() of a user's own
@@ -201,6 +205,12 @@ class Pipeline(StagePlan):
             )
         previous.model = previous.tokenizer = None
         return result
+
+    def follow_links(self, stage: BaseStage) -> None:
+        """Set the options stage:NAME to the paths of what those stages left."""
+        for option, name in find_links(stage.config).items():
+            kind = option.removesuffix("_path")
+            setattr(stage.config, option, self.artifact(name, kind))
 
     def load_input(self, stage: BaseStage, previous: StageResult | None) -> tuple[Any, Any]:
         """(model, tokenizer) to hand to a stage. One whose options are those of a model loads its
@@ -385,6 +395,32 @@ class Pipeline(StagePlan):
                 rows.append((name, time, metric, change, place))
                 stage_cells = ("", "", "")  # only the first row of a stage names it
         return format_table(("stage", "minutes", "metric", "before -> after", "folder"), rows)
+
+    def next_steps(self) -> str:
+        """The model that the chain made, and the commands to go on with."""
+        ran = list(self.enabled.values())[: len(self.results)]
+        makers = [stage for stage in ran if stage.hands_on]
+        last = makers[-1] if makers else ran[-1]
+        folder = self.config.output_dir
+        model = self.results[-1].model_path
+        if len(ran) == len(self.enabled) and self.has_final():
+            model = f"{folder}/final"
+        return describe_next_steps(last, folder, model, start_of(ran[0]))
+
+    def how_to_go_on(self) -> str:
+        """What the command does if it is given again, after a stage has failed."""
+        config = self.config
+        failed = list(self.enabled)[len(self.results) - 1]
+        restarts = {
+            "from_stage": config.from_stage is not None,
+            "force_restart": config.force_restart,
+            "auto_resume=false": not config.auto_resume,
+            "enable_state_persistence=false": not config.enable_state_persistence,
+        }
+        given = [option for option, is_given in restarts.items() if is_given]
+        if given:
+            return f"run the same command without {' and '.join(given)} to go on with {failed}"
+        return describe_resumption(self.enabled[failed].config)
 
 
 # -- command line ----------------------------------------------------------------------------------

@@ -28,8 +28,8 @@ from core.errors import ConfigError, as_config_error
 from core.options import check_options, merge_sources
 from core.recipe_files import make_config
 from core.runtime import logger, start_logging, warn_together
-from core.screen import busy
-from core.side_by_side import print_side_by_side, show_controls
+from core.screen import busy, show_controls
+from core.side_by_side import print_side_by_side
 
 COMMANDS = """\
   /system TEXT    begin anew with this system prompt; without TEXT, with none

@@ -23,6 +23,7 @@ from core.chat import prepare_tokenizer
 from core.checks import check_encoded_rows, describe_stage, estimate_fit
 from core.cli import help_text, read_command_line, read_switch
 from core.config import ModelConfig, StageConfig, TrainingConfig
+from core.data import load_dataset_from_path, split_dataset  # noqa: F401 (for stages of your own)
 from core.errors import ConfigError, as_config_error
 from core.files import atomic_folder, cached_folder, check_disk_space
 from core.fingerprints import compute_fingerprint
@@ -36,6 +37,7 @@ from core.quantization import (
     keep_training_mode,
 )
 from core.recipe_files import get_config_class, make_config, resolve_options
+from core.run_end import describe_end, describe_resumption
 from core.runtime import (
     compute_dtype,
     default_device,
@@ -47,7 +49,6 @@ from core.runtime import (
     warn_together,
 )
 from core.screen import busy
-from core.statistics import before_and_after
 from core.yaml_files import load_yaml
 
 # -- the stage contract ---------------------------------------------------------------------------
@@ -557,10 +558,11 @@ def main(stage_class: type[BaseStage], doc: str) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     if not result.success:
+        if is_main_process():
+            print(describe_resumption(stage.config), file=sys.stderr)
         sys.exit(1)
     if is_main_process():
-        changes = before_and_after(result.metrics).items()
-        print("done:", stage.config.output_dir, *(f" {name} {change}" for name, change in changes))
+        print(describe_end(stage, result))
 
 
 def build_stage(stage_class: type[BaseStage], arguments: Sequence[str]) -> tuple[BaseStage, bool]:

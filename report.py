@@ -27,6 +27,7 @@ from markupsafe import Markup, escape
 from core.charts import BOTTOM, LEFT, RIGHT, Chart, Line, Point, build_chart
 from core.metrics import Metric, find_best, find_metric, format_number, is_change, judge_change
 from core.run_folder import LogEntry, Stage, is_number, read_run
+from core.screen import show_controls
 from core.yaml_files import dump_yaml
 
 MAIN_CURVES = (  # shown at once, in this order; the others unfold
@@ -44,19 +45,12 @@ MAIN_CURVES = (  # shown at once, in this order; the others unfold
 # model, of the trained one.
 EARLIER_ANSWERS = ("before", "old", "baseline")
 LATER_ANSWERS = ("completion", "answer", "after", "new")
+SAMPLED = ("best", "worst")  # kinds of rows of RL that are no answers to held-out prompts
 MAX_ANSWER_LENGTH = 4000  # characters
 MAX_PROMPTS = 12  # of those that a stage was the first to answer
 REFERENCE_ANSWERS = ("expected", "chosen", "rejected")  # what the data has to a prompt
 # Options and records that differ between any two runs.
 NOT_COMPARED = ("output_dir", "command", "finished", "model_path", "artifacts")
-# Control characters, as the signs that Unicode has for them or by their number: in a log or an
-# answer they could move or hide text.
-CONTROL_SIGNS = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
-CONTROL_SIGNS[0x7F] = "\u2421"
-CONTROL_SIGNS |= {code: f"\\x{code:02x}" for code in range(0x80, 0xA0)}
-CONTROL_SIGNS |= {
-    code: f"\\u{code:04x}" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
-}
 
 
 # -- figures ---------------------------------------------------------------------------------------
@@ -290,7 +284,10 @@ def build_answers(stages: Mapping[str, Stage]) -> tuple[list[Card], int] | None:
 
 
 def first_and_last(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of the first and of the last evaluation, and those that belong to no step."""
+    """The rows of the first and of the last evaluation, and those that belong to no step. What RL
+    sampled in training is shown only where nothing else is."""
+    held_out = [row for row in rows if row.get("kind") not in SAMPLED]
+    rows = held_out or rows
     steps = [row["step"] for row in rows if "step" in row]
     if not steps:
         return list(rows)
@@ -334,6 +331,8 @@ def add_answers(card: Card, stage_name: str, row: Mapping[str, Any]) -> None:
         if key not in row or (key == "answer" and "expected" not in row):
             continue  # in a row without `expected`, `answer` is what is expected
         when = f"step {row['step']}" if key == "completion" else key
+        if row.get("kind") in SAMPLED:
+            when = f"{when} {row['kind']}"
         when = row.get("when", when)
         text = row[key]["answer"] if key == "baseline" else row[key]
         known_texts = [answer.text for answer in card.answers.values()]
@@ -472,7 +471,7 @@ def render(title: str, runs: Sequence[Run]) -> str:
 
 
 def show_control_characters(value: Any) -> Any:
-    return value.translate(CONTROL_SIGNS) if isinstance(value, str) else value
+    return show_controls(value) if isinstance(value, str) else value
 
 
 def breakable(name: str) -> Markup:

@@ -259,10 +259,13 @@ def describe_data(stage: Any) -> str:
     """Where the data is, how it is split, and why it was read in its format."""
     data = stage.lineage["data"]
     num_training, num_evaluation = [len(rows) for rows in stage.data[:2]]
-    columns = ", ".join(stage.config.formats[data["format"]])
+    described = []
+    for name in data["format"].split(", "):
+        columns = ", ".join(stage.config.formats[name])
+        described.append(f"format {name}, since it has the columns {columns}")
     return (
         f"{data['path']}: {data['rows']} rows, {num_training} to train on and {num_evaluation} to "
-        f"evaluate on; format {data['format']}, since it has the columns {columns}"
+        f"evaluate on; {'; '.join(described)}"
     )
 
 

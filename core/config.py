@@ -21,6 +21,7 @@ import torch
 from annotated_types import Ge, Gt, Lt, MinLen
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from core.data_sources import ColumnNames, DataSource, list_sources
 from core.errors import ConfigError
 from core.files import find_damage
 from core.options import Spellings, coerce_fields
@@ -344,19 +345,29 @@ class DataConfig(StageConfig):
     dataset_config_name: str | None = None  # configuration of a hub data set
     auto_detect_format: bool = True  # false refuses to guess the format without dataset_format
     dataset_format: str = "auto"  # meaning of the columns, by name; auto goes by the column names
+    # the data's columns by their names in a format, such as {prompt: customer_message, response:
+    # agent_reply}; {context: null} leaves out a column that is not needed
+    columns: ColumnNames = field(default_factory=dict)
+
+    def data_sources(self) -> list[DataSource]:
+        """The data sets to read; raises ConfigError for an entry that is none."""
+        value = getattr(self, self.aliases["data"])
+        return list_sources(value, self.columns, self.dataset_format, self.dataset_config_name)
 
     def validate(self) -> None:
         super().validate()
         path_option = self.aliases["data"]
         if not getattr(self, path_option):
             raise ConfigError(f"{path_option} is missing: --data=<file, folder or hub name>")
-        if self.dataset_format in self.formats:
-            return
+        sources = self.data_sources()
         known = ", ".join(self.formats)
-        if self.dataset_format != "auto":
-            raise ConfigError(f"dataset_format={self.dataset_format} is unknown, one of: {known}")
-        if not self.auto_detect_format:
-            raise ConfigError(f"auto_detect_format=false requires dataset_format, one of: {known}")
+        for source in sources:
+            if source.format == "auto" and not self.auto_detect_format:
+                raise ConfigError(
+                    f"auto_detect_format=false requires dataset_format, one of: {known}"
+                )
+            if source.format != "auto" and source.format not in self.formats:
+                raise ConfigError(f"dataset_format={source.format} is unknown, one of: {known}")
 
 
 @dataclass
@@ -376,6 +387,7 @@ class FitConfig(DataConfig, TrainingConfig):
 
     # training and evaluation
     validation_split: Share = 0.05  # fraction of rows held out for evaluation
+    streaming: bool = False  # read only the rows that max_steps takes, of data of any size
     num_train_epochs: Positive = 1.0  # passes over the training data
     max_steps: Natural = 0  # stop after N optimizer steps; 0 goes by num_train_epochs
     per_device_train_batch_size: Count = 8  # rows per device in a micro-batch
@@ -397,6 +409,8 @@ class FitConfig(DataConfig, TrainingConfig):
 
     def validate(self) -> None:
         super().validate()
+        if self.streaming and not self.max_steps:
+            raise ConfigError("streaming=true reads as many rows as max_steps takes; set max_steps")
         if self.optim == "muon" and is_sharded():
             raise ConfigError(
                 "optim=muon needs every matrix whole, and FSDP and DeepSpeed split them; "

@@ -15,13 +15,14 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from core.config import StageConfig
+from core.data_sources import split_paths
 from core.files import file_digest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,22 +110,30 @@ def identify_named_files(options: Mapping[str, Any]) -> dict[str, Any]:
 
     The path of a function is written file.py:name.
     """
-    values: list[Any] = []
-    for option in options.values():
-        if isinstance(option, list):
-            values += option
-        else:
-            values.append(option)
     identities = {}
-    for text in values:
+    for text in texts_in(list(options.values())):
         # Longer texts are templates or prompts; the operating system would refuse them as a path.
-        if not isinstance(text, str) or not 0 < len(text) < 256:
+        if not 0 < len(text) < 256:
             continue
         path = re.sub(r"(\.py):\w+$", r"\1", text)
         identity = file_identity(Path(path))
         if identity:
             identities[text] = identity
     return identities
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """The texts in an option's value: several data sets are a list of texts and of mappings, or one
+    text with commas."""
+    if isinstance(value, str):
+        yield value
+        if "," in value:
+            yield from split_paths(value)
+    elif isinstance(value, Mapping):
+        yield from texts_in(list(value.values()))
+    elif isinstance(value, list):
+        for entry in value:
+            yield from texts_in(entry)
 
 
 # -- code ----------------------------------------------------------------------------------------

@@ -67,6 +67,11 @@ def exact_kl(log_probs: torch.Tensor, ref_log_probs: torch.Tensor) -> torch.Tens
     return (log_probs.exp() * log_ratios).sum(-1)
 
 
+def completion_kl(rollout: Rollout) -> torch.Tensor:
+    """(B,): the KL of whole completions, in nats, by k3; 0 without a verdict."""
+    return (k3(rollout.old_logps, rollout.ref_logps) * rollout.used).sum(1)
+
+
 def next_kl_coef(kl_coef: float, kl: float, target: float, share: float) -> float:
     """The next beta: beta (1 + clip(kl / target - 1, -0.2, 0.2) share).
 

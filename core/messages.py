@@ -15,6 +15,7 @@ What cannot be read without losing a part of it raises RowError.
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from core.errors import RowError
@@ -43,13 +44,15 @@ MARKS = ("weight", "train")  # whether an answer is learnt
 KNOWN_KEYS = {*SPEAKER_KEYS, *TEXT_KEYS, *REASONING_KEYS, *TOOL_KEYS, *MARKS}
 
 
-def as_messages(value, role: str, tools=None) -> list[dict]:
+def as_messages(value, role: str) -> list[dict]:
     """The messages of `value`: a text (spoken by `role`), one message, or a list of messages.
 
     A message is {"role": ..., "content": ...} or, in ShareGPT's form, {"from": ..., "value": ...};
-    `tools` is a list of functions, or its JSON. Raises RowError if a text is missing or a speaker
-    is unknown.
+    a text may be the JSON of messages, as tables have it. Raises RowError if a text is missing or a
+    speaker is unknown.
     """
+    if isinstance(value, str):
+        value = parse_messages(value)
     if isinstance(value, str | int | float):
         value = {"role": role, "content": str(value)}
     turns = [value] if isinstance(value, dict) else value
@@ -60,6 +63,7 @@ def as_messages(value, role: str, tools=None) -> list[dict]:
     warn_of_unused_keys(turns)
 
     messages = []
+    tools = None
     for turn in turns:
         tools = tools or turn.get("tools")
         message = read_message(turn)
@@ -71,6 +75,103 @@ def as_messages(value, role: str, tools=None) -> list[dict]:
     if tools:
         messages[0]["tools"] = read_tools(tools)
     return messages
+
+
+def with_context(messages: list[dict], row: dict) -> list[dict]:
+    """The messages with what other columns of their row put before them: `history`, as earlier
+    turns; `system` or `system_prompt`, as the system message; and `tools`.
+
+    Empty columns say nothing. Raises RowError if the messages have another system message already.
+    """
+    system = read_system(row)
+    earlier = read_history(row.get("history"))
+    tools = read_tools(row["tools"]) if row.get("tools") else messages[0].get("tools")
+    if not (system or earlier or tools):
+        return messages
+
+    first = {key: value for key, value in messages[0].items() if key != "tools"}
+    messages = [first, *messages[1:]]
+    begins_with_system = first["role"] == "system"
+    if begins_with_system and system and first["content"].strip() != system.strip():
+        raise RowError("whose column system differs from its system message")
+    if begins_with_system:
+        system_messages, turns = messages[:1], messages[1:]
+    else:
+        system_messages = [{"role": "system", "content": system}] if system else []
+        turns = messages
+    messages = system_messages + earlier + turns
+    if tools:
+        messages[0] = {**messages[0], "tools": tools}
+    return messages
+
+
+def read_system(row: dict) -> str:
+    """The text of a row's column `system` or `system_prompt`; "" if there is none."""
+    texts = {}
+    for column in ("system", "system_prompt"):
+        value = row.get(column)
+        if value is None or value == "":
+            continue
+        if not isinstance(value, str):
+            raise RowError(f"whose column {column} is no text")
+        if value.strip():
+            texts[value.strip()] = value
+    if len(texts) > 1:
+        raise RowError("whose columns system and system_prompt differ")
+    return next(iter(texts.values()), "")
+
+
+def read_history(history) -> list[dict]:
+    """The turns of [[question, answer], ...], of a list of messages, or of the JSON of either."""
+    if not history:
+        return []
+    history = as_json(history, "a history")
+    if not history:
+        return []
+    if isinstance(history, list) and all(isinstance(turn, dict) for turn in history):
+        return as_messages(history, "user")
+    messages = []
+    for turn in history if isinstance(history, list) else [None]:
+        is_pair = isinstance(turn, list | tuple) and len(turn) == 2
+        if not is_pair or not all(isinstance(text, str) for text in turn):
+            raise RowError("with a history that is no list of [question, answer]")
+        question, answer = turn
+        messages += as_messages(question, "user") + as_messages(answer, "assistant")
+    return messages
+
+
+def parse_messages(value: str):
+    """The messages that a text is the JSON of, as in a cell of a table; any other text as it is.
+
+    Raises RowError for messages as Python prints them, which are not read.
+    """
+    begin = value.lstrip()
+    if not begin.startswith(("[", "{")):
+        return value
+    try:
+        parsed = json.loads(value)
+    except ValueError:
+        quoted = re.match(r"""\[?\s*\{\s*(['"])(role|content|from|value)\1\s*:""", begin)
+        if quoted and quoted.group(1) == "'":
+            raise RowError(
+                "with messages as Python prints them; write them by json.dumps"
+            ) from None
+        if quoted:
+            raise RowError("with messages that are broken JSON") from None
+        return value
+    turns = [parsed] if isinstance(parsed, dict) else parsed
+    if turns and all(is_message(turn) for turn in turns):
+        return parsed
+    return value
+
+
+def is_message(turn) -> bool:
+    """Whether a value has a known speaker and a text, or a call."""
+    if not isinstance(turn, dict):
+        return False
+    speaker = turn.get("role") or turn.get("from")
+    has_content = any(key in turn for key in (*TEXT_KEYS, *TOOL_KEYS))
+    return isinstance(speaker, str) and speaker in ROLES and has_content
 
 
 def warn_of_unused_keys(turns: list[dict]) -> None:

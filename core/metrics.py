@@ -50,6 +50,7 @@ METRICS = {
     "ranking_accuracy": Metric("share of pairs whose chosen answer is more probable", "higher"),
     "chosen_logps": Metric("log-probability of chosen answers", "higher"),
     "rejected_logps": Metric("log-probability of rejected answers"),
+    "chosen_fell": Metric("share of chosen answers less probable than at the reference", "lower"),
     "kl": Metric("distance from the reference model"),
     "z0": Metric("reference point of KTO"),
     "calibration_error": Metric("distance between confidence and accuracy", "lower"),

@@ -42,6 +42,10 @@ ON = ("true", "1", "yes", "on")
 NOTHING = ("none", "null", "false", "")
 OFF = (*NOTHING, "0", "no", "off")
 
+# The column of a plain text elsewhere: {text: column} of `columns` here. Its default "text" stands
+# in files whatever the format of the data is.
+TEXT_COLUMN = "dataset_text_field"
+
 
 @dataclass(frozen=True)
 class NotHere:
@@ -105,6 +109,10 @@ def translate(
             if written(value) in OFF:
                 continue
             value = meant if written(value) in ON else f"{key}={value}"
+        if name == TEXT_COLUMN and "columns" in own_names:
+            if written(value) in (*OFF, "text"):
+                continue
+            name, value = "columns", {"text": value}
         if name not in own_names and name in NOT_HERE:
             judge_foreign(name, value, NOT_HERE[name], problems, notes)
             continue

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from core.chat import IGNORE, encode_conversation
+from core.columns import CONTEXT_COLUMNS
 from core.errors import ConfigError, RowError
-from core.messages import as_messages, read_tools
+from core.messages import as_messages, with_context
 from core.runtime import logger
+from core.statistics import Z_95, wilson_interval
 
 # Name of a format: the columns it needs. Where several fit, the one with more columns is used.
 PAIR_FORMATS = {
@@ -23,6 +25,7 @@ PAIR_FORMATS = {
     "chosen-rejected": ["chosen", "rejected"],
     "instruction-chosen-rejected": ["instruction", "chosen", "rejected"],
     "instruction-preferred-rejected": ["instruction", "preferred", "rejected"],
+    "question-chosen-rejected": ["question", "chosen", "rejected"],
     "question-good-bad": ["question", "good_answer", "bad_answer"],
     "conversations-chosen-rejected": ["conversations", "chosen", "rejected"],
     "input-outputs-preference": ["input", "output_1", "output_2", "preference"],
@@ -30,14 +33,15 @@ PAIR_FORMATS = {
 }
 UNPAIRED_FORMATS = {"unpaired": ["prompt", "completion", "label"]}
 
-# Columns that join the prompt of a format if the data has them; each format also takes "tools".
+# Columns that join the prompt of a format if the data has them, beside CONTEXT_COLUMNS.
 PROMPT_COLUMNS = {
     "instruction-chosen-rejected": ["input"],
     "instruction-preferred-rejected": ["input"],
     "input-outputs-preference": ["instruction"],
 }
 OPTIONAL_COLUMNS = {
-    form: [*PROMPT_COLUMNS.get(form, []), "tools"] for form in (*PAIR_FORMATS, *UNPAIRED_FORMATS)
+    form: [*PROMPT_COLUMNS.get(form, []), *CONTEXT_COLUMNS]
+    for form in (*PAIR_FORMATS, *UNPAIRED_FORMATS)
 }
 
 LABELS = {"true": True, "1": True, "false": False, "0": False}
@@ -71,15 +75,7 @@ def to_pair(row: dict, form: str) -> dict:
     answers = {"chosen": chosen[start:], "rejected": rejected[start:]}
     if not start or not all(is_answer(answer) for answer in answers.values()):
         raise RowError("whose answers do not follow one prompt")
-    return {"prompt": with_tools(chosen[:start], row), **answers}
-
-
-def with_tools(prompt: list[dict], row: dict) -> list[dict]:
-    """The prompt with the functions that a column "tools" describes."""
-    if not row.get("tools"):
-        return prompt
-    first, *others = prompt
-    return [{**first, "tools": read_tools(row["tools"])}, *others]
+    return {"prompt": with_context(chosen[:start], row), **answers}
 
 
 def read_prompt(row: dict, form: str, prompt_columns: list[str]) -> list[dict]:
@@ -148,9 +144,16 @@ def to_single(row: dict) -> dict:
     label = as_code(row["label"])
     if label not in LABELS:
         raise RowError(f"whose label is {row['label']!r}, not true or false")
-    prompt = with_tools(as_messages(row["prompt"], "user"), row)
+    prompt = with_context(as_messages(row["prompt"], "user"), row)
     completion = as_messages(row["completion"], "assistant")
     return {"prompt": prompt, "completion": completion, "label": LABELS[label]}
+
+
+def to_preference(row: dict, form: str) -> dict:
+    """`to_single` of a row in one of UNPAIRED_FORMATS, `to_pair` of any other."""
+    if form in UNPAIRED_FORMATS:
+        return to_single(row)
+    return to_pair(row, form)
 
 
 def split_pairs(pairs: list[dict]) -> list[dict]:
@@ -319,16 +322,22 @@ def pair_accuracy(margins: Tensor) -> Tensor:
     return wins + ties / 2
 
 
-def warn_if_chosen_answers_fell(metrics: dict[str, float]) -> None:
-    """Warn if accuracy rose only because rejected answers fell faster than chosen ones."""
-
-    def change(name: str) -> float:
-        return metrics.get(f"eval_{name}", 0) - metrics.get(f"eval_{name}_before", 0)
-
-    if change("chosen_logps") < 0 < change("accuracy"):
+def warn_if_chosen_answers_fell(metrics: dict[str, float], num_pairs: int) -> None:
+    """Warn if accuracy on held-out pairs rose only because rejected answers fell faster than chosen
+    ones: on average, and in more than half of the pairs by more than chance."""
+    if "eval_chosen_fell" not in metrics:
+        return
+    fall = metrics["eval_chosen_logps"] - metrics["eval_chosen_logps_before"]
+    share_fallen = metrics["eval_chosen_fell"]
+    least_share, _ = wilson_interval(share_fallen, num_pairs, Z_95)
+    least_accuracy, _ = wilson_interval(metrics["eval_accuracy"], num_pairs, Z_95)
+    rose = least_accuracy > metrics["eval_accuracy_before"]
+    if fall < 0 and least_share > 0.5 and rose:
         logger.warning(
-            "chosen answers became less likely (log-probability %+.1f) while accuracy rose: "
-            "rejected answers fell faster. If answers get worse, raise beta, lower learning_rate, "
-            "or add a likelihood term: loss_type=sigmoid,nll",
-            change("chosen_logps"),
+            "chosen answers became less likely (log-probability %+.1f, in %.0f%% of %d held-out "
+            "pairs) while accuracy rose: rejected answers fell faster. If answers get worse, raise "
+            "beta, lower learning_rate, or add a likelihood term: loss_type=sigmoid,nll",
+            fall,
+            100 * share_fallen,
+            num_pairs,
         )

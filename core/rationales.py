@@ -64,7 +64,15 @@ class TeacherConfig(LLMClientConfig):
 # -- prompts ---------------------------------------------------------------------------------------
 
 
-def rationale_prompt(config: TeacherConfig, question: str) -> list[dict]:
+def as_prompt(question: str, system: str | None = None) -> list[dict]:
+    """The messages that ask a question, after the system text of its row if there is one."""
+    messages = [{"role": "user", "content": question}]
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
+    return messages
+
+
+def rationale_prompt(config: TeacherConfig, question: str, system: str | None = None) -> list[dict]:
     """The conversation that asks the teacher for one chain of thought."""
     kinds = ""
     if config.reasoning_types:
@@ -73,7 +81,7 @@ def rationale_prompt(config: TeacherConfig, question: str) -> list[dict]:
         f"{question}\n\nThink step by step{kinds}, in short sentences. Write the final "
         "answer alone on the last line, after ####."
     )
-    return [{"role": "user", "content": content}]
+    return as_prompt(content, system)
 
 
 def question_prompt(examples: list[str]) -> list[dict]:
@@ -211,7 +219,7 @@ def ask_for_chains(config: TeacherConfig, teacher: LLMClient, rows: list[dict]) 
     """For each row the chains of thought that the teacher writes, at most `num_rationales`."""
     requests = []
     for row in rows:
-        prompt = rationale_prompt(config, row["question"])
+        prompt = rationale_prompt(config, row["question"], row.get("system"))
         requests += [(prompt, number) for number in range(config.num_rationales)]
     sampling = TEACHER_SAMPLING | config.generation_kwargs
     texts = teacher.ask("rationales", requests, sampling, PROMPT_VERSION, strip_or_none)

@@ -1,4 +1,4 @@
-"""The run of an RL recipe: optimizer, schedule, evaluation, logging and alarms around its loop.
+"""The run of an RL recipe: optimizer, schedule, checkpoints and metrics around its loop.
 
 run = start_run(config, model, tokenizer, train_rows, eval_rows, reward_functions)
 with run.interruptible():
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,11 +22,17 @@ import torch
 
 from core.accelerator import finish_trackers, start_accelerator
 from core.checkpoints import find_checkpoint
-from core.kl import k3, loss_needs_log_probs, next_kl_coef
+from core.kl import completion_kl, loss_needs_log_probs, next_kl_coef
 from core.logprobs import disable_dropout
 from core.model_config import context_length
 from core.optimizers import new_optimizer, schedule_factor, set_learning_rates
-from core.rewards import score_completions, weighted_total
+from core.rl_alarms import Alarms, equal_rewards, raise_alarms, rollout_values
+from core.rl_samples import (
+    STEPS_BETWEEN_SAMPLES,
+    evaluate,
+    reward_columns,
+    write_best_and_worst,
+)
 from core.rollout import (
     Policy,
     RLConfig,
@@ -42,7 +47,7 @@ from core.rollout import (
     sampling_gaps,
 )
 from core.router_loss import router_loss_weight
-from core.run_log import log_step, truncate_metrics
+from core.run_log import count_lines, log_step, truncate_logs
 from core.runtime import (
     any_process_stopped,
     compute_dtype,
@@ -51,7 +56,7 @@ from core.runtime import (
     logger,
     suggest_bfloat16,
 )
-from core.sampling import decode_completions, sample_completions, uniform_numbers
+from core.sampling import uniform_numbers
 from core.screen import Pace
 from core.train_state import load_checkpoint, save_checkpoint
 
@@ -77,7 +82,9 @@ class Run(Policy):
     # Metrics of the first evaluation and the first step, and of each step since the start.
     before: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
-    alarms_raised: set[str] = field(default_factory=set)
+    evaluated_step: int = -1  # the last one with an evaluation
+    skipped_steps: int = 0  # optimizer steps of this process for which no completion had a score
+    alarms: Alarms = field(default_factory=Alarms)
     signals: list[int] = field(default_factory=list)  # that came during the present step
     step_began: float = 0.0  # time.perf_counter() at the start of the present step
     pace: Pace | None = None  # since the first step of this process
@@ -101,7 +108,9 @@ class Run(Policy):
         config = self.config
         # A resumed run has this evaluation in its checkpoint.
         if self.evaluation_rows and not self.before:
-            self.before |= self.report(evaluate(self))
+            self.before |= self.evaluate()
+        elif self.evaluation_is_due:  # a signal came before it
+            self.evaluate()
         self.pace = Pace(self.step)
         # A signal may come during a step or an evaluation; neither is followed by another step.
         while not self.stop_requested():
@@ -112,16 +121,29 @@ class Run(Policy):
             yield self.step
             if self.stop_requested():
                 continue
+            if self.evaluation_is_due:
+                self.evaluate()
             is_last = self.step == config.num_training_steps
-            evaluates = self.evaluation_rows and config.eval_freq and not is_last
-            if evaluates and self.step % config.eval_freq == 0:
-                self.report(evaluate(self))
             if config.save_freq and self.step % config.save_freq == 0:
                 self.save()
             elif config.save_freq and is_last:
                 # Nothing is lost until the stage has recorded its result; then this one goes.
                 self.save(is_end=True)
         self.save()
+
+    @property
+    def evaluation_is_due(self) -> bool:
+        """Whether eval_freq asks for an evaluation that was not made yet. Those before and after
+        training are no part of it."""
+        every, step = self.config.eval_freq, self.step
+        if not self.evaluation_rows or not every or step == self.config.num_training_steps:
+            return False
+        return step % every == 0 and step > self.evaluated_step
+
+    def evaluate(self) -> dict[str, float]:
+        """The metrics of greedy answers to the held-out prompts, which are logged."""
+        self.evaluated_step = self.step
+        return self.report(evaluate(self))
 
     @property
     def schedule_factor(self) -> float:
@@ -132,6 +154,8 @@ class Run(Policy):
         """Write a checkpoint. Sampling and shuffling are functions of seed and step."""
         state = {"step": self.step, "kl_coef": self.kl_coef, "before": self.before}
         state["scaler"] = self.scaler.state_dict()
+        state["evaluated_step"] = self.evaluated_step
+        state["log_lines"] = count_lines(Path(self.config.output_dir))
         save_checkpoint(
             self.config, self.step, self.trained_tensors, self.optimizer, state, is_end=is_end
         )
@@ -142,6 +166,9 @@ class Run(Policy):
         state = load_checkpoint(checkpoint, self.trained_tensors, self.optimizer, steps)
         self.step, self.kl_coef, self.before = state["step"], state["kl_coef"], state["before"]
         self.scaler.load_state_dict(state["scaler"])
+        self.evaluated_step = state["evaluated_step"]
+        if is_main_process():
+            truncate_logs(Path(self.config.output_dir), state["log_lines"])
 
     @property
     def trained_tensors(self) -> list[torch.Tensor]:
@@ -198,7 +225,13 @@ class Run(Policy):
                 self.warn_without_verdicts()
 
     def warn_without_verdicts(self) -> None:
-        logger.warning("step %d skipped: no completion was scored", self.step + 1)
+        """Count an optimizer step that is skipped; `finish` logs how many there were."""
+        self.skipped_steps += 1
+        self.alarms.warn(
+            "no_verdict",
+            f"step {self.step + 1} skipped: no completion was scored. If there are more such "
+            "steps, look at the reward, or at the rows that it leaves out",
+        )
 
     def backward(self, loss: torch.Tensor) -> None:
         self.scaler.scale(loss).backward()
@@ -229,7 +262,7 @@ class Run(Policy):
     # -- after the update
 
     def end_step(self, rollout: Rollout, metrics: dict[str, float]) -> None:
-        """Log the step, adapt beta, and warn of what goes wrong."""
+        """Log the step and some completions, adapt beta, and warn of what goes wrong."""
         config = self.config
         metrics = rollout_metrics(self, rollout) | metrics
         completions = config.batch_size * self.accelerator.num_processes
@@ -246,7 +279,10 @@ class Run(Policy):
         speed = {"completions_per_s": round(completions / seconds, 3)}
         self.report(metrics | speed | {"seconds_rollout": round(rollout.seconds, 2)})
         self.history.append(metrics)
-        raise_alarms(self)
+        raise_alarms(self, rollout_values(self, rollout))
+        is_last = self.step == config.num_training_steps
+        if is_last or self.evaluation_is_due or self.step % STEPS_BETWEEN_SAMPLES == 0:
+            write_best_and_worst(self, rollout)
 
     def report(self, metrics: dict[str, float]) -> dict[str, float]:
         """Write metrics to metrics.jsonl, the screen and the trackers; returns them."""
@@ -263,7 +299,11 @@ class Run(Policy):
         """Evaluate once more; returns the metrics after training and, as x_before, before it."""
         after = {}
         if self.evaluation_rows:
-            after = self.report(evaluate(self))
+            after = self.evaluate()
+        if self.skipped_steps:
+            logger.warning(
+                "optimizer steps skipped because no completion was scored: %d", self.skipped_steps
+            )
         finish_trackers(self.accelerator)
         # A single batch says less about reward and length than the held-out prompts do.
         names = ("kl",) if self.evaluation_rows else ("kl", "reward", "length")
@@ -356,6 +396,8 @@ def start_run(
     checkpoint = find_checkpoint(config)
     if checkpoint:
         run.resume(checkpoint)
+    elif is_main_process():
+        truncate_logs(Path(config.output_dir), {})  # those of an earlier run
     logger.info(
         "training %s of %s parameters on %d prompts, on %s in %s",
         f"{sum(parameter.numel() for parameter in run.parameters):,}",
@@ -365,9 +407,6 @@ def start_run(
         str(compute_dtype(config.torch_dtype)).removeprefix("torch."),
     )
     suggest_bfloat16(config.torch_dtype)
-    if is_main_process():
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            truncate_metrics(Path(config.output_dir, name), run.step)
     return run
 
 
@@ -470,7 +509,7 @@ def prompts_of_step(seed: int, rows: list[dict], step: int, count: int) -> list[
     return prompts
 
 
-# -- metrics, evaluation, alarms -------------------------------------------------------------------
+# -- metrics ---------------------------------------------------------------------------------------
 
 
 def rollout_metrics(run: Run, rollout: Rollout) -> dict[str, float]:
@@ -491,23 +530,20 @@ def scored_metrics(run: Run, rollout: Rollout) -> dict[str, torch.Tensor]:
     if not len(judged):
         return {}
     metrics = {"reward": judged.mean(), "reward_std": judged.std(correction=0)}
-    if rollout.rewards.shape[1] > 1:
-        names = [f"reward_{Path(name).name}" for name in run.reward_functions]
-        metrics |= dict(zip(names, gather(rollout.rewards).nanmean(0), strict=True))
+    columns = reward_columns(run)
+    if columns:
+        metrics |= dict(zip(columns, gather(rollout.rewards).nanmean(0), strict=True))
     if rollout.ref_logps is not None:
-        kl = (k3(rollout.old_logps, rollout.ref_logps) * used).sum(1)  # (B,)
-        metrics["kl"] = gather(kl).sum() / len(judged)
+        metrics["kl"] = gather(completion_kl(rollout)).sum() / len(judged)
     entropy = run.sum_over_processes((rollout.entropy * used).sum())
     metrics["entropy"] = entropy / num_tokens
     gap = run.sum_over_processes((sampling_gaps(rollout) * used).sum())
     metrics["sampling_gap"] = gap / num_tokens
     if rollout.values is not None:
         metrics["explained_variance"] = explained_variance(run, rollout)
-    # Groups in which all completions did equally well, or badly, carry no signal for GRPO and RLOO.
     if run.config.num_generations > 1:
         groups = scores.view(-1, run.config.num_generations)  # (P, G)
-        deviations = (groups - groups.nanmean(1, keepdim=True)).nan_to_num()
-        metrics["zero_variance"] = (deviations.abs().amax(1) < 1e-6).float().mean()
+        metrics["zero_variance"] = equal_rewards(groups).float().mean()
     return metrics
 
 
@@ -522,71 +558,3 @@ def explained_variance(run: Run, rollout: Rollout) -> torch.Tensor:
     error_variance = error_squares - error_sum * error_sum / count
     return_variance = return_squares - return_sum * return_sum / count
     return 1 - error_variance / return_variance.clamp(min=1e-8)
-
-
-@torch.no_grad()
-def evaluate(run: Run) -> dict[str, float]:
-    """{"eval_reward", ...} of greedy answers to the held-out prompts, kept in samples.jsonl."""
-    from accelerate.utils import gather_object
-
-    config, accelerator = run.config, run.accelerator
-    # Each process answers every n-th prompt; the answers come together for the figures.
-    own_rows = run.evaluation_rows[accelerator.process_index :: accelerator.num_processes]
-    answers = []
-    for start in range(0, len(own_rows), config.batch_size):
-        rows = own_rows[start : start + config.batch_size]
-        prompts = [row["ids"] for row in rows]
-        with run.autocast():
-            completions, _ = sample_completions(run.model, run.tokenizer, prompts, config.sampling)
-        texts, stopped = decode_completions(run.tokenizer, completions)
-        rewards = score_completions(config, run.reward_functions, rows, texts)  # (b, R)
-        scores = weighted_total(config, rewards).tolist()
-        for row, text, stop, ids, score in zip(
-            rows, texts, stopped, completions, scores, strict=True
-        ):
-            answer = {"step": run.step, "prompt": row["prompt"], "completion": text}
-            answer |= {"reward": score, "length": len(ids), "stopped": stop}
-            answers.append(answer | row["columns"])
-    answers = gather_object(answers)
-    if is_main_process():
-        lines = [json.dumps(answer, ensure_ascii=False, default=str) + "\n" for answer in answers]
-        with open(Path(config.output_dir, "samples.jsonl"), "a", encoding="utf-8") as file:
-            file.writelines(lines)
-    metrics = {}
-    for name in ("reward", "length", "stopped"):
-        values = torch.tensor([float(answer[name]) for answer in answers])
-        metrics[f"eval_{name}"] = float(values.nanmean())
-    return metrics
-
-
-def raise_alarms(run: Run) -> None:
-    """Warn, once each, of what goes wrong in the curves, with the remedy."""
-    now, config = run.history[-1], run.config
-    if now.get("kl", 0) > 10 * (config.target_kl or 2.0):
-        raise_alarm(
-            run,
-            "kl",
-            f"the policy is leaving the reference: KL {now.get('kl', 0):.1f} nats per completion. "
-            "Raise init_kl_coef, set target_kl, or lower learning_rate",
-        )
-    if "entropy" in now and now["entropy"] < 0.1 * run.before["entropy"]:
-        raise_alarm(
-            run,
-            "entropy",
-            f"entropy has collapsed: {now['entropy']:.3f} nats per token. "
-            "Lower learning_rate, raise init_kl_coef or entropy_coef",
-        )
-    last_three = [metrics.get("zero_variance") for metrics in run.history[-3:]]
-    if last_three == [1.0, 1.0, 1.0]:
-        raise_alarm(
-            run,
-            "zero_variance",
-            "all completions of every prompt have had the same reward for three steps: nothing to "
-            "learn from. Choose prompts neither too easy nor too hard, or raise num_generations",
-        )
-
-
-def raise_alarm(run: Run, name: str, message: str) -> None:
-    if name not in run.alarms_raised:
-        run.alarms_raised.add(name)
-        logger.warning(message)

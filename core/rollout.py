@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from core.chat import IGNORE, prompt_ids
+from core.columns import CONTEXT_COLUMNS
 from core.config import (
     Count,
     DataConfig,
@@ -30,6 +31,7 @@ from core.config import (
     TrainingConfig,
 )
 from core.data import load_rows, usable_rows
+from core.data_sources import DataPath
 from core.errors import ConfigError, RowError
 from core.logprobs import (
     TokenLogps,
@@ -40,7 +42,7 @@ from core.logprobs import (
     sharing_is_exact,
     without_adapter,
 )
-from core.messages import as_messages
+from core.messages import as_messages, with_context
 from core.rewards import (
     REWARDS,
     ScoringConfig,
@@ -64,9 +66,11 @@ PROMPT_FORMATS = {  # name: required columns; of several that fit, the one with 
     "prompt": ["prompt"],
     "messages": ["messages"],
     "question": ["question"],
+    "problem": ["problem"],
     "instruction": ["instruction"],
     "instruction-input": ["instruction", "input"],
 }
+PROMPT_OPTIONAL_COLUMNS = {form: [*CONTEXT_COLUMNS] for form in PROMPT_FORMATS}
 
 
 @dataclass
@@ -93,7 +97,7 @@ class RLConfig(DataConfig, ScoringConfig, TrainingConfig):
     optimizes_policy: ClassVar[bool] = True  # false: TRPO steps by itself
     accumulates: ClassVar[bool] = True  # false: a rollout makes one step, however it is divided
 
-    prompt_dataset_path: str = ""  # file (.json, .jsonl, .csv, .parquet), folder, or hub name
+    prompt_dataset_path: DataPath = ""  # file, folder or hub name, or a list: docs/data.md
     validation_split: Share = 0.05  # fraction of rows held out for evaluation
     max_seq_length: Count = 1024  # tokens of prompt and completion; longer prompts are dropped
     # reward
@@ -201,10 +205,11 @@ def to_prompt(row: dict, form: str, needs_answer: bool = False) -> dict:
     if needs_answer and row.get("answer", "") is None:
         raise RowError("without an answer")
     source = PROMPT_FORMATS[form]
-    prompt = as_messages(row[source[0]], "user", row.get("tools"))
+    prompt = as_messages(row[source[0]], "user")
     if form == "instruction-input":
         parts = [str(part) for part in (row["instruction"], row["input"]) if part]
-        prompt = as_messages("\n\n".join(parts), "user", row.get("tools"))
+        prompt = as_messages("\n\n".join(parts), "user")
+    prompt = with_context(prompt, row)
     # Drop answers that the data already has: the policy must not see them.
     while prompt and prompt[-1]["role"] == "assistant":
         prompt.pop()
@@ -235,7 +240,9 @@ def load_prompts(config: RLConfig) -> tuple[list[dict], list[dict], dict]:
     def convert(row: dict, form: str) -> dict:
         return to_prompt(row, form, needs_answer)
 
-    training, evaluation, data_set = load_rows(config, convert, None)
+    training, evaluation, data_set = load_rows(
+        config, convert, PROMPT_OPTIONAL_COLUMNS, passes_on=True
+    )
     check_answer_column(config, training[0]["columns"])
     check_reward_prompts(config, [row["prompt"] for row in (*training, *evaluation)])
     return training, evaluation, data_set
@@ -253,9 +260,11 @@ def encode_prompts(
     return usable_rows(rows, encode, what) if rows else []
 
 
-def prompt_sequences(config: RLConfig, row: dict, tokenizer) -> tuple[list[tuple], bool]:
+def prompt_sequences(
+    config: RLConfig, row: dict, tokenizer, context: int
+) -> tuple[list[tuple], bool]:
     """([(prompt ids, None)], False): what the checks before training look at."""
-    limit = config.max_seq_length - config.sampling["max_new_tokens"]
+    limit = min(config.max_seq_length, context) - config.sampling["max_new_tokens"]
     return [(encode_prompt(row, tokenizer, limit)["ids"], None)], False
 
 

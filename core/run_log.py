@@ -1,4 +1,5 @@
-"""What a run logs at a step: a line in metrics.jsonl, and a shorter one on the screen."""
+"""What a run logs at a step: a line in metrics.jsonl, and a shorter one on the screen; and what
+stays of its logs when it is resumed."""
 
 from __future__ import annotations
 
@@ -11,21 +12,33 @@ from core.files import atomic_writer
 from core.runtime import logger
 from core.screen import Pace
 
+# Files of a run that grow line by line.
+LOG_FILES = ("metrics.jsonl", "samples.jsonl")
 # How a figure is shown on the screen; the others are shown as "name value", with four digits.
 SCREEN_FORMATS = {"learning_rate": "lr {:.2g}", "tokens_per_s": "{:,.0f} tokens/s"}
 
 
-def truncate_metrics(path: Path, step: int) -> None:
-    """Keep the complete lines of a .jsonl up to `step`.
+def count_lines(folder: Path) -> dict[str, int]:
+    """The number of lines that each of LOG_FILES has."""
+    return {name: len(complete_lines(folder / name)) for name in LOG_FILES}
+
+
+def truncate_logs(folder: Path, counts: Mapping[str, int]) -> None:
+    """Keep so many lines of each of LOG_FILES, none of those that are not in `counts`.
 
     A resumed run writes again what the interrupted one wrote after its last checkpoint.
     """
-    lines = []
-    # The last line may be half-written; without its line break it does not match.
-    if step and path.exists():
-        lines = re.findall(r".*\n", path.read_text(encoding="utf-8"))
-    with atomic_writer(path) as file:
-        file.writelines(line for line in lines if json.loads(line)["step"] <= step)
+    for name in LOG_FILES:
+        lines = complete_lines(folder / name)
+        with atomic_writer(folder / name) as file:
+            file.writelines(lines[: counts.get(name, 0)])
+
+
+def complete_lines(path: Path) -> list[str]:
+    """The lines of a file; the last one may be half-written, without its line break."""
+    if not path.exists():
+        return []
+    return re.findall(r".*\n", path.read_text(encoding="utf-8"))
 
 
 def log_step(

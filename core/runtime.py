@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from core.errors import as_config_error
-from core.screen import clear_open_line, new_screen_handler
+from core.screen import SafeFormatter, clear_open_line, new_screen_handler
 
 logger = logging.getLogger("recipes")
 
@@ -233,7 +233,7 @@ def start_logging(level: str, path: Path | None = None) -> contextlib.ExitStack:
             path.parent.mkdir(parents=True, exist_ok=True)
             file_handler = logging.FileHandler(path, encoding="utf-8")
         layout = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-        file_handler.setFormatter(logging.Formatter(layout))
+        file_handler.setFormatter(SafeFormatter(layout))
     add_handler(stack, logging.getLogger(), file_handler)
     # In a chain, the chain has set up the screen for its stages.
     if is_main_process() and not logger.handlers:

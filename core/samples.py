@@ -11,6 +11,7 @@ from typing import ClassVar
 from core.config import Count, FitConfig, Natural
 from core.files import write_jsonl
 from core.runtime import is_main_process, logger
+from core.screen import shorten
 
 Answers = Sequence[tuple[str, bool]]  # (text, whether a stop token ended it), of `generate`
 
@@ -64,9 +65,3 @@ def compare_answers(
             metrics[f"exact_match{suffix}"] = statistics.fmean(matches)
         metrics[f"stopped{suffix}"] = statistics.fmean(stopped for _, stopped in answers)
     return metrics
-
-
-def shorten(text: str, length: int = 160) -> str:
-    """The text on one line, at most `length` characters of it."""
-    one_line = " ".join(text.split())
-    return one_line[:length]

@@ -13,11 +13,39 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 SECONDS_BETWEEN_LINES = 5.0
 CLEAR_LINE = "\r\x1b[2K"
+# What a model wrote may have control characters, which move the cursor, clear or recolour the
+# screen, and marks that reverse the order of letters. Tabs and line feeds are harmless.
+CONTROL_CODES = (
+    *range(0x00, 0x09),
+    *range(0x0B, 0x20),
+    *range(0x7F, 0xA0),
+    *range(0x202A, 0x202F),
+    *range(0x2066, 0x206A),
+)
+CONTROL_SIGNS = {code: chr(code).encode("unicode_escape").decode() for code in CONTROL_CODES}
+
+
+def show_controls(text: str) -> str:
+    """The text with its control characters written out, such as \\x1b."""
+    return text.translate(CONTROL_SIGNS)
+
+
+def shorten(text: str, length: int = 160) -> str:
+    """The text on one line, at most `length` characters of it."""
+    one_line = " ".join(text.split())
+    return one_line[:length]
+
+
+class SafeFormatter(logging.Formatter):
+    """Whatever text gets into the log, a terminal shows it and does nothing else."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return show_controls(super().format(record))
 
 
 class ScreenHandler(logging.StreamHandler):
@@ -105,7 +133,9 @@ def in_notebook() -> bool:
 
 
 def new_screen_handler() -> logging.Handler:
-    return NotebookHandler(sys.stdout) if in_notebook() else ScreenHandler(sys.stdout)
+    handler = NotebookHandler(sys.stdout) if in_notebook() else ScreenHandler(sys.stdout)
+    handler.setFormatter(SafeFormatter())
+    return handler
 
 
 # -- what logs nothing by itself -------------------------------------------------------------------
@@ -186,3 +216,15 @@ def clock(seconds: float) -> str:
     if hours:
         return f"{hours}:{minutes:02}:{seconds:02}"
     return f"{minutes}:{seconds:02}"
+
+
+def format_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text in aligned columns, below a head and a rule."""
+    columns = zip(head, *rows, strict=True)
+    widths = [max(map(len, column)) for column in columns]
+    rule = ["-" * width for width in widths]
+    lines = []
+    for row in (head, rule, *rows):
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

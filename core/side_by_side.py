@@ -1,17 +1,10 @@
-"""What models write, on a terminal: without effect on it, and in columns."""
+"""What models write, in columns on a terminal."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
-# All that moves the cursor, changes colors or reorders text, except tabs and line breaks.
-CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-
-
-def show_controls(text: str) -> str:
-    r"""`text` with its control characters written out, such as \x1b."""
-    return CONTROL_CHARACTER.sub(lambda match: ascii(match[0])[1:-1], text)
+from core.screen import show_controls
 
 
 def print_side_by_side(headings: Sequence[str], texts: Sequence[str]) -> None:

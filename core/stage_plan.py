@@ -22,6 +22,7 @@ from core.recipe_files import (
     resolve_options,
 )
 from core.runtime import warn_together
+from core.screen import format_table
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
@@ -33,18 +34,6 @@ def recipe_names() -> list[str]:
 def short_name(folder: str) -> str:
     """`sft` of the folder `02_sft`."""
     return folder.split("_", 1)[1]
-
-
-def format_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text in aligned columns, below a head and a rule."""
-    columns = zip(head, *rows, strict=True)
-    widths = [max(map(len, column)) for column in columns]
-    rule = ["-" * width for width in widths]
-    lines = []
-    for row in (head, rule, *rows):
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
 
 
 class StagePlan:
@@ -150,8 +139,9 @@ class StagePlan:
         defaults = {"stage_name": label, "output_dir": output_dir}
         stage = stage_class(make_config(config_class, defaults | shared | own, notes))
         stage.warns_of_options = False  # `check` does it for all stages together
-        with as_config_error("its options", ValueError):
-            stage.validate_config()
+        if stage.config.enabled:  # of one that does not run, something may be missing
+            with as_config_error("its options", ValueError):
+                stage.validate_config()
         return stage
 
     def explain(self, problem: str) -> str:

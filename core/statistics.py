@@ -6,6 +6,8 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
+Z_95 = statistics.NormalDist().inv_cdf(0.975)  # standard errors to each side of a 95% interval
+
 
 def wilson_interval(mean: float, n: int, z: float) -> tuple[float, float]:
     """Wilson's score interval (Wilson 1927) of the mean of n values between 0 and 1."""
@@ -28,6 +30,16 @@ def wilson_interval(mean: float, n: int, z: float) -> tuple[float, float]:
     return max(low, 0.0), min(high, 1.0)
 
 
+def normal_interval(values: Sequence[float], z: float) -> tuple[float, float]:
+    """The mean of `values` +- z standard errors; too narrow below about 30 values."""
+    # One value says nothing about the spread.
+    if len(values) == 1:
+        return -math.inf, math.inf
+    mean = statistics.fmean(values)
+    error = z * statistics.stdev(values) / math.sqrt(len(values))
+    return mean - error, mean + error
+
+
 def confidence_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
     """(low, high) of the confidence interval of the mean of `values`.
 
@@ -35,16 +47,10 @@ def confidence_interval(values: Sequence[float], confidence: float = 0.95) -> tu
     values of 0 and 1 and is too wide, never too narrow, for values in between. Otherwise it is the
     mean +- z standard errors.
     """
-    n = len(values)
-    mean = statistics.fmean(values)
     z = statistics.NormalDist().inv_cdf((1 + confidence) / 2)
     if min(values) >= 0 and max(values) <= 1:
-        return wilson_interval(mean, n, z)
-    # One value says nothing about the spread.
-    if n == 1:
-        return -math.inf, math.inf
-    error = z * statistics.stdev(values) / math.sqrt(n)
-    return mean - error, mean + error
+        return wilson_interval(statistics.fmean(values), len(values), z)
+    return normal_interval(values, z)
 
 
 def mean_with_interval(name: str, values: Sequence[float]) -> dict[str, float]:

@@ -44,7 +44,7 @@ from core.train_state import load_checkpoint, load_weights, save_checkpoint
 Batch = dict[str, Tensor]
 
 MIXED_PRECISION = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
-NOT_ON_SCREEN = "epoch|grad_norm|.*_(logps|reward)"
+NOT_ON_SCREEN = "epoch|grad_norm|.*_(logps|reward|fell)"
 
 
 @dataclass

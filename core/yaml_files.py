@@ -74,3 +74,12 @@ def dump_yaml(values: Mapping[str, Any]) -> str:
     stream = io.StringIO()
     make_yaml().dump(dict(values), stream)
     return stream.getvalue()
+
+
+def inline_yaml(text: str) -> str:
+    """A text as it has to be written inside {...} and [...]; quoted where it is not plain."""
+    is_plain = re.fullmatch(r"[^\W\d][\w .-]*(?<! )", text)
+    if is_plain and parse_yaml(text) == text:
+        return text
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'

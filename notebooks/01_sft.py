@@ -185,7 +185,7 @@ with open(f"{OUT}/01_sft/stage.json") as file:
 
 # %%
 with open(f"{OUT}/few.jsonl", "w") as file:
-    for row in rows.select(range(48)):  # half of them are held out
+    for row in rows[:48]:  # half of them are held out
         file.write(json.dumps(row) + "\n")
 few = replace(
     config,

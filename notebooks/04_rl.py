@@ -300,12 +300,14 @@ legend = left.legend()
 # %% [markdown]
 # ## Before and after
 #
-# Held-out sums, answered greedily. `samples.jsonl` has every answer with its reward.
+# Held-out sums, answered greedily. `samples.jsonl` has every answer with its reward, and the best and the worst completion of
+# every tenth step.
 
 # %%
 answers = {}
 for name in stages:
     samples = pd.read_json(f"{OUT}/04_{name}/samples.jsonl", lines=True)
+    samples = samples[samples["kind"] == "held_out"]
     first = samples[samples["step"] == 0]
     last = samples[samples["step"] == samples["step"].max()]
     answers[name] = last["completion"].str.slice(0, 60).tolist()

@@ -119,7 +119,7 @@ class ScriptedClient:
 
 
 pairs = []
-for row in rows.select(range(40)):
+for row in rows[:40]:
     prompt = [{"role": "user", "content": row["prompt"]}]
     pairs.append((prompt, row["chosen"], row["rejected"]))
 

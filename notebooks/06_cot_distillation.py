@@ -221,8 +221,8 @@ pd.DataFrame(table).head(6)
 # do in one.
 
 # %%
-bare_rows = rows.map(lambda row: {"rationale": "The answer:"})
-bare_rows.to_json(f"{OUT}/bare.jsonl")
+bare_rows = pd.DataFrame(rows).assign(rationale="The answer:")
+bare_rows.to_json(f"{OUT}/bare.jsonl", orient="records", lines=True)
 bare = replace(
     config,
     reasoning_dataset_path=f"{OUT}/bare.jsonl",

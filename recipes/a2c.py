@@ -239,7 +239,7 @@ class A2CStage(BaseStage):
         return training, evaluation
 
     def sequences(self, row, tokenizer, context):
-        return prompt_sequences(self.config, row, tokenizer)
+        return prompt_sequences(self.config, row, tokenizer, context)
 
     def work(self, lengths):
         return estimate_work(self.config, lengths)

@@ -24,7 +24,6 @@ Run it on a laptop with ready rationales, and with a teacher behind a server:
 Shapes: B rows of a batch, T tokens of the longest, N target tokens of the batch, V vocabulary.
 """
 
-import functools
 import importlib.util
 import math
 import re
@@ -46,14 +45,17 @@ from common import BaseStage, load_model_and_tokenizer, main
 from core import verifiers
 from core.chat import IGNORE, prompt_ids
 from core.config import Count, FitConfig, Names, Natural, Positive
-from core.data import detect_format, load_dataset_from_path, load_rows, usable_rows
+from core.data import load_rows, read_source, usable_rows
+from core.data_sources import DataPath, DataSource
 from core.errors import ConfigError, RowError, as_config_error, nearest_name, unknown_name
 from core.files import read_jsonl, rows_from_main_process, write_jsonl
 from core.llm_client import LLMClient
+from core.messages import read_system
 from core.model_config import context_length
 from core.output_layer import deferred_logits, scores_at, unwrap_model
 from core.rationales import (
     TeacherConfig,
+    as_prompt,
     check_answers,
     collect_rationales,
     final_answer,
@@ -78,9 +80,8 @@ FORMATS = {
     "prompt": ["prompt"],
     "instruction-output": ["instruction", "output"],
 }
-OPTIONAL_COLUMNS = dict.fromkeys(FORMATS, ["reasoning_type"]) | {
-    "instruction-output": ["reasoning_type", "input"]
-}
+OPTIONAL_COLUMNS = {form: ["reasoning_type", "system", "system_prompt"] for form in FORMATS}
+OPTIONAL_COLUMNS["instruction-output"] += ["input"]
 # What the columns of a format hold, in their order.
 COLUMN_ROLES = {
     1: ["question"],
@@ -113,7 +114,7 @@ class CoTConfig(FitConfig, TeacherConfig):
     )
 
     # data
-    reasoning_dataset_path: str = ""  # .json, .jsonl, .csv or .parquet file, folder, or hub name
+    reasoning_dataset_path: DataPath = ""  # file, folder or hub name, or a list: docs/data.md
     max_seq_length: Count = 1024  # tokens of question and rationale; longer rows are dropped
     # student
     cot_template: str = "{rationale}\n#### {answer}"  # the text that the student learns to write
@@ -173,8 +174,8 @@ class CoTConfig(FitConfig, TeacherConfig):
 
 
 def convert(row: dict, form: str) -> dict:
-    """{"question", "rationale", "answer", "type"} of a row in one of FORMATS, with None for what
-    the row does not have; raises RowError for a row that cannot be used."""
+    """{"question", "rationale", "answer", "type", "system"} of a row in one of FORMATS, with None
+    for what the row does not have; raises RowError for a row that cannot be used."""
     columns = FORMATS[form]
     texts: dict[str, str | None] = {"question": None, "rationale": None, "answer": None}
     for role, column in zip(COLUMN_ROLES[len(columns)], columns, strict=True):
@@ -204,6 +205,7 @@ def convert(row: dict, form: str) -> dict:
         "rationale": rationale,
         "answer": answer,
         "type": row.get("reasoning_type"),
+        "system": read_system(row) or None,
     }
 
 
@@ -237,11 +239,11 @@ def select_reasoning_types(config: CoTConfig, *splits: list[dict]) -> Sequence[l
 
 
 def to_conversation(config: CoTConfig, row: dict) -> list[dict]:
-    """The question as the user's turn, the rationale and the answer as the assistant's."""
+    """The system text, if there is one, the question, and rationale and answer as one turn."""
     target = config.template.replace("{answer}", row["answer"])
     target = target.replace("{rationale}", row["rationale"])
     return [
-        {"role": "user", "content": row["question"]},
+        *as_prompt(row["question"], row.get("system")),
         {"role": "assistant", "content": target},
     ]
 
@@ -449,7 +451,7 @@ def evaluate_answers(
     samples: list[dict] = []
     for name, rows in eval_sets.items():
         questions = [row for row in rows if row["answer"]][: config.num_eval_samples]
-        prompts = [[{"role": "user", "content": row["question"]}] for row in questions]
+        prompts = [as_prompt(row["question"], row.get("system")) for row in questions]
         answers = generate(model, tokenizer, prompts, config.max_new_tokens)
         # The student writes the marker of its template, which need not be that of the teacher.
         finals = [final_answer(text, config.answer_marker) for text, _ in answers]
@@ -484,9 +486,7 @@ def load_eval_files(config: CoTConfig) -> dict[str, list[dict]]:
     for path in config.eval_reasoning_tasks:
         if not Path(path).exists():
             continue
-        dataset = load_dataset_from_path(path)
-        form = detect_format(dataset.column_names, FORMATS)
-        rows = usable_rows(dataset, functools.partial(convert, form=form), path)
+        rows = read_source(DataSource(path), FORMATS, convert, OPTIONAL_COLUMNS).rows
         if not any(row["answer"] for row in rows):
             raise ConfigError(f"eval_reasoning_tasks={path}: no row has an answer")
         eval_sets[Path(path).stem] = rows
@@ -581,10 +581,11 @@ class CoTDistillationStage(BaseStage):
 
     def sequences(self, row, tokenizer, context):
         if not row["rationale"]:
-            prompt = [{"role": "user", "content": row["question"]}]
+            prompt = as_prompt(row["question"], row.get("system"))
             return [(prompt_ids(tokenizer, prompt), None)], False
         conversation = to_conversation(self.config, row)
-        pieces, cut = sft.encode(conversation, tokenizer, self.config.max_seq_length)
+        max_length = min(self.config.max_seq_length, context)
+        pieces, cut = sft.encode(conversation, tokenizer, max_length)
         sequences = [(piece["input_ids"].tolist(), piece["labels"].tolist()) for piece in pieces]
         return sequences, cut
 

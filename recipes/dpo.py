@@ -40,6 +40,7 @@ from common import BaseStage, load_model_and_tokenizer, main
 from core.chat import IGNORE
 from core.config import Count, Names, Natural, NonNegative, Positive, comma_separated
 from core.data import load_rows, usable_rows
+from core.data_sources import DataPath
 from core.errors import ConfigError, RowError, unknown_name
 from core.hub import check_model
 from core.logprobs import (
@@ -63,9 +64,8 @@ from core.preferences import (  # rows of preferences, which recipes/reward.py r
     first_prompts,
     pair_accuracy,
     split_pairs,
-    to_pair,
+    to_preference,
     to_sample,
-    to_single,
     truncate_answers,
     warn_if_chosen_answers_fell,
 )
@@ -92,7 +92,7 @@ class DPOConfig(SamplesConfig):
     everyday: ClassVar = (*SamplesConfig.everyday, "loss_type", "beta")
 
     # preference data
-    preference_dataset_path: str = ""  # .json, .jsonl, .csv or .parquet file, folder, or hub name
+    preference_dataset_path: DataPath = ""  # file, folder or hub name, or a list: docs/data.md
     max_seq_length: Count = 2048  # tokens of prompt and answer; longer answers lose their end
     max_prompt_length: Natural = 0  # maximum length of prompts, in tokens; 0 keeps them whole
     truncation_side: Literal["left", "right"] = "left"  # side on which prompts are truncated
@@ -418,9 +418,7 @@ def pair_objective(pairs: PairLogps, config: DPOConfig) -> tuple[Tensor, dict]:
     """(weighted sum of the losses of loss_type (B,), metrics)."""
     each = [PAIR_LOSSES[name].compute(pairs, config) for name in config.loss_type]
     losses = torch.stack(each, 1)  # (B, L) of L losses
-    weights = losses.new_ones(len(each))  # (L,)
-    if config.loss_weights:
-        weights = losses.new_tensor(config.loss_weights)
+    weights = losses.new_tensor(config.loss_weights or [1.0] * len(each))  # (L,)
 
     # A model trained so has an implicit reward, beta times the log-ratio.
     rewards = config.beta * pairs.log_ratios  # (B, 2)
@@ -439,6 +437,8 @@ def pair_objective(pairs: PairLogps, config: DPOConfig) -> tuple[Tensor, dict]:
         "rejected_reward": rejected_reward,
         "margin": margins.mean(),
     }
+    if config.needs_reference:
+        metrics["chosen_fell"] = (pairs.log_ratios[:, 0] < 0).float().mean()
     return losses @ weights, metrics
 
 
@@ -483,7 +483,7 @@ def train(config: DPOConfig, model, tokenizer, train_rows: list, eval_rows: list
     make_batch = partial(collate, share_prompt=share_prompt)
     batch_loss = partial(loss, config=config, reference=reference)
     metrics = fit(config, model, training, evaluation, make_batch, batch_loss)
-    warn_if_chosen_answers_fell(metrics)
+    warn_if_chosen_answers_fell(metrics, len(evaluation))
 
     # 5. Answer the same prompts after training.
     after = generate(model, tokenizer, prompts, config.max_new_tokens)
@@ -558,15 +558,10 @@ class DPOStage(BaseStage):
         config = self.config
         check_model(config.reference_model_path)
 
-        def convert(row: dict, form: str) -> dict:
-            if form in UNPAIRED_FORMATS:
-                return to_single(row)
-            return to_pair(row, form)
-
-        train_rows, eval_rows, source = load_rows(config, convert, OPTIONAL_COLUMNS)
+        train_rows, eval_rows, source = load_rows(config, to_preference, OPTIONAL_COLUMNS)
         self.lineage["data"] = source
         self.lineage["reference"] = config.reference_model_path or "the stage's input model"
-        unpaired = source["format"] in UNPAIRED_FORMATS
+        unpaired = "label" in train_rows[0]
         if unpaired and config.loss_type != ["kto"]:
             raise ConfigError(
                 f"data {source['path']} has single answers with a label; set loss_type=kto"
@@ -576,7 +571,8 @@ class DPOStage(BaseStage):
         return train_rows, eval_rows
 
     def sequences(self, row, tokenizer, context):
-        encoded = encode(row, tokenizer, self.config)
+        limits = replace(self.config, max_seq_length=min(self.config.max_seq_length, context))
+        encoded = encode(row, tokenizer, limits)
         prompt = encoded["prompt"]
         prompt_labels = [IGNORE] * len(prompt)
         ids_and_labels = []

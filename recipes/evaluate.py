@@ -46,6 +46,7 @@ from core import verifiers
 from core.chat import IGNORE, prompt_ids
 from core.config import Count, DataConfig, ModelConfig, Natural, StageConfig
 from core.data import read_rows, usable_rows
+from core.data_sources import DataPath
 from core.errors import ConfigError, RowError
 from core.files import rows_from_main_process
 from core.function_process import Subprocess
@@ -54,6 +55,7 @@ from core.judge import Judge, JudgingConfig
 from core.logprobs import TokenLogps, answer_scores, collate_answers
 from core.messages import as_messages
 from core.model_config import context_length
+from core.preferences import OPTIONAL_COLUMNS as PAIR_OPTIONAL_COLUMNS
 from core.preferences import (
     PAIR_FORMATS,
     UNPAIRED_FORMATS,
@@ -70,7 +72,7 @@ from core.rewards import (
     stopping_functions,
     weighted_total,
 )
-from core.rollout import PROMPT_FORMATS, to_prompt
+from core.rollout import PROMPT_FORMATS, PROMPT_OPTIONAL_COLUMNS, to_prompt
 from core.runtime import logger, to_device
 from core.sampling import generate
 from core.statistics import mean_with_interval
@@ -86,6 +88,8 @@ PROMPTS = {name: columns for name, columns in PROMPT_FORMATS.items() if name != 
 PAIRED = PAIR_FORMATS | UNPAIRED_FORMATS
 # Format: its columns. If several formats fit, the one with the most columns is used.
 FORMATS = PAIRED | ANSWERED | PROMPTS
+OPTIONAL_COLUMNS = PROMPT_OPTIONAL_COLUMNS | sft.OPTIONAL_COLUMNS | PAIR_OPTIONAL_COLUMNS
+OPTIONAL_COLUMNS["instruction"] = [*PROMPT_OPTIONAL_COLUMNS["instruction"], "input"]
 
 
 @dataclass
@@ -108,7 +112,7 @@ class EvaluateConfig(DataConfig, ScoringConfig, JudgingConfig, ModelConfig):
     )
 
     # evaluation
-    dataset_name_or_path: str = ""  # .json, .jsonl, .csv or .parquet file, folder, or hub name
+    dataset_name_or_path: DataPath = ""  # file, folder or hub name, or a list: docs/data.md
     baseline: str | None = None  # model to compare with: hub name, folder, .gguf or stage:NAME
     max_seq_length: Count = 2048  # tokens of prompt and answer; longer rows are dropped
     num_eval_samples: Natural = 0  # rows to sample from the data; 0 uses all
@@ -502,7 +506,7 @@ class EvaluateStage(BaseStage):
         self.judge = Judge(config, load_model_and_tokenizer)
         if config.feedback_model_path:
             self.judge.check()
-        rows, self.lineage["data"] = read_rows(config, convert, None)
+        rows, self.lineage["data"] = read_rows(config, convert, OPTIONAL_COLUMNS, passes_on=True)
         check_answer_column(config, rows[0]["columns"])
         return [], rows
 

@@ -36,6 +36,7 @@ from common import BaseStage, main
 from core.chat import encode_conversation, stop_tokens
 from core.config import Count, FitConfig, NonNegative, Positive
 from core.data import load_rows, usable_rows
+from core.data_sources import DataPath
 from core.errors import ConfigError, RowError
 from core.model_config import context_length
 from core.preferences import (  # rows of preferences, which recipes/dpo.py reads too
@@ -62,7 +63,7 @@ class RewardConfig(FitConfig):
     everyday: ClassVar = (*FitConfig.everyday, "center_rewards_coefficient")
 
     # reward model
-    preference_dataset_path: str = ""  # .json, .jsonl, .csv or .parquet file, folder, or hub name
+    preference_dataset_path: DataPath = ""  # file, folder or hub name, or a list: docs/data.md
     max_seq_length: Count = 2048  # maximum tokens of prompt and answer; longer pairs are left out
     learning_rate: Positive | None = None  # peak; default 2e-4 for an adapter, 1e-5 for all weights
     center_rewards_coefficient: NonNegative = 0.01  # pull of a pair's rewards towards a mean of 0
@@ -242,7 +243,7 @@ class RewardStage(BaseStage):
         return train_rows, eval_rows
 
     def sequences(self, row, tokenizer, context):
-        pair = encode(row, tokenizer, self.config.max_seq_length)
+        pair = encode(row, tokenizer, min(self.config.max_seq_length, context))
         # No labels: tokens are scored, not imitated.
         return [(pair["chosen"], None), (pair["rejected"], None)], False
 

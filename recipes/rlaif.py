@@ -540,7 +540,7 @@ class RLAIFStage(BaseStage):
         return training, evaluation
 
     def sequences(self, row, tokenizer, context):
-        return prompt_sequences(self.config, row, tokenizer)
+        return prompt_sequences(self.config, row, tokenizer, context)
 
     def work(self, lengths):
         config = self.config

@@ -37,11 +37,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import BaseStage, main
 from core.chat import IGNORE, encode_conversation, text_ids
+from core.columns import CONTEXT_COLUMNS
 from core.config import Count, NonNegative
 from core.data import load_rows, usable_rows
+from core.data_sources import DataPath
 from core.errors import ConfigError, RowError
 from core.logprobs import TokenLogps, states_agree
-from core.messages import as_messages
+from core.messages import as_messages, is_learnt, with_context
 from core.model_config import context_length
 from core.output_layer import hidden_states_at, scores_at
 from core.runtime import logger, to_device
@@ -61,8 +63,16 @@ FORMATS = {
     "prompt-response": ["prompt", "response"],
     "question-answer": ["question", "answer"],
     "context-question-answer": ["context", "question", "answer"],
+    "query-response": ["query", "response"],
+    "problem-solution": ["problem", "solution"],
+    "input-output": ["input", "output"],
     "text": ["text"],
 }
+# Columns that follow the instruction if the data has them.
+INSTRUCTION_PARTS = ["input", "context"]
+OPTIONAL_COLUMNS = {form: [*CONTEXT_COLUMNS] for form in FORMATS if form != "text"}
+OPTIONAL_COLUMNS["alpaca"] += INSTRUCTION_PARTS
+OPTIONAL_COLUMNS["instruction-response"] += INSTRUCTION_PARTS
 
 
 @dataclass
@@ -73,10 +83,18 @@ class SFTConfig(SamplesConfig):
     everyday: ClassVar = (*SamplesConfig.everyday, "packing")
 
     # supervised fine-tuning
-    dataset_name_or_path: str = ""  # .json, .jsonl, .csv or .parquet file, folder, or hub name
+    dataset_name_or_path: DataPath = ""  # file, folder or hub name, or a list: docs/data.md
     max_seq_length: Count = 2048  # tokens per sequence; chats lose later turns, text is split
     packing: bool = False  # put several rows into one sequence, isolated from each other
     neftune_noise_alpha: NonNegative = 0.0  # strength of noise on the embeddings, such as 5; 0: off
+
+    def validate(self) -> None:
+        super().validate()
+        if self.streaming and self.packing:
+            raise ConfigError(
+                "streaming=true reads max_steps batches of rows, and packing=true puts an unknown "
+                "number of rows into each sequence; set one of them to false"
+            )
 
 
 # -- data: rows to conversations, conversations to tokens ------------------------------------------
@@ -85,28 +103,34 @@ class SFTConfig(SamplesConfig):
 def to_messages(row: dict, form: str, separate_input: bool = False) -> list[dict]:
     """Convert a row to a conversation: a list of {"role", "content"}.
 
-    The optional `input` of an alpaca row is appended to its instruction, or with `separate_input`
+    The optional `input` or `context` of an instruction is appended to it, or with `separate_input`
     stored under "input", for an instruction_template that has a place for it.
     Raises RowError if a text is missing.
     """
     if form in ("messages", "sharegpt"):
         (column,) = FORMATS[form]
-        return as_messages(row[column], "user", row.get("tools"))
+        return with_context(as_messages(row[column], "user"), row)
 
     *prompt_columns, answer_column = FORMATS[form]
     prompt_parts = [row[column] for column in prompt_columns]
-    alpaca_input = None
-    if form == "alpaca":
-        alpaca_input = row.get("input")
-    if alpaca_input and not separate_input:
-        prompt_parts.append(alpaca_input)
+    further_parts = []
+    if form in ("alpaca", "instruction-response"):
+        further_parts = [row[name] for name in INSTRUCTION_PARTS if row.get(name)]
+    if not separate_input:
+        prompt_parts += further_parts
 
-    prompt = as_messages(join_prompt_parts(prompt_parts), "user", row.get("tools"))
+    prompt = as_messages(join_prompt_parts(prompt_parts), "user")
     if separate_input:
         # The template reads "input" in every prompt, so it is there even if the row has none.
-        prompt[-1]["input"] = alpaca_input or ""
+        prompt[-1]["input"] = join_prompt_parts(further_parts) if further_parts else ""
     answer = as_messages(row[answer_column], "assistant")
-    return prompt + answer
+    return with_context(prompt, row) + answer
+
+
+def check_has_target(messages: list[dict]) -> None:
+    """Raise RowError for a conversation without an answer that is learnt."""
+    if not any(turn["role"] == "assistant" and is_learnt(turn) for turn in messages[1:]):
+        raise RowError("without an answer")
 
 
 def join_prompt_parts(parts: list):
@@ -421,11 +445,11 @@ class SFTStage(BaseStage):
         def convert(row: dict, form: str) -> list[dict] | str:
             if form == "text":
                 return to_text(row)
-            return to_messages(row, form, separate_input)
+            messages = to_messages(row, form, separate_input)
+            check_has_target(messages)
+            return messages
 
-        optional_columns = {form: ["tools"] for form in FORMATS if form != "text"}
-        optional_columns["alpaca"] += ["input"]
-        train_rows, eval_rows, source = load_rows(self.config, convert, optional_columns)
+        train_rows, eval_rows, source = load_rows(self.config, convert, OPTIONAL_COLUMNS)
         self.lineage["data"] = source
         self.needs_chat_template = source["format"] != "text"
         if self.config.num_eval_samples and not self.needs_chat_template:
@@ -435,10 +459,7 @@ class SFTStage(BaseStage):
         return train_rows, eval_rows
 
     def sequences(self, row, tokenizer, context):
-        max_length = self.config.max_seq_length
-        # A text is split at the model's context; a chat beyond it is for the check to report.
-        if isinstance(row, str):
-            max_length = min(max_length, context)
+        max_length = min(self.config.max_seq_length, context)
         sequences, shortened = encode(row, tokenizer, max_length)
         ids_and_labels = []
         for sequence in sequences:

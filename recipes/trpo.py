@@ -358,7 +358,7 @@ class TRPOStage(BaseStage):
         return training, evaluation
 
     def sequences(self, row, tokenizer, context):
-        return prompt_sequences(self.config, row, tokenizer)
+        return prompt_sequences(self.config, row, tokenizer, context)
 
     def work(self, lengths):
         return estimate_work(self.config, lengths)

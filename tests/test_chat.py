@@ -10,7 +10,7 @@ import core.messages
 import core.runtime
 from core.config import ModelConfig
 from core.errors import ConfigError
-from core.messages import as_messages
+from core.messages import as_messages, with_context
 
 
 def test_a_chat_becomes_tokens_as_the_docstring_shows(tokenizer):
@@ -121,7 +121,7 @@ def test_an_empty_system_message_is_none_and_tools_stay(caplog):
     core.runtime.warn_once.cache_clear()
     system = {"role": "system", "content": " ", "rating": 5}
     tools = '[{"name": "f"}]'
-    assert as_messages([system, USER], "user", tools) == [
+    assert with_context(as_messages([system, USER], "user"), {"tools": tools}) == [
         USER | {"tools": [{"type": "function", "function": {"name": "f"}}]}
     ]
     assert "these parts of a message are not used: rating" in caplog.text

@@ -24,7 +24,8 @@ from core.config import StageConfig
 from core.conversation import Conversation, choose_sampling, stream_tokens
 from core.errors import ConfigError
 from core.sampling import generate, sample_completions, uniform_numbers
-from core.side_by_side import print_side_by_side, show_controls
+from core.screen import show_controls
+from core.side_by_side import print_side_by_side
 
 GREEDY = {"max_new_tokens": 12, "temperature": 0.0, "top_p": 1.0, "top_k": 0}
 STOP = 2  # <|im_end|>

@@ -203,23 +203,25 @@ def test_another_model_that_is_not_there_is_refused_before_the_first_step(
         ).check()
 
 
-def test_rows_beyond_the_context_are_refused_and_plain_text_is_not(tmp_path, own_tokenizer):
-    long = ROWS + [{"question": "long " * 50, "answer": "yes"}]
-    with pytest.raises(
-        ConfigError, match="longer than the model's context of 64 tokens; with max_seq_length=64"
-    ):
-        core.checks.check_encoded_rows(stage_on(tmp_path, long), own_tokenizer, 64)
-    assert (
-        len(
-            core.checks.check_encoded_rows(
-                stage_on(tmp_path, long, max_seq_length=64), own_tokenizer, 64
-            ).lengths
-        )
-        == 12
-    )
-    assert core.checks.check_encoded_rows(
-        stage_on(tmp_path, [{"text": "long " * 50}]), own_tokenizer, 64
-    )
+def test_rows_beyond_the_context_are_left_out_and_counted(tmp_path, own_tokenizer, caplog):
+    long = {"question": "long " * 50, "answer": "yes"}
+    stage = stage_on(tmp_path, [*ROWS, long])
+    encoded = core.checks.check_encoded_rows(stage, own_tokenizer, 64, warn=True)
+    assert len(encoded.lengths) == 12 and max(encoded.lengths) <= 64
+    assert "1 of 13 rows left out: 1 with no answer that ends within 64 tokens" in caplog.text
+    with pytest.raises(ConfigError, match="no usable rows .13 with no answer that ends within 2 t"):
+        core.checks.check_encoded_rows(stage, own_tokenizer, 2)
+    # Text is split at the context.
+    text = stage_on(tmp_path, [{"text": "long " * 50}])
+    assert core.checks.check_encoded_rows(text, own_tokenizer, 64)
+
+
+def test_a_stage_that_ignores_the_context_is_refused(tmp_path, own_tokenizer):
+    """Of a stage of one's own it is not known that it leaves such rows out."""
+    stage = stage_on(tmp_path, ROWS)
+    stage.sequences = lambda row, tokenizer, context: ([([5] * (context + 1), None)], False)
+    with pytest.raises(ConfigError, match="longer than the model's context of 64 tokens"):
+        core.checks.check_encoded_rows(stage, own_tokenizer, 64)
 
 
 def test_plain_text_may_begin_and_end_anywhere(tmp_path, own_tokenizer):
@@ -288,8 +290,8 @@ def test_prompts_and_answers_that_are_cut_are_seen_as_training_sees_them(
         and max(encoded.lengths) == 80
         and "are cut at max_seq_length=80 or max_prompt_length=40" in caplog.text
     )
-    with pytest.raises(ConfigError, match="longer than the model's context of 64 tokens"):
-        core.checks.check_encoded_rows(stage, own_tokenizer, 64)
+    shorter = core.checks.check_encoded_rows(stage, own_tokenizer, 64)
+    assert shorter.cut == 8 and max(shorter.lengths) == 64
     split = dpo.DPOStage(
         dpo.DPOConfig(
             preference_dataset_path=path,
@@ -385,10 +387,10 @@ def test_the_checks_come_before_the_weights(tmp_path, model_dir, monkeypatch):
     )
     stage = stage_on(
         tmp_path,
-        [{"question": "long " * 600, "answer": "yes"}] * 3 + ROWS,
+        [{"question": "long " * 600, "answer": f"yes {n}"} for n in range(9)] + ROWS[:3],
         model_name_or_path=model_dir,
     )
-    with pytest.raises(ConfigError, match="longer than the model's context of 512"):
+    with pytest.raises(ConfigError, match="9 with no answer that ends within 512 tokens"):
         stage.execute()
 
 
@@ -436,12 +438,11 @@ def test_a_dry_run_of_a_recipe_and_of_a_chain_says_all_and_writes_nothing(
 def test_a_chain_refuses_before_its_first_stage_runs(tmp_path, model_dir, data):
     pairs = write(
         tmp_path / "pairs.jsonl",
-        [{"prompt": "long " * 600, "chosen": "yes", "rejected": "no"}] * 2
-        + [{"prompt": f"Say {n}", "chosen": "yes", "rejected": "no"} for n in range(9)],
+        [{"prompt": f"{n}" + " long" * 600, "chosen": "yes", "rejected": "no"} for n in range(9)],
     )
     with pytest.raises(
         ConfigError,
-        match="stage 02_dpo: a row of the training data: it is longer than the model's context",
+        match="stage 02_dpo: training data: no usable rows .9 whose prompt leaves no room",
     ):
         Pipeline.from_dict(
             {

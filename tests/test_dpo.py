@@ -20,6 +20,7 @@ import core.preferences
 import core.sampling
 from core.chat import IGNORE
 from core.errors import ConfigError, RowError
+from core.preferences import to_pair
 from core.samples import compare_answers
 from core.sampling import generate
 
@@ -107,8 +108,8 @@ ROWS = {
 
 @pytest.mark.parametrize("form", ROWS)
 def test_every_format_gives_the_same_pair(form, tmp_path):
-    assert core.data.detect_format(list(ROWS[form]), dpo.FORMATS) == form
-    assert dpo.to_pair(ROWS[form], form) == {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}
+    assert core.columns.detect_format(list(ROWS[form]), dpo.FORMATS) == form
+    assert to_pair(ROWS[form], form) == {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}
     stage = dpo.DPOStage(
         config(
             tmp_path,
@@ -126,19 +127,19 @@ def test_every_format_gives_the_same_pair(form, tmp_path):
 )
 def test_the_preference_decides_which_answer_is_chosen(preference, chosen):
     row = {"question": "?", "answer_a": "A1", "answer_b": "A2", "preference": preference}
-    assert dpo.to_pair(row, "question-answers-preference")["chosen"][0]["content"] == chosen
+    assert to_pair(row, "question-answers-preference")["chosen"][0]["content"] == chosen
 
 
 def test_messages_share_their_longest_prefix_and_optional_columns_join_the_prompt():
     more = [{"role": "user", "content": "And 4?"}]
     row = {"chosen": [USER, GOOD, *more, GOOD], "rejected": [USER, GOOD, *more, BAD]}
-    assert dpo.to_pair(row, "chosen-rejected")["prompt"] == [USER, GOOD, *more]
+    assert to_pair(row, "chosen-rejected")["prompt"] == [USER, GOOD, *more]
     row = {
         "prompt": "3 pm?",
         "chosen": [USER, GOOD],
         "rejected": [USER, BAD],
     }  # the answers repeat the prompt
-    assert dpo.to_pair(row, "prompt-chosen-rejected") == {
+    assert to_pair(row, "prompt-chosen-rejected") == {
         "prompt": [USER],
         "chosen": [GOOD],
         "rejected": [BAD],
@@ -150,9 +151,7 @@ def test_messages_share_their_longest_prefix_and_optional_columns_join_the_promp
         "output_2": "3",
         "preference": 1,
     }
-    assert (
-        dpo.to_pair(row, "input-outputs-preference")["prompt"][0]["content"] == "Convert.\n\n3 pm"
-    )
+    assert to_pair(row, "input-outputs-preference")["prompt"][0]["content"] == "Convert.\n\n3 pm"
 
 
 @pytest.mark.parametrize(
@@ -213,7 +212,7 @@ def test_messages_share_their_longest_prefix_and_optional_columns_join_the_promp
 )
 def test_rows_that_show_no_preference_say_why(row, form, reason):
     with pytest.raises(RowError, match=reason):
-        dpo.to_pair(row, form)
+        to_pair(row, form)
 
 
 def test_preferences_coded_by_0_and_1_are_refused_since_their_1_is_the_other_answer(tmp_path):
@@ -575,6 +574,8 @@ def test_the_figures_of_pairs_by_hand(tmp_path, name, per_token):
     if per_token:
         chosen, rejected = [1 / 4, 3 / 3, -1 / 2], [-2 / 2, 2 / 4, 0.5 / 1]
     _, metrics = dpo.pair_objective(pairs, config(tmp_path, loss_type=[name], beta=0.3))
+    # Without a reference no answer can be less likely than under it.
+    fell = {} if per_token else {"chosen_fell": 1 / 3}
     assert {key: value.item() for key, value in metrics.items()} == pytest.approx(
         {
             "accuracy": 2 / 3,
@@ -585,6 +586,7 @@ def test_the_figures_of_pairs_by_hand(tmp_path, name, per_token):
             "rejected_reward": 0.3 * sum(rejected) / 3,
             "margin": 0.3 * (sum(chosen) - sum(rejected)) / 3,
         }
+        | fell
     )
 
 
@@ -869,23 +871,48 @@ def test_a_reference_of_its_own_is_used_and_its_tokenizer_compared(tokenizer, tm
         dpo.frozen_reference(settings, make_model(tokenizer), grown)
 
 
-def test_falling_chosen_answers_are_warned_of(tokenizer, model, tmp_path, monkeypatch, caplog):
-    figures = {
-        "eval_chosen_logps": -12.0,
-        "eval_chosen_logps_before": -10.0,
-        "eval_accuracy": 0.8,
-        "eval_accuracy_before": 0.5,
-    }
-    for falls, said in (
-        (figures, True),
-        (figures | {"eval_chosen_logps": -9.0}, False),
-        (figures | {"eval_accuracy": 0.5}, False),
-    ):
-        monkeypatch.setattr(dpo, "fit", lambda *_, figures=falls: figures)
-        caplog.clear()
-        with caplog.at_level("WARNING"):
-            dpo.train(config(tmp_path, lora_r=0), model, tokenizer, PAIRS, PAIRS)
-        assert ("chosen answers became less likely (log-probability -2.0)" in caplog.text) is said
+# Held-out pairs after training: 64 of them, whose chosen answers fell in 40, and that are right in
+# 40. The 95% interval of 40 of 64 begins at 0.503, that of 39 of 64 at 0.487.
+FELL = {
+    "eval_chosen_logps": -12.0,
+    "eval_chosen_logps_before": -10.0,
+    "eval_chosen_fell": 40 / 64,
+    "eval_accuracy": 40 / 64,
+    "eval_accuracy_before": 0.5,
+}
+
+
+@pytest.mark.parametrize(
+    "change, num_pairs, is_warned",
+    [
+        ({}, 64, True),
+        ({"eval_chosen_fell": 39 / 64}, 64, False),
+        ({"eval_accuracy": 39 / 64}, 64, False),
+        ({"eval_chosen_logps": -9.0}, 64, False),
+        ({"eval_chosen_fell": 1.0, "eval_accuracy": 1.0}, 3, False),
+        ({"eval_chosen_fell": 1.0, "eval_accuracy": 1.0}, 4, True),
+    ],
+)
+def test_chosen_answers_that_fell_are_warned_of_beyond_chance(caplog, change, num_pairs, is_warned):
+    with caplog.at_level("WARNING"):
+        core.preferences.warn_if_chosen_answers_fell(FELL | change, num_pairs)
+    assert ("chosen answers became less likely" in caplog.text) is is_warned
+
+
+def test_the_warning_counts_the_held_out_pairs(tokenizer, model, tmp_path, monkeypatch, caplog):
+    figures = FELL | {"eval_chosen_fell": 1.0, "eval_accuracy": 1.0}
+    monkeypatch.setattr(dpo, "fit", lambda *_: figures)
+    with caplog.at_level("WARNING"):
+        dpo.train(config(tmp_path, lora_r=0), model, tokenizer, PAIRS, PAIRS)
+    assert f"(log-probability -2.0, in 100% of {len(PAIRS)} held-out pairs)" in caplog.text
+
+
+def test_without_held_out_pairs_or_a_reference_there_is_no_warning(caplog):
+    with caplog.at_level("WARNING"):
+        core.preferences.warn_if_chosen_answers_fell({}, 0)
+        free = {name: value for name, value in FELL.items() if name != "eval_chosen_fell"}
+        core.preferences.warn_if_chosen_answers_fell(free, 64)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("unpaired", [True, False])

@@ -122,7 +122,8 @@ def test_options_that_the_others_leave_without_effect_are_noted(tmp_path, option
     ],
 )
 def test_every_format_becomes_a_prompt_with_its_answers(row, form, prompt, answers):
-    assert core.data.detect_format([*row], evaluate.FORMATS) == form
+    optional = evaluate.OPTIONAL_COLUMNS
+    assert core.columns.detect_format([*row], evaluate.FORMATS, optional=optional) == form
     found = evaluate.convert(row, form)
     assert [turn["content"] for turn in found["prompt"]] == [prompt]
     assert [side[0]["content"] for side in found["answers"]] == answers

@@ -12,13 +12,15 @@ import core.run_log
 
 def test_a_line_is_ended_by_a_line_feed_alone(tmp_path):
     rows = [{"step": n, "text": "a\u2028b\x85c"} for n in (1, 2, 3)]
-    assert core.files.rows_from_main_process(tmp_path / "a.jsonl", lambda: rows) == rows
-    with open(tmp_path / "a.jsonl", "a") as file:
+    path = tmp_path / "samples.jsonl"
+    assert core.files.rows_from_main_process(path, lambda: rows) == rows
+    with open(path, "a") as file:
         file.write('{"step": 1, "te')
-    core.run_log.truncate_metrics(tmp_path / "a.jsonl", 2)
-    assert [
-        json.loads(line) for line in (tmp_path / "a.jsonl").read_text().split("\n")[:-1]
-    ] == rows[:2]
+    assert core.run_log.count_lines(tmp_path) == {"metrics.jsonl": 0, "samples.jsonl": 3}
+    core.run_log.truncate_logs(tmp_path, {"samples.jsonl": 2})
+    assert [json.loads(line) for line in path.read_text().split("\n")[:-1]] == rows[:2]
+    core.run_log.truncate_logs(tmp_path, {})
+    assert path.read_text() == (tmp_path / "metrics.jsonl").read_text() == ""
 
 
 def test_numbers_of_other_libraries_stay_numbers(tmp_path):

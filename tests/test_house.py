@@ -48,6 +48,7 @@ IMPORTS_OF_THE_REPORT = {
     "core.charts",
     "core.metrics",
     "core.run_folder",
+    "core.screen",
     "core.yaml_files",
     "jinja2",
     "markupsafe",

@@ -812,7 +812,7 @@ def test_long_names_may_break_after_an_underscore(tmp_path):
 
 def test_control_characters_are_shown_and_do_nothing(tmp_path):
     evil = "\x1b[31mred\x07\x00\x9b2J\u202egnp.exe\x7f\r"
-    harmless = "␛[31mred␇␀\\x9b2J\\u202egnp.exe␡␍"
+    harmless = r"\x1b[31mred\x07\x00\x9b2J\u202egnp.exe\x7f\r"
     stage(tmp_path, {evil: 1.0}, data={"path": evil}, command=f"python {evil}")
     sample = {"prompt": f"a\n\tb{evil}", "expected": evil, "before": evil, "after": "x"}
     rows(tmp_path / "samples.jsonl", sample)
@@ -820,6 +820,24 @@ def test_control_characters_are_shown_and_do_nothing(tmp_path):
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", text)
     assert text.count(harmless) >= 5
     assert f"a\n\tb{harmless}" in text
+
+
+def test_sampled_completions_of_rl_are_shown_only_without_held_out_answers(tmp_path):
+    stage(tmp_path)
+    sampled = [
+        {"step": 10, "kind": kind, "prompt": "1 + 1?", "completion": text, "reward": reward}
+        for kind, text, reward in (("best", "right", 1.0), ("worst", "wrong", 0.0))
+    ]
+    rows(tmp_path / "samples.jsonl", *sampled)
+    boxes = re.findall('<small>([^<]*)</small><div class="text">(.*?)</div>', page(tmp_path))
+    assert [(title.split()[1:4], text) for title, text in boxes] == [
+        (["step", "10", "best"], "right"),
+        (["step", "10", "worst"], "wrong"),
+    ]
+    held_out = {"step": 9, "kind": "held_out", "prompt": "2 + 2?", "completion": "four"}
+    rows(tmp_path / "samples.jsonl", held_out, *sampled)
+    text = page(tmp_path)
+    assert ">four<" in text and ">wrong<" not in text
 
 
 def test_chosen_and_rejected_answers_stand_beside_those_of_the_model(tmp_path):

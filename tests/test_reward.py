@@ -144,7 +144,6 @@ def test_rows_that_are_too_long_are_left_out(tokenizer):
 def test_what_the_siblings_share_is_the_same():
     pair_formats = {name: columns for name, columns in dpo.FORMATS.items() if name != "unpaired"}
     assert pair_formats == reward.FORMATS
-    assert dpo.to_pair is reward.to_pair
 
 
 @pytest.mark.parametrize(

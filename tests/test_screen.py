@@ -111,3 +111,21 @@ def test_a_pace_counts_the_steps_of_this_process(monkeypatch):
 
 def test_the_handler_of_a_file_is_no_terminal():
     assert not ScreenHandler(io.StringIO()).is_terminal
+
+
+def test_control_characters_are_shown_and_not_sent(tmp_path, monkeypatch):
+    """What a model wrote clears no screen and moves no cursor."""
+    monkeypatch.setattr("sys.stdout", Terminal())
+    written = (
+        "red \x1b[31m\x1b[2J, \x9b2K, a\rb, \x07, \u202eback; tab\tand\nline stay, \u00e9\U0001f600"
+    )
+    with start_logging("info", tmp_path / "training.log"):
+        stream = core.screen.find_terminal().stream
+        logging.getLogger("recipes").info("%s", written)
+    shown = (
+        r"red \x1b[31m\x1b[2J, \x9b2K, a\rb, \x07, \u202eback; tab"
+        "\tand\nline stay, \u00e9\U0001f600\n"
+    )
+    assert stream.getvalue() == shown
+    log = (tmp_path / "training.log").read_text(encoding="utf-8")
+    assert log.endswith(f"INFO recipes: {shown}") and "\x1b" not in log

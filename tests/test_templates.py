@@ -10,7 +10,7 @@ import trl
 
 from core.chat import IGNORE, encode_conversation, prompt_ids, stop_tokens
 from core.errors import RowError
-from core.messages import as_messages
+from core.messages import as_messages, with_context
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
 # Without those of models that see pictures, which AutoModelForCausalLM does not load.
@@ -131,7 +131,7 @@ def outcome(tok, kind):
     """ "exact" or "refused"; fails if what is learnt is not what the template writes."""
     rows = KINDS[kind]
     tools = TOOLS if "tools" in kind else None
-    messages = as_messages(copy.deepcopy(rows), "user", tools)
+    messages = with_context(as_messages(copy.deepcopy(rows), "user"), {"tools": tools})
     try:
         turns = learnt_turns(tok, messages, tools)
     except RowError as error:

@@ -1,0 +1,155 @@
+"""Answers of an RL run to read: samples.jsonl, and one of them on the screen.
+
+A line of samples.jsonl has "step", "kind", "prompt", "completion", "reward", with several rewards
+"reward_NAME" of each, "length" and "stopped", and the columns of the prompt's row. The kinds:
+
+    held_out       greedy answer to a held-out prompt, at every evaluation
+    best, worst    of the sampled completions of a step those with the highest and the lowest
+                   reward, at evaluations and every 10th step
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core.rewards import score_completions, weighted_total
+from core.rollout import Rollout
+from core.runtime import is_main_process, logger
+from core.sampling import decode_completions, sample_completions
+from core.screen import shorten
+
+STEPS_BETWEEN_SAMPLES = 10
+Answer = dict[str, Any]  # a line of samples.jsonl
+
+# -- lines of samples.jsonl ------------------------------------------------------------------------
+
+
+def reward_columns(run: Any) -> list[str]:
+    """What the parts of the reward are called in metrics.jsonl and samples.jsonl; none if there is
+    one alone."""
+    names = [f"reward_{Path(name).name}" for name in run.reward_functions]
+    return names if len(names) > 1 else []
+
+
+def describe_answers(
+    run: Any,
+    rows: Sequence[dict],
+    texts: Sequence[str],
+    lengths: Sequence[int],
+    stopped: Sequence[bool],
+    rewards: torch.Tensor,  # (B, R)
+    scores: torch.Tensor,  # (B,)
+) -> list[Answer]:
+    """The lines of B answers, each to the prompt of its row; their kind is held_out."""
+    columns = reward_columns(run)
+    answers = []
+    for b, row in enumerate(rows):
+        answer = {"step": run.step, "kind": "held_out", "prompt": row["prompt"]}
+        answer |= {"completion": texts[b], "reward": float(scores[b])}
+        answer |= dict(zip(columns, rewards[b].tolist(), strict=False))
+        answer |= {"length": int(lengths[b]), "stopped": bool(stopped[b])}
+        # A column of the data never takes the place of a field above.
+        answers.append(answer | row["columns"] | answer)
+    return answers
+
+
+def write_answers(run: Any, answers: Sequence[Answer]) -> None:
+    """Append lines to samples.jsonl."""
+    lines = [json.dumps(answer, ensure_ascii=False, default=str) + "\n" for answer in answers]
+    with open(Path(run.config.output_dir, "samples.jsonl"), "a", encoding="utf-8") as file:
+        file.writelines(lines)
+
+
+# -- rollouts --------------------------------------------------------------------------------------
+
+
+def write_best_and_worst(run: Any, rollout: Rollout) -> None:
+    """Append the best and the worst completion of a step, over all processes, to samples.jsonl."""
+    from accelerate.utils import gather_object
+
+    answers = describe_answers(
+        run,
+        rollout.rows,
+        rollout.texts,
+        rollout.lengths.tolist(),
+        rollout.stopped.tolist(),
+        rollout.rewards,
+        rollout.scores,
+    )
+    of_all_processes = gather_object(best_and_worst(answers))
+    if is_main_process():
+        chosen = best_and_worst(of_all_processes)
+        for answer, kind in zip(chosen, ("best", "worst"), strict=False):
+            answer["kind"] = kind
+        write_answers(run, chosen)
+
+
+def best_and_worst(answers: Sequence[Answer]) -> list[Answer]:
+    """The answers with the highest and the lowest reward; fewer if fewer have a verdict."""
+    judged = [answer for answer in answers if not math.isnan(answer["reward"])]
+    by_reward = sorted(judged, key=reward_of)
+    if len(by_reward) < 2:
+        return by_reward
+    return [by_reward[-1], by_reward[0]]
+
+
+def reward_of(answer: Answer) -> float:
+    return answer["reward"]
+
+
+# -- evaluation ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(run: Any) -> dict[str, float]:
+    """{"eval_reward", ...} of greedy answers to the held-out prompts of a Run (core/rl_run.py).
+    The answers go to samples.jsonl, the first one to the screen."""
+    from accelerate.utils import gather_object
+
+    config, accelerator = run.config, run.accelerator
+    # Each process answers every n-th prompt; the answers come together for the figures.
+    own_rows = run.evaluation_rows[accelerator.process_index :: accelerator.num_processes]
+    own_answers = []
+    for start in range(0, len(own_rows), config.batch_size):
+        own_answers += answer_greedily(run, own_rows[start : start + config.batch_size])
+    answers = gather_object(own_answers)
+    if is_main_process():
+        write_answers(run, answers)
+        # The same prompt at every evaluation.
+        show_answer(answers[0])
+    metrics = {}
+    for name in ("reward", "length", "stopped"):
+        values = torch.tensor([float(answer[name]) for answer in answers])
+        metrics[f"eval_{name}"] = float(values.nanmean())
+    return metrics
+
+
+def answer_greedily(run: Any, rows: list[dict]) -> list[Answer]:
+    """The lines of samples.jsonl for greedy answers to the rows' prompts."""
+    config = run.config
+    prompts = [row["ids"] for row in rows]
+    with run.autocast():
+        completions, _ = sample_completions(run.model, run.tokenizer, prompts, config.sampling)
+    texts, stopped = decode_completions(run.tokenizer, completions)
+    lengths = [len(completion) for completion in completions]
+    rewards = score_completions(config, run.reward_functions, rows, texts)  # (b, R)
+    scores = weighted_total(config, rewards)  # (b,)
+    return describe_answers(run, rows, texts, lengths, stopped, rewards, scores)
+
+
+def show_answer(answer: Answer) -> None:
+    """Log a prompt, the answer to it and its reward, each on a line."""
+    prompt = answer["prompt"][-1]["content"]
+    shown = {
+        "prompt": shorten(str(prompt)),
+        "answer": shorten(answer["completion"]),
+        "reward": f"{answer['reward']:.4g}",
+    }
+    lines = [f"  {name}  {text}" for name, text in shown.items()]
+    logger.info("%s", "\n".join(lines))
