@@ -152,4 +152,4 @@ def show_answer(answer: Answer) -> None:
         "reward": f"{answer['reward']:.4g}",
     }
     lines = [f"  {name}  {text}" for name, text in shown.items()]
-    logger.info("%s", "\n".join(lines))
+    logger.info("\n%s", "\n".join(lines))

@@ -81,6 +81,7 @@ def test_a_held_out_answer_is_shown_on_three_short_lines(tokenizer, tmp_path, ca
     with start_logging("info"):
         metrics = rl_samples.evaluate(run)
     assert capsys.readouterr().out.splitlines() == [
+        "",
         f"  prompt  Two lines? {149 * 'x'}",
         rf"  answer  \x1b[2J{78 * 'y '}",
         f"  reward  {len(written[0]) / 10:.4g}",
