@@ -158,6 +158,16 @@ def prompt_ids(tokenizer, prompt: list[dict], tools: list[dict] | None = None) -
     return text_ids(tokenizer, render_context(tokenizer, prompt, tools))
 
 
+def literal_prompt_ids(tokenizer, prompt: list[dict]) -> list[int]:
+    """`prompt_ids`, but special tokens inside the texts of the conversation are plain text: they
+    cannot open a turn."""
+    if not any(special_pattern(tokenizer).search(text_of(message)) for message in prompt):
+        return prompt_ids(tokenizer, prompt)
+    return tokenizer.apply_chat_template(
+        prompt, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
+    )
+
+
 def stop_tokens(tokenizer) -> list[int]:
     """Ids of the tokens that end an answer: the tokenizer's eos, the end of a turn in the chat
     template, and those that the model came with (see core/hub.py)."""

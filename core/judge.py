@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from core.config import Count, Sentences
 from core.errors import ConfigError
+from core.llm_answers import finished_lines
 from core.llm_client import LLMClient, LLMClientConfig
 from core.recipe_files import is_link
 from core.rewards import check_reward_model, load_reward_model
@@ -27,6 +28,7 @@ CONSTITUTION = [
 ]
 # Kept answers to older prompts are not used: raise the version with every change of a prompt.
 PROMPT_VERSION = "2"
+MAX_NAME_LENGTH = 200  # characters of a question, where it is named
 # The scale on which a judge grades an answer; `parse_score` maps it to 0 ... 1.
 SCORE_RANGE = (1, 10)
 
@@ -113,12 +115,48 @@ def verdict_prompt(
     )
 
 
-def parse_verdict(text: str, mark: str) -> str | None:
-    """A or B, from the last line that is a verdict with this mark, also in bold; None if there is
-    none."""
+# How a verdict is written: A, [[A]], "A", **A**, Answer A, Answer A is better.
+LETTER = (
+    r"(?:(?:the )?(?:answer|response)\W*)?([AB])(?: is (?:the )?better(?: answer| one)?| wins)?"
+)
+BARE_VERDICT = re.compile(rf"\W*(?:(?:final )?verdict\W*)?{LETTER}\W*", re.IGNORECASE)
+# How a score is written: 7, [[7]], 7/10. What stands before it is a group, because of -7 and .7.
+NUMBER = rf"(\W*)(\d[\d.]*)(?: */ *{SCORE_RANGE[1]})?"
+BARE_SCORE = re.compile(rf"(?:\W*score)?{NUMBER}\W*", re.IGNORECASE)
+
+
+def parse_verdict(text: str, mark: str, shown: Sequence[str] = ()) -> str | None:
+    """A or B, from the last line that is a verdict with this mark, in one of the usual forms; or
+    from an answer that is nothing but a verdict. None if there is none.
+
+    `shown` are the texts under judgment: an answer that only repeats a line of them has no
+    verdict."""
     # The last one counts: reasons come first, and may quote the question.
-    verdicts = re.findall(rf"^\W*Verdict {mark}:[ *_]*([AB])\W*$", text, re.MULTILINE)
-    return verdicts[-1] if verdicts else None
+    marked = rf"^\W*Verdict\W*{mark}\W*{LETTER}\W*$"
+    verdicts = re.findall(marked, text, re.MULTILINE | re.IGNORECASE)
+    if not verdicts:
+        bare = BARE_VERDICT.fullmatch(bare_answer(text, "verdict", mark, shown))
+        verdicts = [bare.group(1)] if bare else []
+    return verdicts[-1].upper() if verdicts else None
+
+
+def bare_answer(text: str, name: str, mark: str, shown: Sequence[str]) -> str:
+    """The text; of JSON the value whose key is `name`, with or without the mark. "" if the text
+    repeats a line of what was shown, or has several lines."""
+    text = re.sub(r"^```(?:json)?|```$", "", text.strip()).strip()
+    is_repeated = any(text in (line.strip() for line in part.splitlines()) for part in shown)
+    if is_repeated or any("\n" in text and text in part for part in shown):
+        return ""
+    if text.startswith("{"):
+        try:
+            fields = json.loads(text)
+        except ValueError:
+            return ""
+        for key, value in fields.items():
+            if key.lower() in (name, f"{name} {mark}"):
+                return str(value)
+        return ""
+    return "" if "\n" in text else text
 
 
 def score_prompt(principles: list[str], prompt: Messages, answer: str) -> Messages:
@@ -139,16 +177,23 @@ def score_prompt(principles: list[str], prompt: Messages, answer: str) -> Messag
     )
 
 
-def parse_score(text: str, mark: str) -> float | None:
-    """The score, scaled to 0 to 1, of the last line that is one with this mark; None without one,
-    or beyond the scale."""
+def parse_score(text: str, mark: str, shown: Sequence[str] = ()) -> float | None:
+    """The score, scaled to 0 to 1, of the last line that is one with this mark, or of an answer
+    that is nothing but a score; None without one, or beyond the scale. `shown` as in
+    `parse_verdict`."""
     low, high = SCORE_RANGE
-    pattern = rf"^\W*Score {mark}:[ *_]*(-?[\d.]+)(?: */ *{high})?\W*$"
-    scores = re.findall(pattern, text, re.MULTILINE)
+    marked = rf"^\W*Score\W*{mark}{NUMBER}\W*$"
+    scores = re.findall(marked, text, re.MULTILINE | re.IGNORECASE)
+    if not scores:
+        bare = BARE_SCORE.fullmatch(bare_answer(text, "score", mark, shown))
+        scores = [bare.groups()] if bare else []
     if not scores:
         return None
+    before, number = scores[-1]
+    if before.endswith(("-", ".")):
+        return None
     # A full stop after the number is no decimal point.
-    number = scores[-1].rstrip(".")
+    number = number.rstrip(".")
     if not re.fullmatch(r"\d+", number):
         return None
     score = int(number)
@@ -245,8 +290,10 @@ class Judge:
         for prompt, first, second in questions:
             chats.append(verdict_prompt(self.config.constitution, prompt, first, second, True))
             # Each answer is read by the mark of its own question.
-            parsers.append(partial(parse_verdict, mark=make_mark(prompt, first, second)))
-        return self.ask(what, chats, parsers)
+            mark = make_mark(prompt, first, second)
+            shown = (conversation_text(prompt), first, second)
+            parsers.append(partial(parse_verdict, mark=mark, shown=shown))
+        return self.ask(what, chats, parsers, [prompt for prompt, _, _ in questions])
 
     def likeliest_verdicts(
         self, what: str, questions: list[tuple[Messages, str, str]]
@@ -323,12 +370,21 @@ class Judge:
         )
         return {"ties": ties, "agreement": agreement, "position_bias": first_chosen - 0.5}
 
-    def ask(self, what: str, chats: list[Messages], parsers: Sequence[Callable]) -> list:
-        """What each parser reads from the judge's answer to its chat."""
+    def ask(
+        self,
+        what: str,
+        chats: list[Messages],
+        parsers: Sequence[Callable],
+        prompts: Sequence[Messages],
+    ) -> list:
+        """What each parser reads from the judge's answer to its chat, which is about a prompt."""
         limits = {"temperature": 0.0, "max_new_tokens": self.config.max_verdict_tokens}
         sampling = SAMPLING_DEFAULTS | limits
         requests = [(chat, 0) for chat in chats]
-        return self.client.ask(what, requests, sampling, PROMPT_VERSION, parsers)
+        names = [conversation_text(prompt)[-MAX_NAME_LENGTH:] for prompt in prompts]
+        return self.client.ask(
+            what, requests, sampling, PROMPT_VERSION, parsers, read=finished_lines, names=names
+        )
 
     def score(self, prompts: list, completions: list[str], **_) -> list[float | None]:
         """A reward function for RL: 0 to 1, or the reward model's score; None where it is
@@ -339,5 +395,7 @@ class Judge:
         parsers = []
         for prompt, completion in zip(prompts, completions, strict=True):
             chats.append(score_prompt(self.config.constitution, prompt, completion))
-            parsers.append(partial(parse_score, mark=make_mark(prompt, completion)))
-        return self.ask("scores", chats, parsers)
+            shown = (conversation_text(prompt), completion)
+            mark = make_mark(prompt, completion)
+            parsers.append(partial(parse_score, mark=mark, shown=shown))
+        return self.ask("scores", chats, parsers, prompts)

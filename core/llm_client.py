@@ -10,12 +10,10 @@ import http.client
 import json
 import os
 import re
-import time
 import urllib.error
 import urllib.request
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,24 +21,23 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from core.chat import prompt_ids
+from core.api_server import ApiServer
+from core.call_log import CallLog
+from core.chat import literal_prompt_ids, prompt_ids
 from core.config import Count, ModelConfig, Natural, NonNegative, Positive, Share, StageConfig
 from core.errors import ConfigError, as_config_error
 from core.fingerprints import file_identity
 from core.hub import check_model
+from core.llm_answers import Answer, is_same_model, read_answer, was_cut, whole_text
 from core.logprobs import answer_logits, collate_answers
 from core.model_config import context_length
-from core.runtime import is_main_process, logger, to_device
+from core.runtime import deferred_signals, logger, to_device
 from core.sampling import decode_completions, sample_completions, uniform_numbers
 
 PROVIDERS = {  # kind: (base URL, environment variable of the key)
     "openai": ("https://api.openai.com/v1", "OPENAI_API_KEY"),
     "anthropic": ("https://api.anthropic.com/v1", "ANTHROPIC_API_KEY"),
 }
-MAX_ATTEMPTS = 8  # for a call whose answer arrives but is none
-RETRIED_STATUSES = (408, 409, 429)  # beside 5xx; retried by the openai client
-# What reading the body of something else than an answer raises: half an answer, a proxy's page.
-NOT_AN_ANSWER = (ValueError, LookupError, TypeError, AttributeError)
 # Options that decide what a model run here answers.
 LOCAL_MODEL_OPTIONS = (
     "seed",
@@ -51,6 +48,12 @@ LOCAL_MODEL_OPTIONS = (
     "revision",
 )
 CONTINUE = "Answers received so far are kept; run the same command to continue"
+
+# What limits the length of an answer of each role.
+TOKEN_LIMITS = {
+    "feedback": "max_verdict_tokens",
+    "teacher": "max_new_tokens in generation_kwargs",
+}
 
 Request = tuple[list[dict], int]  # messages, and a number that tells equal messages apart
 
@@ -71,7 +74,7 @@ class LLMClientConfig(StageConfig):
     output_price: NonNegative = 0.0  # dollars per million output tokens
     max_missing: Share = 0.1  # stop if a larger fraction of answers is missing or unreadable
     concurrency: Count = 8  # concurrent API calls; batch size of a model run here
-    call_timeout: Positive = 120.0  # seconds to wait for an answer of the API
+    call_timeout: Positive = 120.0  # seconds until an answer of the API must be complete
 
     def validate(self) -> None:
         super().validate()
@@ -106,7 +109,8 @@ class LLMClient:
     `key_variable`; any other kind is run here, loaded by `load_model(config) -> (model,
     tokenizer)`. An answer is appended to OUT/calls.jsonl as soon as it arrives, under a hash of
     model, messages, parameters and prompt version; a question with an answer in that file is not
-    asked again."""
+    asked again. `verbatim` is for the policy itself: its prompts are encoded as in training, and
+    its answers used as it writes them, with its reasoning."""
 
     def __init__(
         self,
@@ -117,6 +121,7 @@ class LLMClient:
         url: str | None = None,
         key_variable: str | None = None,
         load_model: Callable | None = None,
+        verbatim: bool = False,
     ):
         default_url, default_variable = PROVIDERS.get(kind, (None, None))
         self.config = config
@@ -128,15 +133,12 @@ class LLMClient:
         self.key_variable = key_variable or default_variable
         self.secret = os.environ.get(self.key_variable or "", "")
         self.load_model = load_model
+        self.verbatim = verbatim
         self.local: Any = None  # (model, tokenizer)
-        self.server: Any = None  # an openai.OpenAI
-        # Every process writes a file of its own.
-        suffix = "" if is_main_process() else f"-{os.environ['RANK']}"
-        self.calls_file = Path(config.output_dir, f"calls{suffix}.jsonl")
+        self.server: ApiServer | None = None
+        self.log = CallLog(config, role, charges=self.remote)
         self.figures: Counter = Counter()  # what `report` returns
         self.last_problem = ""  # why the last missing answer is missing
-        self.refusal = ""  # why the server cannot be used at all
-        self.halted = False  # no further call is made
 
     # -- checks ------------------------------------------------------------------------------------
 
@@ -196,146 +198,167 @@ class LLMClient:
         requests: Sequence[Request],
         sampling: Mapping,
         version: str,
-        parse: Callable[[str], Any] | Sequence[Callable],
+        parse: Callable[[Any], Any] | Sequence[Callable],
         choices: Sequence[str] = (),
+        read: Callable[[Answer], Any] = whole_text,
+        names: Sequence[str] = (),
     ) -> list:
-        """`parse(answer)` for each request; None if there is no answer, or if `parse` returns None.
+        """`parse(read(answer))` for each request; None if there is no answer, or if one of the two
+        returns None.
 
         `parse` is one function, or one for each request. A request is (messages, number); `number`
         tells several answers to equal messages apart. Temperature 0 is greedy; `version` is that of
         the prompts. With `choices` a model run here answers by their probabilities, as JSON.
+        `names` say what each request is about, where that is not its first message.
 
         Raises LLMClientError if too many answers are missing, a limit is reached, or the server
-        refuses."""
+        refuses. After SIGTERM or SIGINT the program ends when the answers under way are kept."""
         # 1. Which answers are kept from before, and which are wanted?
-        answers = self.read_calls()
+        self.log.read()
+        answers = self.log.answers
         keys = []
         for messages, number in requests:
             keys.append(self.key([messages, number, dict(sampling), version, list(choices)]))
         wanted = {}
-        for key, request in zip(keys, requests, strict=True):
+        names_by_key = {}
+        for key, request, name in zip(keys, requests, names or [""] * len(keys), strict=True):
+            names_by_key[key] = name or request[0][0]["content"][:200]
             if key not in answers:
                 wanted[key] = request
         num_known = len(requests) - len(wanted)
         logger.info("%s: %d answers, %d of them known from before", what, len(requests), num_known)
         self.figures.update(calls_cached=len(set(keys)) - len(wanted))
 
-        # 2. Get those that the limits allow; each is kept as soon as it arrives.
-        todo = self.within_limits(wanted, answers)
-        max_failures = self.config.max_missing * len(requests)
-        with contextlib.closing(self.answer(todo, sampling, choices)) as new_answers:
-            progress = tqdm(new_answers, desc=what, total=len(todo), disable=None)
-            spent = self.collect(progress, answers, max_failures)
+        # 2. Get the others; each is kept as soon as it arrives.
+        self.last_problem = ""
+        max_failed = self.max_missing(len(requests))
+        if wanted:
+            new_answers = self.answer(wanted, sampling, choices, names_by_key, max_failed)
+            with contextlib.closing(new_answers):
+                for _, answer in tqdm(new_answers, desc=what, total=len(wanted), disable=None):
+                    if answer is not None:
+                        tokens = {name: answer[name] for name in ("tokens_in", "tokens_out")}
+                        self.figures.update(calls=1, **tokens)
+            self.raise_if_stopped()
 
-        # 3. Stop where no repetition helps; else read the texts.
-        is_complete = all(key in answers for key in keys)
-        self.raise_if_stopped(spent, is_complete, calls_left_out=len(todo) < len(wanted))
-        texts = [answers[key]["text"] if key in answers else None for key in keys]
-        return self.parse_texts(what, texts, parse)
-
-    def within_limits(self, wanted: dict[str, Request], answers: dict[str, dict]) -> dict:
-        """The requests that max_calls and max_cost still allow."""
-        if 0 < self.config.max_cost < self.spent(answers):
-            return {}
-        if not self.remote or not self.config.max_calls:
-            return wanted
-        calls_left = max(0, self.config.max_calls - len(answers))
-        return dict(list(wanted.items())[:calls_left])
+        # 3. Read them.
+        kept = [answers.get(key) for key in keys]
+        self.note_flags(what, [answer for answer in kept if answer])
+        return self.parse_answers(what, kept, read, parse)
 
     def answer(
-        self, todo: Mapping[str, Request], sampling: Mapping, choices: Sequence[str]
-    ) -> Generator[tuple[str, dict | None], None, None]:
-        """Yield (key, answer, or None if it is missing) for each request, as they come."""
-        if not todo:
-            return
-        if self.remote:
-            yield from self.call_server(todo, sampling)
-        else:
-            yield from self.run_here(todo, sampling, choices)
-
-    def collect(
         self,
-        new_answers: Iterable[tuple[str, dict | None]],
-        answers: dict[str, dict],
-        max_failures: float,
-    ) -> float:
-        """Write new answers to OUT/calls.jsonl and add them to `answers`, until a limit halts the
-        calls; returns the dollars that all answers cost."""
-        spent = self.spent(answers)
-        failures = 0
-        self.halted = False
-        self.refusal = ""
-        with open(self.calls_file, "a", encoding="utf-8") as file:
-            for key, answer in new_answers:
-                if answer is None:
-                    failures += 1
-                    # More are missing than allowed, and that will not change any more.
-                    self.halted |= failures > max_failures
-                    continue
-                line = {"key": key, "role": self.role, **answer}
-                # Flushed line by line: an answer that was paid for survives a crash.
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                file.flush()
-                answers[key] = answer
-                tokens_in, tokens_out = answer["tokens_in"], answer["tokens_out"]
-                self.figures.update(calls=1, tokens_in=tokens_in, tokens_out=tokens_out)
-                spent += self.spent({key: answer})
-                self.halted |= 0 < self.config.max_cost < spent
-                # A cost that cannot be computed cannot be limited.
-                if self.has_prices() and not tokens_in:
-                    self.refusal = "does not report token usage; set the prices to 0"
-                    self.halted = True
-        return spent
-
-    def raise_if_stopped(self, spent: float, is_complete: bool, calls_left_out: bool) -> None:
-        """Raise LLMClientError if the server refused, or if a limit left requests without an
-        answer."""
-        config = self.config
-        if self.refusal:
-            raise LLMClientError(f"{self.url} {self.refusal}. {CONTINUE}")
-        if 0 < config.max_cost < spent and not is_complete:
-            raise LLMClientError(
-                f"max_cost={config.max_cost:g} is reached: {spent:.2f} dollars. "
-                f"{CONTINUE} with a higher limit"
+        wanted: Mapping[str, Request],
+        sampling: Mapping,
+        choices: Sequence[str],
+        names: Mapping[str, str],
+        max_failed: float,
+    ) -> Generator[tuple[str, dict | None], None, None]:
+        """Yield (key, answer, or None if it is missing) for each request, as they come; they are in
+        the log then."""
+        if not self.remote:
+            for key, answer in self.run_here(wanted, sampling, choices):
+                if answer is not None:
+                    self.log.keep(key, answer)
+                yield key, answer
+            return
+        if self.server is None:
+            self.server = ApiServer(
+                self.config, self.kind, self.url or "", self.path, self.secret, self.log
             )
-        if calls_left_out:
-            raise LLMClientError(
-                f"max_calls={config.max_calls} is reached. {CONTINUE} with a higher limit"
+        requests = {key: (messages, names[key]) for key, (messages, _) in wanted.items()}
+        timeout = self.config.call_timeout
+        action = f"waiting for the answers under way, at most {timeout:g} seconds, then exiting"
+        with deferred_signals(action) as signals:
+            yield from self.server.answers(requests, sampling, max_failed, signals)
+        self.last_problem = self.server.problem
+
+    def raise_if_stopped(self) -> None:
+        """Raise LLMClientError if the server refuses all questions, or a limit was reached."""
+        if self.server is None:
+            return
+        if self.server.refusal:
+            raise LLMClientError(f"{self.url} {self.server.refusal}. {CONTINUE}")
+        if self.server.limit:
+            raise LLMClientError(f"{self.server.limit}. {CONTINUE} with a higher limit")
+
+    def note_flags(self, what: str, answers: Sequence[Mapping]) -> None:
+        """Count and warn of answers that the token limit ended, and count those of another
+        model."""
+        cut = sum(map(was_cut, answers))
+        models = [answer.get("model", self.path) for answer in answers]
+        other_model = sum(not is_same_model(self.path, model) for model in models)
+        # Only where there are any: for most runs these say nothing.
+        for name, count in {"cut": cut, "other_model": other_model}.items():
+            if count:
+                self.figures[name] += count
+        if cut and not self.verbatim:
+            logger.warning(
+                "%s: the token limit ended %d of %d answers; raise %s",
+                what,
+                cut,
+                len(answers),
+                TOKEN_LIMITS.get(self.role, "it"),
             )
 
-    def parse_texts(
-        self, what: str, texts: list[str | None], parse: Callable | Sequence[Callable]
+    def parse_answers(
+        self,
+        what: str,
+        kept: Sequence[Mapping | None],
+        read: Callable[[Answer], Any],
+        parse: Callable | Sequence[Callable],
     ) -> list:
-        """What `parse` makes of each text, None if it is missing; warns about those that are
-        missing.
+        """What `read` and `parse` make of each kept answer, None if it is missing; warns about
+        those that are missing.
 
         Raises LLMClientError if there are more of them than `max_missing` allows."""
-        parsers = [parse] * len(texts) if callable(parse) else parse
+        parsers = [parse] * len(kept) if callable(parse) else parse
         values = []
         unreadable = []
-        for text, parser in zip(texts, parsers, strict=True):
-            value = None if text is None else parser(text)
+        absent = 0
+        for line, parser in zip(kept, parsers, strict=True):
+            answer = self.read(line) if line else None
+            content = None if answer is None else read(answer)
+            value = None if content is None else parser(content)
             values.append(value)
-            if text is not None and value is None:
-                unreadable.append(text)
+            if answer is None:
+                absent += 1
+                self.last_problem = why_absent(line) or self.last_problem
+            elif value is None:
+                unreadable.append(answer.text)
 
-        absent = texts.count(None)
         missing = absent + len(unreadable)
         self.figures.update(missing=missing)
         if not missing:
             return values
-        message = f"{what}: {missing} of {len(texts)} missing: {absent} without an answer"
+        message = f"{what}: {missing} of {len(kept)} missing: {absent} without an answer"
         if self.last_problem:
             message += f" ({self.last_problem})"
         if unreadable:
             example = unreadable[0][-160:]
             message += f", {len(unreadable)} that cannot be read, such as {example!r}"
-        if missing > self.config.max_missing * len(texts):
+        if missing > self.max_missing(len(kept)):
+            remedy = CONTINUE
+            if None not in kept:  # nothing would be asked again
+                file = self.log.calls_file
+                remedy = f"They are kept: raise max_missing, or remove their lines from {file}"
             raise LLMClientError(
-                f"{message}. That is more than max_missing={self.config.max_missing:g}. {CONTINUE}"
+                f"{message}. That is more than max_missing={self.config.max_missing:g}. {remedy}"
             )
         logger.warning(message)
         return values
+
+    def max_missing(self, count: int) -> float:
+        """How many of so many answers may be missing: at least one of several, unless none may
+        be."""
+        allowed = self.config.max_missing * count
+        return max(1.0, allowed) if allowed and count > 1 else allowed
+
+    def read(self, line: Mapping) -> Answer | None:
+        """The answer of a line of OUT/calls.jsonl."""
+        if self.verbatim and line["text"] is not None:
+            return Answer(line["text"], "", was_cut(line))
+        return read_answer(line)
 
     # -- kept answers ------------------------------------------------------------------------------
 
@@ -350,131 +373,16 @@ class LLMClient:
         text = json.dumps(identity, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
-    def read_calls(self) -> dict[str, dict]:
-        """{key: answer} of this role from OUT/calls.jsonl and the files of other processes.
-
-        A crash may cut off the last line of our file: it is removed. In other files it may be about
-        to be written."""
-        self.calls_file.touch()
-        answers = {}
-        for file in self.calls_file.parent.glob("calls*.jsonl"):
-            content = file.read_bytes()
-            end = content.rfind(b"\n") + 1
-            if file == self.calls_file:
-                os.truncate(file, end)
-            for line in content[:end].splitlines():
-                answer = json.loads(line)
-                if answer["role"] == self.role:
-                    answers[answer.pop("key")] = answer
-        return answers
-
-    def has_prices(self) -> bool:
-        return bool(self.config.input_price or self.config.output_price)
-
-    def spent(self, answers: Mapping[str, dict]) -> float:
-        """Dollars that the answers cost; those of a model run here cost none."""
-        total = 0.0
-        if not self.remote:
-            return total
-        for answer in answers.values():
-            total += answer["tokens_in"] * self.config.input_price
-            total += answer["tokens_out"] * self.config.output_price
-        return total / 1e6
-
     def report(self) -> dict[str, float]:
         """{"feedback_calls", ...}: calls made, answers known from before, missing answers; tokens;
         dollars."""
-        names = ("calls", "calls_cached", "missing", "tokens_in", "tokens_out")
+        names = ["calls", "calls_cached", "missing", "tokens_in", "tokens_out"]
+        names += [name for name in ("cut", "other_model") if self.figures[name]]
         metrics = {name: float(self.figures[name]) for name in names}
-        if self.has_prices():
-            metrics["cost"] = self.spent(self.read_calls())
+        if self.config.input_price or self.config.output_price:
+            self.log.read()
+            metrics["cost"] = self.log.cost
         return {f"{self.role}_{name}": value for name, value in metrics.items()}
-
-    # -- a server ----------------------------------------------------------------------------------
-
-    def call_server(
-        self, todo: Mapping[str, Request], sampling: Mapping
-    ) -> Iterator[tuple[str, dict | None]]:
-        """Yield (key, answer, or None if it is missing) in the order in which answers arrive."""
-        import openai
-
-        if self.server is None:
-            # It retries lost connections, timeouts, RETRIED_STATUSES, 5xx, and heeds Retry-After.
-            self.server = openai.OpenAI(
-                api_key=self.secret or "none",
-                base_url=self.url,
-                max_retries=8,
-                timeout=self.config.call_timeout,
-            )
-        # OpenAI's newer models accept only the first name, many other servers only the second.
-        limit = "max_completion_tokens" if self.kind == "openai" else "max_tokens"
-        options = {
-            "model": self.path,
-            "temperature": sampling["temperature"],
-            limit: sampling["max_new_tokens"],
-        }
-        if sampling["top_p"] < 1:
-            options["top_p"] = sampling["top_p"]
-
-        pool = ThreadPoolExecutor(self.config.concurrency)
-        try:
-            under_way: dict[Future, str] = {}
-            left = deque(todo.items())
-            while left or under_way:
-                # A call begins after earlier answers are counted: else many would exceed a limit.
-                while left and len(under_way) < self.config.concurrency:
-                    key, (messages, _) = left.popleft()
-                    under_way[pool.submit(self.call, messages, options)] = key
-                done, _ = wait(under_way, return_when=FIRST_COMPLETED)
-                for future in done:
-                    yield under_way.pop(future), future.result()
-        finally:
-            self.halted = True  # calls under way are not repeated
-            pool.shutdown(wait=False, cancel_futures=True)
-
-    def call(self, messages: list[dict], options: dict) -> dict | None:
-        """One question to the server: {"text", "tokens_in", "tokens_out"}, or None if the answer is
-        missing.
-
-        The openai client does not retry a status 200 whose body is no answer, so this is done here.
-        A status that it does not retry either is a refusal, and ends all calls."""
-        import openai
-
-        for attempt in range(MAX_ATTEMPTS):
-            if self.halted:
-                return None
-            try:
-                create = self.server.chat.completions.with_raw_response.create
-                response = create(messages=messages, **options)
-                answer = parse_answer(self.without_secret(response.text))
-            except NOT_AN_ANSWER as error:
-                self.last_problem = f"not an answer: {str(error)[:200]}"
-                time.sleep(min(8, 0.5 * 2**attempt))
-            except openai.APIStatusError as error:
-                self.note_status(error)
-                return None
-            except openai.APIConnectionError as error:
-                self.last_problem = str(error.__cause__ or error)
-                return None
-            else:
-                if answer["text"] is None:
-                    self.last_problem = "an answer has no text; it is kept and not asked for again"
-                return answer
-        return None
-
-    def note_status(self, error: Any) -> None:
-        """Note the reason in an error status; halt all calls if a retry cannot help."""
-        # error.message is empty unless the body has the form of OpenAI's errors.
-        body = " ".join(self.without_secret(error.response.text).split())
-        self.last_problem = f"{error.status_code}: {body[:300] or error.message}"
-        if error.status_code < 500 and error.status_code not in RETRIED_STATUSES:
-            self.refusal = f"refuses: {self.last_problem}"
-            self.halted = True
-
-    def without_secret(self, text: str) -> str:
-        """The text without the key, which a server may send back."""
-        # Shorter values are no real keys, and would be found in ordinary words.
-        return text.replace(self.secret, "***") if len(self.secret) > 7 else text
 
     # -- a model run here --------------------------------------------------------------------------
 
@@ -484,7 +392,8 @@ class LLMClient:
         """Yield (key, answer, or None if the prompt is too long) from a model run here."""
         model, tokenizer = self.load()
         with as_config_error(f"model {self.path}: its chat template cannot take a prompt"):
-            ids = {key: prompt_ids(tokenizer, messages) for key, (messages, _) in todo.items()}
+            encode = prompt_ids if self.verbatim else literal_prompt_ids
+            ids = {key: encode(tokenizer, messages) for key, (messages, _) in todo.items()}
         longest = context_length(model.config)
         if not choices:
             longest -= sampling["max_new_tokens"]
@@ -505,13 +414,16 @@ class LLMClient:
             if choices:
                 texts = [json.dumps(row) for row in self.choice_probabilities(prompts, choices)]
                 counts = [1] * len(texts)
+                stopped = [True] * len(texts)
             else:
                 seeds = [self.request_seed(todo[key]) for key in usable_keys]
                 completions = self.sample(prompts, sampling, seeds)
-                texts, _ = decode_completions(tokenizer, completions)
+                texts, stopped = decode_completions(tokenizer, completions)
                 counts = [len(completion) for completion in completions]
-            for key, text, count in zip(usable_keys, texts, counts, strict=True):
-                yield key, {"text": text, "tokens_in": len(ids[key]), "tokens_out": count}
+            written = zip(usable_keys, texts, counts, stopped, strict=True)
+            for key, text, count, has_stop in written:
+                answer = {"text": text, "tokens_in": len(ids[key]), "tokens_out": count}
+                yield key, answer if has_stop else answer | {"finish": "length"}
 
     def load(self) -> tuple:
         """(model, tokenizer), to be run here."""
@@ -564,36 +476,16 @@ class LLMClient:
         return choice_logits.softmax(-1).tolist()
 
 
-def parse_answer(body: str) -> dict:
-    """{"text", "tokens_in", "tokens_out"} of a chat completion; raises one of NOT_AN_ANSWER if
-    `body` is none.
-
-    A completion with usage is charged for, so it is an answer even without a text; then "text" is
-    None."""
-    completion = json.loads(body)
-    if completion.get("error"):
-        raise ValueError(completion["error"])
-    usage = completion.get("usage") or {}
-    choices = completion.get("choices")
-    if not usage:
-        content = completion["choices"][0]["message"]["content"]
-    elif choices:
-        content = choices[0]["message"].get("content")
-    else:
-        content = None
-
-    # Content is a text, or a list of parts of which some have a text.
-    parts = content if isinstance(content, list) else [{"text": content}]
-    texts = []
-    for part in parts:
-        if isinstance(part, dict) and isinstance(part.get("text"), str):
-            texts.append(part["text"])
-    text = None
-    if texts:
-        # A lone surrogate cannot be written to a file.
-        text = "".join(texts).encode("utf-8", "replace").decode()
-    return {
-        "text": text,
-        "tokens_in": int(usage.get("prompt_tokens") or 0),
-        "tokens_out": int(usage.get("completion_tokens") or 0),
-    }
+def why_absent(line: Mapping | None) -> str:
+    """Why a kept line of OUT/calls.jsonl is no answer; "" if there is no line."""
+    if line is None:
+        return ""
+    if "refused" in line:
+        return f"refused, {line['refused']}; not sent again"
+    if "refusal" in line:
+        return f"the model declines: {line['refusal'][:200]}"
+    if line.get("finish") == "content_filter":
+        return "ended by a content filter; kept, and not asked for again"
+    if was_cut(line):
+        return "the token limit came before the answer; kept, and not asked for again"
+    return "an answer has no text; it is kept and not asked for again"

@@ -82,6 +82,7 @@ METRICS = {
     "feedback_ties": Metric("share of training pairs without a preference"),
     "feedback_agreement": Metric("share of training pairs judged alike in both orders", "higher"),
     "feedback_position_bias": Metric("pull of the place of an answer; 0 is fair"),
+    "round_N_x": Metric("in this round of judging"),
     "dpo_N_x": Metric("in this round of DPO"),
     "reward_x": Metric("of the reward model"),
     "preferences": Metric("labelled pairs to train on"),
@@ -90,6 +91,8 @@ METRICS = {
     "feedback_calls": Metric("new answers of the judge"),
     "..._calls_cached": Metric("answers taken from calls.jsonl"),
     "..._missing": Metric("answers that are missing or unreadable", "lower"),
+    "..._cut": Metric("answers that the token limit ended", "lower"),
+    "..._other_model": Metric("answers of another model than asked for", "lower"),
     "..._tokens_in": Metric("tokens sent"),
     "..._tokens_out": Metric("tokens received"),
     "..._cost": Metric("price of the calls in dollars", "lower"),
@@ -123,6 +126,9 @@ def find_metric(name: str, options: Mapping[str, Any]) -> Metric | None:
         recipe, own_name = of_contained_recipe.groups()
         whose = METRICS["reward_x" if recipe == "reward" else "dpo_N_x"]
         return extended(find_metric(own_name, {}), whose.meaning)
+    of_round = re.fullmatch(r"round_\d+_(.+)", name)
+    if of_round:
+        return extended(find_metric(of_round.group(1), options), METRICS["round_N_x"].meaning)
     return METRICS.get(family_name(name, options))
 
 

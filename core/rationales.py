@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import random
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import Literal
 from core import verifiers
 from core.config import Count, Names, Natural, Options
 from core.function_process import Subprocess
+from core.llm_answers import Answer, finished_text, whole_answer
 from core.llm_client import LLMClient, LLMClientConfig
 from core.runtime import logger
 from core.sampling import SAMPLING_DEFAULTS, check_sampling
@@ -27,6 +29,8 @@ ANSWER_CHECKS = {
     "exact": f"{verifiers.__file__}:exact",
 }
 ANSWER_MARKER = "####"  # what the teacher writes before its final answer
+# Words around a final answer that are no steps to it.
+FILLER_WORDS = {"a", "answer", "final", "hence", "is", "it", "result", "so", "the", "therefore"}
 SIMILARITY_CUTOFF = 0.7  # new questions whose words are this similar to a known one are dropped
 
 
@@ -44,6 +48,9 @@ class TeacherConfig(LLMClientConfig):
     # sampling of the teacher, any of {max_new_tokens: 256, temperature: 0.7, top_k: 0, top_p: 1}
     generation_kwargs: Options = field(default_factory=dict)
     answer_check: Literal["numeric", "exact"] = "numeric"  # compare answers as numbers or as text
+    # what is learned: the steps in the answer, the model's reasoning before it, or both; auto: the
+    # steps, and the reasoning where the answer has none
+    rationale_source: Literal["auto", "answer", "reasoning", "both"] = "auto"
     # keep the rows of these types; without a column reasoning_type, ask the teacher for them
     reasoning_types: Names = field(default_factory=list)
     generate_synthetic_data: bool = False  # let the teacher write new questions as well
@@ -192,7 +199,9 @@ def write_questions(
             examples = generator.sample(seeds, min(3, len(seeds)))
             requests.append((question_prompt(examples), number))
         counts["asked"] += len(requests)
-        texts = teacher.ask("new questions", requests, sampling, PROMPT_VERSION, strip_or_none)
+        texts = teacher.ask(
+            "new questions", requests, sampling, PROMPT_VERSION, strip_or_none, read=finished_text
+        )
         for text in texts:
             if text is None:
                 counts["missing"] += 1
@@ -215,19 +224,65 @@ def write_questions(
     ]
 
 
-def ask_for_chains(config: TeacherConfig, teacher: LLMClient, rows: list[dict]) -> list[list[str]]:
-    """For each row the chains of thought that the teacher writes, at most `num_rationales`."""
+def ask_for_chains(
+    config: TeacherConfig, teacher: LLMClient, rows: list[dict]
+) -> list[list[Answer]]:
+    """For each row the answers that the teacher writes, at most `num_rationales`."""
     requests = []
+    names = []
     for row in rows:
         prompt = rationale_prompt(config, row["question"], row.get("system"))
         requests += [(prompt, number) for number in range(config.num_rationales)]
+        names += [row["question"]] * config.num_rationales
     sampling = TEACHER_SAMPLING | config.generation_kwargs
-    texts = teacher.ask("rationales", requests, sampling, PROMPT_VERSION, strip_or_none)
-    chains = []
-    for start in range(0, len(texts), config.num_rationales):
-        group = texts[start : start + config.num_rationales]
-        chains.append([text for text in group if text])
-    return chains
+    answers = teacher.ask(
+        "rationales",
+        requests,
+        sampling,
+        PROMPT_VERSION,
+        whole_answer,
+        read=whole_answer,
+        names=names,
+    )
+    answers_by_row = []
+    for start in range(0, len(answers), config.num_rationales):
+        group = answers[start : start + config.num_rationales]
+        answers_by_row.append([answer for answer in group if answer])
+    return answers_by_row
+
+
+def steps_in(text: str, answer: str) -> str:
+    """The steps before the final answer of a text; "" where the answer stands alone."""
+    before, marker, _ = text.rpartition(ANSWER_MARKER)
+    if marker:
+        # The marker may be in bold.
+        return re.sub(r"(^|\n)[\s*_]*$", "", before).strip()
+    text = text.strip()
+    return "" if is_answer_alone(text, answer) else text
+
+
+def is_answer_alone(text: str, answer: str) -> bool:
+    """Whether a text says no more than its answer: 7, \\boxed{7}, <answer>7</answer>, The answer is
+    7."""
+    if "=" in text:
+        return False
+    text = re.sub(r"<[^<>]*>|\\[a-zA-Z]+", " ", text).lower()
+    words = re.findall(r"[^\W\d_]+", text.replace(answer.lower(), " "))
+    # An answer may be spelled in another way: 1,000 or 1000.
+    numbers = re.findall(r"\d[\d.,]*", text)
+    return len(numbers) <= 1 and not set(words) - FILLER_WORDS
+
+
+def rationale_of(config: TeacherConfig, answer: Answer, final: str) -> str:
+    """What the student learns of an answer whose final answer is right; "" if it has no steps."""
+    steps = steps_in(answer.text, final)
+    if config.rationale_source == "answer":
+        return steps
+    if config.rationale_source == "reasoning":
+        return answer.reasoning
+    if config.rationale_source == "both":
+        return "\n\n".join(part for part in (answer.reasoning, steps) if part)
+    return steps or answer.reasoning
 
 
 def distinct_chains(chains: list[str]) -> list[str]:
@@ -250,26 +305,30 @@ def collect_rationales(config: TeacherConfig, teacher: LLMClient, rows: list[dic
         return collected
 
     counts: Counter[str] = Counter()
-    chains_by_row = ask_for_chains(config, teacher, open_rows)
-    for row, chains in zip(open_rows, chains_by_row, strict=True):
-        counts["chains"] += len(chains)
-        answer = row["answer"]
-        if answer is None:
-            answer = vote_on_answer(config, chains)
-        if not answer:
+    answers_by_row = ask_for_chains(config, teacher, open_rows)
+    for row, answers in zip(open_rows, answers_by_row, strict=True):
+        # What the token limit ended may have lost a part of its final answer.
+        finished = [answer for answer in answers if not answer.was_cut]
+        chains = [answer.text for answer in finished]
+        counts["chains"] += len(answers)
+        counts["cut"] += len(answers) - len(finished)
+        expected = row["answer"]
+        if expected is None:
+            expected = vote_on_answer(config, chains)
+        if not expected:
             continue
         # Only the final answer is checked: a wrong chain may still lead to the right one.
         finals = [final_answer(chain) for chain in chains]
-        verdicts = check_answers(config, finals, [answer] * len(chains))
-        right = [chain for chain, verdict in zip(chains, verdicts, strict=True) if verdict]
-        # An answer alone is no chain of thought.
-        usable = distinct_chains([chain for chain in right if not chain.startswith(ANSWER_MARKER)])
+        verdicts = check_answers(config, finals, [expected] * len(chains))
+        right = [answer for answer, verdict in zip(finished, verdicts, strict=True) if verdict]
+        rationales = [rationale_of(config, answer, expected) for answer in right]
+        usable = distinct_chains([rationale for rationale in rationales if rationale])
         counts["right"] += len(right)
         counts["usable"] += len(usable)
+        counts["reasoning"] += len({answer.reasoning for answer in right} & set(usable))
         counts["questions"] += len(usable) > 0
-        for chain in usable:
-            rationale = chain.rpartition(ANSWER_MARKER)[0].strip() or chain
-            collected.append(row | {"answer": answer, "rationale": rationale})
+        for rationale in usable:
+            collected.append(row | {"answer": expected, "rationale": rationale})
 
     logger.info(
         "rationales: %d chains for %d questions, %d with the right answer, %d of them distinct; "
@@ -281,5 +340,33 @@ def collect_rationales(config: TeacherConfig, teacher: LLMClient, rows: list[dic
         counts["questions"],
         100 * counts["questions"] / len(open_rows),
     )
+    if counts["reasoning"]:
+        logger.info(
+            "rationales: %d are the reasoning before an answer (rationale_source=%s)",
+            counts["reasoning"],
+            config.rationale_source,
+        )
+    if counts["cut"]:
+        logger.warning("rationales: the %d that the token limit ended are left out", counts["cut"])
     teacher.figures.update(questions=len(open_rows), questions_with_rationale=counts["questions"])
+    if not collected:
+        raise RuntimeError(why_nothing_is_learned(counts))
     return collected
+
+
+def why_nothing_is_learned(counts: Counter) -> str:
+    """One sentence on chains of which none is usable, and what to do."""
+    if counts["right"]:
+        return (
+            f"nothing to learn from: {counts['right']} answers are right, but without the steps to "
+            "them; use a teacher that writes its steps, or another rationale_source"
+        )
+    if counts["cut"] == counts["chains"] > 0:
+        return (
+            f"nothing to learn from: the token limit ended all {counts['chains']} answers of the "
+            "teacher; raise max_new_tokens in generation_kwargs"
+        )
+    return (
+        "nothing to learn from: no chain of the teacher leads to a right answer; use a "
+        "stronger teacher, a higher num_rationales, or easier questions"
+    )

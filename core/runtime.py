@@ -34,6 +34,8 @@ for logger_name in NOISY_LOGGERS:
     logging.getLogger(logger_name).setLevel(logging.ERROR)
 
 EXIT_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Whether a `deferred_signals` is active: an inner one leaves the signals to it.
+is_deferring = False
 
 
 # ---- memory --------------------------------------------------------------------------------------
@@ -156,22 +158,27 @@ def exit_on_signals() -> None:
 
 
 @contextlib.contextmanager
-def deferred_signals() -> Iterator[list[int]]:
+def deferred_signals(
+    action: str = "saving a checkpoint after this step, then exiting",
+) -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM in the list that is yielded, so that a loop can save first.
 
     After the block the program ends with status 130 or 143 if there was a signal. A second signal
-    ends it at once.
+    ends it at once. `action` is what the loop does after a signal, for the log. Inside another
+    block the list stays empty: the outer loop decides when to stop.
     """
+    global is_deferring
     received: list[int] = []
+    if is_deferring:
+        yield received
+        return
 
     def defer(number, frame):
         if received:
             sys.exit(128 + number)
         received.append(number)
         logger.warning(
-            "%s: saving a checkpoint after this step, then exiting; "
-            "run the same command again to resume",
-            signal.Signals(number).name,
+            "%s: %s; run the same command again to resume", signal.Signals(number).name, action
         )
 
     previous_handlers = {}
@@ -179,9 +186,11 @@ def deferred_signals() -> Iterator[list[int]]:
     if threading.current_thread() is threading.main_thread():
         for number in EXIT_SIGNALS:
             previous_handlers[number] = signal.signal(number, defer)
+        is_deferring = True
     try:
         yield received
     finally:
+        is_deferring = False
         for number, handler in previous_handlers.items():
             signal.signal(number, handler)
     if received:

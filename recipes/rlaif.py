@@ -268,7 +268,7 @@ def sample_candidates(
 ) -> list[list[str]]:
     """`num_candidates` answers of the policy to each prompt. They are recorded in calls.jsonl like
     those of a judge, under the `name` of the model, so that a run that continues reuses them."""
-    policy = LLMClient(config, "policy", name, "local")
+    policy = LLMClient(config, "policy", name, "local", verbatim=True)
     policy.local = (model.eval(), tokenizer)
     requests = []
     for row in rows:
@@ -366,6 +366,15 @@ def write_preferences(
     return metrics
 
 
+def figures_of_round(
+    config: RLAIFConfig, figures: dict[str, float], number: int
+) -> dict[str, float]:
+    """The figures under the name of their round, where there are several rounds."""
+    if config.num_rounds == 1:
+        return figures
+    return {f"round_{number}_{name}": value for name, value in figures.items()}
+
+
 # -- training --------------------------------------------------------------------------------------
 
 
@@ -393,9 +402,8 @@ def train(
         source = start
         for number in range(1, config.num_rounds + 1):
             # 1. Sample answers of the present policy and let the judge compare them.
-            feedback |= write_preferences(
-                config, model, tokenizer, source, train_rows, judge, number
-            )
+            figures = write_preferences(config, model, tokenizer, source, train_rows, judge, number)
+            feedback |= figures_of_round(config, figures, number)
             # 2. Learn the preferences; the result is the policy of the next round.
             stage = dpo.DPOStage(config.dpo_config(source, number))
             result = run_part(stage, model, tokenizer, source)

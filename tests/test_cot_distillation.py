@@ -230,6 +230,105 @@ def test_only_chains_that_lead_to_the_answer_are_kept(server, tmp_path, caplog):
     assert teacher.figures["questions_with_rationale"] == 2
 
 
+REASONED = {"content": "#### 7", "reasoning_content": "Hmm, 3 and 4."}
+BOTH = {"content": "Three and four.\n#### 7", "reasoning": "Hmm, 3 and 4."}
+INSIDE = {"content": "<think>\nHmm, 3 and 4. #### 99?\n</think>\n\nThree and four.\n#### 7"}
+THOUGHTS = "Hmm, 3 and 4. #### 99?"
+
+
+@pytest.mark.parametrize(
+    "reply, source, rationale",
+    [
+        (REASONED, "auto", "Hmm, 3 and 4."),
+        (REASONED, "answer", None),
+        (REASONED, "reasoning", "Hmm, 3 and 4."),
+        (REASONED, "both", "Hmm, 3 and 4."),
+        (BOTH, "auto", "Three and four."),
+        (BOTH, "answer", "Three and four."),
+        (BOTH, "reasoning", "Hmm, 3 and 4."),
+        (BOTH, "both", "Hmm, 3 and 4.\n\nThree and four."),
+        (INSIDE, "auto", "Three and four."),
+        (INSIDE, "reasoning", THOUGHTS),
+        (INSIDE, "both", f"{THOUGHTS}\n\nThree and four."),
+        ({"content": "7", "reasoning": "Hmm, 3 and 4."}, "auto", "Hmm, 3 and 4."),
+        ({"content": "7"}, "auto", None),
+        ({"content": "**#### 7**"}, "auto", None),
+        ({"content": "Three and four.\n\n**#### 7**"}, "auto", "Three and four."),
+        ({"content": "3 + 4 = 7"}, "auto", "3 + 4 = 7"),
+        # The reasoning is right, and the answer is not.
+        ({"content": "#### 8", "reasoning_content": "3 and 4 are 7.\n#### 7"}, "auto", None),
+        ({"content": None, "reasoning_content": "3 and 4 are 7.\n#### 7"}, "auto", None),
+        ({"content": "<think>3 and 4 are 7.\n#### 7"}, "auto", None),
+    ],
+)
+def test_reasoning_is_learnt_by_option_and_never_by_accident(
+    server,  # noqa: F811
+    tmp_path,
+    reply,
+    source,
+    rationale,
+):
+    rows = [
+        ({"question": "3 + 4?", "answer": "7"}, "question-answer"),
+        ({"question": "r", "rationale": "ready", "answer": "8"}, "question-rationale-answer"),
+    ]
+    options = dict(num_rationales=1, rationale_source=source)
+    try:
+        kept, _ = collected(server, tmp_path, rows, {"3 + 4?": [reply]}, **options)
+    except core.llm_client.LLMClientError as error:
+        assert "1 without an answer" in str(error) and rationale is None
+        return
+    learnt = [row["rationale"] for row in kept if row["question"] == "3 + 4?"]
+    assert learnt == ([] if rationale is None else [rationale])
+
+
+@pytest.mark.parametrize(
+    "text, answer, is_alone",
+    [
+        ("7", "7", True),
+        ("**7.**", "7", True),
+        (r"\boxed{7}", "7", True),
+        ("<answer>7</answer>", "7", True),
+        ("The final answer is 1000.", "1,000", True),
+        ("So the answer is Paris.", "paris", True),
+        ("3 + 4 = 7", "7", False),
+        ("Three and four make 7.", "7", False),
+        ("Paris is in France", "Paris", False),
+    ],
+)
+def test_an_answer_alone_has_no_steps(text, answer, is_alone):
+    assert rationales.is_answer_alone(text, answer) is is_alone
+
+
+@pytest.mark.parametrize(
+    "text, finish, words",
+    [
+        ("#### 4", "stop", "2 answers are right, but without the steps to them"),
+        ("We begin with 4", "length", "the token limit ended all 2 answers of the teacher"),
+        ("I think\n#### 5", "stop", "no chain of the teacher leads to a right answer"),
+    ],
+)
+def test_why_there_is_nothing_to_learn(server, tmp_path, text, finish, words):  # noqa: F811
+    choice = {"message": {"content": text}, "finish_reason": finish}
+    server.instead = {"choices": [choice]}
+    rows = [({"question": "2 + 2?", "answer": "4"}, "question-answer")]
+    with pytest.raises(RuntimeError, match=f"nothing to learn from: {words}"):
+        collected(server, tmp_path, rows, {"2 + 2?": ["", ""]}, num_rationales=2)
+
+
+def test_what_the_token_limit_ended_is_not_learnt(server, tmp_path, caplog):  # noqa: F811
+    """A 42 may have become a 4."""
+    rows = [
+        ({"question": "2 + 2?", "answer": "4"}, "question-answer"),
+        ({"question": "r", "rationale": "ready", "answer": "8"}, "question-rationale-answer"),
+    ]
+    message = {"content": "Two and two.\n#### 4"}
+    server.instead = {"choices": [{"message": message, "finish_reason": "length"}]}
+    kept, _ = collected(server, tmp_path, rows, {"2 + 2?": ["", ""]}, num_rationales=2)
+    assert [row["rationale"] for row in kept] == ["ready"]
+    assert "the 2 that the token limit ended are left out" in caplog.text
+
+
 def test_exact_answers(server, tmp_path):  # noqa: F811
     kept, _ = collected(
         server,

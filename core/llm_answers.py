@@ -1,0 +1,182 @@
+"""How the answer of another model is read: its text, its reasoning, its usage, and what is odd."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+# What reading the body of something other than an answer raises: half an answer, a proxy's page.
+NOT_AN_ANSWER = (ValueError, LookupError, TypeError, AttributeError)
+
+# How models mark their reasoning inside the text: <think>, [THINK], ◁think▷, <seed:think>.
+OPENING = r"(?:<(?:seed:)?(?:think|thinking|thought)>|\[THINK\]|◁think▷)"
+CLOSING = r"(?:</(?:seed:)?(?:think|thinking|thought)>|\[/THINK\]|◁/think▷)"
+REASONING_BLOCK = re.compile(rf"{OPENING}(.*?){CLOSING}", re.DOTALL)
+# Many chat templates open the block in the prompt: then the model writes only the end of it.
+REASONING_TO_THE_END = re.compile(rf"^(.*){CLOSING}", re.DOTALL)
+# The token limit may come before the end of the block.
+REASONING_CUT_OFF = re.compile(rf"{OPENING}(.*)$", re.DOTALL)
+
+# The date or version that a server adds to the name of a model: gpt-4.1-mini-2025-04-14.
+VERSION_SUFFIX = re.compile(r"(-latest|-\d{3,}[\d.-]*|@.*)$")
+
+
+class Answer(NamedTuple):
+    """An answer, without what the model thought before it."""
+
+    text: str
+    reasoning: str  # "" if there is none
+    was_cut: bool  # the token limit ended it
+
+
+# -- from a server ---------------------------------------------------------------------------------
+
+
+def parse_completion(body: str, mask: Callable[[str], str] = str) -> dict:
+    """What is kept of a chat completion; raises one of NOT_AN_ANSWER if `body` is none.
+
+    {"text", "reasoning", "refusal", "tokens_in", "tokens_out", "finish", "model", "usage_missing"},
+    of which all but text and tokens only where they say something. A completion with usage is
+    charged for, so it is an answer even without a text; then "text" is None. `mask` hides the
+    key."""
+    completion = json.loads(body)
+    if completion.get("error"):
+        raise ValueError(mask(str(completion["error"])))
+    choices = completion.get("choices")
+    if choices:
+        choice = choices[0]
+        message = choice["message"]
+    elif completion.get("usage"):
+        choice, message = {}, {}
+    else:
+        raise ValueError("no choices and no usage")
+
+    text, reasoning = split_content(message.get("content"))
+    for name in ("reasoning_content", "reasoning"):
+        if not reasoning and isinstance(message.get(name), str):
+            reasoning = message[name]
+    if text is None and not completion.get("usage") and not reasoning:
+        raise ValueError("a message without content")
+
+    answer = {"text": None if text is None else mask(writable(text))}
+    if reasoning:
+        answer["reasoning"] = mask(writable(reasoning))
+    if isinstance(message.get("refusal"), str) and message["refusal"]:
+        answer["refusal"] = mask(writable(message["refusal"]))
+    answer |= read_usage(completion.get("usage"), has_text=bool(text or reasoning))
+    # "stop" is the rule, and says nothing.
+    finish = choice.get("finish_reason")
+    if isinstance(finish, str) and finish != "stop":
+        answer["finish"] = mask(writable(finish))
+    if isinstance(completion.get("model"), str):
+        answer["model"] = mask(writable(completion["model"]))
+    return answer
+
+
+def split_content(content: Any) -> tuple[str | None, str]:
+    """(text, reasoning) of a message's content: a text, or a list of parts, of which those of type
+    "text" have a text and those of type "thinking" the reasoning."""
+    parts = content if isinstance(content, list) else [{"text": content}]
+    texts = []
+    thoughts = []
+    for part in parts:
+        if not isinstance(part, dict):
+            continue
+        thinking = part.get("thinking", part.get("reasoning"))
+        if isinstance(thinking, list):
+            thinking, _ = split_content(thinking)
+        if isinstance(thinking, str):
+            thoughts.append(thinking)
+        elif isinstance(part.get("text"), str):
+            texts.append(part["text"])
+    text = "".join(texts) if texts else None
+    return text, "".join(thoughts)
+
+
+def writable(text: str) -> str:
+    """The text without lone surrogates, which cannot be written to a file."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def read_usage(usage: Any, has_text: bool) -> dict:
+    """{"tokens_in", "tokens_out"} of a completion's usage; with "usage_missing" where a number is
+    missing or cannot be true, so that its cost is estimated instead."""
+    counts = usage if isinstance(usage, Mapping) else {}
+    tokens_in = counts.get("prompt_tokens")
+    tokens_out = counts.get("completion_tokens")
+    # No prompt has no tokens, and no text either.
+    is_known = is_count(tokens_in, 1) and is_count(tokens_out, 1 if has_text else 0)
+    tokens = {
+        "tokens_in": tokens_in if is_count(tokens_in, 0) else 0,
+        "tokens_out": tokens_out if is_count(tokens_out, 0) else 0,
+    }
+    return tokens if is_known else tokens | {"usage_missing": True}
+
+
+def is_count(value: Any, smallest: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= smallest
+
+
+def is_same_model(wanted: str, answering: str) -> bool:
+    """Whether a server's name for the model that answers is that of the one that was asked for, up
+    to its organization, its date or version, and capitals."""
+    return base_name(wanted) == base_name(answering)
+
+
+def base_name(model: str) -> str:
+    name = model.rstrip("/").rpartition("/")[2].lower().partition(":")[0]
+    return VERSION_SUFFIX.sub("", name)
+
+
+# -- kept answers ----------------------------------------------------------------------------------
+
+
+def split_reasoning(text: str) -> tuple[str, str]:
+    """(reasoning, the text without it) of a text with blocks such as <think>...</think>."""
+    thoughts = REASONING_BLOCK.findall(text)
+    text = REASONING_BLOCK.sub("", text)
+    for pattern in (REASONING_TO_THE_END, REASONING_CUT_OFF):
+        block = pattern.search(text)
+        if block:
+            thoughts.append(block.group(1))
+            text = pattern.sub("", text)
+    reasoning = "\n\n".join(thought.strip() for thought in thoughts if thought.strip())
+    return reasoning, text.strip() if thoughts else text
+
+
+def read_answer(kept: Mapping) -> Answer | None:
+    """The answer of a line of OUT/calls.jsonl; None if it has no text, or a filter ended it."""
+    if kept["text"] is None or kept.get("finish") == "content_filter":
+        return None
+    inside, text = split_reasoning(kept["text"])
+    if not text.strip():
+        return None
+    reasoning = kept.get("reasoning", "") or inside
+    return Answer(text, reasoning.strip(), was_cut(kept))
+
+
+def was_cut(kept: Mapping) -> bool:
+    return kept.get("finish") in ("length", "max_tokens")
+
+
+# What a question needs of its answer. An answer is None where there is none.
+
+
+def whole_text(answer: Answer) -> str | None:
+    return answer.text
+
+
+def finished_text(answer: Answer) -> str | None:
+    """The text; None if the token limit ended it."""
+    return None if answer.was_cut else answer.text
+
+
+def finished_lines(answer: Answer) -> str | None:
+    """The text; if the token limit ended it, without its last line: a 10 may have become a 1."""
+    return answer.text.rpartition("\n")[0] if answer.was_cut else answer.text
+
+
+def whole_answer(answer: Answer) -> Answer:
+    return answer
