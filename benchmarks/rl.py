@@ -65,7 +65,7 @@ def prepare(
         gradient_checkpointing=max(0, checkpointing),
     )
     model, tokenizer = compare.load_model(config)
-    rows, *_ = load_prompts(config)
+    rows, *_ = load_prompts(config, {})
     return config, model, tokenizer, rows
 
 

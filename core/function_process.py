@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +19,7 @@ from core.runtime import logger
 
 ROOT = str(Path(__file__).parents[1])
 START_SECONDS = 300  # a function's file may import torch on a slow disk
+ANSWER_SECONDS = 5.0  # to compare one answer, which takes milliseconds unless it takes forever
 # Not run as a script or by -m: the first would put core/ on the path, where statistics.py hides the
 # standard library's, the second would need another working directory than the user's.
 SERVE = (
@@ -25,12 +28,17 @@ SERVE = (
 )
 
 
+class ProcessDied(RuntimeError):
+    """The process of a function has ended without an answer."""
+
+
 class Subprocess:
     """`path/to/file.py:function`, called in a process of its own.
 
     The process is killed when a call takes more than `timeout` seconds: verifiers hang on answers
-    that nobody expected. Arguments and results travel as JSON. A call raises TimeoutError, or
-    RuntimeError with the function's own error; the next call starts a new process."""
+    that nobody expected. Arguments and results travel as JSON; core/reward_calls.py says how the
+    function gets them. A call raises TimeoutError, or RuntimeError with the function's own error;
+    the next call starts a new process."""
 
     def __init__(self, spec: str, timeout: float):
         self.spec = spec
@@ -38,11 +46,29 @@ class Subprocess:
         self.process: Any = None  # a Popen while it runs
         self.reader = ThreadPoolExecutor(1)  # reads a line, so that the caller can stop waiting
 
-    def __call__(self, /, *args, **kwargs) -> Any:  # `/`: a column of the data may be named self
+    # `/`: a column of the data may have any of these names
+    def __call__(self, prompts: list, completions: list[str], /, **columns) -> Any:
+        try:
+            return self.request("call", self.timeout, prompts, completions, columns)
+        except ProcessDied:
+            # Killed between two calls, perhaps for want of memory: a new one gets the same call.
+            return self.request("call", self.timeout, prompts, completions, columns)
+
+    def missing_arguments(self, prompt: list, columns: dict[str, Any]) -> list[str]:
+        """The parameters of the function that a row with these columns has no value for."""
+        lists = {name: [value] for name, value in columns.items()}
+        return self.request("missing", START_SECONDS, [prompt], [""], lists)
+
+    def request(self, method: str, timeout: float, *arguments) -> Any:
+        """The result of a method of the process (core/function_server.py)."""
         self.start()
-        self.process.stdin.write(json.dumps([args, kwargs], default=str) + "\n")
-        self.process.stdin.flush()
-        return self.read(self.timeout)
+        line = json.dumps([method, *arguments], default=str) + "\n"
+        try:
+            self.process.stdin.write(line)
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            raise self.death() from None
+        return self.read(timeout)
 
     def start(self) -> None:
         """Start the process unless it runs; raises ConfigError if the file or the function does not
@@ -72,12 +98,17 @@ class Subprocess:
             raise TimeoutError(f"no answer within {timeout:g} s") from None
         # An empty line is the end of the stream.
         if not line:
-            self.stop()
-            raise RuntimeError("the process died")
+            raise self.death()
         answer = json.loads(line)
         if "error" in answer:
             raise RuntimeError(answer["error"])
         return answer["result"]
+
+    def death(self) -> ProcessDied:
+        """The error to raise after the process has died; cleans up after it."""
+        process = self.process
+        self.stop()
+        return ProcessDied(f"the process died (exit code {process.returncode})")
 
     def verdict(self, text: str, **columns) -> Any:
         """What the function returns for one text; None, with a warning, if it fails or takes too
@@ -90,8 +121,44 @@ class Subprocess:
             return None
 
     def stop(self) -> None:
-        """End the process; the next call starts another."""
-        if self.process:
-            self.process.kill()
-            self.process.communicate()
-            self.process = None
+        """End the process and what it has started; the next call starts another."""
+        if self.process is None:
+            return
+        # Its session is its process group.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.communicate()
+        self.process = None
+
+
+class AnswerChecker(Subprocess):
+    """A verifier of ours that compares answers, one at a time: one that it does not decide within
+    `timeout` seconds has no verdict, and the others of its batch have theirs."""
+
+    def __init__(self, spec: str, timeout: float = ANSWER_SECONDS):
+        super().__init__(spec, timeout)
+        self.num_slow = 0  # answers without a verdict
+
+    def __call__(self, prompts: list, completions: list[str], /, **columns) -> list:
+        verdicts = []
+        for n, text in enumerate(completions):
+            own_columns = {name: values[n : n + 1] for name, values in columns.items()}
+            try:
+                verdicts += super().__call__([None], [text], **own_columns)
+            except TimeoutError:
+                self.num_slow += 1
+                logger.warning(
+                    "no verdict on %r within %g s (%d so far)",
+                    text[-80:],
+                    self.timeout,
+                    self.num_slow,
+                )
+                verdicts.append(None)
+        return verdicts
+
+    def start(self) -> None:
+        if self.process is not None:
+            return
+        super().start()
+        # The first comparison imports SymPy, which may take longer than an answer may.
+        self.request("call", START_SECONDS, [None], ["1"], {"answer": ["1"]})

@@ -1,41 +1,52 @@
-"""The process that `Subprocess` starts. It imports nothing of ours, so that it starts at once."""
+"""The process that `Subprocess` starts. It imports nothing slow, so that it starts at once."""
 
 import importlib.util
 import json
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
+
+from core.reward_calls import RewardCall, to_plain
 
 
 def serve(path: str, name: str) -> None:
-    """The other side of `Subprocess`: answer each line on stdin, [args, kwargs], by a line on
-    stdout."""
+    """The other side of `Subprocess`: answer each line on stdin, [method, prompts, completions,
+    columns], by a line on stdout."""
+    requests = os.fdopen(os.dup(0), encoding="utf-8")
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    # What the function prints, or a C library under it, is not an answer: it goes to stderr.
+    # What the function prints, or a C library under it, is not an answer: it goes to stderr. What
+    # it reads, or a program that it starts, is not a request.
     os.dup2(2, 1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     # It warns that its timeouts are off: this process is killed from outside if it takes long.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     try:
-        function = load_function(path, name)
-    except Exception as error:
+        call = RewardCall(load_function(path, name))
+    except (Exception, SystemExit) as error:
         send(answers, error=describe(error))
         return
 
     send(answers, result="ready")
-    for line in sys.stdin:
-        args, kwargs = json.loads(line)
+    methods: dict[str, Callable] = {"call": call, "missing": call.missing}
+    for line in requests:
+        method, *arguments = json.loads(line)
         try:
-            result = function(*args, **kwargs)
+            result = methods[method](*arguments)
             send(answers, result=result)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             send(answers, error=describe(error))
 
 
-def load_function(path: str, name: str) -> Any:
+def load_function(path: str, name: str) -> Callable:
     """The function `name` of the file at `path`."""
-    # A file anywhere, by its path: its folder need not be on sys.path.
+    # Modules beside the file are found, as they are by `python path`. Our own verifiers need none,
+    # and core/statistics.py would hide the standard library's.
+    folder = Path(path).resolve().parent
+    if folder != Path(__file__).resolve().parent:
+        sys.path.insert(0, str(folder))
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -44,9 +55,9 @@ def load_function(path: str, name: str) -> Any:
 
 
 def send(file: TextIO, **answer) -> None:
-    text = json.dumps(answer, default=float)  # default: numbers of numpy and torch
+    text = json.dumps(answer, default=to_plain)
     print(text, file=file, flush=True)
 
 
-def describe(error: Exception) -> str:
+def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"

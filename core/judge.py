@@ -15,7 +15,7 @@ from core.errors import ConfigError
 from core.llm_answers import finished_lines
 from core.llm_client import LLMClient, LLMClientConfig
 from core.recipe_files import is_link
-from core.rewards import check_reward_model, load_reward_model
+from core.rewards import check_model_takes_prompts, check_reward_model, load_reward_model
 from core.runtime import logger
 from core.sampling import SAMPLING_DEFAULTS
 from core.statistics import mean_with_interval
@@ -234,6 +234,12 @@ class Judge:
             )
         elif not is_link(config.feedback_model_path):
             check_reward_model(config.feedback_model_path)
+
+    def check_prompts(self, prompts: list[Messages]) -> None:
+        """Raise ConfigError if the judge is a reward model that cannot take one of the prompts."""
+        if self.client is None:
+            path = self.config.feedback_model_path
+            check_model_takes_prompts("feedback_model_path", path, prompts)
 
     def load(self) -> None:
         """To be called when stage:NAME has become a path, just before the judge is needed."""

@@ -62,6 +62,7 @@ METRICS = {
     "entropy": Metric("how open the policy still is; near 0 it has stopped exploring"),
     "sampling_gap": Metric("rounding between sampling and training", "lower"),
     "zero_variance": Metric("share of prompts whose answers all have one reward", "lower"),
+    "unscored": Metric("share of answers without a verdict", "lower"),
     "ratio": Metric("mean probability ratio to the policy that sampled; near 1 is healthy"),
     "clip_fraction": Metric("share of tokens whose gradient the clip stops"),
     "policy_kl": Metric("distance from the policy that sampled"),

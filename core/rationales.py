@@ -13,7 +13,8 @@ from typing import Literal
 
 from core import verifiers
 from core.config import Count, Names, Natural, Options
-from core.function_process import Subprocess
+from core.final_answers import find_final_answer, find_marked_answer
+from core.function_process import AnswerChecker
 from core.llm_answers import Answer, finished_text, whole_answer
 from core.llm_client import LLMClient, LLMClientConfig
 from core.runtime import logger
@@ -23,7 +24,6 @@ from core.sampling import SAMPLING_DEFAULTS, check_sampling
 TEACHER_SAMPLING = SAMPLING_DEFAULTS | {"max_new_tokens": 256, "temperature": 0.7}
 # Part of the key of every recorded call: answers to other versions of the prompts are not reused.
 PROMPT_VERSION = "1"
-CHECK_SECONDS = 10.0  # time limit for comparing two answers
 ANSWER_CHECKS = {
     "numeric": f"{verifiers.__file__}:numeric",
     "exact": f"{verifiers.__file__}:exact",
@@ -124,7 +124,7 @@ def canonical_answers(prompts: list, completions: list[str], **_) -> list[str | 
 def canonical_answer(text: str) -> str | None:
     import sympy
 
-    values = verifiers.parse_formula(final_answer(text))
+    values = verifiers.parse_formula(find_final_answer(text))
     if not values:
         return None
     value = values[0]
@@ -135,15 +135,15 @@ def canonical_answer(text: str) -> str | None:
 
 
 @functools.cache
-def shared_process(function: str, timeout: float) -> Subprocess:
+def shared_process(function: str) -> AnswerChecker:
     """The one process that runs `function` for all comparisons: starting one takes seconds."""
-    return Subprocess(function, timeout)
+    return AnswerChecker(function)
 
 
 def check_answers(config: TeacherConfig, texts: list[str], answers: list[str]) -> list:
     """For each final answer 1.0 (right) or 0.0 (wrong); None where the comparison failed or took
     too long."""
-    check = shared_process(ANSWER_CHECKS[config.answer_check], CHECK_SECONDS)
+    check = shared_process(ANSWER_CHECKS[config.answer_check])
     return [
         check.verdict(text, answer=[answer]) for text, answer in zip(texts, answers, strict=True)
     ]
@@ -167,13 +167,14 @@ def vote_on_answer(config: TeacherConfig, chains: list[str]) -> str | None:
     if config.answer_check == "exact":
         answers = [final_answer(chain) for chain in chains]
     else:
-        process = shared_process(f"{__file__}:canonical_answers", CHECK_SECONDS)
+        process = shared_process(f"{__file__}:canonical_answers")
         answers = [process.verdict(chain) for chain in chains]
     winner = majority_vote(answers)
     if winner is None:
         return None
     # The student learns the answer as it was written, not the notation made for comparing.
-    return final_answer(chains[answers.index(winner)])
+    chain = chains[answers.index(winner)]
+    return find_marked_answer(chain) or final_answer(chain)
 
 
 # -- collecting ------------------------------------------------------------------------------------

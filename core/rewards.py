@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,10 +21,11 @@ from core import verifiers
 from core.chat import encode_conversation
 from core.config import ModelConfig, Names, Natural, Positive, comma_separated
 from core.errors import ConfigError, RowError, as_config_error, unknown_name
-from core.function_process import Subprocess
+from core.function_process import ANSWER_SECONDS, AnswerChecker, Subprocess
 from core.llm_client import LLMClientError
 from core.model_config import context_length
 from core.recipe_files import is_link
+from core.reward_calls import RewardCall, to_plain
 from core.runtime import compute_dtype, default_device, logger
 
 REWARDS = {  # built-in verifiers: the function, and the column or option it reads
@@ -37,6 +39,7 @@ Weights = Annotated[list[float], comma_separated]
 REWARD_OPTIONS = ("reward_pattern", "reward_length")
 # Not 0: a row without a verdict is left out of the averages and the updates.
 NO_VERDICT = float("nan")
+UNSCORED_STEPS = 3  # after so many steps in a row without any verdict, a run stops
 
 
 # -- options ---------------------------------------------------------------------------------------
@@ -134,12 +137,19 @@ def check_reward_model(path: str) -> None:
 
 def check_reward_prompts(config: ScoringConfig, prompts: Sequence[list[dict]]) -> None:
     """Raise ConfigError if the reward model's chat template cannot take one of the prompts."""
+    if config.reward_model_path and config.on_reward_error == "stop":
+        remedy = "change it, or leave such rows out by on_reward_error=skip"
+        check_model_takes_prompts("reward_model_path", config.reward_model_path, prompts, remedy)
+
+
+def check_model_takes_prompts(
+    option: str, path: str, prompts: Sequence[list[dict]], remedy: str = "change it"
+) -> None:
+    """Raise ConfigError if the chat template of the reward model at `path`, which `option` names,
+    cannot take one of the prompts."""
     from transformers import AutoTokenizer
 
-    path = config.reward_model_path
-    if not path or is_link(path) or config.on_reward_error == "skip":
-        return
-    if not Path(path, "tokenizer_config.json").exists():
+    if is_link(path) or not Path(path, "tokenizer_config.json").exists():
         return  # reported when the model is loaded
     tokenizer = AutoTokenizer.from_pretrained(path)
     # Templates go by roles: one prompt of each sequence of roles tells for all.
@@ -148,10 +158,7 @@ def check_reward_prompts(config: ScoringConfig, prompts: Sequence[list[dict]]) -
         try:
             encode_answer(tokenizer, prompt, "an answer")
         except RowError as error:
-            raise ConfigError(
-                f"reward_model_path={path}: there is a prompt {error}; change it, or leave such "
-                "rows out by on_reward_error=skip"
-            ) from error
+            raise ConfigError(f"{option}={path}: there is a prompt {error}; {remedy}") from error
 
 
 def load_reward_model(config: ScoringConfig) -> Callable:
@@ -228,9 +235,30 @@ def start_reward_functions(config: ScoringConfig) -> dict[str, Callable]:
     for name in config.reward:
         spec = REWARDS[name][0] if name in REWARDS else name
         function = Subprocess(spec, config.reward_timeout)
+        if name == "numeric":
+            function = AnswerChecker(spec, min(ANSWER_SECONDS, config.reward_timeout))
         function.start()
         functions[name] = function
     return functions
+
+
+def check_reward_arguments(
+    config: ScoringConfig, functions: dict[str, Callable], row: dict, *further: str
+) -> None:
+    """Raise ConfigError if a function has a parameter that is no column of the row, and none of the
+    `further` names that it gets."""
+    columns = row["columns"] | {name: [] for name in further}
+    for name, function in functions.items():
+        if name in REWARDS or not isinstance(function, Subprocess):
+            continue
+        missing = function.missing_arguments(row["prompt"], columns)
+        if missing:
+            known = ", ".join(["prompts", "completions", *columns])
+            function.stop()
+            raise ConfigError(
+                f"reward={name} takes {', '.join(missing)}, which the data has no column for; "
+                f"it can take {known}"
+            )
 
 
 @contextlib.contextmanager
@@ -239,19 +267,32 @@ def stopping_functions(functions: dict[str, Callable]) -> Iterator[None]:
     try:
         yield
     finally:
-        for function in functions.values():
+        for name, function in functions.items():
             if isinstance(function, Subprocess):
                 function.stop()
+            num_slow = getattr(function, "num_slow", 0)
+            if num_slow:
+                logger.warning("%s: %d answers without a verdict in time", name, num_slow)
 
 
 def score_completions(
-    config: ScoringConfig, functions: dict[str, Callable], rows: list[dict], completions: list
+    config: ScoringConfig,
+    functions: dict[str, Callable],
+    rows: list[dict],
+    completions: list[str],
+    token_ids: Sequence[list[int]] | None = None,
 ) -> torch.Tensor:
     """The rewards (B, R) that the functions give; NaN where there is no verdict.
 
-    A row is {"prompt", "columns"}; there is one for each completion. Raises RuntimeError if a
-    function fails, unless `on_reward_error` is skip: then the rows at which it fails have no
-    verdict."""
+    A row is {"prompt", "columns"}; there is one for each completion. `token_ids` of the completions
+    are for functions that read them. Raises RuntimeError if a function fails, unless
+    `on_reward_error` is skip: then the rows at which it fails have no verdict."""
+    extras = [{}] * len(rows)
+    if token_ids is not None:
+        extras = [{"completion_ids": list(ids)} for ids in token_ids]
+    rows = [
+        row | {"columns": row["columns"] | extra} for row, extra in zip(rows, extras, strict=True)
+    ]
     columns = []
     for name, function in functions.items():
         columns.append(call_reward(config, name, function, rows, completions))
@@ -259,40 +300,82 @@ def score_completions(
 
 
 def call_reward(
-    config: ScoringConfig, name: str, function: Callable, rows: list[dict], completions: list
+    config: ScoringConfig, name: str, function: Callable, rows: list[dict], completions: list[str]
 ) -> list[float]:
     """The rewards of one function. If it fails, it is called row by row to find the one at which it
     fails."""
-    arguments: dict[str, Any] = {}
-    for column in rows[0]["columns"]:
-        arguments[column] = [row["columns"][column] for row in rows]
-    if name in REWARDS:
-        arguments |= {option: getattr(config, option) for option in REWARD_OPTIONS}
-    prompts = [row["prompt"] for row in rows]
-
-    # A verdict that is no number fails like a function that raises.
     try:
-        verdicts = function(prompts, completions, **arguments)
-        rewards = [NO_VERDICT if verdict is None else float(verdict) for verdict in verdicts]
-        if float("inf") in map(abs, rewards):
-            raise ValueError("a reward is infinite")
-    except LLMClientError:  # a judge that can no longer be queried: no single row is the reason
+        verdicts = call_function(config, name, function, rows, completions)
+        check_verdicts(name, verdicts, len(rows))
+        return to_rewards(verdicts)
+    # A judge that can no longer be queried, or a mistake in the function: no single row is the
+    # reason.
+    except (LLMClientError, WrongReturn):
         raise
     except Exception as error:
         if len(rows) == 1:
             handle_reward_error(config, name, error, rows[0], completions[0])
             return [NO_VERDICT]
-        rewards = []
-        for row, completion in zip(rows, completions, strict=True):
-            rewards += call_reward(config, name, function, [row], [completion])
-        return rewards
+    rewards = []
+    for row, completion in zip(rows, completions, strict=True):
+        rewards += call_reward(config, name, function, [row], [completion])
+    return rewards
 
-    # A wrong number of verdicts is a mistake in the function, not of a row: no reason to skip.
-    if not isinstance(verdicts, list) or len(verdicts) != len(rows):
-        raise RuntimeError(
-            f"reward {name} must return a list of {len(rows)} numbers or None, "
-            f"not {str(verdicts)[:80]}"
+
+def call_function(
+    config: ScoringConfig, name: str, function: Callable, rows: list[dict], completions: list[str]
+) -> Any:
+    """What a function returns for the rows, arrays and tensors as lists."""
+    prompts = [row["prompt"] for row in rows]
+    if name == "numeric":
+        texts = []
+        for row, completion in zip(rows, completions, strict=True):
+            texts.append(with_opened_thinking(row, completion))
+        answers = [row["columns"]["answer"] for row in rows]
+        return function(prompts, texts, answer=answers)
+
+    columns: dict[str, Any] = {}
+    for column in rows[0]["columns"]:
+        columns[column] = [row["columns"][column] for row in rows]
+    if name in REWARDS:
+        columns |= {option: getattr(config, option) for option in REWARD_OPTIONS}
+    if isinstance(function, Subprocess):
+        return function(prompts, completions, **columns)
+    return to_plain(RewardCall(function)(prompts, completions, columns))
+
+
+def with_opened_thinking(row: dict, completion: str) -> str:
+    """The completion, with the start of the thinking block that the chat template wrote for it."""
+    return f"<think>{completion}" if row.get("opens_thinking") else completion
+
+
+class WrongReturn(RuntimeError):
+    """A reward function returns something else than a number or None for each completion."""
+
+
+def check_verdicts(name: str, verdicts: Any, count: int) -> None:
+    """Raise WrongReturn if `verdicts` is not a list of `count` numbers or None."""
+    returned = ""
+    if not isinstance(verdicts, list):
+        returned = str(verdicts)[:80]
+    elif len(verdicts) != count:
+        returned = f"a list of {len(verdicts)}"
+    else:
+        for verdict in verdicts:
+            if verdict is not None and not isinstance(verdict, int | float):
+                returned = f"a list with {str(verdict)[:80]!r}"
+                break
+    if returned:
+        raise WrongReturn(
+            f"reward {name} must return a list of {count} numbers or None, not {returned}"
         )
+
+
+def to_rewards(verdicts: list) -> list[float]:
+    """The verdicts as numbers, NO_VERDICT for None; raises ValueError if one is infinite."""
+    rewards = [NO_VERDICT if verdict is None else float(verdict) for verdict in verdicts]
+    if float("inf") in map(abs, rewards):
+        raise ValueError("a reward is infinite")
     return rewards
 
 
@@ -302,6 +385,7 @@ def handle_reward_error(
     """Raise RuntimeError with the row at which a reward fails, or log it if `on_reward_error` is
     skip."""
     shown = {"completion": completion, "prompt": row["prompt"], **row["columns"]}
+    shown.pop("completion_ids", None)  # the completion again
     row_text = json.dumps(shown, default=str)
     message = f"reward {name}: {type(error).__name__}: {error}; the row: {row_text}"
     if config.on_reward_error == "stop":
@@ -309,6 +393,26 @@ def handle_reward_error(
             f"{message}. Fix the reward, or skip such rows with on_reward_error=skip"
         ) from error
     logger.warning("%s is left out", message)
+
+
+def stop_without_verdicts(
+    names: Iterable[str], history: Sequence[Mapping[str, float]], never_scored: bool
+) -> None:
+    """Raise RuntimeError if no completion of the last steps has a verdict, or none of a run that is
+    over (`never_scored`). `history` has the metrics of each step."""
+    recent = history[-UNSCORED_STEPS:]
+    is_unscored = not any("reward" in metrics for metrics in recent)
+    if never_scored or (is_unscored and len(recent) == UNSCORED_STEPS):
+        raise RuntimeError(
+            f"no completion of the last {len(recent)} steps has a verdict of {', '.join(names)}: "
+            "there is nothing to learn from. A reward function gives none by None or NaN, or, with "
+            "on_reward_error=skip, by an error; with several, each has to give one"
+        )
+
+
+def none_for_nan(scores: Sequence[float]) -> list[float | None]:
+    """The scores with None where there is no verdict, since JSON has no NaN."""
+    return [None if math.isnan(score) else score for score in scores]
 
 
 def weighted_total(config: ScoringConfig, rewards: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,7 @@ from core.kl import completion_kl, loss_needs_log_probs, next_kl_coef
 from core.logprobs import disable_dropout
 from core.model_config import context_length
 from core.optimizers import new_optimizer, schedule_factor, set_learning_rates
+from core.rewards import stop_without_verdicts
 from core.rl_alarms import Alarms, equal_rewards, raise_alarms, rollout_values
 from core.rl_samples import (
     STEPS_BETWEEN_SAMPLES,
@@ -63,7 +64,7 @@ from core.train_state import load_checkpoint, save_checkpoint
 # Metrics that only metrics.jsonl has; the lines on the screen would be too long with them.
 NOT_ON_SCREEN = (
     "reward_.*|ratio|.*_loss|epochs|kl_coef|policy_kl|improvement|zero_variance|"
-    "clip_fraction|line_search|entropy|seconds_.*"
+    "unscored|clip_fraction|line_search|entropy|seconds_.*"
 )
 
 
@@ -279,6 +280,8 @@ class Run(Policy):
         speed = {"completions_per_s": round(completions / seconds, 3)}
         self.report(metrics | speed | {"seconds_rollout": round(rollout.seconds, 2)})
         self.history.append(metrics)
+        never_scored = self.step == config.num_training_steps and "reward" not in self.before
+        stop_without_verdicts(self.reward_functions, self.history, never_scored)
         raise_alarms(self, rollout_values(self, rollout))
         is_last = self.step == config.num_training_steps
         if is_last or self.evaluation_is_due or self.step % STEPS_BETWEEN_SAMPLES == 0:
@@ -518,6 +521,7 @@ def rollout_metrics(run: Run, rollout: Rollout) -> dict[str, float]:
     gather = run.accelerator.gather
     metrics["length"] = gather(rollout.lengths).float().mean()
     metrics["stopped"] = gather(rollout.stopped).float().mean()
+    metrics["unscored"] = gather(rollout.scores.isnan()).float().mean()
     return {name: float(value) for name, value in metrics.items()} | {"kl_coef": run.kl_coef}
 
 

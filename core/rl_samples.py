@@ -11,14 +11,14 @@ A line of samples.jsonl has "step", "kind", "prompt", "completion", "reward", wi
 from __future__ import annotations
 
 import json
-import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from core.rewards import score_completions, weighted_total
+from core.rewards import none_for_nan, score_completions, weighted_total
 from core.rollout import Rollout
 from core.runtime import is_main_process, logger
 from core.sampling import decode_completions, sample_completions
@@ -48,11 +48,12 @@ def describe_answers(
 ) -> list[Answer]:
     """The lines of B answers, each to the prompt of its row; their kind is held_out."""
     columns = reward_columns(run)
+    totals = none_for_nan(scores.tolist())
     answers = []
     for b, row in enumerate(rows):
         answer = {"step": run.step, "kind": "held_out", "prompt": row["prompt"]}
-        answer |= {"completion": texts[b], "reward": float(scores[b])}
-        answer |= dict(zip(columns, rewards[b].tolist(), strict=False))
+        answer |= {"completion": texts[b], "reward": totals[b]}
+        answer |= dict(zip(columns, none_for_nan(rewards[b].tolist()), strict=False))
         answer |= {"length": int(lengths[b]), "stopped": bool(stopped[b])}
         # A column of the data never takes the place of a field above.
         answers.append(answer | row["columns"] | answer)
@@ -92,7 +93,7 @@ def write_best_and_worst(run: Any, rollout: Rollout) -> None:
 
 def best_and_worst(answers: Sequence[Answer]) -> list[Answer]:
     """The answers with the highest and the lowest reward; fewer if fewer have a verdict."""
-    judged = [answer for answer in answers if not math.isnan(answer["reward"])]
+    judged = [answer for answer in answers if answer["reward"] is not None]
     by_reward = sorted(judged, key=reward_of)
     if len(by_reward) < 2:
         return by_reward
@@ -125,8 +126,9 @@ def evaluate(run: Any) -> dict[str, float]:
         show_answer(answers[0])
     metrics = {}
     for name in ("reward", "length", "stopped"):
-        values = torch.tensor([float(answer[name]) for answer in answers])
-        metrics[f"eval_{name}"] = float(values.nanmean())
+        values = [float(answer[name]) for answer in answers if answer[name] is not None]
+        if values:
+            metrics[f"eval_{name}"] = statistics.fmean(values)
     return metrics
 
 
@@ -138,7 +140,8 @@ def answer_greedily(run: Any, rows: list[dict]) -> list[Answer]:
         completions, _ = sample_completions(run.model, run.tokenizer, prompts, config.sampling)
     texts, stopped = decode_completions(run.tokenizer, completions)
     lengths = [len(completion) for completion in completions]
-    rewards = score_completions(config, run.reward_functions, rows, texts)  # (b, R)
+    functions = run.reward_functions
+    rewards = score_completions(config, functions, rows, texts, completions)  # (b, R)
     scores = weighted_total(config, rewards)  # (b,)
     return describe_answers(run, rows, texts, lengths, stopped, rewards, scores)
 
@@ -149,7 +152,7 @@ def show_answer(answer: Answer) -> None:
     shown = {
         "prompt": shorten(str(prompt)),
         "answer": shorten(answer["completion"]),
-        "reward": f"{answer['reward']:.4g}",
+        "reward": "none" if answer["reward"] is None else f"{answer['reward']:.4g}",
     }
     lines = [f"  {name}  {text}" for name, text in shown.items()]
     logger.info("\n%s", "\n".join(lines))

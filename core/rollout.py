@@ -33,6 +33,7 @@ from core.config import (
 from core.data import load_rows, usable_rows
 from core.data_sources import DataPath
 from core.errors import ConfigError, RowError
+from core.final_answers import opens_thinking
 from core.logprobs import (
     TokenLogps,
     answer_logits,
@@ -47,6 +48,7 @@ from core.rewards import (
     REWARDS,
     ScoringConfig,
     check_answer_column,
+    check_reward_arguments,
     check_reward_prompts,
     rewards_reading_answers,
     score_completions,
@@ -71,6 +73,9 @@ PROMPT_FORMATS = {  # name: required columns; of several that fit, the one with 
     "instruction-input": ["instruction", "input"],
 }
 PROMPT_OPTIONAL_COLUMNS = {form: [*CONTEXT_COLUMNS] for form in PROMPT_FORMATS}
+
+
+PROMPT_ENDING = 16  # tokens of a prompt that may have the <think> of its template
 
 
 @dataclass
@@ -227,13 +232,21 @@ def encode_prompt(row: dict, tokenizer, limit: int) -> dict:
         raise RowError(
             f"whose prompt is longer than {limit} tokens, which leaves no room to answer"
         )
-    return row | {"ids": ids}
+    return row | {"ids": ids, "opens_thinking": prompt_opens_thinking(tokenizer, ids)}
 
 
-def load_prompts(config: RLConfig) -> tuple[list[dict], list[dict], dict]:
+def prompt_opens_thinking(tokenizer, ids: list[int]) -> bool:
+    """Whether the chat template ends the prompt inside a thinking block, which the completion then
+    has only the end of."""
+    return opens_thinking(tokenizer.decode(ids[-PROMPT_ENDING:]))
+
+
+def load_prompts(
+    config: RLConfig, reward_functions: dict[str, Callable]
+) -> tuple[list[dict], list[dict], dict]:
     """(training rows, evaluation rows, what the data set is), each row by `to_prompt`.
 
-    Raises ConfigError where a reward reads answers and the data has none.
+    Raises ConfigError where a reward reads answers, or another column, and the data has none.
     """
     needs_answer = bool(rewards_reading_answers(config))
 
@@ -244,6 +257,7 @@ def load_prompts(config: RLConfig) -> tuple[list[dict], list[dict], dict]:
         config, convert, PROMPT_OPTIONAL_COLUMNS, passes_on=True
     )
     check_answer_column(config, training[0]["columns"])
+    check_reward_arguments(config, reward_functions, training[0], "completion_ids")
     check_reward_prompts(config, [row["prompt"] for row in (*training, *evaluation)])
     return training, evaluation, data_set
 
@@ -337,6 +351,11 @@ class Rollout:
     returns: torch.Tensor | None = None  # (B, T)
     weights: torch.Tensor | None = None  # (B, T) or (B, 1): weight of each loss in the mean
 
+    @property
+    def completions(self) -> list[list[int]]:
+        """B lists of token ids."""
+        return [ids for group in self.groups for ids in group["answers"]]
+
     def select(self, prompts: torch.Tensor) -> Rollout:
         """The completions of these prompts, given by their places (p,), as a mini-batch."""
         # Completions of one prompt stay together: they are compared, and share a pass over it.
@@ -409,7 +428,9 @@ def score_rollout(policy: Policy, rollout: Rollout) -> None:
     """Set rollout.rewards (B, R), their sum rollout.scores (B,), and rollout.used (B, T)."""
     began = time.perf_counter()
     config, device = policy.config, policy.model.device
-    rewards = score_completions(config, policy.reward_functions, rollout.rows, rollout.texts)
+    rewards = score_completions(
+        config, policy.reward_functions, rollout.rows, rollout.texts, rollout.completions
+    )
     rollout.rewards = rewards.to(device)
     rollout.scores = weighted_total(config, rewards).to(device)
     # A completion without a verdict teaches nothing; a score of 0 would teach that it was bad.

@@ -4,6 +4,7 @@ stays of its logs when it is resumed."""
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,10 +50,11 @@ def log_step(
     not_on_screen: str,
     pace: Pace | None = None,
 ) -> None:
-    """Append `logs` to metrics.jsonl, and show them without the names that match the regular
-    expression `not_on_screen`."""
+    """Append `logs` to metrics.jsonl, except NaN, which is no JSON, and show them without the names
+    that match the regular expression `not_on_screen`."""
+    known = {name: value for name, value in logs.items() if not math.isnan(value)}
     with open(folder / "metrics.jsonl", "a") as file:
-        file.write(json.dumps({"step": step, **logs}) + "\n")
+        file.write(json.dumps({"step": step, **known}) + "\n")
     shown = []
     for name, value in logs.items():
         if re.fullmatch(not_on_screen, name):

@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 
+from core.final_answers import find_final_answer
+
 NUMBER = re.compile(r"[-+\s\\$€£]*[\d,]*\.?\d+%?")
 SCIENTIFIC = re.compile(r"[-+]?\d+(\.\d+)?[eE][-+]?\d{1,3}")  # 1e6
 MIXED_FRACTION = re.compile(r"(?<![\w.])(-?)(\d+) (\d+/\d+)$")  # 3 1/2
@@ -35,7 +37,7 @@ def parse_formula(text: str, alone: bool = True) -> list:
     (`alone`), or is LaTeX."""
     from math_verify import parse
 
-    text = EMPHASIS.sub("", text).removesuffix(".")
+    text = EMPHASIS.sub("", text).removesuffix(".").replace("−", "-")
     if SCIENTIFIC.fullmatch(text):
         text = f"{Decimal(text):f}"
     text = MIXED_FRACTION.sub(r"$\1(\2+\3)$", text)
@@ -53,10 +55,10 @@ def parse_formula(text: str, alone: bool = True) -> list:
 
 
 def numeric(prompts: list, completions: list[str], answer: list, **_) -> list[float]:
-    """1.0 where the final answer of a completion equals the number or formula `answer`, else 0.0.
+    """1.0 where the final answer of a completion (core/final_answers.py) equals the number or
+    formula `answer`, or that at the end of it, as in "... #### 72"; else 0.0.
 
-    Of an answer "... #### 72" and of a completion, what follows the hashes counts. Raises
-    ValueError if `answer` is not a number or formula."""
+    Raises ValueError if `answer` is not a number or formula."""
     scores = []
     for text, expected in zip(completions, answer, strict=True):
         score = numeric_score(text, str(expected))
@@ -67,13 +69,12 @@ def numeric(prompts: list, completions: list[str], answer: list, **_) -> list[fl
 def numeric_score(text: str, expected: str) -> float:
     from math_verify import verify
 
-    expected = expected.rpartition("####")[2].strip()
+    expected = find_final_answer(expected)
     expected_value = parse_formula(expected) if may_be_number(expected) else []
     if not expected_value:
         raise ValueError(f"the answer {expected!r} is not a number or formula")
-    ending = text.rpartition("####")[2]
-    # Where a number is expected, the last number of an ending without words is the answer.
-    value = parse_formula(ending, alone=not NUMBER.fullmatch(expected))
+    # Where a number is expected, the last number of an answer without words is it.
+    value = parse_formula(find_final_answer(text), alone=not NUMBER.fullmatch(expected))
     # Without timeouts of its own, which need signals: the process is killed from outside.
     return float(verify(expected_value, value, timeout_seconds=None))
 

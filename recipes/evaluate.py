@@ -49,7 +49,7 @@ from core.data import read_rows, usable_rows
 from core.data_sources import DataPath
 from core.errors import ConfigError, RowError
 from core.files import rows_from_main_process
-from core.function_process import Subprocess
+from core.function_process import AnswerChecker
 from core.hub import check_model
 from core.judge import Judge, JudgingConfig
 from core.logprobs import TokenLogps, answer_scores, collate_answers
@@ -66,13 +66,21 @@ from core.preferences import (
 from core.rewards import (
     ScoringConfig,
     check_answer_column,
+    check_reward_arguments,
+    check_reward_prompts,
     load_reward_model,
     score_completions,
     start_reward_functions,
     stopping_functions,
     weighted_total,
+    with_opened_thinking,
 )
-from core.rollout import PROMPT_FORMATS, PROMPT_OPTIONAL_COLUMNS, to_prompt
+from core.rollout import (
+    PROMPT_FORMATS,
+    PROMPT_OPTIONAL_COLUMNS,
+    prompt_opens_thinking,
+    to_prompt,
+)
 from core.runtime import logger, to_device
 from core.sampling import generate
 from core.statistics import mean_with_interval
@@ -186,6 +194,7 @@ def encode(row: dict, tokenizer, max_length: int, max_new_tokens: int) -> dict:
         raise RowError(
             f"whose prompt leaves no room for {max_new_tokens} tokens within {max_length}"
         )
+    row = row | {"opens_thinking": prompt_opens_thinking(tokenizer, ids)}
     if not row["answers"]:
         return row | {"sides": []}
     prompt, encoded = encode_answers(row["prompt"], row["answers"], tokenizer)
@@ -349,14 +358,14 @@ def exact_matches(samples: list[dict]) -> dict[int, float | None]:
     return dict(zip(expected, verdicts, strict=True))
 
 
-def numeric_matches(config: EvaluateConfig, samples: list[dict]) -> dict[int, float | None]:
+def numeric_matches(rows: list[dict], samples: list[dict]) -> dict[int, float | None]:
     """1.0 for an answer that ends with the expected number or formula, else 0.0."""
     # Some formulas never finish, so they are compared in a process that can be killed.
-    check = Subprocess(f"{verifiers.__file__}:numeric", config.reward_timeout)
+    check = AnswerChecker(f"{verifiers.__file__}:numeric")
     verdicts = {}
     for number, expected in expected_answers(samples).items():
         if is_number(expected):
-            answer = samples[number]["answer"]
+            answer = with_opened_thinking(rows[number], samples[number]["answer"])
             verdicts[number] = check.verdict(answer, answer=[expected])
     check.stop()
     return verdicts
@@ -418,7 +427,7 @@ def scorecard(
     # 3. Verdicts on each of them.
     verdicts_by_name = {
         "exact_match": exact_matches(samples),
-        "numeric_match": numeric_matches(config, samples),
+        "numeric_match": numeric_matches(rows, samples),
     }
     verdicts_by_name |= reward_verdicts(config, functions, rows, samples)
     for name, verdicts in verdicts_by_name.items():
@@ -504,10 +513,14 @@ class EvaluateStage(BaseStage):
         self.functions = start_reward_functions(config)
         check_model(config.baseline)
         self.judge = Judge(config, load_model_and_tokenizer)
-        if config.feedback_model_path:
-            self.judge.check()
         rows, self.lineage["data"] = read_rows(config, convert, OPTIONAL_COLUMNS, passes_on=True)
         check_answer_column(config, rows[0]["columns"])
+        check_reward_arguments(config, self.functions, rows[0])
+        prompts = [row["prompt"] for row in rows]
+        check_reward_prompts(config, prompts)
+        if config.feedback_model_path:
+            self.judge.check()
+            self.judge.check_prompts(prompts)
         return [], rows
 
     def sequences(self, row, tokenizer, context):

@@ -266,7 +266,7 @@ class GRPOStage(BaseStage):
 
     def load_data(self):
         self.functions = start_reward_functions(self.config)
-        training, evaluation, data_set = load_prompts(self.config)
+        training, evaluation, data_set = load_prompts(self.config, self.functions)
         self.lineage["data"] = data_set
         self.lineage["reference"] = "the stage's input model"
         return training, evaluation

@@ -265,7 +265,7 @@ class PPOStage(BaseStage):
 
     def load_data(self):
         self.functions = start_reward_functions(self.config)
-        training, evaluation, data_set = load_prompts(self.config)
+        training, evaluation, data_set = load_prompts(self.config, self.functions)
         self.lineage["data"] = data_set
         self.lineage["reference"] = "the stage's input model"
         return training, evaluation

@@ -539,7 +539,8 @@ class RLAIFStage(BaseStage):
         self.judge = Judge(config, load_model_and_tokenizer)
         self.judge.check()
         self.functions = start_reward_functions(config)
-        training, evaluation, self.lineage["data"] = load_prompts(config)
+        training, evaluation, self.lineage["data"] = load_prompts(config, self.functions)
+        self.judge.check_prompts([row["prompt"] for row in (*training, *evaluation)])
         self.lineage["reference"] = "the stage's input model"
         self.lineage["judge"] = {
             "model": config.feedback_model_path,

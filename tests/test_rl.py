@@ -878,7 +878,7 @@ def test_a_completion_without_a_verdict_teaches_nothing(tokenizer, tmp_path):
 
         # Nothing is known of reward, KL and entropy: no figure, no alarm, and beta stays.
         known = rollout_metrics(run, data)
-        assert set(known) == {"length", "stopped", "kl_coef"}
+        assert set(known) == {"length", "stopped", "unscored", "kl_coef"}
         run.config.target_kl = 1.0
         run.report = lambda metrics: metrics
         run.end_step(data, learnt)
@@ -1056,6 +1056,7 @@ def test_the_figures_of_a_rollout_by_hand(tokenizer, tmp_path):
         "entropy": entropy,
         "explained_variance": 1 - errors.var(correction=0) / returns.var(correction=0),
         "zero_variance": 1 / 2,
+        "unscored": 1 / 8,
         "length": sum(map(len, data.sampled_logps)) / 8,
         "stopped": sum(data.stopped.tolist()) / 8,
         "kl_coef": run.config.init_kl_coef,
@@ -1425,14 +1426,20 @@ def test_rows_without_an_answer_to_compare_with_are_left_out(tmp_path, caplog):
 
 
 def test_a_verifier_that_hangs_is_killed_and_its_row_is_shown(tmp_path):
-    settings = config(tmp_path, reward=["numeric"], reward_length=0, reward_timeout=3)
-    completions, answers = ["7", "$9^{9^{9^{9}}}$", "8"], [{"answer": "7"}] * 3
-    with pytest.raises(RuntimeError, match="no answer within 3 s") as stopped:
-        rewarded(settings, completions, answers)
-    assert "9^{9^{9^{9}}}" in str(stopped.value) and "ask 1" in str(stopped.value)
+    (tmp_path / "mine.py").write_text(
+        "import time\n"
+        "def wait(prompts, completions, **_):\n"
+        "    time.sleep(60 * ('slow' in completions))\n"
+        "    return [1.0] * len(completions)\n"
+    )
+    reward = f"{tmp_path}/mine.py:wait"
+    settings = config(tmp_path, reward=[reward], reward_length=0, reward_timeout=1)
+    with pytest.raises(RuntimeError, match="no answer within 1 s") as stopped:
+        rewarded(settings, ["a", "slow", "b"])
+    assert '"slow"' in str(stopped.value) and "ask 1" in str(stopped.value)
     settings.on_reward_error = "skip"
-    found = rewarded(settings, completions, answers)[:, 0]
-    assert found[0] == 1 and found[1].isnan() and found[2] == 0  # left out, never 0
+    found = rewarded(settings, ["a", "slow", "b"])[:, 0]
+    assert found[0] == 1 and found[1].isnan() and found[2] == 1  # left out, never 0
 
 
 def test_functions_of_a_file(tmp_path, caplog):
