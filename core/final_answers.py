@@ -31,24 +31,34 @@ def opens_thinking(prompt: str) -> bool:
     return bool(borders) and borders[-1]["start"] is not None
 
 
-def without_thinking(text: str) -> str:
-    """The text outside of thinking blocks. The start of the first block may be missing, and so may
-    the end of the last one, in an answer that was cut."""
-    outside = []
+def split_thinking(text: str) -> tuple[list[str], list[str]]:
+    """(the parts of a text inside of thinking blocks, those outside of them). The start of the
+    first block may be missing, and so may the end of the last one, in an answer that was cut."""
+    inside: list[str] = []
+    outside: list[str] = []
     position = 0
     is_thinking = False
     for border in THINKING_BORDER.finditer(text):
-        if border["end"]:
+        part = text[position : border.start()]
+        if border["end"] and not is_thinking:
             # An end without a start: everything before it was thinking.
-            if not is_thinking:
-                outside.clear()
-            is_thinking = False
-        elif not is_thinking:
-            outside.append(text[position : border.start()])
-            is_thinking = True
+            inside += [*outside, part]
+            outside.clear()
+        elif is_thinking:
+            inside.append(part)
+        else:
+            outside.append(part)
+        is_thinking = border["start"] is not None
         position = border.end()
-    if not is_thinking:
-        outside.append(text[position:])
+    rest = text[position:]
+    (inside if is_thinking else outside).append(rest)
+    return inside, outside
+
+
+def without_thinking(text: str) -> str:
+    """The text outside of thinking blocks."""
+    _, outside = split_thinking(text)
+    # What stood on both sides of a block is not one word, or one number.
     return "\n".join(outside).strip()
 
 

@@ -7,17 +7,10 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from core.final_answers import split_thinking
+
 # What reading the body of something other than an answer raises: half an answer, a proxy's page.
 NOT_AN_ANSWER = (ValueError, LookupError, TypeError, AttributeError)
-
-# How models mark their reasoning inside the text: <think>, [THINK], ◁think▷, <seed:think>.
-OPENING = r"(?:<(?:seed:)?(?:think|thinking|thought)>|\[THINK\]|◁think▷)"
-CLOSING = r"(?:</(?:seed:)?(?:think|thinking|thought)>|\[/THINK\]|◁/think▷)"
-REASONING_BLOCK = re.compile(rf"{OPENING}(.*?){CLOSING}", re.DOTALL)
-# Many chat templates open the block in the prompt: then the model writes only the end of it.
-REASONING_TO_THE_END = re.compile(rf"^(.*){CLOSING}", re.DOTALL)
-# The token limit may come before the end of the block.
-REASONING_CUT_OFF = re.compile(rf"{OPENING}(.*)$", re.DOTALL)
 
 # The date or version that a server adds to the name of a model: gpt-4.1-mini-2025-04-14.
 VERSION_SUFFIX = re.compile(r"(-latest|-\d{3,}[\d.-]*|@.*)$")
@@ -133,27 +126,16 @@ def base_name(model: str) -> str:
 # -- kept answers ----------------------------------------------------------------------------------
 
 
-def split_reasoning(text: str) -> tuple[str, str]:
-    """(reasoning, the text without it) of a text with blocks such as <think>...</think>."""
-    thoughts = REASONING_BLOCK.findall(text)
-    text = REASONING_BLOCK.sub("", text)
-    for pattern in (REASONING_TO_THE_END, REASONING_CUT_OFF):
-        block = pattern.search(text)
-        if block:
-            thoughts.append(block.group(1))
-            text = pattern.sub("", text)
-    reasoning = "\n\n".join(thought.strip() for thought in thoughts if thought.strip())
-    return reasoning, text.strip() if thoughts else text
-
-
 def read_answer(kept: Mapping) -> Answer | None:
     """The answer of a line of OUT/calls.jsonl; None if it has no text, or a filter ended it."""
     if kept["text"] is None or kept.get("finish") == "content_filter":
         return None
-    inside, text = split_reasoning(kept["text"])
+    thoughts, parts = split_thinking(kept["text"])
+    text = "".join(parts).strip() if thoughts else kept["text"]
     if not text.strip():
         return None
-    reasoning = kept.get("reasoning", "") or inside
+    thinking = "\n\n".join(part.strip() for part in thoughts if part.strip())
+    reasoning = kept.get("reasoning", "") or thinking
     return Answer(text, reasoning.strip(), was_cut(kept))
 
 
