@@ -249,7 +249,7 @@ class CustomTokenizerStage(BaseStage):
         if config.training_corpus_path.endswith(".txt"):
             texts, source = read_lines(config.training_corpus_path)
         else:
-            texts, source = read_rows(config, convert, {"alpaca": ["input"]})
+            texts, source = read_rows(config, convert, sft.OPTIONAL_COLUMNS)
         self.lineage["data"] = source
         train_texts, eval_texts = split_dataset(texts, config.validation_split, config.seed)
         if not train_texts:

@@ -476,3 +476,11 @@ def test_all_texts_of_a_row_are_used(row, text):
 
 def test_rows_of_a_data_set_are_a_corpus(data, tmp_path):
     assert "Say xxx 3\n\nyyyy 3." in texts_of(data, tmp_path)
+
+
+def test_a_column_that_joins_the_prompt_is_part_of_the_corpus(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    row = {"system": "Be brief.", "instruction": "Add.", "context": "1 and 2", "output": "3"}
+    rows.write_text("".join(json.dumps(row | {"output": str(n)}) + "\n" for n in range(30)))
+    texts = texts_of(rows, tmp_path)
+    assert "Be brief.\n\nAdd.\n\n1 and 2\n\n7" in texts
