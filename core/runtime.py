@@ -190,7 +190,8 @@ def deferred_signals(
     try:
         yield received
     finally:
-        is_deferring = False
+        if previous_handlers:
+            is_deferring = False
         for number, handler in previous_handlers.items():
             signal.signal(number, handler)
     if received:
