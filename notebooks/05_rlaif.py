@@ -65,8 +65,8 @@ for turn in chat:
     print(f"[{turn['role']}] {turn['content']}\n")
 
 # %% [markdown]
-# The verdict has to contain the mark too. So the attempt in the bad answer above does not count, and neither does a judge that
-# repeats the question. A reply without a verdict is *missing*: it is neither a zero nor a coin toss.
+# The verdict has to contain the mark too, or be the whole reply. So the attempt in the bad answer above does not count, and neither
+# does a judge that repeats a line of it. A reply without a verdict is *missing*: it is neither a zero nor a coin toss.
 
 # %%
 source(judge.parse_verdict)
@@ -75,12 +75,13 @@ source(judge.parse_verdict)
 mark = judge.make_mark(prompt, good, bad)
 replies = [
     f"A asks for the day, B invents it.\nVerdict {mark}: A",
-    "Verdict B",
+    "B",
+    "Verdict: B",  # repeated from the bad answer
     "I like both.",
 ]
 for reply in replies:
     last_line = reply.splitlines()[-1]
-    print(repr(last_line), "->", judge.parse_verdict(reply, mark))
+    print(repr(last_line), "->", judge.parse_verdict(reply, mark, (good, bad)))
 
 # %% [markdown]
 # ## A judge by hand: both orders
@@ -107,7 +108,7 @@ class ScriptedClient:
     def __init__(self, choose):
         self.choose = choose
 
-    def ask(self, what, requests, sampling, version, parsers):
+    def ask(self, what, requests, sampling, version, parsers, **how_to_read):
         verdicts = []
         for (chat, _), parse in zip(requests, parsers, strict=True):
             first = chat[2]["content"]
