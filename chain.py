@@ -27,12 +27,14 @@ from typing import Any
 
 import report
 from common import BaseStage, StageResult, load_model_and_tokenizer, save_model
+from core import ownership
+from core.checkpoints import newest_first, remove_checkpoint
 from core.checks import describe_stage
 from core.cli import option_help, read_command_line
 from core.command import started_by
 from core.config import ModelConfig, split_names
 from core.errors import ConfigError
-from core.files import atomic_folder, check_disk_space, write_json
+from core.files import check_disk_space, has_weights, write_json
 from core.hub import load_skeleton
 from core.options import check_options, merge_sources
 from core.pipeline_config import (
@@ -51,12 +53,8 @@ from core.yaml_files import load_yaml
 
 # Files of a stage's folder that are not part of its model.
 NOT_IN_FINAL = shutil.ignore_patterns(
-    "adapter", "checkpoints*", "runs", "wandb", "stage*", "*.jsonl", "*.log", ".*"
+    "adapter", "checkpoints*", "previous*", "runs", "wandb", "stage*", "*.jsonl", "*.log", ".*"
 )
-
-
-def has_weights(folder: str | Path | None) -> bool:
-    return bool(folder) and any(Path(folder).glob("*.safetensors"))
 
 
 # -- pipeline --------------------------------------------------------------------------------------
@@ -96,6 +94,7 @@ class Pipeline(StagePlan):
         """Check all that can be known before a model is loaded: configs and data of all stages,
         space on the disk. Returns lines that describe what the stages will do; raises
         ConfigError."""
+        self.check_folder()
         lines: list[str] = []
         bytes_needed = 0.0
         # The model of the first stage, without its weights, stands for those of the others.
@@ -114,6 +113,20 @@ class Pipeline(StagePlan):
         check_disk_space(self.config.output_dir, bytes_needed)
         return lines
 
+    def check_folder(self) -> None:
+        """Refuse by ConfigError an output_dir where the chain would write over what is not its
+        own."""
+        out = Path(self.config.output_dir)
+        ownership.refuse_own_inputs(self.config, [*self.folders, "final"])
+        final = out / "final"
+        if not self.config.save_final_model:
+            return
+        if final.is_symlink():
+            raise ConfigError(
+                f"{final} is a symbolic link; remove it, or choose another output_dir"
+            )
+        ownership.refuse_foreign_files(final)
+
     # ---- run ----
 
     @property
@@ -124,17 +137,16 @@ class Pipeline(StagePlan):
         """Run the stages in order, each on the model of the one before; stop at the first that
         fails, deleting nothing. With dry_run, only check and print the plan. Raises ConfigError
         before the first stage runs."""
-        dry_run = self.config.dry_run
-        with start_logging(self.config.log_level, None if dry_run else self.log_path):
-            self.warn_of_options()
-            descriptions = self.check()
-            logger.info("%s", self.plan())
-            if self.unused:
-                names = ", ".join(self.unused)
-                logger.info("unused, because no such stage runs: stage_configs of %s", names)
-            if dry_run:
+        if self.config.dry_run:
+            with start_logging(self.config.log_level):
+                descriptions = self.check_and_show_plan()
                 logger.info("%s", "\n".join(descriptions))
-                return []
+            return []
+        with (
+            ownership.locked(Path(self.config.output_dir)),
+            start_logging(self.config.log_level, self.log_path),
+        ):
+            self.check_and_show_plan()
             finished = self.finished()
             self.results = []
             if not self.run_stages(finished):
@@ -149,6 +161,16 @@ class Pipeline(StagePlan):
             if self.results:
                 logger.info("\n%s", self.next_steps())
         return self.results
+
+    def check_and_show_plan(self) -> list[str]:
+        """`check`, with the notes on the options before it and the plan after it."""
+        self.warn_of_options()
+        descriptions = self.check()
+        logger.info("%s", self.plan())
+        if self.unused:
+            names = ", ".join(self.unused)
+            logger.info("unused, because no such stage runs: stage_configs of %s", names)
+        return descriptions
 
     def run_stages(self, finished: Sequence[StageResult]) -> bool:
         """Fill `results`: those of finished stages first, then those of the stages that run now.
@@ -325,12 +347,14 @@ class Pipeline(StagePlan):
         """OUT/final: the last stage's model, by hard links where the file system has them."""
         if not is_main_process():
             return
+        if not self.config.force and not self.has_final():
+            ownership.lay_aside_model(folder)
         if result.model_path is None:
             save_model(result.model, result.tokenizer, str(folder))
             final, last = self.fingerprint_paths()
             shutil.copy(last, final)
             return
-        with atomic_folder(folder) as temporary:
+        with ownership.published(folder) as temporary:
             copy = functools.partial(
                 shutil.copytree,
                 result.model_path,
@@ -350,9 +374,13 @@ class Pipeline(StagePlan):
         if not self.config.save_final_model:
             paths.discard(last.model_path)
         for folder in map(Path, sorted(paths)):
-            for file in (*folder.glob("*.safetensors"), *folder.glob("adapter/*.safetensors")):
-                file.unlink()
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            for place in (folder, folder / "adapter"):
+                names = ownership.recorded_files(place)
+                weights = [name for name in names if name.endswith(".safetensors")]
+                ownership.remove_files(place, weights)
+            for checkpoint in newest_first(folder / "checkpoints"):
+                remove_checkpoint(checkpoint)
+            ownership.remove_empty(folder / "checkpoints")
             logger.info("deleted the weights in %s", folder)
 
     # ---- records ----

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from core import checkpoints
+from core import checkpoints, ownership
 from core.adapters import add_adapter, share_adapted
 from core.chat import prepare_tokenizer
 from core.checks import check_encoded_rows, describe_stage, estimate_fit
@@ -25,7 +25,7 @@ from core.cli import help_text, read_command_line, read_switch
 from core.config import ModelConfig, StageConfig, TrainingConfig
 from core.data import load_dataset_from_path, split_dataset  # noqa: F401 (for stages of your own)
 from core.errors import ConfigError, as_config_error
-from core.files import atomic_folder, cached_folder, check_disk_space
+from core.files import cached_folder, check_disk_space, has_weights
 from core.fingerprints import compute_fingerprint
 from core.hub import find_model_parts, load_skeleton, load_tokenizer
 from core.model_config import check_can_score, context_length, set_generation_config
@@ -185,57 +185,64 @@ class BaseStage:
     ) -> StageResult:
         """Check, claim the folder, prepare, train, save, record. Raises ConfigError for what the
         user can correct; any other exception becomes a failed result, its traceback in the log."""
-        import transformers
-
         if previous_result and not previous_result.success:
             raise ConfigError(f"the stage before failed: {previous_result.error_message}")
         if model is not None and tokenizer is None:
             raise ConfigError("a model needs its tokenizer: execute(model, tokenizer)")
+        self._forget_last_execution()
+        with ownership.locked(Path(self.config.output_dir)):
+            self.setup_logging()
+            try:
+                return self._run(model, tokenizer, previous_result)
+            except ConfigError:
+                raise
+            except Exception as error:
+                return self._failed_result(error)
+            finally:
+                self.cleanup_logging()
+
+    def _run(self, model, tokenizer, previous_result: StageResult | None) -> StageResult:
+        """The steps of `execute`, in its lock and its log."""
+        import transformers
+
         previous_folder = previous_result.model_path if previous_result else None
         input_model, input_tokenizer = model, tokenizer
         started = time.time()
-        self._forget_last_execution()
-        self.setup_logging()
-        try:
-            self.check()
-            if self._may_reuse_result():
-                return self.recorded()
-            self._claim_folder()
-            self._check_rows(model, tokenizer, previous_folder)
+        self.check()
+        if self._may_reuse_result():
+            return self.recorded()
+        self._claim_folder()
+        self._check_rows(model, tokenizer, previous_folder)
 
-            # Whatever ran before, the same seed gives the same stage.
-            transformers.set_seed(self.config.seed)
+        # Whatever ran before, the same seed gives the same stage.
+        transformers.set_seed(self.config.seed)
+        try:
             model, tokenizer = self.prepare_model_and_tokenizer(model, tokenizer, previous_result)
             trained = self.train(model, tokenizer)
             metrics, model = trained if isinstance(trained, tuple) else (trained, model)
 
             self._save_adapter(model, tokenizer)
             model = merge_adapter(model)
-            paths: tuple[str | None, str | None] = (None, None)
-            if self.config.save_intermediate:
-                saved = self.save_model_and_tokenizer(model, tokenizer)
-                # A stage that makes no model saves none; one folder may have both.
-                paths = saved if isinstance(saved, tuple) else (saved, saved)
-            # What such a stage makes, a reward model or figures, is not what the chain trains.
-            if not self.hands_on:
-                model, tokenizer = input_model, input_tokenizer
-                paths = previous_folder, previous_folder
-
-            metrics = {**metrics, "seconds": round(time.time() - started, 1), **peak_memory()}
-            result = StageResult(
-                self.stage_name, True, *paths, metrics, self.artifacts, None, model, tokenizer
-            )
-            self._record(result)
-            return result
-        except ConfigError:
-            raise
-        except Exception as error:
-            return self._failed_result(error)
         finally:
             # After a failure the caller gets its model back as it was, without our adapter.
             if model is not input_model and hasattr(model, "peft_config"):
                 model.unload()
-            self.cleanup_logging()
+        paths: tuple[str | None, str | None] = (None, None)
+        if self.config.save_intermediate:
+            saved = self.save_model_and_tokenizer(model, tokenizer)
+            # A stage that makes no model saves none; one folder may have both.
+            paths = saved if isinstance(saved, tuple) else (saved, saved)
+        # What such a stage makes, a reward model or figures, is not what the chain trains.
+        if not self.hands_on:
+            model, tokenizer = input_model, input_tokenizer
+            paths = previous_folder, previous_folder
+
+        metrics = {**metrics, "seconds": round(time.time() - started, 1), **peak_memory()}
+        result = StageResult(
+            self.stage_name, True, *paths, metrics, self.artifacts, None, model, tokenizer
+        )
+        self._record(result)
+        return result
 
     def execute_and_record(
         self, model=None, tokenizer=None, previous_result: StageResult | None = None
@@ -244,13 +251,14 @@ class BaseStage:
         the folder, record the result."""
         if type(self).execute is BaseStage.execute:
             return self.execute(model, tokenizer, previous_result)
-        self.check()
-        self._claim_folder()
-        result = self.execute(model, tokenizer, previous_result)
-        if not isinstance(result, StageResult):
-            raise TypeError(f"its execute() returned {result!r}, not a StageResult")
-        if result.success:
-            self._record(result)
+        with ownership.locked(Path(self.config.output_dir)):
+            self.check()
+            self._claim_folder()
+            result = self.execute(model, tokenizer, previous_result)
+            if not isinstance(result, StageResult):
+                raise TypeError(f"its execute() returned {result!r}, not a StageResult")
+            if result.success:
+                self._record(result)
         return result
 
     def _record(self, result: StageResult) -> None:
@@ -263,6 +271,8 @@ class BaseStage:
             self.validate_config()
         if self.warns_of_options:
             warn_together("options", self.config.notes)
+        ownership.refuse_own_inputs(self.config)
+        ownership.refuse_foreign_files(Path(self.config.output_dir))
         if self.data is None:
             self.data = self._loaded_data = self.load_data()
 
@@ -299,8 +309,8 @@ class BaseStage:
         """Whether the folder has the result of this very run, weights included."""
         folder = Path(self.config.output_dir)
         resume = vars(self.config).get("resume_from_checkpoint")
-        has_weights = any(folder.glob("*.safetensors"))
-        if not self.reuse_finished or resume is not True or not has_weights or self.stale():
+        may_reuse = self.reuse_finished and resume is True and has_weights(folder)
+        if not may_reuse or self.stale():
             return False
         self.logger.info(
             "%s is finished already; use --resume_from_checkpoint=false to train again", folder
@@ -314,8 +324,7 @@ class BaseStage:
         if self._changed_code and not self.reuse_finished:
             files = ", ".join(self._changed_code)
             raise ConfigError(f"{files} changed since it was imported here; start Python anew")
-        resume = vars(self.config).get("resume_from_checkpoint")
-        checkpoints.claim_run_folder(Path(self.config.output_dir), fingerprint, resume)
+        checkpoints.claim_run_folder(self.config, fingerprint)
 
     def _input_config(self, previous_folder: str | None) -> Any:
         """The config, with the folder of the stage before as its model."""
@@ -365,10 +374,10 @@ class BaseStage:
             return
         folder = Path(self.config.output_dir, "adapter")
         if not hasattr(model, "peft_config"):
-            shutil.rmtree(folder, ignore_errors=True)
+            ownership.remove_recorded(folder)
             return
         self.artifacts["adapter"] = str(folder)
-        with atomic_folder(folder) as unfinished:
+        with ownership.published(folder) as unfinished:
             model.save_pretrained(unfinished)
             if tokenizer.new_ids:  # which the base does not have
                 tokenizer.save_pretrained(unfinished)
@@ -519,18 +528,9 @@ def save_model(model, tokenizer, folder: str) -> str:
     if not is_main_process():
         return folder
     target = Path(folder)
-    unfinished = target / ".saving"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    # An older model may have had more files of weights.
-    for old in target.glob("*.safetensors*"):
-        old.unlink()
-    for file in unfinished.iterdir():
-        with open(file, "rb+") as stream:
-            os.fsync(stream.fileno())
-        file.replace(target / file.name)
-    unfinished.rmdir()
+    with ownership.published(target) as unfinished:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
     return folder
 
 

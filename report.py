@@ -433,7 +433,7 @@ def write(*folders: str | Path, output: str | Path | None = None) -> Path:
     file_name = "report.html" if len(paths) == 1 else "compare.html"
     path = Path(output) if output else paths[-1] / file_name
     # A reader, or a crash, meets the old page or the new one, never half of one.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     temporary.write_bytes(page.encode("utf-8", "replace"))
     return temporary.replace(path)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -22,8 +22,16 @@ from typing import Any
 from core.command import started_by
 from core.config import StageConfig, TrainingConfig
 from core.errors import ConfigError, as_config_error
-from core.files import file_digest, find_damage, write_json
+from core.files import (
+    file_digest,
+    find_damage,
+    has_weights,
+    remove_unfinished,
+    sealed_files,
+    write_json,
+)
 from core.fingerprints import describe_differences, fingerprinted_options
+from core.ownership import lay_aside_result, remove_empty, remove_files, set_aside
 from core.runtime import default_device, is_main_process, is_sharded, logger, wait_for_everyone
 from core.yaml_files import dump_yaml
 
@@ -66,6 +74,9 @@ def find_checkpoint(config: TrainingConfig) -> Path | None:
         if damage:
             logger.warning("%s is skipped: %s", folder, damage)
             continue
+        if read_json(folder / "options.json").keys() != fingerprinted_options(config).keys():
+            logger.warning("%s is skipped: it is of another recipe or version", folder)
+            continue
         refuse_other_options(folder, config)
         logger.info("resuming from %s", folder)
         return folder
@@ -73,10 +84,14 @@ def find_checkpoint(config: TrainingConfig) -> Path | None:
 
 
 def newest_first(checkpoints: Path) -> list[Path]:
-    """The folders checkpoint-N in `checkpoints`, the largest N first; those being written start
-    with a dot."""
-    folders = checkpoints.glob("[a-z]*-*")
-    return sorted(folders, key=step_of, reverse=True)
+    """What is named checkpoint-N in `checkpoints`, the largest N first. Folders of other names are
+    no checkpoints, such as the copy of one, or one being written."""
+    named = [
+        path
+        for path in checkpoints.glob("checkpoint-*")
+        if re.fullmatch(r"checkpoint-[0-9]+", path.name)
+    ]
+    return sorted(named, key=step_of, reverse=True)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -113,48 +128,55 @@ def remove_end_checkpoint(config: StageConfig, metrics: Mapping[str, float]) -> 
     end = checkpoints / f"checkpoint-{metrics.get('steps')}"
     if not end.exists() or (end / "optimizer.safetensors").exists():
         return
-    shutil.rmtree(end)
-    if not any(checkpoints.iterdir()):
-        checkpoints.rmdir()
+    remove_checkpoint(end)
+    remove_empty(checkpoints)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Delete the files that the manifest of a checkpoint names, and the folder if it is empty
+    then."""
+    remove_files(folder, [*sealed_files(folder), "manifest.json"])
+    remove_empty(folder)
 
 
 # -- the claim on a folder ------------------------------------------------------------------------
 
 
-def claim_run_folder(folder: Path, fingerprint: Mapping, resume: bool | str | None) -> None:
-    """Mark `folder` as that of the run with this fingerprint.
+def claim_run_folder(config: StageConfig, fingerprint: Mapping) -> None:
+    """Mark output_dir as that of the run with this fingerprint. The caller holds its lock.
 
-    Checkpoints of another run, or those that `resume` (resume_from_checkpoint) does not want, are
-    moved to checkpoints.1, .2, ... One named by a path stays, and so do all others beside it.
+    The finished result of another run is moved to previous.1, .2, ..., or overwritten with `force`.
+    Checkpoints of another run, or those that resume_from_checkpoint does not want, are moved to
+    checkpoints.1, .2, ... One named by a path stays, and so do all others beside it.
     """
+    folder = Path(config.output_dir)
+    resume = vars(config).get("resume_from_checkpoint")
     # Another number of processes would give each of them other rows, and read other files.
     processes = os.environ.get("WORLD_SIZE", 1)
     launch = f"{processes} sharded" if is_sharded() else f"{processes}"
     claim = {**fingerprint, "launch": launch}
     if is_main_process():
         folder.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(folder)
+        if not config.force:
+            keep_finished_result(folder, fingerprint)
         # From here on the stage is not finished, until it writes the record anew.
         (folder / "stage.json").unlink(missing_ok=True)
-        remove_unfinished_files(folder)
         why = find_reason_to_set_aside(folder, claim, resume)
         if why:
-            set_aside(folder / "checkpoints", why)
+            set_aside(folder / "checkpoints", "the checkpoints of an earlier run are", why)
         write_json(folder / "fingerprint.json", claim)
     wait_for_everyone()
 
 
-def remove_unfinished_files(folder: Path) -> None:
-    """Delete what a crash left half-written: files have hidden names until they are complete."""
-    unfinished = [
-        *folder.glob(".*.[0-9]*"),
-        *folder.glob(".saving"),
-        *(folder / "checkpoints").glob(".*"),
-    ]
-    for path in unfinished:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+def keep_finished_result(folder: Path, fingerprint: Mapping) -> None:
+    """Move the result of a finished run with another fingerprint out of the way."""
+    if not (folder / "stage.json").exists():
+        return
+    why = find_reason_to_run(folder, fingerprint)
+    if why:
+        artifacts = read_stage_record(folder)["artifacts"]
+        lay_aside_result(folder, artifacts.values(), why)
 
 
 def find_reason_to_set_aside(folder: Path, claim: Mapping, resume: bool | str | None) -> str:
@@ -170,15 +192,6 @@ def find_reason_to_set_aside(folder: Path, claim: Mapping, resume: bool | str | 
         return ""
     with as_config_error(f"{record} cannot be read; move {folder / 'checkpoints'} away"):
         return describe_differences(read_json(record), claim)
-
-
-def set_aside(checkpoints: Path, why: str) -> None:
-    """Rename a folder to the first free name among checkpoints.1, checkpoints.2, ..."""
-    number = 1
-    while Path(f"{checkpoints}.{number}").exists():
-        number += 1
-    moved = checkpoints.rename(f"{checkpoints}.{number}")
-    logger.warning("the checkpoints of an earlier run are now in %s: %s", moved, why)
 
 
 # -- the record of a finished stage ---------------------------------------------------------------
@@ -232,7 +245,7 @@ def find_model_of_chain(name: str) -> str:
             if result["success"]:
                 paths.append(read_stage_record(folder / stage)["model_path"])
     for path in paths:
-        if path and any(Path(path).glob("*.safetensors")):
+        if has_weights(path):
             return path
     raise ConfigError(f"the chain in {name} has no model yet; run it to the end of a stage")
 

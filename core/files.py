@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,6 +16,11 @@ from typing import Any, TextIO
 from core.errors import ConfigError
 from core.runtime import is_main_process, logger, wait_for_everyone
 from core.screen import busy
+
+# Raised with every change to what a checkpoint holds that older code cannot read.
+CHECKPOINT_FORMAT = 1
+# Files that every checkpoint has, beside those of the optimizer and of further processes.
+ALWAYS_IN_CHECKPOINT = ("options.json", "state.json", "weights.safetensors", "random-0.safetensors")
 
 # ---- digests and disk space ----------------------------------------------------------------------
 
@@ -27,19 +33,45 @@ def file_digest(path: Path) -> str:
 
 def find_damage(folder: Path) -> str:
     """What is wrong with the checkpoint in `folder`, by its manifest of digests; "" if intact."""
+    if not folder.is_dir():
+        return "it is no folder"
     try:
-        manifest = Path(folder, "manifest.json").read_text(encoding="utf-8")
-        digests = json.loads(manifest)
+        digests = read_manifest(folder)
         damaged = [name for name in digests if file_digest(folder / name) != digests[name]]
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except ValueError:
         return "manifest.json is damaged"
+    except OSError as error:  # a folder or a loop of links in place of a file
+        return f"{Path(error.filename or '').name} cannot be read ({error.strerror})"
     if damaged:
         return f"{', '.join(damaged)} is damaged"
     if not digests:
         return "manifest.json is empty"
+    unlisted = [name for name in ALWAYS_IN_CHECKPOINT if name not in digests]
+    if unlisted:
+        return f"manifest.json does not list {', '.join(unlisted)}"
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    if state.get("format", CHECKPOINT_FORMAT) > CHECKPOINT_FORMAT:
+        return "it is of a newer version of these scripts"
     return ""
+
+
+def read_manifest(folder: Path) -> dict[str, str]:
+    """{name of a file: its SHA-256} of a checkpoint. Raises OSError, and ValueError for anything
+    else."""
+    digests = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    if not isinstance(digests, dict) or not all(isinstance(key, str) for key in digests.values()):
+        raise ValueError("no mapping of names to digests")
+    return digests
+
+
+def sealed_files(folder: Path) -> list[str]:
+    """The names of the files that the manifest of a checkpoint has; none if it is damaged."""
+    try:
+        return list(read_manifest(folder))
+    except (OSError, ValueError):
+        return []
 
 
 def check_disk_space(folder: str, needed: float) -> None:
@@ -59,14 +91,37 @@ def check_disk_space(folder: str, needed: float) -> None:
 # ---- atomic writing ------------------------------------------------------------------------------
 
 
+def unfinished_name(path: Path) -> Path:
+    """Where this process writes what will be `path`."""
+    return path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what killed processes have left half-written in a folder; no other may write there."""
+    for path in folder.glob(".*.unfinished"):
+        if not re.fullmatch(r"\..+\.\d+\.unfinished", path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def has_weights(folder: str | Path | None) -> bool:
+    """Whether there are the weights of a model in a folder."""
+    return bool(folder) and any(Path(folder).glob("model*.safetensors"))
+
+
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder, which replaces `folder` if the block ends without an error."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    """Yield a temporary folder, which becomes `folder` if the block ends without an error; there
+    must be none yet, or an empty one."""
+    temporary = unfinished_name(folder)
+    # A process with the same number may have been killed here, as in a container started anew.
+    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -75,7 +130,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def atomic_writer(path: Path) -> Iterator[TextIO]:
     """Yield a text file that replaces `path` at the end, once all of it is on the disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = unfinished_name(path)
     with open(temporary, "w", encoding="utf-8") as file:
         yield file
         file.flush()
@@ -147,10 +202,15 @@ def cached_folder(
         return None
     shown = str(folder).replace(str(Path.home()), "~")
     logger.info("%s %s once, cached in %s", kind, files[0].name, shown)
-    # One process of each machine builds.
+    from filelock import FileLock
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # One process of each machine builds; other programs on it wait.
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        with busy(f"{kind} {files[0].name}"), atomic_folder(folder) as temporary:
-            build(temporary)
+        with busy(f"{kind} {files[0].name}"), FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                with atomic_folder(folder) as temporary:
+                    build(temporary)
     wait_for_path(folder)
     return folder
 

@@ -36,6 +36,7 @@ NOT_FINGERPRINTED = frozenset(
         "output_dir",
         "enabled",
         "save_intermediate",
+        "force",
         "log_level",
         "report_to",
         "use_wandb",

@@ -12,6 +12,7 @@ from typing import Any
 
 from core.command import CREDENTIALS, MASK
 from core.config import StageConfig
+from core.files import has_weights
 from core.screen import format_table
 from core.statistics import before_and_after
 
@@ -54,7 +55,7 @@ def describe_next_steps(stage: Any, folder: str, model: str | None, start: str) 
     """
     own_folder = stage.config.output_dir
     answers = Path(own_folder, "samples.jsonl")
-    was_saved = stage.hands_on and model and any(Path(model).glob("*.safetensors"))
+    was_saved = stage.hands_on and model and has_weights(model)
     lines = {}
     if stage.task == "SEQ_CLS":
         lines["reward model"] = shlex.quote(own_folder)

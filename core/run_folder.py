@@ -211,6 +211,8 @@ def read_contained_stages(folder: Path, stage: Stage, log: Sequence[LogEntry]) -
     parts = []
     for path in sorted(folder.glob("*/metrics.jsonl")):
         name = path.parent.name
+        if name.startswith("previous."):  # results that were laid aside
+            continue
         reused = any(f"{name} is finished already" in entry.message for entry in log)
         # A part that an earlier try finished is older than the stage, and belongs to it all the
         # same.

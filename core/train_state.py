@@ -23,10 +23,17 @@ from typing import Any
 
 import torch
 
-from core.checkpoints import newest_first, read_json, seal_checkpoint, step_of
+from core.checkpoints import (
+    newest_first,
+    read_json,
+    remove_checkpoint,
+    seal_checkpoint,
+    step_of,
+)
 from core.config import TrainingConfig
 from core.errors import ConfigError
-from core.files import write_json
+from core.files import CHECKPOINT_FORMAT, write_json
+from core.ownership import set_aside
 from core.runtime import is_main_process, is_sharded, wait_for_everyone
 from core.zero3 import flat_weights, load_zero3, optimizer_states, zero3_optimizer
 
@@ -56,14 +63,30 @@ def save_checkpoint(
                 write_tensors(shard_file(folder, "optimizer"), flat_optimizer_state(optimizer))
         write_tensors(random_file(folder), random_states())
         if is_main_process():
-            write_json(folder / "state.json", state)
+            write_json(folder / "state.json", {"format": CHECKPOINT_FORMAT, **state})
     if is_main_process() and config.save_total_limit is not None:
-        folders = newest_first(Path(config.output_dir, "checkpoints"))
         # The end of a training comes on top: it is there only until the stage is recorded.
         limit = config.save_total_limit + is_end
-        for old in folders[limit:]:
-            if step_of(old) != best_step:
-                shutil.rmtree(old)
+        remove_old_checkpoints(config, limit, step, best_step)
+
+
+def remove_old_checkpoints(config: TrainingConfig, limit: int, step: int, best_step: int) -> None:
+    """Delete all but the newest `limit` checkpoints up to `step`, that of the best step, and the
+    one that the options name.
+
+    Those of later steps are damaged ones that were skipped, or of the time before a run went on
+    from the middle: they stay, under another name, so that they do not count as newest.
+    """
+    folders = newest_first(Path(config.output_dir, "checkpoints"))
+    for later in folders:
+        if step_of(later) > step:
+            set_aside(later, f"{later.name} is", "this run went on from an earlier step")
+    named = config.resume_from_checkpoint
+    up_to_now = [folder for folder in folders if step_of(folder) <= step]
+    for old in up_to_now[limit:]:
+        is_named = isinstance(named, str) and Path(named).resolve() == old.resolve()
+        if step_of(old) != best_step and not is_named:
+            remove_checkpoint(old)
 
 
 @contextlib.contextmanager
@@ -82,7 +105,8 @@ def new_checkpoint(config: TrainingConfig, step: int) -> Iterator[Path]:
     wait_for_everyone()  # all files are written
     if is_main_process():
         seal_checkpoint(aside / name, config)
-        shutil.rmtree(checkpoints / name, ignore_errors=True)
+        if os.path.lexists(checkpoints / name):
+            set_aside(checkpoints / name, f"an earlier {name} is", "this step is saved anew")
         (aside / name).rename(checkpoints / name)
         aside.rmdir()
     wait_for_everyone()

@@ -329,6 +329,54 @@ def remove(file):
     file.unlink()
 
 
+def list_in_json(file):
+    file.write_text("[]")
+
+
+def null_in_json(file):
+    file.write_text("null")
+
+
+def unlist_weights(file):
+    digests = json.loads(file.read_text())
+    del digests["weights.safetensors"]
+    file.write_text(json.dumps(digests))
+
+
+def become_a_folder(file):
+    file.unlink()
+    file.mkdir()
+
+
+def become_a_file(folder):
+    shutil.rmtree(folder)
+    folder.write_text("checkpoint")
+
+
+def link_to_itself(path):
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+    path.symlink_to(path.name)
+
+
+def change_and_seal(file, **values):
+    """What another version of the code has written and sealed."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    manifest = file.parent / "manifest.json"
+    digests = json.loads(manifest.read_text()) | {file.name: core.files.file_digest(file)}
+    manifest.write_text(json.dumps(digests))
+
+
+def make_newer(file):
+    change_and_seal(file, format=core.files.CHECKPOINT_FORMAT + 1)
+
+
+def add_option(file):
+    change_and_seal(file, an_option_of_next_year=1)
+
+
 @pytest.mark.parametrize(
     "name, harm, words",
     [
@@ -339,6 +387,16 @@ def remove(file):
         ("manifest.json", empty, "manifest.json is damaged"),
         ("manifest.json", empty_json, "manifest.json is empty"),
         ("manifest.json", remove, "manifest.json is missing"),
+        ("manifest.json", list_in_json, "manifest.json is damaged"),
+        ("manifest.json", null_in_json, "manifest.json is damaged"),
+        ("manifest.json", unlist_weights, "manifest.json does not list weights.safetensors"),
+        ("options.json", remove, "options.json is missing"),
+        ("weights.safetensors", become_a_folder, r"weights.safetensors cannot be read (Is a dir"),
+        ("weights.safetensors", link_to_itself, "weights.safetensors cannot be read (Too many"),
+        ("", become_a_file, "it is no folder"),
+        ("", link_to_itself, "it is no folder"),
+        ("state.json", make_newer, "it is of a newer version of these scripts"),
+        ("options.json", add_option, "it is of another recipe or version"),
     ],
 )
 def test_a_broken_checkpoint_is_named_and_the_one_before_is_taken(
@@ -353,6 +411,32 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_is_taken(
     assert "resuming from" in caplog.text
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines].count(3) == 1
+    assert same_weights(folder, whole)
+    # What was skipped is kept, and does not count as one of the newest.
+    assert os.path.lexists(folder / "checkpoints/checkpoint-4.1")
+
+
+def test_folders_of_other_names_are_no_checkpoints(interrupted, caplog):
+    run, folder, whole = interrupted
+    newest = folder / "checkpoints/checkpoint-4"
+    for name in ("checkpoint-6 copy", "checkpoint-9.1", "checkpoint-", "my-9", "checkpoint-x"):
+        shutil.copytree(newest, newest.with_name(name))
+    assert run("cut").success
+    assert "skipped" not in caplog.text
+    assert f"resuming from {newest}" in caplog.text
+    assert same_weights(folder, whole)
+    assert (newest.with_name("checkpoint-6 copy") / "weights.safetensors").exists()
+
+
+def test_a_run_that_goes_on_from_the_middle_keeps_its_own_checkpoints(interrupted):
+    """Those after it, of an earlier run, do not count as the newest ones."""
+    run, folder, whole = interrupted
+    middle = folder / "checkpoints/checkpoint-2"
+    named = {"resume_from_checkpoint": str(middle), "save_total_limit": 1}
+    assert not run("cut", fails=True, save_steps=1, **named).success
+    kept = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert {"checkpoint-2", "checkpoint-4.1"} <= kept
+    assert run("cut", save_steps=1, **named).success
     assert same_weights(folder, whole)
 
 

@@ -1,0 +1,299 @@
+"""Whose an output folder and its files are.
+
+One run at a time works in a folder: it holds OUT/.lock, and OUT/.running.json says which process
+that is. A run replaces and deletes only what runs have written: each folder of a model has the
+names of these files in .files.json, and OUT/fingerprint.json marks the folder of a run. Files of
+anyone else stay as they are; a run that would write over one is refused before it trains.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from core.errors import ConfigError
+from core.files import has_weights, remove_unfinished, unfinished_name, write_json
+from core.runtime import is_main_process, logger
+
+RECORD = ".files.json"
+# Files of a model and its tokenizer; folders from before there were records have no others.
+MODEL_FILES = (
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template.jinja",
+)
+# What else a run writes, newly or over what was there, or could take for its own weights. Its logs
+# are only appended to.
+RUN_FILES = (
+    "*.safetensors",
+    "stage.json",
+    "stage_config.yaml",
+    "fingerprint.json",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "calls*.jsonl",
+    "requests*.jsonl",
+    "preferences_*.jsonl",
+    "rationales.jsonl",
+    "win_rate.jsonl",
+    "adapter",
+    "checkpoints",
+)
+# Of these, what belongs to one result, and is laid aside with it.
+OF_A_RESULT = (
+    "fingerprint.json",
+    "stage_config.yaml",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "adapter",
+    "checkpoints",
+)
+
+# ---- one run in a folder -------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of an output folder during the block. Raises ConfigError if another run has it.
+
+    The system releases the lock of a process that has ended, however it ended.
+    """
+    if not is_main_process():
+        yield
+        return
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    # One object for a folder: a block inside another of the same process holds the lock already.
+    lock = FileLock(folder / ".lock", is_singleton=True)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise ConfigError(
+            f"output_dir={folder}: {describe_holder(folder)} is at work in it; "
+            "wait for its end, or choose another output_dir"
+        ) from None
+    holder = folder / ".running.json"
+    try:
+        write_json(holder, {"pid": os.getpid(), "host": socket.gethostname()})
+        yield
+    finally:
+        if lock.lock_counter == 1:
+            holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def describe_holder(folder: Path) -> str:
+    """The process whose run is in a folder, as far as it is known."""
+    try:
+        holder = json.loads((folder / ".running.json").read_text(encoding="utf-8"))
+        return f"process {holder['pid']} on {holder['host']}"
+    except (OSError, ValueError, KeyError, TypeError):  # it has just begun, or ends
+        return "another run"
+
+
+# ---- the files of a folder -----------------------------------------------------------------------
+
+
+def recorded_files(folder: Path) -> list[str]:
+    """Names, relative to `folder`, of the files of a model that runs have written there."""
+    record = folder / RECORD
+    if record.exists():
+        try:
+            names = json.loads(record.read_text(encoding="utf-8"))
+        except ValueError:
+            names = []
+        return [str(name) for name in names if isinstance(names, list)]
+    if not (folder / "fingerprint.json").exists():
+        return []
+    names = []
+    for pattern in MODEL_FILES:
+        names += [file.name for file in folder.glob(pattern) if file.is_file()]
+    return names
+
+
+@contextlib.contextmanager
+def published(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder, whose files are moved into `folder` if the block ends without an
+    error."""
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(folder)
+    unfinished = unfinished_name(folder / "saving")
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        publish(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def publish(unfinished: Path, folder: Path) -> None:
+    """Move the files of the folder `unfinished` into `folder`, each at once and on the disk. What
+    was published there before goes, and other files stay."""
+    before = set(recorded_files(folder))
+    files = sorted(file for file in unfinished.rglob("*") if file.is_file())
+    # The mark of a complete folder comes last, where it is among them.
+    files.sort(key=is_mark)
+    names = [file.relative_to(unfinished).as_posix() for file in files]
+    # The names first: after a crash in between these files are known to be ours.
+    write_json(folder / RECORD, sorted(before | set(names)))
+    remove_files(folder, (before - set(names)) | {name for name in before if is_mark(Path(name))})
+    for file, name in zip(files, names, strict=True):
+        with open(file, "rb+") as stream:
+            os.fsync(stream.fileno())
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if name not in before and os.path.lexists(target):
+            set_aside(target, f"{name} is", "no run has written it")
+        file.replace(target)
+    write_json(folder / RECORD, names)
+
+
+def is_mark(file: Path) -> bool:
+    return file.name == "fingerprint.json"
+
+
+def remove_recorded(folder: Path) -> None:
+    """Delete what was published in a folder, and the folder if nothing else is in it."""
+    remove_files(folder, recorded_files(folder))
+    (folder / RECORD).unlink(missing_ok=True)
+    remove_empty(folder)
+
+
+def remove_files(folder: Path, names: Iterable[str]) -> None:
+    """Delete the named files of a folder, and subfolders that are empty then."""
+    for name in names:
+        # A record may be damaged, or come with a folder from elsewhere: it reaches nothing outside.
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            continue
+        path = folder / name
+        path.unlink(missing_ok=True)
+        for parent in path.relative_to(folder).parents[:-1]:
+            remove_empty(folder / parent)
+
+
+def remove_empty(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def set_aside(path: Path, what: str, why: str) -> None:
+    """Rename a file or folder to NAME.1, .2, ..., and say so: "`what` now in NAME.1: `why`"."""
+    moved = path.rename(first_free_name(path))
+    logger.warning("%s now in %s: %s", what, moved, why)
+
+
+def first_free_name(path: Path) -> Path:
+    """The first of NAME.1, NAME.2, ... that does not exist."""
+    number = 1
+    while os.path.lexists(f"{path}.{number}"):
+        number += 1
+    return Path(f"{path}.{number}")
+
+
+def lay_aside_result(folder: Path, artifacts: Iterable[str], why: str) -> None:
+    """Move the finished result in `folder` to previous.1, .2, ...: model, records and `artifacts`.
+
+    Answers that were paid for stay, and so do the logs, which the next run goes on with.
+    """
+    names = [*recorded_files(folder), RECORD]
+    for path in artifacts:
+        if Path(path).parent == folder:
+            names.append(Path(path).name)
+    # The record of the stage is last: after a crash in between the rest follows.
+    names += [*OF_A_RESULT, "stage.json"]
+    number = 1
+    while (folder / f"previous.{number}" / "stage.json").exists():
+        number += 1
+    aside = folder / f"previous.{number}"
+    move_files(folder, names, aside)
+    logger.warning(
+        "the finished result in %s is now in %s: %s; with force=true it is overwritten",
+        folder,
+        aside.name,
+        why,
+    )
+
+
+def lay_aside_model(folder: Path) -> None:
+    """Move the model that was published in `folder`, if there is one, to FOLDER.1, .2, ..."""
+    if not has_weights(folder):
+        return
+    names = recorded_files(folder)
+    aside = first_free_name(folder)
+    move_files(folder, [*names, RECORD, "fingerprint.json"], aside)
+    logger.warning(
+        "the model in %s is now in %s: another one takes its place; with force=true it is "
+        "overwritten",
+        folder,
+        aside,
+    )
+
+
+def move_files(folder: Path, names: Iterable[str], target: Path) -> None:
+    """Move those of the named files and folders that are in `folder` into the folder `target`."""
+    for name in names:
+        if not os.path.lexists(folder / name):
+            continue
+        moved = target / name
+        moved.parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).rename(moved)
+
+
+# ---- files of others -----------------------------------------------------------------------------
+
+
+def refuse_foreign_files(folder: Path) -> None:
+    """Raise ConfigError if a run in `folder` would write over files that no run has written."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output_dir={folder} is a file; choose another output_dir")
+    if (folder / "fingerprint.json").is_file() or (folder / RECORD).is_file():
+        return
+    foreign = [path.name for path in sorted(folder.glob("*")) if is_written_by_runs(path.name)]
+    if foreign:
+        shown = ", ".join(foreign[:5]) + (", ..." if len(foreign) > 5 else "")
+        raise ConfigError(
+            f"output_dir={folder} has files that are of no run and that a run would write over "
+            f"({shown}); choose another output_dir, or move them away"
+        )
+
+
+def refuse_own_inputs(config: Any, names: Sequence[str] = ()) -> None:
+    """Raise ConfigError if an option names an input that the run writes over: output_dir itself, or
+    a file or folder in it of a name that runs write, or of one of the further `names`."""
+    folder = Path(config.output_dir).resolve()
+    for option, value in vars(config).items():
+        if option in ("output_dir", "resume_from_checkpoint") or not isinstance(value, str):
+            continue
+        path = Path(value).expanduser()
+        # Longer texts are prompts and templates.
+        if not 0 < len(value) < 1000 or not path.exists():
+            continue
+        path = path.resolve()
+        if not path.is_relative_to(folder):
+            continue
+        parts = path.relative_to(folder).parts
+        if not parts or parts[0] in names or is_written_by_runs(parts[0]):
+            raise ConfigError(
+                f"{option}={value} lies in output_dir={config.output_dir}, where the run writes; "
+                "choose another output_dir"
+            )
+
+
+def is_written_by_runs(name: str) -> bool:
+    """Whether a run may write a file or a folder of this name into its output folder."""
+    return any(fnmatch.fnmatch(name, pattern) for pattern in (*MODEL_FILES, *RUN_FILES))
