@@ -21,7 +21,7 @@ from core import checkpoints, ownership
 from core.adapters import add_adapter, share_adapted
 from core.chat import prepare_tokenizer
 from core.checks import check_encoded_rows, describe_stage, estimate_fit
-from core.cli import help_text, read_command_line, read_switch
+from core.cli import help_text, read_command_line, read_options_file, read_switch
 from core.config import ModelConfig, StageConfig, TrainingConfig
 from core.data import load_dataset_from_path, split_dataset  # noqa: F401 (for stages of your own)
 from core.errors import ConfigError, as_config_error
@@ -37,6 +37,7 @@ from core.quantization import (
     keep_training_mode,
 )
 from core.recipe_files import get_config_class, make_config, resolve_options
+from core.rehearsal import rehearse_end
 from core.run_end import describe_end, describe_resumption
 from core.runtime import (
     compute_dtype,
@@ -49,7 +50,6 @@ from core.runtime import (
     warn_together,
 )
 from core.screen import busy
-from core.yaml_files import load_yaml
 
 # -- the stage contract ---------------------------------------------------------------------------
 
@@ -218,6 +218,8 @@ class BaseStage:
         transformers.set_seed(self.config.seed)
         try:
             model, tokenizer = self.prepare_model_and_tokenizer(model, tokenizer, previous_result)
+            if isinstance(self.config, TrainingConfig):
+                rehearse_end(model, tokenizer, self.config)
             trained = self.train(model, tokenizer)
             metrics, model = trained if isinstance(trained, tuple) else (trained, model)
 
@@ -577,16 +579,6 @@ def build_stage(stage_class: type[BaseStage], arguments: Sequence[str]) -> tuple
     if not (config.enabled and config.save_intermediate):
         raise ConfigError("enabled=false and save_intermediate=false are for the stages of a chain")
     return stage_class(config), dry_run
-
-
-def read_options_file(path: str | None) -> dict[str, Any]:
-    """The options of a recipe in a YAML file, {} without one; raises ConfigError."""
-    if path is None:
-        return {}
-    options = load_yaml(path)
-    if "stages" in options or "stage_configs" in options:
-        raise ConfigError(f"{path} is the file of a chain; run: python chain.py {path}")
-    return options
 
 
 def log_dry_run(stage: BaseStage) -> None:

@@ -21,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from core.errors import ConfigError
 from core.options import MAPPINGS, SEQUENCES, plain_types
 from core.recipe_files import get_config_class
+from core.yaml_files import load_yaml
 
 # ---- parsing -------------------------------------------------------------------------------------
 
@@ -46,6 +47,16 @@ def read_command_line(arguments: Sequence[str]) -> tuple[list[str], dict[str, st
     fire.Fire(collect, command=list(arguments))
     nothing = ("None", "null")
     return words, {name: None if options[name] in nothing else options[name] for name in options}
+
+
+def read_options_file(path: str | None) -> dict[str, Any]:
+    """The options of a recipe in a YAML file, {} without one; raises ConfigError."""
+    if path is None:
+        return {}
+    options = load_yaml(path)
+    if "stages" in options or "stage_configs" in options:
+        raise ConfigError(f"{path} is the file of a chain; run: python chain.py {path}")
+    return options
 
 
 def read_switch(name: str, value: Any) -> bool:

@@ -2,9 +2,11 @@
 
     python tests/faults.py chain.yaml FOLDER 200
 
-The moments at which a fault can come are counted in an undisturbed run: every file that is opened
-for writing, renamed, linked, deleted or flushed in the output folder, every folder made there, every
-file of tensors, and every optimizer step. The faults are spread evenly over them, and are in turn
+The moments at which a fault can come are counted in an undisturbed run: in the output folder every
+file that is opened for writing, renamed, linked, deleted or flushed, and every folder made there;
+every file of tensors; every file of a model that is read; every pass through a model, so that
+training, evaluation and sampling are covered; every optimizer step. The faults are spread evenly
+over them, and are in turn
 
     kill     kill -9
     full     no space left on the disk from here on
@@ -35,6 +37,8 @@ import sft  # noqa: E402, F401
 import tensorboard  # noqa: E402, F401
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from torch.nn.modules.module import register_module_forward_pre_hook  # noqa: E402
+from torch.optim.optimizer import register_optimizer_step_pre_hook  # noqa: E402
 
 import chain  # noqa: E402
 
@@ -77,16 +81,22 @@ class Faults:
         safetensors.torch.save_file = save_file
         transformers.modeling_utils.safe_save_file = save_file
         os.fsync = flush
-        from torch.optim.optimizer import register_optimizer_step_pre_hook
-
         register_optimizer_step_pre_hook(lambda *arguments: self.moment(needs_space=False))
+        register_module_forward_pre_hook(self.before_pass)
+
+    def before_pass(self, module, arguments) -> None:
+        if isinstance(module, transformers.PreTrainedModel):
+            self.moment(needs_space=False)
 
     def on_event(self, event: str, arguments: tuple) -> None:
-        if event not in NEEDS_SPACE or not str(arguments[0]).startswith(self.folder):
+        if event not in NEEDS_SPACE:
             return
+        path = str(arguments[0])
         if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
-            return
-        self.moment(NEEDS_SPACE[event])
+            if path.endswith(("/config.json", "/tokenizer.json")):
+                self.moment(needs_space=False)
+        elif path.startswith(self.folder):
+            self.moment(NEEDS_SPACE[event])
 
     def moment(self, needs_space: bool) -> None:
         self.count += 1
