@@ -293,7 +293,7 @@ class BaseStage:
 
     def recorded(self) -> StageResult:
         """The result of a finished stage, from its stage.json."""
-        record = checkpoints.read_stage_record(Path(self.config.output_dir))
+        record = checkpoints.read_finished_stage(self.config)
         path = record["model_path"]
         return StageResult(
             record["stage"], True, path, path, record["metrics"], record["artifacts"]

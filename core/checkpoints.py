@@ -14,13 +14,14 @@ import re
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from core.command import started_by
 from core.config import StageConfig, TrainingConfig
+from core.digests import find_changed_files, folder_digests
 from core.errors import ConfigError, as_config_error
 from core.files import (
     file_digest,
@@ -30,16 +31,58 @@ from core.files import (
     sealed_files,
     write_json,
 )
-from core.fingerprints import describe_differences, fingerprinted_options
+from core.fingerprints import (
+    EVALUATION_OPTIONS,
+    NOT_FINGERPRINTED,
+    describe_changed_keys,
+    describe_differences,
+    evaluation_options,
+    fingerprinted_options,
+)
 from core.ownership import lay_aside_result, remove_empty, remove_files, set_aside
 from core.runtime import default_device, is_main_process, is_sharded, logger, wait_for_everyone
 from core.yaml_files import dump_yaml
 
-RECORDED_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets")
+# With other versions of these, the same options may give other weights.
+LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+# -- what is compared beside the fingerprint ------------------------------------------------------
+
+
+def circumstances(config: StageConfig) -> dict[str, Any]:
+    """What may differ where the fingerprint does not: {"versions": of the libraries, "evaluation":
+    the options that only figures depend on}."""
+    versions = {"python": sys.version.split()[0]}
+    versions |= {name: version(name) for name in (*LIBRARIES, "datasets")}
+    return {"versions": versions, "evaluation": evaluation_options(config)}
+
+
+def log_circumstances(what: str, recorded: Mapping, config: StageConfig) -> None:
+    """Warn if `what`, a stage or a checkpoint, was made with other versions of the libraries; say
+    which options of evaluation had other values."""
+    now = circumstances(config)
+    before = recorded.get("versions") or {}
+    changed = []
+    for name in LIBRARIES:
+        # A checkpoint of an older form has no versions.
+        if name in before and before[name] != now["versions"][name]:
+            changed.append(f"{name} {before[name]}, here {now['versions'][name]}")
+    if changed:
+        logger.warning(
+            "%s was made with %s: a run from the start may give other weights",
+            what,
+            ", ".join(changed),
+        )
+    differences = describe_changed_keys(
+        "options", recorded.get("evaluation") or {}, now["evaluation"]
+    )
+    if differences:
+        logger.info("the figures of %s are of other options: %s", what, "; ".join(differences))
 
 
 # -- checkpoints ----------------------------------------------------------------------------------
@@ -49,6 +92,7 @@ def seal_checkpoint(folder: Path, config: TrainingConfig) -> None:
     """Make a checkpoint verifiable: its options and, last of all, a manifest of the hashes of its
     files, once these are on the disk."""
     write_json(folder / "options.json", fingerprinted_options(config))
+    write_json(folder / "circumstances.json", circumstances(config))
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     # After a power failure a file without this may be shorter than its hash in the manifest says.
     for file in files:
@@ -74,7 +118,7 @@ def find_checkpoint(config: TrainingConfig) -> Path | None:
         if damage:
             logger.warning("%s is skipped: %s", folder, damage)
             continue
-        if read_json(folder / "options.json").keys() != fingerprinted_options(config).keys():
+        if not is_of_recipe(folder, config):
             logger.warning("%s is skipped: it is of another recipe or version", folder)
             continue
         refuse_other_options(folder, config)
@@ -100,13 +144,21 @@ def step_of(checkpoint: Path) -> int:
 
 def check_named_checkpoint(folder: Path, config: TrainingConfig) -> Path:
     """`folder`, if it is a checkpoint of the same recipe; its options may have other values."""
-    # The options of two recipes differ in their names: those names are the recipe's mark.
-    options = read_json(folder / "options.json")
-    if options.keys() != fingerprinted_options(config).keys():
+    if not is_of_recipe(folder, config):
         raise ConfigError(
             f"resume_from_checkpoint={folder} is of another recipe; give a checkpoint of this one"
         )
+    compare_circumstances(folder, config)
     return folder
+
+
+def is_of_recipe(checkpoint: Path, config: TrainingConfig) -> bool:
+    """Whether a checkpoint is of the recipe with this config, in this version of it."""
+    # The options of two recipes differ in their names: those names are the recipe's mark.
+    options = read_json(checkpoint / "options.json")
+    names = {option.name for option in fields(config)}
+    not_compared = NOT_FINGERPRINTED | EVALUATION_OPTIONS.keys()
+    return options.keys() - not_compared == names - not_compared
 
 
 def refuse_other_options(checkpoint: Path, config: TrainingConfig) -> None:
@@ -119,6 +171,14 @@ def refuse_other_options(checkpoint: Path, config: TrainingConfig) -> None:
             f"{checkpoint} is of a run with other options ({changes}); choose another output_dir, "
             "or start anew with resume_from_checkpoint=False"
         )
+    compare_circumstances(checkpoint, config)
+
+
+def compare_circumstances(checkpoint: Path, config: TrainingConfig) -> None:
+    """`log_circumstances` of a checkpoint; those of an older form have none."""
+    file = checkpoint / "circumstances.json"
+    if file.exists():
+        log_circumstances(str(checkpoint), read_json(file), config)
 
 
 def remove_end_checkpoint(config: StageConfig, metrics: Mapping[str, float]) -> None:
@@ -170,13 +230,18 @@ def claim_run_folder(config: StageConfig, fingerprint: Mapping) -> None:
 
 
 def keep_finished_result(folder: Path, fingerprint: Mapping) -> None:
-    """Move the result of a finished run with another fingerprint out of the way."""
+    """Move the result of a finished run with another fingerprint out of the way; of the same one,
+    the files that are no longer those that it saved."""
     if not (folder / "stage.json").exists():
         return
-    why = find_reason_to_run(folder, fingerprint)
-    if why:
-        artifacts = read_stage_record(folder)["artifacts"]
-        lay_aside_result(folder, artifacts.values(), why)
+    finished = read_stage_record(folder)
+    differences = describe_differences(finished["fingerprint"], fingerprint)
+    if differences:
+        lay_aside_result(folder, finished["artifacts"].values(), differences)
+        return
+    for name in find_changed_files(folder, finished.get("files") or {}):
+        if (folder / name).exists():
+            set_aside(folder / name, f"{name} is", "it is not the file that was saved")
 
 
 def find_reason_to_set_aside(folder: Path, claim: Mapping, resume: bool | str | None) -> str:
@@ -198,12 +263,27 @@ def find_reason_to_set_aside(folder: Path, claim: Mapping, resume: bool | str | 
 
 
 def find_reason_to_run(folder: Path, fingerprint: Mapping) -> str:
-    """Why a stage has to run; empty if `folder` holds its result, made with this fingerprint."""
+    """Why a stage has to run; empty if `folder` holds its result, made with this fingerprint, and
+    its files are those that it saved."""
     record = folder / "stage.json"
     if not record.exists():
         return "it is not finished"
     with as_config_error(f"{record} cannot be read; delete it to run the stage again"):
-        return describe_differences(read_json(record)["fingerprint"], fingerprint)
+        finished = read_json(record)
+        differences = describe_differences(finished["fingerprint"], fingerprint)
+        # A record of an older form names no files.
+        saved_files = dict(finished.get("files") or {})
+    changes = find_changed_files(folder, saved_files)
+    return differences or ", ".join(f"{name} {change}" for name, change in changes.items())
+
+
+def read_finished_stage(config: StageConfig) -> dict[str, Any]:
+    """The record of a finished stage whose result is used again; what is other than it was then,
+    and changes no fingerprint, is logged."""
+    folder = Path(config.output_dir)
+    record = read_stage_record(folder)
+    log_circumstances(str(folder), record, config)
+    return record
 
 
 def read_stage_record(folder: Path) -> dict[str, Any]:
@@ -261,8 +341,8 @@ def write_stage_record(config: StageConfig, result: Any, lineage: Mapping[str, A
     folder = Path(config.output_dir)
     options = dump_yaml(asdict(config))
     (folder / "stage_config.yaml").write_text(options, encoding="utf-8")
-    versions = {"python": sys.version.split()[0]}
-    versions |= {name: version(name) for name in RECORDED_PACKAGES}
+    # What a stage saves in its own folder: its model, or beside one that it hands on unchanged.
+    own_folders = [Path(path) for path in (result.model_path, *result.artifacts.values()) if path]
     # The order is that of a reader: what, from what, with which result, where.
     record = {
         "stage": result.stage_name,
@@ -274,8 +354,9 @@ def write_stage_record(config: StageConfig, result: Any, lineage: Mapping[str, A
         "model_path": result.model_path,
         "metrics": result.metrics,
         "artifacts": result.artifacts,
+        "files": folder_digests(folder) if folder in own_folders else {},
         "device": str(default_device()),
-        "versions": versions,
+        **circumstances(config),
     }
     write_json(folder / "stage.json", record)
     remove_end_checkpoint(config, result.metrics)

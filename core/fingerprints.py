@@ -2,20 +2,19 @@
 
 A fingerprint has five parts: the options, the data, the files and models that the options name,
 the code, and, in a chain, the stages before. It is recorded in stage.json and compared with that
-of the next run.
+of the next run. The result is the trained weights, and for evaluate its figures.
 """
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import functools
-import hashlib
 import inspect
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -23,12 +22,24 @@ from typing import Any
 
 from core.config import StageConfig
 from core.data_sources import split_paths
-from core.files import file_digest
+from core.digests import existing_path, file_identity
+from core.source_code import (
+    CODE_FOLDERS,
+    ROOT,
+    find_code,
+    find_code_of_file,
+    named_digests,
+    shown_name,
+    source_digest,
+)
 
-ROOT = Path(__file__).resolve().parents[1]
-CODE_FOLDERS = (ROOT, ROOT / "core", ROOT / "recipes")
+FORM = 2  # of a fingerprint: one of another form is not compared part by part
 
-# Options that do not change what comes out of a stage: changing them keeps checkpoints valid.
+# -- options that change no result -----------------------------------------------------------------
+#
+# With other values of these, a finished stage stays finished and its checkpoints stay valid. Every
+# other option is part of the fingerprint.
+
 NOT_FINGERPRINTED = frozenset(
     {
         # names, folders and logging
@@ -38,12 +49,16 @@ NOT_FINGERPRINTED = frozenset(
         "save_intermediate",
         "force",
         "log_level",
+        "logging_steps",
         "report_to",
         "use_wandb",
         "wandb_project",
         "wandb_run_name",
+        # keys
         "use_auth_token",
-        # checkpoints
+        "teacher_api_key",
+        "feedback_api_key",
+        # checkpoints; that of the best evaluation is saved and kept whatever these are
         "resume_from_checkpoint",
         "save_steps",
         "save_freq",
@@ -55,72 +70,128 @@ NOT_FINGERPRINTED = frozenset(
         "output_price",
         "call_timeout",
         "max_missing",
+        # it refuses data, or has no effect at all
+        "auto_detect_format",
+        "load_best_model",
     }
 )
 
-# What identifies the folder of a model; the records of the stage that made it are no part of it.
-MODEL_FILES = (
-    "*.safetensors",
-    "*config.json",
-    "tokenizer*",
-    "chat_template*",
-    "vocab*",
-    "*.model",
-)
-MAX_BYTES_HASHED = 2**24  # larger files are identified by size and time of modification
+
+def chooses_weights(options: Mapping[str, Any]) -> bool:
+    """Whether evaluations decide which weights are kept, or when the training ends."""
+    return bool(options.get("load_best_model_at_end") or options.get("early_stopping_patience"))
 
 
-# -- options and files ---------------------------------------------------------------------------
+def batches_matter(options: Mapping[str, Any]) -> bool:
+    """Whether the size of evaluation batches, by rounding, changes what is trained on, too."""
+    return chooses_weights(options) or bool(options.get("precompute_ref_log_probs"))
+
+
+def writes_questions(options: Mapping[str, Any]) -> bool:
+    """Whether a teacher writes questions that must not be among those of an evaluation."""
+    return bool(options.get("generate_synthetic_data"))
+
+
+def gives_figures(options: Mapping[str, Any]) -> bool:
+    """Whether figures are the result, as that of evaluate, which alone has a baseline."""
+    return "baseline" in options
+
+
+def answers_matter(options: Mapping[str, Any]) -> bool:
+    """Whether answers of the length of an evaluation are the result, or are trained on, too."""
+    learns_own_answers = options.get("distillation_type", "response") != "response"
+    return gives_figures(options) or (learns_own_answers and bool(options.get("on_policy_share")))
+
+
+def never(options: Mapping[str, Any]) -> bool:
+    return False
+
+
+# Options of evaluation, and where the result depends on them all the same. One that a stage of your
+# own defines is part of the fingerprint: what it means there is not known here.
+EVALUATION_OPTIONS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
+    "eval_steps": chooses_weights,
+    "metric_for_best_model": chooses_weights,
+    "greater_is_better": chooses_weights,
+    "per_device_eval_batch_size": batches_matter,
+    "eval_freq": never,
+    "num_eval_prompts": never,
+    "num_eval_samples": gives_figures,
+    "max_new_tokens": answers_matter,
+    "eval_reasoning_tasks": writes_questions,
+}
+
+# Options of rlaif that have those of the recipes it contains.
+OPTIONS_OF_PARTS = ("rl_kwargs", "reward_kwargs", "preference_kwargs")
 
 
 def fingerprinted_options(config: StageConfig) -> dict[str, Any]:
     """The options that decide what comes out of a stage, as JSON gives them back."""
-    # What JSON changes, such as tuples into lists, has to be changed on both sides of a comparison.
-    options = asdict(config)
-    for name in NOT_FINGERPRINTED:
-        options.pop(name, None)
-    return json.loads(json.dumps(options, default=str))
+    options = json_options(config)
+    kept = {}
+    for name, value in options.items():
+        is_own = name in EVALUATION_OPTIONS and is_defined_elsewhere(type(config), name)
+        if is_own or matters(name, options):
+            kept[name] = value
+    for name in OPTIONS_OF_PARTS:
+        part = kept.get(name)
+        if isinstance(part, dict):
+            kept[name] = {option: part[option] for option in part if matters(option, part)}
+    return kept
 
 
-def file_identity(path: Path) -> Any:
-    """A JSON value that changes with the content of a file or of a model's folder.
+def json_options(config: StageConfig) -> dict[str, Any]:
+    """All options. What JSON changes, such as tuples into lists, has to be changed on both sides of
+    a comparison."""
+    return json.loads(json.dumps(asdict(config), default=str))
 
-    Small files are identified by their hash, large ones and folders by the sizes and times of
-    modification. None if there is no such path.
-    """
-    path = path.expanduser()
-    if path.is_file():
-        if path.stat().st_size < MAX_BYTES_HASHED:
-            return file_digest(path)
-        files = [path]
-    else:
-        # For a folder of another kind, or none, there are no such files.
-        files = []
-        for pattern in MODEL_FILES:
-            files += path.glob(pattern)
-        files.sort()
-    identity = []
-    for file in files:
-        status = file.stat()
-        identity.append([file.name, status.st_size, status.st_mtime_ns])
-    return identity or None
+
+def matters(name: str, options: Mapping[str, Any]) -> bool:
+    """Whether the result depends on an option, beside the others."""
+    if name in EVALUATION_OPTIONS:
+        return EVALUATION_OPTIONS[name](options)
+    return name not in NOT_FINGERPRINTED
+
+
+def is_defined_elsewhere(config_class: type, name: str) -> bool:
+    """Whether an option is a stage's of your own, outside the repository's recipes."""
+    for owner in config_class.__mro__:
+        if name in vars(owner).get("__annotations__", {}):
+            file = getattr(sys.modules.get(owner.__module__), "__file__", None)
+            return file is None or Path(file).resolve().parent not in CODE_FOLDERS
+    return False
+
+
+def evaluation_options(config: StageConfig) -> dict[str, Any]:
+    """The options of evaluation that are no part of the fingerprint: its figures depend on them."""
+    options = json_options(config)
+    left_out = options.keys() - fingerprinted_options(config).keys()
+    return {name: options[name] for name in EVALUATION_OPTIONS if name in left_out}
+
+
+# -- files ----------------------------------------------------------------------------------------
 
 
 def identify_named_files(options: Mapping[str, Any]) -> dict[str, Any]:
     """{text: identity} of every option that is the path of a file or a folder.
 
-    The path of a function is written file.py:name.
+    The path of a function is written file.py:name; the modules that the file imports belong to it.
     """
     identities = {}
     for text in texts_in(list(options.values())):
-        # Longer texts are templates or prompts; the operating system would refuse them as a path.
-        if not 0 < len(text) < 256:
+        path = existing_path(re.sub(r"(\.py):\w+$", r"\1", text))
+        if path is None:
             continue
-        path = re.sub(r"(\.py):\w+$", r"\1", text)
-        identity = file_identity(Path(path))
+        identity = identify_code(path) if path.suffix == ".py" else file_identity(path)
         if identity:
             identities[text] = identity
     return identities
+
+
+def identify_code(path: Path) -> dict[str, str]:
+    """{file: digest} of a Python file of the user's, and of what it imports from beside it or from
+    the repository."""
+    return named_digests(find_code_of_file(path).values(), path.resolve().parent)
 
 
 def texts_in(value: Any) -> Iterator[str]:
@@ -138,71 +209,6 @@ def texts_in(value: Any) -> Iterator[str]:
 
 
 # -- code ----------------------------------------------------------------------------------------
-
-
-@functools.cache
-def imported_names(source: bytes, package: str) -> tuple[str, ...]:
-    """The modules that a Python file of `package` imports, also inside its functions.
-
-    In `from a import b`, b may be a module or a name in a: both a and a.b are listed.
-    """
-    try:
-        tree = ast.parse(source)
-    except SyntaxError:
-        # The file is being edited while a run goes on; its changed digest is what counts.
-        return ()
-    names = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            module = node.module or ""
-            if node.level:
-                parent = package.rsplit(".", node.level - 1)[0]
-                module = f"{parent}.{module}".strip(".")
-            names.append(module)
-            names += [f"{module}.{alias.name}" for alias in node.names]
-    return tuple(names)
-
-
-def find_source(name: str, home_folder: Path) -> Path | None:
-    """The file of a module, if it is in a folder of the repository or in `home_folder`.
-
-    A module that an import inside a function has not loaded yet is looked up by its name, so that
-    a fingerprint does not depend on what ran before.
-    """
-    module = sys.modules.get(name)
-    if module is None:
-        relative = f"{Path(*name.split('.'))}.py"
-        candidates = [ROOT / relative, home_folder / relative]
-    else:
-        file = getattr(module, "__file__", None)
-        candidates = [Path(file)] if file else []
-    for candidate in candidates:
-        path = candidate.resolve()
-        if path.parent in (*CODE_FOLDERS, home_folder) and path.is_file():
-            return path
-    return None
-
-
-def find_code(names: Iterable[str], home_folder: Path) -> dict[str, Path]:
-    """{module: file} of the modules `names` and of all that they import, directly or not."""
-    files: dict[str, Path] = {}
-    # Rooms import each other: without this set a module would be read once for each path to it.
-    seen = set()
-    queue = list(names)
-    while queue:
-        name = queue.pop()
-        if name in seen:
-            continue
-        seen.add(name)
-        path = find_source(name, home_folder)
-        if path is None:
-            continue
-        files[name] = path
-        package = getattr(sys.modules.get(name), "__package__", None) or name.rpartition(".")[0]
-        queue += imported_names(path.read_bytes(), package)
-    return files
 
 
 def function_sources(stage_class: type) -> dict[str, str]:
@@ -231,19 +237,19 @@ def modules_of_notebook_class(stage_class: type, sources: Mapping[str, str]) -> 
 
 @functools.cache
 def digest_when_imported(module: ModuleType) -> str:
-    """The hash of a module's file when it was first asked for.
+    """The digest of a module's file when it was first asked for.
 
     Python goes on with the code that it imported, whatever happens to the file afterwards.
     """
-    return file_digest(Path(module.__file__))
+    return source_digest(Path(module.__file__).read_bytes())
 
 
 def fingerprint_code(stage_class: type) -> tuple[dict[str, str], list[str]]:
-    """({file: hash} of a stage's code, [files that changed since Python imported them]).
+    """({file: digest} of a stage's code, [files that changed since Python imported them]).
 
     The code is the file of the stage's class and what that imports, followed through the
     repository's own files and those beside it. A class that a notebook defines has no file:
-    its functions are hashed one by one.
+    its functions are digested one by one.
     """
     home = sys.modules[stage_class.__module__]
     home_file = vars(home).get("__file__")
@@ -256,17 +262,16 @@ def fingerprint_code(stage_class: type) -> tuple[dict[str, str], list[str]]:
         names = modules_of_notebook_class(stage_class, sources)
         home_folder = ROOT
         for name, source in sources.items():
-            digests[f"{name}()"] = hashlib.sha256(source.encode()).hexdigest()
+            digests[f"{name}()"] = source_digest(textwrap.dedent(source).encode())
 
+    files = find_code(names, home_folder)
+    digests |= named_digests(files.values(), home_folder)
     changed = set()
-    for name, path in find_code(names, home_folder).items():
-        # Two folders may have a file of the same name: those of the repository are named by path.
-        shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else Path(path.name)
-        digest = file_digest(path)
-        digests[shown.as_posix()] = digest
+    for name, path in files.items():
         module = sys.modules.get(name)
-        if module is not None and digest_when_imported(module) != digest:
-            changed.add(shown.as_posix())
+        shown = shown_name(path, home_folder)
+        if module is not None and digest_when_imported(module) != digests[shown]:
+            changed.add(shown)
     return dict(sorted(digests.items())), sorted(changed)
 
 
@@ -284,6 +289,7 @@ def compute_fingerprint(
     options = fingerprinted_options(config)
     code, changed = fingerprint_code(stage_class)
     fingerprint = {
+        "form": FORM,
         "options": options,
         "data": data_digest,
         "start": start,
@@ -296,12 +302,16 @@ def compute_fingerprint(
 def describe_differences(old: Mapping, new: Mapping) -> str:
     """What differs between two fingerprints, in words for the log; empty if nothing does."""
     differences = []
+    is_comparable = old.get("form") == new.get("form")
+    if not is_comparable:
+        differences.append("an older version recorded its files and code in another form")
     for part, now in new.items():
         before = old.get(part)
-        if before == now:
+        # The files and the code of another form differ in any case.
+        if before == now or (not is_comparable and part != "options"):
             continue
         if isinstance(now, dict):
-            differences += describe_changed_keys(part, old[part], now)
+            differences += describe_changed_keys(part, before or {}, now)
         elif part == "data":
             differences.append("its data changed")
         elif part == "start":
@@ -313,8 +323,13 @@ def describe_differences(old: Mapping, new: Mapping) -> str:
 
 def describe_changed_keys(part: str, old: Mapping, new: Mapping) -> list[str]:
     """One phrase for each key whose value differs; only options are readable enough to be shown."""
+    keys = {*old, *new}
+    if part == "options":
+        # Where an option of evaluation counts on one side alone, so does the other option that
+        # makes it count.
+        keys -= (old.keys() ^ new.keys()) & (NOT_FINGERPRINTED | EVALUATION_OPTIONS.keys())
     phrases = []
-    for key in sorted({**old, **new}):
+    for key in sorted(keys):
         before, now = old.get(key), new.get(key)
         if before == now:
             continue

@@ -25,8 +25,8 @@ from core.api_server import ApiServer
 from core.call_log import CallLog
 from core.chat import literal_prompt_ids, prompt_ids
 from core.config import Count, ModelConfig, Natural, NonNegative, Positive, Share, StageConfig
+from core.digests import file_identity
 from core.errors import ConfigError, as_config_error
-from core.fingerprints import file_identity
 from core.hub import check_model
 from core.llm_answers import Answer, is_same_model, read_answer, was_cut, whole_text
 from core.logprobs import answer_logits, collate_answers

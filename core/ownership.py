@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from core.digests import existing_path
 from core.errors import ConfigError
 from core.files import has_weights, remove_unfinished, unfinished_name, write_json
 from core.runtime import is_main_process, logger
@@ -279,13 +280,10 @@ def refuse_own_inputs(config: Any, names: Sequence[str] = ()) -> None:
     for option, value in vars(config).items():
         if option in ("output_dir", "resume_from_checkpoint") or not isinstance(value, str):
             continue
-        path = Path(value).expanduser()
-        # Longer texts are prompts and templates.
-        if not 0 < len(value) < 1000 or not path.exists():
+        existing = existing_path(value)
+        if existing is None or not existing.resolve().is_relative_to(folder):
             continue
-        path = path.resolve()
-        if not path.is_relative_to(folder):
-            continue
+        path = existing.resolve()
         parts = path.relative_to(folder).parts
         if not parts or parts[0] in names or is_written_by_runs(parts[0]):
             raise ConfigError(

@@ -121,7 +121,7 @@ def read_stage(
 
     curves = rows_of("metrics.jsonl")
     lineage = dict(record)
-    for key in ("stage", "success", "metrics", "fingerprint"):
+    for key in ("stage", "success", "metrics", "fingerprint", "files", "evaluation"):
         lineage.pop(key, None)
     return Stage(
         name=name,

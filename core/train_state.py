@@ -6,7 +6,7 @@ OUT/checkpoints/checkpoint-N has
     optimizer.safetensors   the optimizer's state
     random-R.safetensors    the random numbers of process R
     state.json              what else the caller keeps
-    options.json, manifest.json    see core/checkpoints.py
+    options.json, circumstances.json, manifest.json    see core/checkpoints.py
 
 Where weights are sharded, each process R above 0 writes its part to weights-R and optimizer-R.
 """

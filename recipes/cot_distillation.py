@@ -493,7 +493,8 @@ def run_lm_eval(tasks: list[str], model, tokenizer) -> dict[str, float]:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    with as_config_error(f"eval_reasoning_tasks={','.join(tasks)}"):
+    # The harness sets seeds of its own, which the training must not see.
+    with torch.random.fork_rng(), as_config_error(f"eval_reasoning_tasks={','.join(tasks)}"):
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer)
         results = simple_evaluate(wrapped, tasks=tasks)["results"]
     metrics = {}

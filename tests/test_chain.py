@@ -92,6 +92,7 @@ def test_stages_run_in_order_each_on_the_model_of_the_one_before(pipeline, tmp_p
     )
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {
+        ".lock",
         "01_sft",
         "02_note",
         "03_sft",

@@ -23,6 +23,7 @@ import core.checkpoints
 import core.files
 import core.fingerprints
 import core.rl_run
+import core.source_code
 import core.train_state
 import core.training
 from chain import Pipeline
@@ -806,7 +807,9 @@ assert stage().execute().success
 reasons = {"none": stage().stale()}
 for room in ("core/direct.py", "core/indirect.py", "core/unused.py"):
     source = Path(room).read_text()
-    Path(room).write_text(source + "# changed")
+    Path(room).write_text(source + "# changed\\n\\n\\n")
+    assert not stage().stale()  # it says the same
+    Path(room).write_text(source + "CHANGED = True\\n")
     reasons[room] = stage().stale()
     Path(room).write_text(source)
 print(json.dumps(reasons))
@@ -843,11 +846,11 @@ def f():
     from . import e
     from ..g import h
 """
-    names = core.fingerprints.imported_names(source, "top.package")
+    names = core.source_code.imported_names(source, "top.package")
     assert set(names) == {
         "a.b", "c", "c.d", "top.package", "top.package.e", "top.g", "top.g.h"
     }  # fmt: skip
-    assert core.fingerprints.imported_names(b"def broken(:", "") == ()
+    assert core.source_code.imported_names(b"def broken(:", "") == ()
 
 
 def test_after_a_cleanup_nothing_is_run_again_until_something_changes(pipeline, tmp_path, capsys):
