@@ -77,7 +77,7 @@ def read_config(arguments: list[str]) -> ChatConfig:
 
 def say(text: str) -> None:
     """Print what is no answer."""
-    print(text, file=sys.stderr, flush=True)
+    print(show_controls(text), file=sys.stderr, flush=True)
 
 
 def load_conversation(config: ChatConfig) -> Conversation:

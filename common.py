@@ -49,7 +49,7 @@ from core.runtime import (
     start_logging,
     warn_together,
 )
-from core.screen import busy
+from core.screen import busy, show_controls
 
 # -- the stage contract ---------------------------------------------------------------------------
 
@@ -395,7 +395,7 @@ class BaseStage:
         self.logger.error("%s failed: %s\nThe traceback is in %s", self.stage_name, message, log)
         if not is_main_process():  # it has no log, and may be the only process that fails
             trace = traceback.format_exc()
-            print(f"process {os.environ['RANK']}: {trace}", file=sys.stderr, flush=True)
+            print(show_controls(f"process {os.environ['RANK']}: {trace}"), file=sys.stderr)
         return StageResult(self.stage_name, False, error_message=message)
 
 

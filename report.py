@@ -558,7 +558,7 @@ def main() -> None:
         folders, output = read_arguments(arguments)
         print(write(*folders, output=output))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(show_controls(f"error: {error}"), file=sys.stderr)
         sys.exit(2)
 
 

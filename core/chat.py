@@ -35,10 +35,13 @@ from core.config import ModelConfig
 from core.errors import ConfigError, RowError, as_config_error
 from core.messages import is_learnt
 from core.new_tokens import add_new_tokens
-from core.runtime import warn_once
+from core.runtime import memory_limit, time_limit, warn_once
 from core.template_forms import check_answer, check_context, template_forms, text_of
 
 IGNORE = -100  # label of a token that is not a target, as in transformers and torch
+# One conversation takes milliseconds and some memory, unless a template loops.
+RENDER_SECONDS = 5.0
+RENDER_GIGABYTES = 2
 
 INSTRUCTION_TEMPLATE_EXAMPLE = (
     r"--instruction_template='### Instruction:\n{instruction}\n\n### Response:\n{response}'"
@@ -163,9 +166,10 @@ def literal_prompt_ids(tokenizer, prompt: list[dict]) -> list[int]:
     cannot open a turn."""
     if not any(special_pattern(tokenizer).search(text_of(message)) for message in prompt):
         return prompt_ids(tokenizer, prompt)
-    return tokenizer.apply_chat_template(
-        prompt, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
-    )
+    with rendering():
+        return tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
+        )
 
 
 def stop_tokens(tokenizer) -> list[int]:
@@ -304,7 +308,7 @@ def apply_template(
     template: str | None = None,
 ) -> str:
     """The text of `messages`; with `generation_prompt`, up to where the assistant begins."""
-    try:
+    with rendering():
         return tokenizer.apply_chat_template(
             messages,
             tools=tools,
@@ -312,6 +316,19 @@ def apply_template(
             chat_template=template,
             add_generation_prompt=generation_prompt,
         )
+
+
+@contextlib.contextmanager
+def rendering() -> Iterator[None]:
+    """Raise RowError for what a chat template refuses, ConfigError for a template that loops."""
+    try:
+        with time_limit(RENDER_SECONDS), memory_limit(RENDER_GIGABYTES):
+            yield
+    except (TimeoutError, MemoryError):
+        raise ConfigError(
+            f"the chat template takes more than {RENDER_SECONDS:g} s or {RENDER_GIGABYTES} GB for "
+            "one conversation; give another one by chat_template_path or instruction_template"
+        ) from None
     except Exception as error:  # Jinja's own, or raised by the template for what it does not know
         raise RowError(f"which the chat template refuses: {error}") from error
 
@@ -441,11 +458,28 @@ def prepare_tokenizer(tokenizer, config: ModelConfig, needs_chat_template: bool 
         tokenizer.chat_template = template_from_instruction(config.instruction_template, tokenizer)
     if config.chat_template_path:
         tokenizer.chat_template = read_chat_template(config.chat_template_path)
+    if isinstance(tokenizer.chat_template, str):
+        check_operations(tokenizer.chat_template)
     if needs_chat_template and not tokenizer.chat_template:
         raise ConfigError(
             f"{config.model_name_or_path} has no chat template; describe how a prompt is written, "
             f"for example {INSTRUCTION_TEMPLATE_EXAMPLE}, or start from an instruction-tuned model"
         )
+
+
+def check_operations(template: str) -> None:
+    """Raise ConfigError for a power in a chat template: 9**9**9 is one operation without an end,
+    which no time limit stops."""
+    import jinja2
+
+    # An error of its syntax is found where the template is used.
+    with contextlib.suppress(jinja2.TemplateSyntaxError):
+        for line, kind, text in jinja2.Environment().lex(template):
+            if kind == "operator" and text == "**":
+                raise ConfigError(
+                    f"the chat template has a power (**) in line {line}, which may take forever; "
+                    "give another one by chat_template_path or instruction_template"
+                )
 
 
 def known_token(tokenizer, option: str, token: str) -> str:

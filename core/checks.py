@@ -12,7 +12,6 @@ import itertools
 import math
 import os
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -288,8 +287,7 @@ def describe_lengths(encoded: EncodedRows) -> str:
 
 
 def highlight_targets(tokenizer, ids: Sequence[int], labels: Sequence[int] | None) -> str:
-    """The text of a sequence with its targets in green, or in ⟦ ⟧ where there are no colours."""
-    start, end = ("\x1b[32m", "\x1b[0m") if sys.stdout.isatty() else ("⟦", "⟧")
+    """The text of a sequence with its targets in ⟦ ⟧."""
 
     def is_target(position: int) -> bool:
         return bool(labels) and labels[position] != IGNORE
@@ -299,7 +297,7 @@ def highlight_targets(tokenizer, ids: Sequence[int], labels: Sequence[int] | Non
     for in_target, positions in itertools.groupby(range(len(ids)), key=is_target):
         run = [ids[position] for position in positions]
         part = tokenizer.decode(run)
-        text += f"{start}{part}{end}" if in_target else part
+        text += f"⟦{part}⟧" if in_target else part
     return text
 
 

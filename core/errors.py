@@ -6,15 +6,18 @@ import contextlib
 import difflib
 from collections.abc import Iterable, Iterator
 
+from core.screen import show_controls
+
 MAX_REASON_LENGTH = 400  # characters of a library's message
 MAX_NAMES_LISTED = 25  # more names than this are for --help to list
 
 
 class ConfigError(ValueError):
     """Invalid user input: one problem or several. Each is a sentence that stands alone, then the
-    remedy."""
+    remedy. What they quote of the input, a terminal shows and does nothing else."""
 
     def __init__(self, *problems: str):
+        problems = tuple(show_controls(str(problem)) for problem in problems)
         self.problems = problems
         lines = problems if len(problems) < 2 else (f"{len(problems)} mistakes", *problems)
         super().__init__("\n  ".join(lines))

@@ -68,7 +68,8 @@ ANSWER_TAG = re.compile(
     r"<\s*(answer|final_answer|final|solution)\s*>(.*?)(?:<\s*/\s*\1\s*>|\Z)", re.I | re.DOTALL
 )
 BOX = re.compile(r"\\f?box(?:ed)?\s*\{")
-BETWEEN_BOXES = re.compile(r"[\s,$]*(?:and|or)?[\s,$]*")
+BETWEEN_BOXES = re.compile(r"[\s,$]*(?:(?:and|or)[\s,$]*)?")
+BRACE = re.compile(r"(?<!\\)[{}]")
 # "Answer:", "**Final answer**: ", "The answer to the question is", "Answer" alone on its line.
 ANSWER_PHRASE = re.compile(
     r"\b(?:answer|ans)\b[^.\n]{0,60}?(?:\bis\b|\bare\b|[:=：])(?:[\s*_]*[:=：])*"
@@ -140,10 +141,10 @@ def end_of_braces(text: str, start: int) -> int:
     """The position of the brace that closes the one before `start`; the length of the text if none
     does."""
     depth = 1
-    for brace in re.finditer(r"(?<!\\)[{}]", text[start:]):
+    for brace in BRACE.finditer(text, start):
         depth += 1 if brace[0] == "{" else -1
         if depth == 0:
-            return start + brace.start()
+            return brace.start()
     return len(text)
 
 

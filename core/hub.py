@@ -100,6 +100,7 @@ def find_model(name: str, config: ModelConfig, weights: bool = True) -> Path:
 def find_model_parts(config: ModelConfig, weights: bool = True) -> tuple[Path, Path | None, Path]:
     """(model, adapter on it or None, tokenizer): the folders for `model_name_or_path`."""
     folder = find_model(config.model_name_or_path, config, weights)
+    check_weight_index(folder)
     adapter_config = folder / "adapter_config.json"
     if not adapter_config.exists():
         return folder, None, folder
@@ -107,8 +108,22 @@ def find_model_parts(config: ModelConfig, weights: bool = True) -> tuple[Path, P
         base_name = json.loads(adapter_config.read_text())["base_model_name_or_path"]
         # `revision` is that of the adapter.
         base = find_model(base_name, replace(config, revision=None), weights)
+        check_weight_index(base)
     tokenizer = folder if (folder / "tokenizer_config.json").exists() else base
     return base, folder, tokenizer
+
+
+def check_weight_index(folder: Path) -> None:
+    """Raise ConfigError for an index of weights that names a file outside of the model's folder."""
+    for index in folder.glob("*.safetensors.index.json"):
+        with as_config_error(f"{index} is no index of weights"):
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            strange_names = sorted(name for name in names if Path(name).name != name)
+        if strange_names:
+            raise ConfigError(
+                f"{index} names weights outside of its folder: {strange_names[0]!r}; get the model "
+                "anew from a source that you trust"
+            )
 
 
 def check_model(name: str | None) -> None:

@@ -132,7 +132,7 @@ def parse_verdict(text: str, mark: str, shown: Sequence[str] = ()) -> str | None
     `shown` are the texts under judgment: an answer that only repeats a line of them has no
     verdict."""
     # The last one counts: reasons come first, and may quote the question.
-    marked = rf"^\W*Verdict\W*{mark}\W*{LETTER}\W*$"
+    marked = rf"^[^\w\n]*Verdict\W*{mark}\W*{LETTER}\W*$"
     verdicts = re.findall(marked, text, re.MULTILINE | re.IGNORECASE)
     if not verdicts:
         bare = BARE_VERDICT.fullmatch(bare_answer(text, "verdict", mark, shown))
@@ -182,7 +182,7 @@ def parse_score(text: str, mark: str, shown: Sequence[str] = ()) -> float | None
     that is nothing but a score; None without one, or beyond the scale. `shown` as in
     `parse_verdict`."""
     low, high = SCORE_RANGE
-    marked = rf"^\W*Score\W*{mark}{NUMBER}\W*$"
+    marked = rf"^[^\w\n]*Score\W*{mark}{NUMBER}\W*$"
     scores = re.findall(marked, text, re.MULTILINE | re.IGNORECASE)
     if not scores:
         bare = BARE_SCORE.fullmatch(bare_answer(text, "score", mark, shown))

@@ -256,8 +256,11 @@ def steps_in(text: str, answer: str) -> str:
     """The steps before the final answer of a text; "" where the answer stands alone."""
     before, marker, _ = text.rpartition(ANSWER_MARKER)
     if marker:
-        # The marker may be in bold.
-        return re.sub(r"(^|\n)[\s*_]*$", "", before).strip()
+        # The marker may be in bold, which leaves a line of stars.
+        lines = before.split("\n")
+        while lines and re.fullmatch(r"[\s*_]*", lines[-1]):
+            lines.pop()
+        return "\n".join(lines).strip()
     text = text.strip()
     return "" if is_answer_alone(text, answer) else text
 

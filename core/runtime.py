@@ -74,6 +74,28 @@ def peak_memory() -> dict[str, float]:
     return {"peak_gb": round(peak * unit / 1e9, 2)}
 
 
+@contextlib.contextmanager
+def memory_limit(gigabytes: float) -> Iterator[None]:
+    """Raise MemoryError inside a block that takes so much more memory. Linux alone has the limit,
+    and it is that of all threads."""
+    if sys.platform != "linux":
+        yield
+        return
+    import resource
+
+    with open("/proc/self/statm") as file:
+        num_pages = int(file.read().split()[0])
+    limit = num_pages * resource.getpagesize() + int(gigabytes * 1e9)
+    soft_limit, hard_limit = resource.getrlimit(resource.RLIMIT_AS)
+    if soft_limit != resource.RLIM_INFINITY:
+        limit = min(limit, soft_limit)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard_limit))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft_limit, hard_limit))
+
+
 # ---- device and precision ------------------------------------------------------------------------
 
 
@@ -196,6 +218,29 @@ def deferred_signals(
             signal.signal(number, handler)
     if received:
         sys.exit(128 + received[0])
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError inside a block of Python code that has taken so much processor time.
+
+    Where Python has no such signals, outside of the main thread and on Windows, there is no limit.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(number, frame):
+        raise TimeoutError(f"not done after {seconds:g} s")
+
+    previous_handler = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, previous_handler)
 
 
 def any_process_stopped(accelerator: Any, signals: list[int]) -> bool:

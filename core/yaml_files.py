@@ -3,15 +3,52 @@
 from __future__ import annotations
 
 import io
+import itertools
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML, SafeRepresenter
-from ruamel.yaml.error import YAMLError
+from ruamel.yaml import YAML, SafeConstructor, SafeRepresenter
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
 
 from core.errors import ConfigError, as_config_error
+
+# Ten lines of aliases of aliases can stand for terabytes. Written out, a file with aliases may have
+# so many characters, where a value counts ten more.
+MAX_EXPANDED_SIZE = 1_000_000
+MAX_DEPTH = 100  # values inside each other
+
+
+class Constructor(SafeConstructor):
+    """Refuses what would be huge, or endless, with its aliases written out."""
+
+    def construct_document(self, node: Node) -> Any:
+        has_anchors = bool(self.composer.anchors)
+        if has_anchors and expanded_size(node, {}) > MAX_EXPANDED_SIZE:
+            raise MarkedYAMLError(
+                problem="its aliases (*name) stand for too much; write the values out",
+                problem_mark=node.start_mark,
+            )
+        return super().construct_document(node)
+
+
+def expanded_size(node: Node, sizes: dict[int, float]) -> float:
+    """The size of a node with its aliases written out. `sizes` has those of nodes by their id."""
+    if id(node) in sizes:
+        return sizes[id(node)]
+    sizes[id(node)] = math.inf  # what contains itself has no end
+    size = 10.0
+    if isinstance(node, ScalarNode):
+        size += len(node.value)
+    else:
+        is_mapping = isinstance(node, MappingNode)
+        children = itertools.chain(*node.value) if is_mapping else node.value
+        size += sum(expanded_size(child, sizes) for child in children)
+    sizes[id(node)] = size
+    return size
 
 
 class Representer(SafeRepresenter):
@@ -31,6 +68,8 @@ Representer.add_representer(float, Representer.represent_float)
 def make_yaml() -> Any:
     # `safe` builds no objects of other types; only the pure Python reader knows YAML 1.2.
     yaml: Any = YAML(typ="safe", pure=True)
+    yaml.Constructor = Constructor
+    yaml.max_depth = MAX_DEPTH
     yaml.Representer = Representer
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False
@@ -42,7 +81,7 @@ def describe_yaml_error(error: YAMLError) -> str:
     # Errors of the characters have a reason, all others a problem.
     problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "invalid syntax"
     # The message goes on with both values of a duplicate key, and with the text after * or !.
-    return re.split(r" with value | '", problem)[0]
+    return re.split(r" with value | '|, if necessary", problem)[0]
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import core.checkpoints
 import core.config
 import core.fingerprints
 import core.rewards
+import core.yaml_files
 from chain import Pipeline
 from common import BaseStage, StageResult
 from core.config import StageConfig, TrainingConfig
@@ -252,6 +254,50 @@ def test_yaml_is_read_without_surprises(tmp_path):
             load_yaml(path)
 
 
+def bomb(first, line):
+    """YAML of nine lines, each of which stands for nine times what the line before stands for."""
+    lines = [f"a0: &a0 {first}"]
+    for n in range(1, 9):
+        aliases = ", ".join([f"*a{n - 1}"] * 9)
+        lines.append(f"a{n}: &a{n} {line.format(aliases)}")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        bomb("[x]", "[{}]"),
+        bomb("{k: 1}", "{{<<: [{}]}}"),
+        "a: &a " + "x" * 100_000 + "\nb: [" + ", ".join(["*a"] * 100) + "]",
+        "a: &a [*a]",
+        "a: &a {b: *a}",
+    ],
+)
+def test_aliases_that_stand_for_too_much_are_refused_at_once(tmp_path, text):
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    began = time.process_time()
+    with pytest.raises(ConfigError, match="a.yaml, line 1: its aliases"):
+        load_yaml(path)
+    with pytest.raises(ValueError, match="its aliases"):
+        parse_yaml(text)
+    assert time.process_time() - began < 3
+
+
+def test_aliases_and_long_files_are_read(monkeypatch):
+    monkeypatch.setattr(core.yaml_files, "MAX_EXPANDED_SIZE", 1000)
+    text = "base: &base {rate: 1, size: 2}\nsft: {<<: *base, size: 3}\nagain: *base"
+    assert parse_yaml(text) == {
+        "base": {"rate": 1, "size": 2},
+        "sft": {"rate": 1, "size": 3},
+        "again": {"rate": 1, "size": 2},
+    }
+    long = "x" * 1100  # without aliases, a file may be as long as it is
+    assert parse_yaml(f"a: {long}") == {"a": long}
+    with pytest.raises(ValueError, match="maximum depth"):
+        parse_yaml("[" * 1000 + "]" * 1000)
+
+
 @pytest.mark.parametrize("text", ["a: *sk-canary", "a: !sk-canary 1", "a: 1\na: sk-canary"])
 def test_what_may_be_a_secret_is_not_in_a_message_about_yaml(tmp_path, text):
     path = tmp_path / "a.yaml"
@@ -279,6 +325,7 @@ def test_a_copied_recipe_runs_by_its_path(pipeline, tmp_path):
 
 MINE = """
 import sys
+import time
 
 sys.path.insert(0, {root!r})
 

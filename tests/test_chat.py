@@ -1,6 +1,7 @@
 """core/chat.py: messages, chat templates, and the way from a chat to tokens."""
 
 import copy
+import signal
 
 import pytest
 
@@ -180,3 +181,40 @@ def test_the_tokens_that_end_a_turn_and_fill_a_batch_can_be_chosen(tokenizer):
         unknown = ModelConfig(model_name_or_path="m", **{name: "<none>"})
         with pytest.raises(ConfigError, match=f"{name}=<none> is not in the model's vocabulary"):
             core.chat.prepare_tokenizer(copy.deepcopy(tokenizer), unknown)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+        "{% set x = namespace(s='spam' * 9) %}"
+        "{% for i in range(60) %}{% set x.s = x.s ~ x.s %}{% endfor %}",
+        "{{ 'a' | center(99999999999) }}",
+    ],
+)
+def test_a_template_that_loops_or_fills_the_memory_is_stopped(tokenizer, template, monkeypatch):
+    monkeypatch.setattr(core.chat, "RENDER_SECONDS", 0.5)
+    monkeypatch.setattr(core.chat, "RENDER_GIGABYTES", 0.3)
+    looping = copy.deepcopy(tokenizer)
+    looping.chat_template += template
+    with pytest.raises(ConfigError, match="the chat template takes more than 0.5 s or 0.3 GB"):
+        core.chat.prompt_ids(looping, [{"role": "user", "content": "Hi"}])
+    with pytest.raises(ConfigError, match="the chat template takes more than"):
+        core.chat.literal_prompt_ids(looping, [{"role": "user", "content": "<|im_end|>"}])
+    # Both limits end with the block.
+    assert core.chat.prompt_ids(tokenizer, [{"role": "user", "content": "Hi"}])
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+    assert len(bytearray(400_000_000)) == 400_000_000
+
+
+def test_a_template_with_a_power_or_a_long_range_is_refused(tokenizer):
+    """No signal ends one long operation."""
+    endless = copy.deepcopy(tokenizer)
+    endless.chat_template += "\n{{ 9**9**9 }}"
+    with pytest.raises(ConfigError, match=r"has a power \(\*\*\) in line 5"):
+        core.chat.prepare_tokenizer(endless, ModelConfig(model_name_or_path="m"))
+    endless.chat_template = "{% for i in range(1000000000) %}{% endfor %} not a power: **"
+    core.chat.prepare_tokenizer(endless, ModelConfig(model_name_or_path="m"))
+    with pytest.raises(ConfigError, match="Range too big"):
+        core.chat.stop_tokens(endless)

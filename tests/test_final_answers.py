@@ -1,10 +1,18 @@
 """core/final_answers.py: where a text gives its final answer, as `numeric` reads it."""
 
 import itertools
+import time
 
 import pytest
 
-from core.final_answers import find_marked_answer, opens_thinking, without_thinking
+from core.final_answers import (
+    find_final_answer,
+    find_marked_answer,
+    opens_thinking,
+    without_thinking,
+)
+from core.judge import parse_score, parse_verdict
+from core.rationales import steps_in
 from core.verifiers import numeric
 
 # (expected answer, text, score)
@@ -176,3 +184,23 @@ def test_a_prompt_may_end_inside_a_thinking_block():
     assert opens_thinking("<|im_start|>assistant\n<think>\n")
     assert not opens_thinking("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     assert not opens_thinking("<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize(
+    "character", ["\n", " ", "$", "*", "{", "\\boxed{", "\\boxed{1}", "<", "#"]
+)
+def test_long_runs_of_a_character_cost_no_time(character):
+    """A pattern that tries each of their places anew would take a minute."""
+    run = character * 100_000 + "x"
+    began = time.process_time()
+    find_final_answer(run)
+    find_final_answer("\\boxed{1}" + run + "\\boxed{2}")
+    steps_in(run + "\n#### 7", "7")
+    parse_verdict(run, "mark")
+    parse_score(run, "mark")
+    assert time.process_time() - began < 5
+
+
+def test_a_line_of_stars_before_the_marker_is_no_step():
+    assert steps_in("3 + 4 = 7\n  \n **#### 7**", "7") == "3 + 4 = 7"
+    assert steps_in("** #### 7", "7") == "" and steps_in("a **b** #### 7", "7") == "a **b**"

@@ -119,3 +119,34 @@ def test_a_model_that_is_not_there_is_refused_at_once(tmp_path, name, words):
 def test_a_revision_goes_with_a_hub_name_only(model_dir):
     with pytest.raises(ConfigError, match="revision goes with a hub name"):
         core.hub.find_model(model_dir, training_config(model_dir, revision="main"))
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "{outside}", "a/b.safetensors"])
+def test_an_index_that_names_weights_outside_of_its_folder_is_refused(tokenizer, tmp_path, name):
+    folder = tmp_path / "model"
+    make_model(tokenizer).save_pretrained(folder, max_shard_size="100KB")
+    tokenizer.save_pretrained(folder)
+    config = training_config(folder)
+    common.load_model_and_tokenizer(config)  # several files of its own are fine
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    tensor, file = next(iter(content["weight_map"].items()))
+    outside = tmp_path / "outside.safetensors"
+    outside.write_bytes((folder / file).read_bytes())
+    content["weight_map"][tensor] = name.format(outside=outside)
+    index.write_text(json.dumps(content))
+    for load in (common.load_model_and_tokenizer, core.hub.load_tokenizer):
+        with pytest.raises(ConfigError, match="names weights outside of its folder"):
+            load(config)
+
+    # So is that of the base of an adapter.
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    settings = {"base_model_name_or_path": str(folder)}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match="names weights outside of its folder"):
+        core.hub.load_tokenizer(training_config(adapter))
+
+    index.write_text('{"weight_map": []}')
+    with pytest.raises(ConfigError, match="is no index of weights"):
+        core.hub.load_tokenizer(config)

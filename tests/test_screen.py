@@ -6,7 +6,12 @@ import logging
 import time
 
 import pytest
+import sft
 
+import chat
+import common
+import core.chat
+import core.checks
 import core.screen
 from core.run_log import log_step
 from core.runtime import start_logging
@@ -129,3 +134,30 @@ def test_control_characters_are_shown_and_not_sent(tmp_path, monkeypatch):
     assert stream.getvalue() == shown
     log = (tmp_path / "training.log").read_text(encoding="utf-8")
     assert log.endswith(f"INFO recipes: {shown}") and "\x1b" not in log
+
+
+def test_messages_of_errors_send_no_control_characters(tmp_path, capsys, monkeypatch):
+    """Names of columns and options come from files that somebody else wrote."""
+    row = {"a\x1b[2J": 1, "b\u202e": 2}
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps(row) + "\n")
+    monkeypatch.setattr("sys.argv", ["sft.py", "--model=x", f"--data={data}", "--output_dir=x\x1b"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        common.main(sft.SFTStage, "")
+    shown = capsys.readouterr()
+    assert "a\\x1b[2J" in shown.err and "b\\u202e" in shown.err
+    assert "\x1b" not in shown.err + shown.out and "\u202e" not in shown.err + shown.out
+
+
+def test_a_dry_run_marks_the_targets_on_a_terminal_too(tokenizer, monkeypatch):
+    """Colours would be control characters, which are written out."""
+    monkeypatch.setattr("sys.stdout", Terminal())
+    ids = tokenizer("ab").input_ids
+    shown = core.checks.highlight_targets(tokenizer, ids, [core.chat.IGNORE, *ids[1:]])
+    assert core.screen.show_controls(shown) == shown and shown.endswith("⟧")
+
+
+def test_what_chat_says_sends_no_control_characters(capsys):
+    chat.say("(model \x1b[31m: cut)")
+    assert capsys.readouterr().err == "(model \\x1b[31m: cut)\n"
