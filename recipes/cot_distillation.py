@@ -335,9 +335,8 @@ def make_distillation_loss(config: CoTConfig, teacher_model, tokenizer) -> Calla
 
     def loss(student, batch: dict[str, torch.Tensor]):
         if student.training and torch.rand(()) < config.on_policy_share:
-            sampled = sample_student_answers(config, student, tokenizer, batch)
             # The training loop weighs the batch by the count that it already has.
-            batch = sampled | {"num_items": batch["num_items"]}
+            batch = sample_student_answers(config, student, tokenizer, batch)
         # Position t predicts token t + 1.
         predicts = F.pad(batch["labels"][:, 1:] != IGNORE, (0, 1))  # (B, T)
         targets = batch["labels"][:, 1:][predicts[:, :-1]]  # (N,)

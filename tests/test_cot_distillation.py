@@ -606,6 +606,50 @@ def test_own_answers_are_for_training_alone(tokenizer, tmp_path, model, monkeypa
     assert len(asked) == 1
 
 
+def test_the_loss_of_own_answers_is_the_mean_over_their_tokens(
+    tokenizer, tmp_path, model, monkeypatch
+):
+    """However many tokens the rationales have that they take the place of."""
+    settings = config(
+        tmp_path, distillation_type="logits", on_policy_share=1.0, teacher_model_path="x"
+    )
+    loss = cot.make_distillation_loss(settings, make_model(tokenizer, seed=5).eval(), tokenizer)
+    row = cot.convert(READY[3], "question-rationale-answer")
+    (sequence,), _ = cot.sft.encode(cot.to_conversation(settings, row), tokenizer, 256)
+    rationales, own = cot.sft.collate([sequence]), cot.sft.collate([sequence, sequence])
+    monkeypatch.setattr(cot, "sample_student_answers", lambda *args: dict(own))
+    sampled, _ = loss(model.train(), rationales)
+    alone, _ = loss(model.eval(), own)
+    assert torch.allclose(sampled, alone, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options, temperature, alpha, beta",
+    [
+        ({"temperature": 3.0}, 3.0, 1.0, 0.0),
+        ({"beta": 0.5}, 2.0, 1.0, 0.5),
+        ({"distillation_type": "both", "alpha": 0.25}, 2.0, 0.25, 0.0),
+    ],
+)
+def test_the_loss_is_that_of_its_options(
+    tokenizer, tmp_path, model, options, temperature, alpha, beta
+):
+    defaults = dict(distillation_type="logits", teacher_model_path="x", temperature=2.0)
+    settings = config(tmp_path, **defaults | options)
+    teacher = make_model(tokenizer, seed=5).eval()
+    row = cot.convert(READY[3], "question-rationale-answer")
+    (sequence,), _ = cot.sft.encode(cot.to_conversation(settings, row), tokenizer, 256)
+    batch = cot.sft.collate([sequence])
+    found, _ = cot.make_distillation_loss(settings, teacher, tokenizer)(model.eval(), batch)
+    is_target = batch["labels"][0, 1:] != -100
+    targets = batch["labels"][0, 1:][is_target]
+    logits, teacher_logits = (
+        each(batch["input_ids"]).logits[0, :-1][is_target] for each in (model, teacher)
+    )
+    wanted, _, _ = cot.distillation_loss(logits, teacher_logits, targets, temperature, alpha, beta)
+    assert torch.allclose(found, wanted.mean(), rtol=1e-4)
+
+
 def test_another_tokenizer_is_refused_for_logits(tokenizer, tmp_path, model_dir):
     import copy
 

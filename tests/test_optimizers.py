@@ -27,6 +27,12 @@ def test_warm_up_counts_from_one_and_no_step_has_a_rate_of_zero(name):
         assert factors[:3] == pytest.approx([1 / 3, 2 / 3, 1])
 
 
+def test_warm_up_may_be_given_in_steps():
+    options = config(lr_scheduler_type="linear", warmup_ratio=0.9, warmup_steps=2)
+    factors = [schedule_factor(options, step, 4) for step in range(4)]
+    assert factors == pytest.approx([1 / 2, 1, 1, 1 / 2])
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_after_warm_up_the_schedule_is_that_of_transformers(name):
     options = config(lr_scheduler_type=name, warmup_ratio=0.0 if name == "constant" else 0.2)

@@ -136,6 +136,26 @@ def test_calibration_error_is_the_mean_gap_over_bins():
     assert reward.calibration_error(-margins) == pytest.approx(0.5 * 0.42 + 0.5 * 0.96, abs=1e-5)
 
 
+def test_calibration_has_its_bins_from_one_half_on():
+    """A confidence is never below 1/2. Within one bin, the two gaps would cancel each other."""
+    right, wrong = torch.tensor([0.72, 0.78]).logit()
+    margins = torch.stack([right, -wrong])
+    assert reward.calibration_error(margins) == pytest.approx(0.5 * 0.28 + 0.5 * 0.78, abs=1e-5)
+
+
+def test_training_centers_as_its_coefficient_says(tokenizer, tmp_path, monkeypatch):
+    model, trained_with = sequence_classifier(tokenizer).eval(), []
+    monkeypatch.setattr(reward, "fit", lambda *args: trained_with.append(args[-1]) or {})
+    for center in (0.0, 2.0):
+        settings = config(tmp_path, center_rewards_coefficient=center)
+        reward.train(settings, model, tokenizer, PAIRS, [])
+    batch = reward.collate(encoded(tokenizer), model.config.pad_token_id)
+    chosen, rejected = reward.rewards(model, batch)
+    (plain, _), (centered, _) = [loss(model, batch) for loss in trained_with]
+    wanted = 2.0 * ((chosen + rejected) ** 2).mean()
+    assert wanted > 1e-4 and torch.allclose(centered - plain, wanted, atol=1e-5)
+
+
 def test_rows_that_are_too_long_are_left_out(tokenizer):
     with pytest.raises(RowError, match="longer than 40 tokens"):
         reward.encode(pair("a", "b " * 30, "c"), tokenizer, 40)

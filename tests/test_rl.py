@@ -470,6 +470,17 @@ def test_the_controller_by_hand():
     assert next_kl_coef(0.1, 0.0, 6.0, 8.0) == pytest.approx(0.1 * 0.8)  # never below 0
 
 
+def test_every_step_moves_beta_towards_its_target(tokenizer, tmp_path):
+    """Half a horizon of completions is half of the largest change."""
+    options = dict(target_kl=1e-3, kl_horizon=16.0, init_kl_coef=0.3, batch_size=8)
+    run, rows = make_run(tokenizer, tmp_path, **options)
+    data = rolled(moved(run), rows)
+    assert rollout_metrics(run, data)["kl"] > 2e-3
+    run.report = lambda metrics: metrics
+    run.end_step(data, {})
+    assert run.kl_coef == pytest.approx(0.3 * (1 + 0.2 * 8 / 16))
+
+
 def test_fisher_products_and_conjugate_gradients():
     torch.manual_seed(0)
     states = torch.randn(5, 3, dtype=torch.float64)
@@ -769,6 +780,112 @@ def test_mini_batches_of_unequal_lengths_change_no_gradient(tokenizer, tmp_path,
     assert (parts - whole).abs().max() < 1e-4 * whole.abs().max()
     assert same == pytest.approx(figures, abs=1e-5)
     assert figures["ratio"] == pytest.approx(1, abs=1e-5)  # one step, at the old policy
+
+
+def learnt(tokenizer, tmp_path, algorithm, **options):
+    """(gradients of each optimizer step, what has been trained), of one update."""
+    epochs = {"ppo_epochs": 2} if algorithm in ("ppo", "grpo", "rloo") else {}
+    defaults = dict(
+        learning_rate=1e-2, max_grad_norm=0, batch_size=4, num_generations=2, warmup_ratio=0.0
+    )
+    rl_options = dict(algorithm=algorithm, init_kl_coef=0.3) | defaults | epochs | options
+    run, rows = make_run(tokenizer, tmp_path, functions={"some": all_but_one}, **rl_options)
+    data, gradients = rolled(likely_to_stop(moved(run)), rows), record_gradients(run)
+    rl_run.set_learning_rates(run.optimizer, run.schedule_factor)
+    update(run, data)
+    return gradients, trpo.flatten(tensor.detach() for tensor in run.trained_tensors)
+
+
+OF_EVERY_PAGE = {
+    "init_kl_coef": 0.6,
+    "kl_penalty": "abs",
+    "missing_stop_penalty": 0.5,
+    "generation_kwargs": {"max_new_tokens": 6, "temperature": 0.5},
+    "num_generations": 4,
+}
+OF_AN_OPTIMIZER = {"learning_rate": 3e-3, "weight_decay": 0.5, "max_grad_norm": 1e-3}
+OF_A_CRITIC = {
+    "gamma": 0.5,
+    "gae_lambda": 0.5,
+    "whiten_rewards": True,
+    "whiten_advantages": False,
+    "value_learning_rate": 1e-1,
+}
+OF_PASSES = {"ppo_epochs": 3, "clip_range": 10.0, "mini_batch_size": 2}
+OF_A_LOSS = {"kl_in": "loss", "entropy_coef": 0.1}
+OF_A_GROUP = OF_EVERY_PAGE | OF_AN_OPTIMIZER | OF_PASSES | OF_A_LOSS
+CHANGES = {
+    "ppo": OF_A_GROUP | OF_A_CRITIC | {"clip_range_value": 1e-6, "value_loss_coef": 2.0},
+    "a2c": OF_EVERY_PAGE | OF_AN_OPTIMIZER | OF_A_CRITIC | OF_A_LOSS | {"value_loss_coef": 2.0},
+    "trpo": OF_EVERY_PAGE
+    | OF_A_CRITIC
+    | {"max_kl": 0.1, "cg_iterations": 1, "cg_damping": 5.0, "critic_epochs": 2},
+    "grpo": OF_A_GROUP | {"scale_rewards": False, "advantage": "rloo"},
+    "rloo": OF_A_GROUP,
+}
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_option_of_a_page_changes_what_is_learnt(tokenizer, tmp_path, algorithm):
+    gradients, weights = learnt(tokenizer, tmp_path, algorithm)
+    again, same_weights = learnt(tokenizer, tmp_path, algorithm)
+    assert all(map(torch.equal, gradients, again)) and torch.equal(weights, same_weights)
+    for option, value in CHANGES[algorithm].items():
+        others, other_weights = learnt(tokenizer, tmp_path, algorithm, **{option: value})
+        is_same = len(others) == len(gradients) and all(map(torch.equal, gradients, others))
+        assert not (is_same and torch.equal(weights, other_weights)), option
+
+
+@pytest.mark.parametrize("algorithm", ("ppo", "a2c"))
+def test_the_critic_learns_the_returns_as_much_as_its_coefficient_says(
+    tokenizer, tmp_path, algorithm
+):
+    options = dict(algorithm=algorithm, value_loss_coef=2.0, max_grad_norm=0)
+    run, rows = make_run(tokenizer, tmp_path, **options)
+    data, gradients = rolled(moved(run), rows), record_gradients(run)
+    update(run, data)
+    errors = (data.values - data.returns)[data.mask]
+    assert errors.mean().abs() > 1e-2
+    of_bias = gradients[0][-1]
+    assert of_bias.item() == pytest.approx(2.0 * errors.mean().item(), rel=1e-4)
+
+
+def test_the_gradient_of_a_step_is_clipped_to_its_norm(tokenizer, tmp_path):
+    (free, *_), _ = learnt(tokenizer, tmp_path, "a2c")
+    (clipped, *_), _ = learnt(tokenizer, tmp_path, "a2c", max_grad_norm=1e-3)
+    assert free.norm() > 1e-2 and clipped.norm().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("algorithm", ("ppo", "a2c", "grpo", "rloo"))
+def test_every_step_has_its_mini_batches_in_an_order_of_its_own(
+    tokenizer, tmp_path, algorithm, monkeypatch
+):
+    orders = []
+
+    def record(run, batch, *more):
+        orders[-1].append(batch.indices.tolist())
+        return policy_outputs(run, batch, *more)
+
+    policy_outputs = rl_run.policy_outputs
+    monkeypatch.setattr(PAGES[algorithm], "policy_outputs", record)
+    epochs = {} if algorithm == "a2c" else {"ppo_epochs": 2}
+    run, rows = make_run(
+        tokenizer,
+        tmp_path,
+        algorithm=algorithm,
+        batch_size=16,
+        num_generations=2,
+        mini_batch_size=2,
+        **epochs,
+    )
+    data = rolled(run, rows)
+    for run.step in range(2):
+        orders.append([])
+        update(run, data)
+    first, second = orders
+    assert sorted(first) == sorted(second) and first[:8] != second[:8]
+    # so has every pass over a rollout
+    assert algorithm == "a2c" or first[:8] != first[8:]
 
 
 def stock(kind, tokenizer, tmp_path, **options):

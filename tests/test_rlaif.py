@@ -530,6 +530,18 @@ def score_by_length(question, body):
     return f"Score {mark}: {1 + length % 10}"
 
 
+def test_each_prompt_has_as_many_candidates_as_asked_for(tokenizer, model, tmp_path, monkeypatch):
+    settings = config(tmp_path, feedback_mode="preference", num_candidates=4)
+    monkeypatch.setattr(
+        rlaif.LLMClient,
+        "ask",
+        lambda client, what, requests, *more: [f"{text} {number}" for text, number in requests],
+    )
+    rows = [{"prompt": "a"}, {"prompt": "b"}]
+    candidates = rlaif.sample_candidates(settings, model, tokenizer, "start", rows)
+    assert candidates == [["a 0", "a 1", "a 2", "a 3"], ["b 0", "b 1", "b 2", "b 3"]]
+
+
 SMALL = {"max_steps": 2, "save_steps": 0, "per_device_train_batch_size": 2}
 
 

@@ -1,4 +1,4 @@
-"""core/training.py: what the loop refuses before its first step."""
+"""core/training.py: what the loop refuses before its first step, and the order of its batches."""
 
 from types import SimpleNamespace
 
@@ -87,3 +87,95 @@ def test_layers_inside_a_new_adapter_train_without_an_evaluation_before(tokenize
     rows = [{"input_ids": torch.arange(3, 9), "labels": torch.arange(3, 9)}]
     core.training.fit(config, model, rows, [], sft.collate, loss)
     assert modes and all(modes)
+
+
+def test_every_epoch_has_its_batches_in_another_order():
+    lengths = 2 ** torch.arange(3, 13).repeat_interleave(4)  # ten batches, whatever is blurred
+    orders = []
+    for seed in (1, 2):
+        steps = core.training.steps_of_epoch(lengths, 4, seed)
+        orders.append([int(lengths[rows].float().mean()) for rows in steps])
+    first, second = orders
+    falling = sorted(first, reverse=True)
+    assert falling == sorted(second, reverse=True) and first[0] == second[0] == falling[0]
+    assert first != second and falling not in orders
+
+
+def test_every_epoch_has_its_rows_in_other_batches():
+    lengths = torch.arange(100, 300)
+    epochs = [core.training.steps_of_epoch(lengths, 10, seed) for seed in (1, 2)]
+    first, second = ({frozenset(rows.tolist()) for rows in steps} for steps in epochs)
+    assert not first & second
+
+
+BASE = dict(max_steps=3, per_device_train_batch_size=2, learning_rate=1e-2, save_steps=0)
+CHANGES = {  # what changes the weights after three steps
+    "seed": 7,
+    "lora_r": 4,
+    "lora_alpha": 4,
+    "lora_dropout": 0.5,
+    "lora_target_modules": ["q_proj"],
+    "lora_bias": "all",
+    "use_dora": True,
+    "use_rslora": True,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 3e-3,
+    "weight_decay": 0.5,
+    "warmup_ratio": 0.9,
+    "warmup_steps": 3,
+    "lr_scheduler_type": "constant",
+    "optim": "sgd",
+    "max_steps": 2,
+    "per_device_train_batch_size": 3,
+    "max_seq_length": 27,
+    "packing": True,
+    "neftune_noise_alpha": 5.0,
+}
+
+
+def test_every_option_of_a_training_changes_what_is_learnt(tokenizer, tmp_path):
+    conversations = []
+    for n in range(8):
+        chat = [{"role": "user", "content": f"Say {n}"}]
+        chat.append({"role": "assistant", "content": "so " * (1 + n % 4)})
+        conversations.append(chat)
+
+    def learnt(**options):
+        values = dict(model_name_or_path="m", dataset_name_or_path="d") | BASE | options
+        config = sft.SFTConfig(output_dir=str(tmp_path), **values)
+        config.validate()
+        model = make_model(tokenizer, attention_bias=True)
+        torch.manual_seed(config.seed)
+        model = add_adapter(model, config)
+        sft.train(config, model, tokenizer, conversations, [])
+        trained = [p.detach().flatten() for p in model.parameters() if p.requires_grad]
+        return torch.cat([*trained, model(torch.arange(5, 25)[None]).logits.detach().flatten()])
+
+    plain = learnt()
+    assert torch.equal(plain, learnt())
+    for option, value in CHANGES.items():
+        assert not torch.equal(plain, learnt(**{option: value})), option
+
+
+def test_a_gradient_is_clipped_to_its_norm(tokenizer, tmp_path):
+    rows = [{"input_ids": torch.arange(3, 9), "labels": torch.arange(3, 9)}]
+    changes = []
+    for max_grad_norm in (0, 1e-3):
+        config = FitConfig(
+            model_name_or_path="m",
+            output_dir=str(tmp_path),
+            lora_r=0,
+            max_steps=1,
+            save_steps=0,
+            optim="sgd",
+            learning_rate=0.5,
+            lr_scheduler_type="constant",
+            max_grad_norm=max_grad_norm,
+        )
+        model = make_model(tokenizer)
+        before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+        core.training.fit(config, model, rows, [], sft.collate, sft.loss)
+        after = torch.cat([p.detach().flatten() for p in model.parameters()])
+        changes.append((after - before).norm().item())
+    free, clipped = changes
+    assert free > 1e-2 and clipped == pytest.approx(0.5 * 1e-3, rel=1e-2)
