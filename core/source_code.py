@@ -186,7 +186,7 @@ def follow_imports(names: Iterable[str], find) -> dict[str, Path]:
     """{module: file} of the modules `names` and of what they import; `find(name)` returns the file
     of a module, or None, and its package."""
     files: dict[str, Path] = {}
-    # Rooms import each other: without this set a module would be read once for each path to it.
+    # Modules import each other: without this set a module would be read once for each path to it.
     seen = set()
     queue = list(names)
     while queue:

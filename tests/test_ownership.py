@@ -272,6 +272,47 @@ def test_a_final_of_someone_else_is_refused_before_a_stage_runs(model_dir, data,
     assert names_in(elsewhere) == set()
 
 
+def test_the_mark_of_a_complete_folder_is_written_last(tmp_path, monkeypatch):
+    """Else a folder whose weights were not moved yet would pass for the new model."""
+    for content in ("old", "new"):
+        if content == "new":
+            monkeypatch.setattr(Path, "replace", stop_at("model.safetensors"))
+        try:
+            with ownership.published(tmp_path) as unfinished:
+                for name in ("config.json", "fingerprint.json", "model.safetensors"):
+                    place(unfinished / name, content)
+        except KeyboardInterrupt:
+            assert content == "new"
+    assert (tmp_path / "model.safetensors").read_text() == "old"
+    assert (tmp_path / "config.json").read_text() == "new"
+    assert not (tmp_path / "fingerprint.json").exists()
+
+
+def stop_at(name):
+    """Path.replace, which ends the program before a file of that name is moved."""
+    replace = Path.replace
+
+    def replace_or_stop(path, target):
+        if path.name == name:
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    return replace_or_stop
+
+
+def test_cleaning_up_deletes_our_weights_alone(model_dir, data, tmp_path):
+    out = tmp_path / "out"
+    for name in ("mine.safetensors", "adapter/mine.safetensors", "checkpoints/notes.txt"):
+        assert sft_chain(model_dir, data, out).run()[0].success
+        place(out / "01_sft" / name)
+    assert sft_chain(model_dir, data, out, cleanup_intermediate=True).run()[0].success
+    stage = out / "01_sft"
+    assert not (stage / "model.safetensors").exists()
+    assert not (stage / "adapter/adapter_model.safetensors").exists()
+    for name in ("mine.safetensors", "adapter/mine.safetensors", "checkpoints/notes.txt"):
+        assert (stage / name).read_text() == "mine"
+
+
 def test_a_chain_does_not_start_from_what_it_overwrites(model_dir, data, tmp_path):
     out = str(tmp_path / "out")
     assert sft_chain(model_dir, data, out).run()[0].success
