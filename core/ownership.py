@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from core.digests import existing_path
-from core.errors import ConfigError
+from core.errors import ConfigError, as_config_error
 from core.files import has_weights, remove_unfinished, unfinished_name, write_json
 from core.runtime import is_main_process, logger
 
@@ -78,16 +78,17 @@ def locked(folder: Path) -> Iterator[None]:
         return
     from filelock import FileLock, Timeout
 
-    folder.mkdir(parents=True, exist_ok=True)
-    # One object for a folder: a block inside another of the same process holds the lock already.
-    lock = FileLock(folder / ".lock", is_singleton=True)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise ConfigError(
-            f"output_dir={folder}: {describe_holder(folder)} is at work in it; "
-            "wait for its end, or choose another output_dir"
-        ) from None
+    with as_config_error(f"output_dir={folder} cannot be written to", OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        # One object for a folder: a block in another of the same process holds the lock already.
+        lock = FileLock(folder / ".lock", is_singleton=True)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise ConfigError(
+                f"output_dir={folder}: {describe_holder(folder)} is at work in it; "
+                "wait for its end, or choose another output_dir"
+            ) from None
     holder = folder / ".running.json"
     try:
         write_json(holder, {"pid": os.getpid(), "host": socket.gethostname()})

@@ -94,6 +94,7 @@ except ConfigError as error:
 
 # %%
 source(BaseStage.execute)
+source(BaseStage._run)
 
 # %%
 results = Pipeline.from_dict(chain).run()

@@ -29,7 +29,7 @@ def test_after_any_fault_the_same_command_ends_with_the_same_weights(pipeline, t
     assert undisturbed["moments"] > 200
     assert len(trials) == FAULTS, done.stderr
     for trial in trials:
-        assert trial["status"] == EXPECTED_STATUS[trial["kind"]], trial
+        assert trial["status"] in EXPECTED_STATUS[trial["kind"]], trial
         assert trial["status_again"] == 0, trial
         assert trial["is_equal"], trial
         assert trial["lost"] == [], trial

@@ -71,6 +71,7 @@ OF_EVERY_STAGE = {
     "output_dir",
     "enabled",
     "save_intermediate",
+    "force",
     "log_level",
     "report_to",
     "use_wandb",
@@ -537,7 +538,8 @@ def test_a_folder_of_an_older_version_runs_again_and_says_why(chain, tmp_path, c
     chain()
     screen = capsys.readouterr().out
     assert "running from 01_sft on: an older version recorded its files and code" in screen
-    assert "the checkpoints of an earlier run are now in" in screen
+    assert "the finished result in" in screen
+    assert (tmp_path / "out/01_sft/previous.1/stage.json").exists()
     assert final_weights(tmp_path) == weights
     capsys.readouterr()
     chain()

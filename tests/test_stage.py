@@ -89,7 +89,7 @@ def test_a_failed_stage_leaves_its_traceback_and_no_result(model_dir, tmp_path, 
         def train(self, model, tokenizer):
             raise RuntimeError("out of luck")
 
-    assert Stage(stage_config(model_dir, tmp_path)).execute().success  # an older run
+    assert Stage(stage_config(model_dir, tmp_path, seed=1)).execute().success  # an older run
     capsys.readouterr()
     result = Failing(stage_config(model_dir, tmp_path)).execute()
     assert (
