@@ -105,7 +105,9 @@ class Pipeline(StagePlan):
                 if not isinstance(stage.config, ModelConfig):
                     continue
                 skeleton = skeleton or load_skeleton(stage.config)
-                description, size = describe_stage(stage, *skeleton)
+                tokenizer, model = skeleton
+                with_cost = self.config.dry_run
+                description, size = describe_stage(stage, tokenizer, model, with_cost)
             except ConfigError as error:
                 raise ConfigError(f"stage {folder}: {error}") from None
             lines += [f"\n{folder}", *description]

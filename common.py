@@ -20,7 +20,7 @@ from typing import Any
 from core import checkpoints, ownership
 from core.adapters import add_adapter, share_adapted
 from core.chat import prepare_tokenizer
-from core.checks import check_encoded_rows, describe_stage, estimate_fit
+from core.checks import check_encoded_rows, describe_stage
 from core.cli import help_text, read_command_line, read_options_file, read_switch
 from core.config import ModelConfig, StageConfig, TrainingConfig
 from core.data import load_dataset_from_path, split_dataset  # noqa: F401 (for stages of your own)
@@ -50,6 +50,7 @@ from core.runtime import (
     warn_together,
 )
 from core.screen import busy, show_controls
+from core.work import Work, estimate_fit
 
 # -- the stage contract ---------------------------------------------------------------------------
 
@@ -119,9 +120,9 @@ class BaseStage:
         """([(input_ids, labels)], whether it is cut) of a row of `load_data`, encoded for checks
         before training; labels are None if nothing is imitated. None: no checks."""
 
-    def work(self, lengths: Sequence[int]) -> tuple[int, float, float, int]:
-        """(steps, tokens, passes over a token, rows at a time), estimated for a dry run."""
-        return estimate_fit(self.config, len(self.data[0]), lengths)
+    def work(self, lengths: Sequence[int], target_share: float) -> Work:
+        """What a training computes on rows of these lengths, for the estimates of a dry run."""
+        return estimate_fit(self.config, self.data, lengths, target_share)
 
     def prepare_model_and_tokenizer(
         self, model, tokenizer, previous_result: StageResult | None = None

@@ -7,28 +7,21 @@ describe_stage       the dry run: options, data, an example, estimates of time, 
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
-import math
-import os
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-import torch
-
-from core.adapters import add_adapter
 from core.chat import IGNORE, prepare_tokenizer, stop_tokens
 from core.config import TrainingConfig
 from core.data import usable_rows
 from core.errors import ConfigError
+from core.estimates import describe_disk, estimate_cost, estimate_disk
 from core.model_config import check_can_score, context_length
-from core.runtime import compute_dtype, default_device, logger
+from core.runtime import logger
 
 SIDES = ("training", "evaluation")  # of the split that `load_data` returns
 MAX_ROWS_CHECKED = 2000  # rows of each side of the split that are encoded for the checks
-UTILIZATION = 0.4  # of the speed of a matrix product, as is usual in training
 MAX_SHARE_CUT = 0.1  # cutting more of the training rows than this is worth a warning
 
 # What can be wrong with a row, and the remedy. Each of these would fail silently in training.
@@ -53,6 +46,7 @@ class EncodedRows:
     """What the checked training rows of a stage become as tokens."""
 
     lengths: list[int] = field(default_factory=list)  # tokens of the longest sequence of each row
+    targets: list[int] = field(default_factory=list)  # of the same sequences
     cut: int = 0  # rows that lose some of their tokens
     with_stop: int = 0  # rows of which a target still ends in a stop token
     example: TokenSequence | None = None  # the first sequence of the first row
@@ -61,6 +55,10 @@ class EncodedRows:
     @property
     def share_cut(self) -> float:
         return self.cut / len(self.lengths) if self.lengths else 0.0
+
+    @property
+    def target_share(self) -> float:
+        return sum(self.targets) / sum(self.lengths)
 
 
 # -- bad rows ----------------------------------------------------------------------------------
@@ -182,12 +180,17 @@ def add_training_row(
 ) -> None:
     """Count one training row in `training`."""
     training.keys |= keys
-    longest = max(len(ids) for ids, _ in sequences)
-    training.lengths.append(longest)
+    ids, labels = max(sequences, key=sequence_length)
+    training.lengths.append(len(ids))
+    training.targets.append(sum(label != IGNORE for label in labels or ()))
     training.cut += is_cut
     training.with_stop += any(labels and labels[-1] in stops for _, labels in sequences)
     if training.example is None:
         training.example = sequences[0]
+
+
+def sequence_length(sequence: TokenSequence) -> int:
+    return len(sequence[0])
 
 
 def check_share_cut(config: Any, training: EncodedRows) -> None:
@@ -208,10 +211,13 @@ def check_share_cut(config: Any, training: EncodedRows) -> None:
 # -- the dry run -------------------------------------------------------------------------------
 
 
-def describe_stage(stage: Any, tokenizer, skeleton) -> tuple[list[str], float]:
+def describe_stage(
+    stage: Any, tokenizer, skeleton, with_cost: bool = True
+) -> tuple[list[str], float]:
     """(lines on what a checked stage will do, bytes that it will write).
 
-    `skeleton` is the model without its weights, on the meta device.
+    `skeleton` is the model without its weights, on the meta device. `with_cost` adds estimates of
+    time and memory, for which some seconds of computation are measured.
     """
     lines = [labelled("options", changed_options(stage.config))]
     for kind in ("reference", "judge", "teacher"):
@@ -232,8 +238,12 @@ def describe_stage(stage: Any, tokenizer, skeleton) -> tuple[list[str], float]:
 
     if not isinstance(stage.config, TrainingConfig):
         return lines, 0.0
-    cost_lines, bytes_written = estimate_cost(stage, skeleton, encoded.lengths)
-    return lines + cost_lines, bytes_written
+    work = stage.work(encoded.lengths, encoded.target_share)
+    bytes_written = estimate_disk(stage.config, skeleton, work.steps)
+    if with_cost:
+        lines += [labelled(*line) for line in estimate_cost(stage, skeleton, work)]
+    lines.append(labelled("disk", describe_disk(stage.config, bytes_written)))
+    return lines, bytes_written
 
 
 def labelled(label: str, text: str) -> str:
@@ -299,129 +309,3 @@ def highlight_targets(tokenizer, ids: Sequence[int], labels: Sequence[int] | Non
         part = tokenizer.decode(run)
         text += f"⟦{part}⟧" if in_target else part
     return text
-
-
-# -- estimates ---------------------------------------------------------------------------------
-
-
-def estimate_cost(stage: Any, skeleton, lengths: Sequence[int]) -> tuple[list[str], float]:
-    """(lines on time, memory and disk with the figures behind them, bytes that will be written).
-
-    From the number of parameters, the rows' lengths in tokens, and the measured speed of a matrix
-    product on this machine: an order of magnitude.
-    """
-    config = stage.config
-    num_weights = skeleton.num_parameters()
-    num_trained = count_trained_weights(config, skeleton)
-    steps, tokens, passes, batch_rows = stage.work(lengths)
-    longest = max(lengths)
-
-    # A pass takes one multiplication and one addition for each weight and token.
-    flop = 2 * num_weights * tokens * passes
-    speed = matmul_speed(compute_dtype(config.torch_dtype))  # FLOP/s
-    minutes = flop / (UTILIZATION * speed) / 60
-    time = (
-        f"about {minutes:.1f} minutes: {steps} steps, {tokens / 1e3:,.0f} thousand tokens, "
-        f"{passes:g} passes, {num_weights / 1e6:,.0f} million weights: "
-        f"{flop / 1e12:,.0f} TFLOP at {UTILIZATION:.0%} of the {speed / 1e9:,.0f} GFLOP/s "
-        "measured here"
-    )
-
-    # While training, a weight has a gradient and the two moments of Adam, in float32.
-    weights_gb = num_weights * bytes_per_weight(config) / 1e9
-    optimizer_gb = 12 * num_trained / 1e9
-    activations_gb = activation_bytes(config, skeleton, batch_rows, longest) / 1e9
-    memory_gb = weights_gb + optimizer_gb + activations_gb
-    memory = (
-        f"about {memory_gb:.1f} GB: weights {weights_gb:.1f}, gradients and optimizer of "
-        f"{num_trained / 1e6:,.1f} million trained weights {optimizer_gb:.1f}, activations of "
-        f"{batch_rows} rows of {longest} tokens {activations_gb:.1f}"
-    )
-
-    disk_bytes = estimate_disk_bytes(config, num_weights, num_trained, steps)
-    disk = (
-        f"about {disk_bytes / 1e9:.1f} GB: the model in float32, the adapter, "
-        f"{checkpoints_kept(config.save_total_limit)}"
-    )
-    lines = [labelled("time", time), labelled("memory", memory), labelled("disk", disk)]
-    return lines, float(disk_bytes)
-
-
-def estimate_fit(config: Any, rows: int, lengths: Sequence[int]) -> tuple[int, float, float, int]:
-    """(optimizer steps, tokens, passes over a token, rows at a time) of a training by `fit` on
-    `rows` rows, whose `lengths` in tokens may be those of a sample."""
-    batch_size = config.per_device_train_batch_size
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    rows_per_step = batch_size * config.gradient_accumulation_steps * processes
-    steps_per_epoch = math.ceil(rows / rows_per_step)
-    steps = config.max_steps or math.ceil(steps_per_epoch * config.num_train_epochs)
-    rows_seen = rows * steps / steps_per_epoch
-    tokens = statistics.fmean(lengths) * rows_seen
-    # A backward pass counts as two, and as one where only an adapter trains: the gradients of the
-    # weights are half of its work.
-    passes = 2.0 if config.lora_r else 3.0
-    return steps, tokens, passes, min(batch_size, rows)
-
-
-def count_trained_weights(config: TrainingConfig, skeleton) -> int:
-    """The number of weights that train: all, or those of an adapter. Raises ConfigError where the
-    model takes no such adapter."""
-    return add_adapter(copy.deepcopy(skeleton), config).num_parameters(only_trainable=True)
-
-
-def bytes_per_weight(config: TrainingConfig) -> float:
-    """Bytes that a weight of the model takes in memory, on average."""
-    # Half a byte and the quantization constants, beside layers that are not quantized.
-    if config.use_4bit:
-        return 0.6
-    if config.use_8bit:
-        return 1
-    return config.weight_dtype.itemsize
-
-
-def activation_bytes(config: TrainingConfig, skeleton, batch_rows: int, length: int) -> float:
-    """Bytes of the activations that a forward pass keeps for the backward pass."""
-    model = skeleton.config.get_text_config()
-    # About 30 values of the hidden size a layer, of which recomputation leaves 2.
-    values_per_layer = 30.0
-    if config.gradient_checkpointing:
-        values_per_layer -= 28 / config.gradient_checkpointing
-    hidden_values = model.hidden_size * model.num_hidden_layers * values_per_layer
-    values_per_token = hidden_values + model.vocab_size
-    bytes_per_value = compute_dtype(config.torch_dtype).itemsize
-    return batch_rows * length * values_per_token * bytes_per_value
-
-
-def estimate_disk_bytes(
-    config: TrainingConfig, num_weights: int, num_trained: int, steps: int
-) -> int:
-    """Bytes of the saved model, its adapter, and the checkpoints, all in float32."""
-    disk_bytes = 4 * num_weights + 4 * num_trained
-    # Supervised recipes call the interval save_steps, those of RL save_freq.
-    options = vars(config)
-    save_steps = options.get("save_steps", options.get("save_freq"))
-    if save_steps:
-        disk_bytes += 4 * num_trained  # the end of the training, until the stage is recorded
-    if save_steps and save_steps < steps:
-        # Weights and Adam's moments; one more than the limit, while the oldest is not yet removed.
-        saved = steps // save_steps
-        kept = saved if config.save_total_limit is None else config.save_total_limit + 1
-        disk_bytes += 12 * num_trained * kept
-    return disk_bytes
-
-
-def checkpoints_kept(limit: int | None) -> str:
-    return "all checkpoints" if limit is None else f"up to {limit} checkpoints"
-
-
-@functools.cache
-def matmul_speed(dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product on this machine, with as many threads as training has."""
-    from torch.utils.benchmark import Timer
-
-    device = default_device()
-    size = 1024 if device.type == "cpu" else 4096
-    matrix = torch.randn(size, size, device=device, dtype=dtype)
-    timer = Timer("a @ a", globals={"a": matrix}, num_threads=torch.get_num_threads())
-    seconds = timer.timeit(12).mean
-    return 2 * size**3 / seconds

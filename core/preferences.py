@@ -6,8 +6,10 @@ are lists of messages, except the label, which is true where the answer is desir
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from core.errors import ConfigError, RowError
 from core.messages import as_messages, with_context
 from core.runtime import logger
 from core.statistics import Z_95, wilson_interval
+from core.work import Work
 
 # Name of a format: the columns it needs. Where several fit, the one with more columns is used.
 PAIR_FORMATS = {
@@ -313,6 +316,24 @@ def compute_in_batches(
 
 
 # -- metrics ---------------------------------------------------------------------------------------
+
+
+def estimate_pairs(config: Any, work: Work) -> Work:
+    """What a training on pairs computes, from that on their longer answers alone (a dry run)."""
+    answer_share = work.share_scored
+    if config.share_prompt:
+        # Both answers are in one sequence, after their prompt.
+        factor = 1 + answer_share
+        work.length = math.ceil(factor * work.length)
+        work.share_scored = 2 * answer_share / factor
+    else:
+        factor = 2
+        work.rows = 2 * work.rows
+    work.tokens, work.forward_tokens = factor * work.tokens, factor * work.forward_tokens
+    if config.needs_reference:
+        work.forward_tokens = 2 * work.forward_tokens + work.tokens
+        work.copies = int(bool(config.reference_model_path) or not config.lora_r)
+    return work
 
 
 def pair_accuracy(margins: Tensor) -> Tensor:

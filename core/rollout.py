@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -280,21 +279,6 @@ def prompt_sequences(
     """([(prompt ids, None)], False): what the checks before training look at."""
     limit = min(config.max_seq_length, context) - config.sampling["max_new_tokens"]
     return [(encode_prompt(row, tokenizer, limit)["ids"], None)], False
-
-
-def estimate_work(config: RLConfig, prompt_lengths: Sequence[int]) -> tuple[int, float, float, int]:
-    """(steps, tokens, passes over a token, completions at a time), for the dry run's estimates."""
-    completions = config.num_training_steps * config.batch_size
-    # A prompt is read once for all its completions.
-    prompt_share = statistics.fmean(prompt_lengths) / config.num_generations
-    tokens = completions * (prompt_share + config.sampling["max_new_tokens"])
-    epochs = getattr(config, "ppo_epochs", 1)
-    # The products of TRPO's conjugate gradient cost about as much as PPO's epochs.
-    if not config.optimizes_policy:
-        epochs = 4
-    before_update = 2 + bool(config.init_kl_coef)  # sampling, log-probabilities, reference
-    passes = before_update + 2 * epochs  # a backward pass costs as much as a forward pass
-    return config.num_training_steps, tokens, passes, config.mini_batch_size
 
 
 # -- rollout ---------------------------------------------------------------------------------------

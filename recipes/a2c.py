@@ -44,12 +44,12 @@ from core.rollout import (
     RLConfig,
     Rollout,
     TokenOutputs,
-    estimate_work,
     load_prompts,
     prompt_sequences,
     sample_rollout,
     score_rollout,
 )
+from core.work import estimate_rl
 
 # -- configuration ---------------------------------------------------------------------------------
 
@@ -241,8 +241,8 @@ class A2CStage(BaseStage):
     def sequences(self, row, tokenizer, context):
         return prompt_sequences(self.config, row, tokenizer, context)
 
-    def work(self, lengths):
-        return estimate_work(self.config, lengths)
+    def work(self, lengths, target_share):
+        return estimate_rl(self.config, len(self.data[1]), lengths)
 
     def train(self, model, tokenizer):
         if self.config.reward_model_path:

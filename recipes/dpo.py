@@ -61,6 +61,7 @@ from core.preferences import (  # rows of preferences, which recipes/reward.py r
     compute_in_batches,
     count_truncated,
     encode_answers,
+    estimate_pairs,
     first_prompts,
     pair_accuracy,
     split_pairs,
@@ -580,12 +581,8 @@ class DPOStage(BaseStage):
             ids_and_labels.append((prompt + ids, prompt_labels + labels))
         return ids_and_labels, any(encoded["cut"])
 
-    def work(self, lengths):
-        steps, tokens, passes, rows = super().work(lengths)
-        if self.config.needs_reference:
-            passes += 1
-        # Each row has two answers; they share a prompt, so tokens do not double.
-        return steps, 1.6 * tokens, passes, 2 * rows
+    def work(self, lengths, target_share):
+        return estimate_pairs(self.config, super().work(lengths, target_share))
 
     def train(self, model, tokenizer):
         train_rows, eval_rows = self.data

@@ -44,13 +44,13 @@ from core.rollout import (
     Rollout,
     TokenOutputs,
     check_sampled_logps,
-    estimate_work,
     load_prompts,
     prompt_sequences,
     rollout_outputs,
     sample_rollout,
     score_rollout,
 )
+from core.work import estimate_rl
 
 # -- configuration ---------------------------------------------------------------------------------
 
@@ -274,8 +274,8 @@ class GRPOStage(BaseStage):
     def sequences(self, row, tokenizer, context):
         return prompt_sequences(self.config, row, tokenizer, context)
 
-    def work(self, lengths):
-        return estimate_work(self.config, lengths)
+    def work(self, lengths, target_share):
+        return estimate_rl(self.config, len(self.data[1]), lengths)
 
     def train(self, model, tokenizer):
         if self.config.reward_model_path:

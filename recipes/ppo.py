@@ -43,12 +43,12 @@ from core.rollout import (
     RLConfig,
     Rollout,
     TokenOutputs,
-    estimate_work,
     load_prompts,
     prompt_sequences,
     sample_rollout,
     score_rollout,
 )
+from core.work import estimate_rl
 
 # -- configuration ---------------------------------------------------------------------------------
 
@@ -273,8 +273,8 @@ class PPOStage(BaseStage):
     def sequences(self, row, tokenizer, context):
         return prompt_sequences(self.config, row, tokenizer, context)
 
-    def work(self, lengths):
-        return estimate_work(self.config, lengths)
+    def work(self, lengths, target_share):
+        return estimate_rl(self.config, len(self.data[1]), lengths)
 
     def train(self, model, tokenizer):
         if self.config.reward_model_path:

@@ -247,10 +247,12 @@ class RewardStage(BaseStage):
         # No labels: tokens are scored, not imitated.
         return [(pair["chosen"], None), (pair["rejected"], None)], False
 
-    def work(self, lengths):
-        steps, tokens, passes, rows = super().work(lengths)
-        # Each pair is two conversations.
-        return steps, 2 * tokens, passes, 2 * rows
+    def work(self, lengths, target_share):
+        work = super().work(lengths, target_share)
+        # Each pair is two conversations, which get one score each.
+        work.tokens, work.forward_tokens = 2 * work.tokens, 2 * work.forward_tokens
+        work.rows, work.share_scored = 2 * work.rows, 0.0
+        return work
 
     def prepare_model_and_tokenizer(self, model, tokenizer, previous_result=None):
         # A policy in memory has a language-model head, so the classifier is loaded from its folder:

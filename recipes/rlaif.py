@@ -46,9 +46,10 @@ from core.model_config import context_length
 from core.options import resolve_names
 from core.recipe_files import option_names, select_options
 from core.rewards import load_reward_model, start_reward_functions, stopping_functions
-from core.rollout import RLConfig, encode_prompts, estimate_work, load_prompts, prompt_sequences
+from core.rollout import RLConfig, encode_prompts, load_prompts, prompt_sequences
 from core.runtime import is_main_process, logger
 from core.sampling import generate
+from core.work import Answers, estimate_rl
 from recipes import a2c, dpo, grpo, ppo, reward, trpo
 
 # -- configuration ---------------------------------------------------------------------------------
@@ -551,17 +552,27 @@ class RLAIFStage(BaseStage):
     def sequences(self, row, tokenizer, context):
         return prompt_sequences(self.config, row, tokenizer, context)
 
-    def work(self, lengths):
+    def work(self, lengths, target_share):
         config = self.config
         if config.trains_with_rl:
-            return estimate_work(config.rl_config(), lengths)
+            return estimate_rl(config.rl_config(), len(self.data[1]), lengths)
         # DPO on pairs of answers to each prompt, once a round.
         stage = dpo.DPOStage(config.dpo_config("parent", 1))
         pairs_per_prompt = config.num_candidates // 2
         stage.data = self.data[0] * pairs_per_prompt, []
-        pair_lengths = [length + config.sampling["max_new_tokens"] for length in lengths]
-        steps, tokens, passes, rows = stage.work(pair_lengths)
-        return steps * config.num_rounds, tokens * config.num_rounds, passes, rows
+        new_tokens = config.sampling["max_new_tokens"]
+        pair_lengths = [length + new_tokens for length in lengths]
+        share_fixed = sum(lengths) / sum(pair_lengths)
+        work = stage.work(pair_lengths, 1 - share_fixed)
+        work.share_fixed = share_fixed
+        work.steps, work.passes = config.num_rounds * work.steps, config.num_rounds * work.passes
+        work.tokens = config.num_rounds * work.tokens
+        work.forward_tokens = config.num_rounds * work.forward_tokens
+        prompts = min(config.batch_size, len(self.data[0]))
+        times = config.num_rounds * len(self.data[0]) / prompts
+        mean = sum(lengths) / len(lengths)
+        work.answers = [Answers(times, prompts, config.num_candidates, mean, new_tokens)]
+        return work
 
     def train(self, model, tokenizer):
         config = self.config

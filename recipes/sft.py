@@ -21,6 +21,7 @@ Shapes: B rows of a batch, T tokens of its longest row, N target tokens, V token
 
 import contextlib
 import itertools
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ from core.runtime import logger, to_device
 from core.samples import SamplesConfig, compare_answers
 from core.sampling import evaluation_mode, generate
 from core.training import fit
+from core.work import estimate_fit
 
 # -- configuration ---------------------------------------------------------------------------------
 
@@ -467,6 +469,16 @@ class SFTStage(BaseStage):
             labels = sequence["labels"].tolist()
             ids_and_labels.append((ids, labels))
         return ids_and_labels, shortened
+
+    def work(self, lengths, target_share):
+        if not self.config.packing:
+            return super().work(lengths, target_share)
+        length = self.config.max_seq_length
+        train_rows, eval_rows = self.data
+        tokens = sum(lengths) / len(lengths) * len(train_rows)
+        num_packed = math.ceil(tokens / length)
+        packed = [length] * num_packed
+        return estimate_fit(self.config, (packed, eval_rows), packed, target_share)
 
     def train(self, model, tokenizer):
         train_rows, eval_rows = self.data
