@@ -56,7 +56,6 @@ RUN_FILES = (
 )
 # Of these, what belongs to one result, and is laid aside with it.
 OF_A_RESULT = (
-    "fingerprint.json",
     "stage_config.yaml",
     "metrics.jsonl",
     "samples.jsonl",
@@ -169,6 +168,10 @@ def is_mark(file: Path) -> bool:
     return file.name == "fingerprint.json"
 
 
+def is_weights(name: str) -> bool:
+    return name.endswith(".safetensors")
+
+
 def remove_recorded(folder: Path) -> None:
     """Delete what was published in a folder, and the folder if nothing else is in it."""
     remove_files(folder, recorded_files(folder))
@@ -212,16 +215,20 @@ def lay_aside_result(folder: Path, artifacts: Iterable[str], why: str) -> None:
 
     Answers that were paid for stay, and so do the logs, which the next run goes on with.
     """
-    names = [*recorded_files(folder), RECORD]
+    names = recorded_files(folder)
     for path in artifacts:
         if Path(path).parent == folder:
             names.append(Path(path).name)
     # The record of the stage is last: after a crash in between the rest follows.
-    names += [*OF_A_RESULT, "stage.json"]
+    names += [*OF_A_RESULT, RECORD, "stage.json"]
     number = 1
     while (folder / f"previous.{number}" / "stage.json").exists():
         number += 1
     aside = folder / f"previous.{number}"
+    aside.mkdir(exist_ok=True)
+    # The folder stays marked all the time.
+    with contextlib.suppress(FileNotFoundError):
+        shutil.copy(folder / "fingerprint.json", aside)
     move_files(folder, names, aside)
     logger.warning(
         "the finished result in %s is now in %s: %s; with force=true it is overwritten",
@@ -235,9 +242,11 @@ def lay_aside_model(folder: Path) -> None:
     """Move the model that was published in `folder`, if there is one, to FOLDER.1, .2, ..."""
     if not has_weights(folder):
         return
-    names = recorded_files(folder)
+    names = set(recorded_files(folder)) - {"fingerprint.json"}
+    # Weights after all others: as long as one is here, the rest follows after a crash.
+    in_order = sorted(names, key=is_weights)
     aside = first_free_name(folder)
-    move_files(folder, [*names, RECORD, "fingerprint.json"], aside)
+    move_files(folder, [*in_order, RECORD, "fingerprint.json"], aside)
     logger.warning(
         "the model in %s is now in %s: another one takes its place; with force=true it is "
         "overwritten",

@@ -1,5 +1,6 @@
 """One run in a folder; files of others stay; a finished result is never overwritten unasked."""
 
+import contextlib
 import json
 import os
 import signal
@@ -350,27 +351,40 @@ def test_a_finished_result_of_other_options_is_laid_aside_as_a_whole(
     assert not (folder / "previous.3").exists()
 
 
-def test_laying_aside_goes_on_after_a_crash(model_dir, data, tmp_path, monkeypatch):
-    folder = tmp_path / "out"
-    train(model_dir, data, folder)
-    everything = names_in(folder) - {".lock", "training.log"}
-    moved = 0
-    rename = Path.rename
+def test_laying_aside_goes_on_after_a_crash_at_any_moment(tmp_path, monkeypatch):
+    model = ["config.json", "model.safetensors", "tokenizer.json"]
+    records = ["metrics.jsonl", "stage_config.yaml", "stage.json", "fingerprint.json"]
+    for crash_at in range(1, 10):
+        folder = tmp_path / str(crash_at)
+        for name in (*model, *records, "adapter/weights", "notes.txt"):
+            place(folder / name, name)
+        place(folder / ownership.RECORD, json.dumps(model))
+        monkeypatch.setattr(Path, "rename", stop_before(crash_at))
+        with contextlib.suppress(KeyboardInterrupt):
+            ownership.lay_aside_result(folder, [], "other options")
+        monkeypatch.undo()
+        # The same command again takes the folder for its own, and goes on.
+        ownership.refuse_foreign_files(folder)
+        if (folder / "stage.json").exists():
+            ownership.lay_aside_result(folder, [], "other options")
+        assert names_in(folder) == {"previous.1", "notes.txt", "fingerprint.json"}
+        aside = folder / "previous.1"
+        assert names_in(aside) == {*model, *records, "adapter", ownership.RECORD}
 
-    def crash(path, target):
-        nonlocal moved
-        moved += 1
-        if moved == 4:
+
+def stop_before(number):
+    """Path.rename, which ends the program before its call of that number."""
+    rename = Path.rename
+    calls = 0
+
+    def rename_or_stop(path, target):
+        nonlocal calls
+        calls += 1
+        if calls == number:
             raise KeyboardInterrupt
         return rename(path, target)
 
-    monkeypatch.setattr(Path, "rename", crash)
-    with pytest.raises(KeyboardInterrupt):
-        train(model_dir, data, folder, learning_rate=1e-2)
-    monkeypatch.undo()
-    train(model_dir, data, folder, learning_rate=1e-2)
-    assert names_in(folder / "previous.1") == everything
-    assert not (folder / "previous.2").exists()
+    return rename_or_stop
 
 
 def test_the_final_model_of_other_options_is_laid_aside(model_dir, data, tmp_path):
