@@ -203,6 +203,7 @@ def test_an_option_of_ones_own_counts_whatever_its_name(tmp_path):
 
 # Another value of every option that can have one here. wandb is not installed.
 OTHER_VALUES = {
+    "force": True,
     "stage_name": "another",
     "log_level": "error",
     "report_to": ["tensorboard"],
