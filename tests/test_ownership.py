@@ -154,7 +154,14 @@ def place(path, text="mine"):
 
 @pytest.mark.parametrize(
     "name",
-    [".venv.3.11/pyvenv.cfg", ".zshrc.2024-01-01", ".env.1/key", "notes.txt", "data/rows.csv"],
+    [
+        ".venv.3.11/pyvenv.cfg",
+        ".zshrc.2024-01-01",
+        ".env.1/key",
+        ".thesis.unfinished",
+        "notes.txt",
+        "data/rows.csv",
+    ],
 )
 def test_a_folder_with_other_files_is_used_without_touching_them(model_dir, data, tmp_path, name):
     folder = tmp_path / "out"
