@@ -75,12 +75,9 @@ def remove_old_checkpoints(config: TrainingConfig, limit: int, step: int, best_s
     one that the options name.
 
     Those of later steps are damaged ones that were skipped, or of the time before a run went on
-    from the middle: they stay, under another name, so that they do not count as newest.
+    from the middle: they stay until their step is saved anew, and do not count as newest.
     """
     folders = newest_first(Path(config.output_dir, "checkpoints"))
-    for later in folders:
-        if step_of(later) > step:
-            set_aside(later, f"{later.name} is", "this run went on from an earlier step")
     named = config.resume_from_checkpoint
     up_to_now = [folder for folder in folders if step_of(folder) <= step]
     for old in up_to_now[limit:]:
