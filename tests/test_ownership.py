@@ -358,6 +358,16 @@ def test_a_finished_result_of_other_options_is_laid_aside_as_a_whole(
     assert not (folder / "previous.3").exists()
 
 
+def test_a_file_of_a_finished_result_that_is_another_one_now_is_kept(model_dir, data, tmp_path):
+    folder = tmp_path / "out"
+    train(model_dir, data, folder)
+    saved = (folder / "tokenizer.json").read_bytes()
+    (folder / "tokenizer.json").write_text("mine")
+    train(model_dir, data, folder)
+    assert (folder / "tokenizer.json").read_bytes() == saved
+    assert (folder / "tokenizer.json.1").read_text() == "mine"
+
+
 def test_laying_aside_goes_on_after_a_crash_at_any_moment(tmp_path, monkeypatch):
     model = ["config.json", "model.safetensors", "tokenizer.json"]
     records = ["metrics.jsonl", "stage_config.yaml", "stage.json", "fingerprint.json"]

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import sft
+import torch
 from conftest import TWO_STEPS
 from peft.tuners.lora import Linear
 
@@ -93,6 +94,9 @@ def test_the_trial_changes_nothing_and_leaves_nothing(model, tokenizer, tmp_path
 
     config = training_config("m", output_dir=str(tmp_path), lora_r=4)
     adapted = add_adapter(model, config, "CAUSAL_LM", [])
+    with torch.no_grad():  # as of an adapter that has learned
+        for weight in adapted.parameters():
+            weight.add_(0.1)
     before = {name: weight.clone() for name, weight in adapted.state_dict().items()}
     rehearse_end(adapted, tokenizer, config)
     after = adapted.state_dict()
