@@ -22,7 +22,7 @@ from annotated_types import Ge
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
 from core.errors import ConfigError, unknown_name
-from core.other_names import translate
+from core.other_names import SAMPLING, SAMPLING_NAMES, translate
 from core.yaml_files import parse_yaml
 
 MAPPINGS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
@@ -234,7 +234,16 @@ def unknown_names(config_class: Any, values: Mapping[str, Any]) -> list[str]:
     """A sentence on each name that is no option, with the nearest one."""
     names = {option.name for option in fields(config_class)}
     known = names | set(config_class.aliases)
-    return [unknown_name("option", name, known) for name in values if name not in names]
+    sentences = []
+    for name, value in values.items():
+        if name in names:
+            continue
+        if name in SAMPLING_NAMES and SAMPLING in names:
+            inner = f"{{{SAMPLING_NAMES[name]}: {value}}}"
+            sentences.append(f"unknown option {name!r}; it belongs to {SAMPLING}='{inner}'")
+        else:
+            sentences.append(unknown_name("option", name, known))
+    return sentences
 
 
 def check_options(config_class: Any, values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -42,6 +42,16 @@ ON = ("true", "1", "yes", "on")
 NOTHING = ("none", "null", "false", "")
 OFF = (*NOTHING, "0", "no", "off")
 
+# How completions are sampled, which has one option where a config has it: {name: the name in it}.
+SAMPLING = "generation_kwargs"
+SAMPLING_NAMES = {
+    "max_new_tokens": "max_new_tokens",
+    "max_completion_length": "max_new_tokens",
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+}
+
 # The column of a plain text elsewhere: {text: column} of `columns` here. Its default "text" stands
 # in files whatever the format of the data is.
 TEXT_COLUMN = "dataset_text_field"

@@ -215,6 +215,19 @@ def test_a_file_without_stages_trains_sft():
         Pipeline.from_dict(flat | {"learnig_rate": 1})
 
 
+def test_an_option_of_sampling_is_told_its_place():
+    """A config with an option of that name, such as the temperature of distillation, takes it."""
+    with pytest.raises(ConfigError) as caught:
+        resolved(grpo.GRPOStage, temperature=0.7, max_completion_length=64)
+    assert list(caught.value.problems) == [
+        "unknown option 'temperature'; it belongs to generation_kwargs='{temperature: 0.7}'",
+        "unknown option 'max_completion_length'; it belongs to "
+        "generation_kwargs='{max_new_tokens: 64}'",
+    ]
+    with pytest.raises(ConfigError, match="unknown option 'top_p'; --help lists"):
+        resolved(sft.SFTStage, top_p=0.7)
+
+
 def test_the_stage_trl_sft_is_sft():
     options = {"data": "d", "packing_strategy": "bfd", "neftune_noise_alpha": 5}
     one = Pipeline.from_dict(
