@@ -17,8 +17,9 @@ from core.config import TrainingConfig
 from core.data import usable_rows
 from core.errors import ConfigError
 from core.estimates import describe_disk, estimate_cost, estimate_disk
-from core.model_config import check_can_score, context_length
+from core.model_config import check_attention, check_can_score, context_length
 from core.runtime import logger
+from core.trials import training_model
 
 SIDES = ("training", "evaluation")  # of the split that `load_data` returns
 MAX_ROWS_CHECKED = 2000  # rows of each side of the split that are encoded for the checks
@@ -226,6 +227,7 @@ def describe_stage(
     if stage.lineage.get("data"):
         lines.append(labelled("data", describe_data(stage)))
 
+    check_attention(stage.config, skeleton)
     if stage.task == "SEQ_CLS":
         check_can_score(skeleton.config)
     context = context_length(skeleton.config)
@@ -239,9 +241,11 @@ def describe_stage(
     if not isinstance(stage.config, TrainingConfig):
         return lines, 0.0
     work = stage.work(encoded.lengths, encoded.target_share)
-    bytes_written = estimate_disk(stage.config, skeleton, work.steps)
+    model = training_model(stage.config, skeleton)
+    num_trained = model.num_parameters(only_trainable=True)
+    bytes_written = estimate_disk(stage.config, skeleton.num_parameters(), num_trained, work.steps)
     if with_cost:
-        lines += [labelled(*line) for line in estimate_cost(stage, skeleton, work)]
+        lines += [labelled(*line) for line in estimate_cost(stage, model, work)]
     lines.append(labelled("disk", describe_disk(stage.config, bytes_written)))
     return lines, bytes_written
 

@@ -5,7 +5,6 @@ They follow from what the stage computes (core/work.py) and from what is tried (
 
 from __future__ import annotations
 
-import copy
 import functools
 import importlib
 import math
@@ -14,10 +13,9 @@ from typing import Any
 
 import torch
 
-from core.adapters import add_adapter
 from core.config import TrainingConfig
 from core.runtime import default_device, logger
-from core.trials import computed_speed, measure_speed, memory_of_pass, training_model
+from core.trials import Speed, computed_speed, measure_speed, memory_of_pass
 from core.work import Answers, Work
 
 SHORT_ANSWERS = 0.2  # of their maximum length; answers that end early make a run shorter
@@ -40,49 +38,63 @@ STATE_BYTES = {"sgd": 0, "adafactor": 0, "muon": 4, "adamw_8bit": 2, "paged_adam
 
 
 @torch.random.fork_rng()
-def estimate_cost(stage: Any, skeleton, work: Work) -> list[tuple[str, str]]:
+def estimate_cost(stage: Any, model, work: Work) -> list[tuple[str, str]]:
     """[(label, text)] on the time and the memory of a stage.
 
-    `skeleton` is the model on the meta device. Of a model that cannot be tried, such as one whose
-    layers wait for a kernel of a GPU, there is no memory, and the time is only computed.
+    `model` is the one that trains (`training_model`), on the meta device. Of one that cannot be
+    tried, such as one whose layers wait for a kernel of a GPU, there is no memory, and the time is
+    only computed.
     """
-    config = stage.config
     import_seconds, libraries = import_libraries()
-    model = training_model(config, skeleton)
-    speed, memory_text = None, ""
-    reason = "a pass of the model would take too long to try"
-    try:
-        memory = {"Python and libraries": libraries, **count_memory(config, model, work)}
-        parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items())
-        memory_text = f"about {sum(memory.values()) / 1e9:.2f} GB: {parts}"
-        if work.differentiates_twice:
-            memory_text = (
-                f"{memory_text}; more is needed for second derivatives, which are not counted"
-            )
-        speed = measure_speed(config, model, work)
-    except Exception as error:
-        logger.debug("a pass cannot be tried", exc_info=True)
-        reason = f"a pass cannot be tried, {type(error).__name__}"
-        memory_text = memory_text or f"not estimated: {reason}"
-    low, high = COMPUTED
-    if speed:
-        low, high = MEASURED_UNQUANTIZED if config.quantized else MEASURED
-    speed = speed or computed_speed(config, model, reason)
-    saving = 4 * skeleton.num_parameters() / SAVING_SPEED
+    memory = describe_memory(stage.config, model, work, libraries)
+    speed, (low, high) = choose_speed(stage.config, model, work)
+
+    saving = 4 * model.num_parameters() / SAVING_SPEED
     shortest = low * speed.seconds(work, SHORT_ANSWERS) + SECONDS_AROUND[0]
     longest = high * (speed.seconds(work, 1.0) + saving) + SECONDS_AROUND[1]
     longest += IMPORTS * import_seconds
 
     basis = speed.basis
     others = [name for name in ("judge", "teacher") if name in stage.lineage]
-    others += [name for name in ("reward", "reward_model_path") if vars(config).get(name)]
+    others += [name for name in ("reward", "reward_model_path") if vars(stage.config).get(name)]
     if others:
         basis += f"; without the time and memory of {' and '.join(others)}"
     return [
         ("time", f"{describe_range(shortest, longest)}: {describe_work(work)}"),
-        ("memory", memory_text),
+        ("memory", memory),
         ("rests on", basis),
     ]
+
+
+def choose_speed(config: Any, model, work: Work) -> tuple[Speed, tuple[float, float]]:
+    """(the speed of a model, factors from the time by it to both ends of the range)."""
+    try:
+        measured = measure_speed(config, model, work)
+        reason = "a pass of the model would take too long to try"
+    except Exception as error:
+        logger.debug("a pass cannot be tried", exc_info=True)
+        measured, reason = None, cannot_be_tried(error)
+    if measured is None:
+        return computed_speed(config, model, reason), COMPUTED
+    return measured, MEASURED_UNQUANTIZED if config.quantized else MEASURED
+
+
+def describe_memory(config: Any, model, work: Work, libraries: float) -> str:
+    """The memory of a stage beside `libraries`, in words."""
+    try:
+        memory = {"Python and libraries": libraries, **count_memory(config, model, work)}
+    except Exception as error:
+        logger.debug("a pass cannot be tried", exc_info=True)
+        return f"not estimated: {cannot_be_tried(error)}"
+    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items())
+    text = f"about {sum(memory.values()) / 1e9:.2f} GB: {parts}"
+    if work.differentiates_twice:
+        text += "; more is needed for second derivatives, which are not counted"
+    return text
+
+
+def cannot_be_tried(error: Exception) -> str:
+    return f"a pass cannot be tried, {type(error).__name__}"
 
 
 def describe_work(work: Work) -> str:
@@ -178,12 +190,9 @@ def import_libraries() -> tuple[float, float]:
 # -- disk ------------------------------------------------------------------------------------------
 
 
-def estimate_disk(config: TrainingConfig, skeleton, steps: int) -> float:
-    """Bytes of the saved model, its adapter, and the checkpoints, all in float32. Raises
-    ConfigError where the model takes no such adapter."""
-    adapted = add_adapter(copy.deepcopy(skeleton), config)
-    num_trained = adapted.num_parameters(only_trainable=True)
-    disk_bytes = 4 * skeleton.num_parameters() + 4 * num_trained
+def estimate_disk(config: TrainingConfig, num_weights: int, num_trained: int, steps: int) -> float:
+    """Bytes of the saved model, its adapter, and the checkpoints, all in float32."""
+    disk_bytes = 4 * num_weights + 4 * num_trained
     # Supervised recipes call the interval save_steps, those of RL save_freq.
     options = vars(config)
     save_steps = options.get("save_steps", options.get("save_freq"))

@@ -3,6 +3,7 @@ takes, where it stops."""
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -95,6 +96,15 @@ def check_can_score(model_config) -> None:
             f"a model of the type {model_config.model_type} cannot be a reward model: transformers "
             "has no form of it that returns a score; start from another one"
         )
+
+
+def check_attention(config: ModelConfig, skeleton) -> None:
+    """Raise ConfigError where the attention that an option names is not installed, or is none of
+    this model's. `skeleton` is the model on the meta device."""
+    if config.attn_implementation is None:
+        return
+    with as_config_error(f"attn_implementation={config.attn_implementation}"):
+        copy.deepcopy(skeleton).set_attn_implementation(config.attn_implementation)
 
 
 def context_length(model_config) -> int:

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from core.adapters import add_adapter
 from core.config import TrainingConfig
+from core.errors import as_config_error
 from core.logprobs import TokenLogps, disable_dropout
 from core.optimizers import decay_groups, new_optimizer
 from core.output_layer import output_layer, output_layer_computing, positions_at_once
@@ -40,17 +41,19 @@ UTILIZATION = 0.4  # of the speed of a matrix product, as is usual in training
 # -- the model -------------------------------------------------------------------------------------
 
 
+@torch.random.fork_rng()
 def training_model(config: TrainingConfig, skeleton):
-    """What the stage trains, on the meta device. Raises ConfigError where the model takes no such
-    adapter."""
+    """What the stage trains, on the meta device, by the model without an adapter there. Raises
+    ConfigError where the model takes no such adapter, or cannot recompute its layers."""
     model = copy.deepcopy(skeleton).to(config.weight_dtype)
     if config.attn_implementation:
         model.set_attn_implementation(config.attn_implementation)
     model = add_adapter(model, config)
     if config.gradient_checkpointing:
         every = config.gradient_checkpointing
-        model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
-        model.enable_input_require_grads()
+        with as_config_error(f"gradient_checkpointing={every}"):
+            model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
+            model.enable_input_require_grads()
     disable_dropout(model)
     return model.train()
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import dpo
+import evaluate
 import ppo
 import pytest
 import sft
@@ -434,6 +435,22 @@ def test_a_dry_run_of_a_recipe_and_of_a_chain_says_all_and_writes_nothing(
     ):
         assert any(re.fullmatch(pattern, line) for line in lines), (pattern, done.stdout)
     assert not (tmp_path / "o").exists() and "Warning" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("recipe", [sft.SFTStage, evaluate.EvaluateStage])
+@pytest.mark.parametrize("name", ["flash_attention_9", "kernels-community/of-nobody"])
+def test_attention_that_is_not_here_is_refused_by_the_dry_run(
+    tmp_path, model_dir, data, recipe, name
+):
+    config = recipe.config_class(
+        model_name_or_path=model_dir,
+        dataset_name_or_path=data,
+        attn_implementation=name,
+        output_dir=str(tmp_path / "o"),
+    )
+    stage = recipe(config)
+    with pytest.raises(ConfigError, match=f"^attn_implementation={name}: "):
+        common.log_dry_run(stage)
 
 
 def test_a_chain_refuses_before_its_first_stage_runs(tmp_path, model_dir, data):

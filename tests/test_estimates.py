@@ -90,13 +90,19 @@ class OneStage:
         self.config, self.lineage = config, lineage
 
 
+def costs_of(skeleton, work):
+    """{label: text} on a stage of the default options."""
+    config = TrainingConfig()
+    return dict(estimate_cost(OneStage(config), training_model(config, skeleton), work))
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("options", [{}, {"lora_r": 0}, {"gradient_checkpointing": 2}])
 def test_a_pass_is_measured(skeleton, options, precision):
     config = TrainingConfig(torch_dtype=precision, **options)
     work = work_of(answers=[Answers(2, 2, 1, 10, 4)])
     state = torch.get_rng_state()
-    lines = dict(estimate_cost(OneStage(config, judge={}), skeleton, work))
+    lines = dict(estimate_cost(OneStage(config, judge={}), training_model(config, skeleton), work))
     assert list(lines) == ["time", "memory", "rests on"]
     assert lines["rests on"].startswith("a pass forward and backward over"), lines
     assert lines["rests on"].endswith("without the time and memory of judge")
@@ -108,7 +114,7 @@ def test_a_pass_is_measured(skeleton, options, precision):
 def test_a_model_that_is_too_slow_is_computed(skeleton, monkeypatch):
     monkeypatch.setattr(core.trials, "PASS_SECONDS", 0.0)
     monkeypatch.setattr(core.trials, "measure_model", pytest.fail)
-    lines = dict(estimate_cost(OneStage(TrainingConfig()), skeleton, work_of()))
+    lines = costs_of(skeleton, work_of())
     assert "GFLOP/s of a matrix product" in lines["rests on"]
     assert lines["memory"].startswith("about")
 
@@ -118,7 +124,7 @@ def test_a_model_that_cannot_be_tried_ends_no_dry_run(skeleton, monkeypatch):
         raise NotImplementedError("a kernel")
 
     monkeypatch.setattr(core.trials, "forward_pass", fail)
-    lines = dict(estimate_cost(OneStage(TrainingConfig()), skeleton, work_of()))
+    lines = costs_of(skeleton, work_of())
     assert lines["memory"] == "not estimated: a pass cannot be tried, NotImplementedError"
     assert "matrix product" in lines["rests on"]
 
@@ -173,7 +179,7 @@ def test_at_the_peak_is_a_pass_or_the_writing_of_answers(skeleton):
 
 def test_memory_of_second_derivatives_is_said_to_be_missing(skeleton):
     work = work_of(differentiates_twice=True)
-    lines = dict(estimate_cost(OneStage(TrainingConfig()), skeleton, work))
+    lines = costs_of(skeleton, work)
     assert lines["memory"].endswith("second derivatives, which are not counted")
 
 
