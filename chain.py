@@ -120,6 +120,8 @@ class Pipeline(StagePlan):
         own."""
         out = Path(self.config.output_dir)
         ownership.refuse_own_inputs(self.config, [*self.folders, "final"])
+        if not (out / "pipeline.json").exists():
+            ownership.refuse_foreign_files(out, ["report.html"])
         final = out / "final"
         if not self.config.save_final_model:
             return

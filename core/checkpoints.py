@@ -224,7 +224,7 @@ def claim_run_folder(config: StageConfig, fingerprint: Mapping) -> None:
         (folder / "stage.json").unlink(missing_ok=True)
         why = find_reason_to_set_aside(folder, claim, resume)
         if why:
-            set_aside(folder / "checkpoints", "the checkpoints of an earlier run are", why)
+            set_aside(folder / "checkpoints", "the checkpoints of an earlier run", why)
         write_json(folder / "fingerprint.json", claim)
     wait_for_everyone()
 
@@ -241,7 +241,7 @@ def keep_finished_result(folder: Path, fingerprint: Mapping) -> None:
         return
     for name in find_changed_files(folder, finished.get("files") or {}):
         if (folder / name).exists():
-            set_aside(folder / name, f"{name} is", "it is not the file that was saved")
+            set_aside(folder / name, name, "it is not the file that was saved")
 
 
 def find_reason_to_set_aside(folder: Path, claim: Mapping, resume: bool | str | None) -> str:

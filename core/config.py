@@ -128,7 +128,7 @@ class StageConfig:
     output_dir: Folder = "outputs"  # folder for the model, tokenizer, metrics and logs of the stage
     enabled: bool = True  # false skips the stage in a chain
     save_intermediate: bool = True  # false saves no weights and hands the model on in memory
-    force: bool = False  # overwrite a finished result of other options, which is else laid aside
+    force: bool = False  # overwrite a finished result of other options; false: move it aside
     seed: Natural = 42  # random seed of initialization, shuffling, splits and dropout
     log_level: Level = "info"  # level of lines on the screen
     report_to: Trackers = field(default_factory=list)  # experiment trackers

@@ -18,14 +18,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from core.digests import existing_path
 from core.errors import ConfigError, as_config_error
 from core.files import has_weights, remove_unfinished, unfinished_name, write_json
 from core.runtime import is_main_process, logger
 
 RECORD = ".files.json"
-# Files of a model and its tokenizer; folders from before there were records have no others.
-MODEL_FILES = (
+# What saving writes: a model and its tokenizer. Folders from before there were records have no
+# other files of ours.
+SAVED_FILES = (
     "model*.safetensors",
     "model.safetensors.index.json",
     "config.json",
@@ -37,8 +40,8 @@ MODEL_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-# What else a run writes, newly or over what was there, or could take for its own weights. Its logs
-# are only appended to.
+# What else a run writes or overwrites, or could take for its own weights. Its logs are not here:
+# they are only appended to.
 RUN_FILES = (
     "*.safetensors",
     "stage.json",
@@ -75,8 +78,6 @@ def locked(folder: Path) -> Iterator[None]:
     if not is_main_process():
         yield
         return
-    from filelock import FileLock, Timeout
-
     with as_config_error(f"output_dir={folder} cannot be written to", OSError):
         folder.mkdir(parents=True, exist_ok=True)
         # One object for a folder: a block in another of the same process holds the lock already.
@@ -85,8 +86,8 @@ def locked(folder: Path) -> Iterator[None]:
             lock.acquire(blocking=False)
         except Timeout:
             raise ConfigError(
-                f"output_dir={folder}: {describe_holder(folder)} is at work in it; "
-                "wait for its end, or choose another output_dir"
+                f"output_dir={folder} is in use by {describe_holder(folder)}; wait until that "
+                "run ends, or choose another output_dir"
             ) from None
     holder = folder / ".running.json"
     try:
@@ -122,7 +123,7 @@ def recorded_files(folder: Path) -> list[str]:
     if not (folder / "fingerprint.json").exists():
         return []
     names = []
-    for pattern in MODEL_FILES:
+    for pattern in SAVED_FILES:
         names += [file.name for file in folder.glob(pattern) if file.is_file()]
     return names
 
@@ -159,7 +160,7 @@ def publish(unfinished: Path, folder: Path) -> None:
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if name not in before and os.path.lexists(target):
-            set_aside(target, f"{name} is", "no run has written it")
+            set_aside(target, name, "no run made it")
         file.replace(target)
     write_json(folder / RECORD, names)
 
@@ -197,9 +198,9 @@ def remove_empty(folder: Path) -> None:
 
 
 def set_aside(path: Path, what: str, why: str) -> None:
-    """Rename a file or folder to NAME.1, .2, ..., and say so: "`what` now in NAME.1: `why`"."""
+    """Rename a file or folder to NAME.1, .2, ..., and say so: "moved `what` to NAME.1: `why`"."""
     moved = path.rename(first_free_name(path))
-    logger.warning("%s now in %s: %s", what, moved, why)
+    logger.warning("moved %s to %s: %s", what, moved, why)
 
 
 def first_free_name(path: Path) -> Path:
@@ -231,7 +232,7 @@ def lay_aside_result(folder: Path, artifacts: Iterable[str], why: str) -> None:
         shutil.copy(folder / "fingerprint.json", aside)
     move_files(folder, names, aside)
     logger.warning(
-        "the finished result in %s is now in %s: %s; with force=true it is overwritten",
+        "the finished result in %s was moved to %s: %s; --force=true would overwrite it",
         folder,
         aside.name,
         why,
@@ -248,8 +249,8 @@ def lay_aside_model(folder: Path) -> None:
     aside = first_free_name(folder)
     move_files(folder, [*in_order, RECORD, "fingerprint.json"], aside)
     logger.warning(
-        "the model in %s is now in %s: another one takes its place; with force=true it is "
-        "overwritten",
+        "the model in %s was moved to %s: another one takes its place; --force=true would "
+        "overwrite it",
         folder,
         aside,
     )
@@ -268,24 +269,28 @@ def move_files(folder: Path, names: Iterable[str], target: Path) -> None:
 # ---- files of others -----------------------------------------------------------------------------
 
 
-def refuse_foreign_files(folder: Path) -> None:
-    """Raise ConfigError if a run in `folder` would write over files that no run has written."""
+def refuse_foreign_files(
+    folder: Path, patterns: Sequence[str] = (*SAVED_FILES, *RUN_FILES)
+) -> None:
+    """Raise ConfigError if a run would overwrite files of these patterns in `folder` that no run
+    made."""
     if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"output_dir={folder} is a file; choose another output_dir")
+        raise ConfigError(f"output_dir={folder}: it is not a folder; choose another output_dir")
     if (folder / "fingerprint.json").is_file() or (folder / RECORD).is_file():
         return
-    foreign = [path.name for path in sorted(folder.glob("*")) if is_written_by_runs(path.name)]
+    foreign = [path.name for path in sorted(folder.glob("*")) if matches_any(path.name, patterns)]
     if foreign:
         shown = ", ".join(foreign[:5]) + (", ..." if len(foreign) > 5 else "")
         raise ConfigError(
-            f"output_dir={folder} has files that are of no run and that a run would write over "
+            f"output_dir={folder} has files that no run made and that this one would overwrite "
             f"({shown}); choose another output_dir, or move them away"
         )
 
 
 def refuse_own_inputs(config: Any, names: Sequence[str] = ()) -> None:
-    """Raise ConfigError if an option names an input that the run writes over: output_dir itself, or
-    a file or folder in it of a name that runs write, or of one of the further `names`."""
+    """Raise ConfigError if an option names an input that the run would overwrite: output_dir
+    itself, or a file or folder in it of a name that runs write, or of one of the further `names`.
+    """
     folder = Path(config.output_dir).resolve()
     for option, value in vars(config).items():
         if option in ("output_dir", "resume_from_checkpoint") or not isinstance(value, str):
@@ -293,15 +298,13 @@ def refuse_own_inputs(config: Any, names: Sequence[str] = ()) -> None:
         existing = existing_path(value)
         if existing is None or not existing.resolve().is_relative_to(folder):
             continue
-        path = existing.resolve()
-        parts = path.relative_to(folder).parts
-        if not parts or parts[0] in names or is_written_by_runs(parts[0]):
+        parts = existing.resolve().relative_to(folder).parts
+        if not parts or matches_any(parts[0], (*SAVED_FILES, *RUN_FILES, *names)):
             raise ConfigError(
-                f"{option}={value} lies in output_dir={config.output_dir}, where the run writes; "
+                f"{option}={value} is inside output_dir={config.output_dir}, where the run writes; "
                 "choose another output_dir"
             )
 
 
-def is_written_by_runs(name: str) -> bool:
-    """Whether a run may write a file or a folder of this name into its output folder."""
-    return any(fnmatch.fnmatch(name, pattern) for pattern in (*MODEL_FILES, *RUN_FILES))
+def matches_any(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)

@@ -68,7 +68,7 @@ class PipelineConfig:
     from_stage: str | None = None  # rerun from this stage on; the stages before must be finished
     until: str | None = None  # stop after this stage
     force_restart: bool = False  # rerun all stages, finished or not
-    force: bool = False  # overwrite finished results of other options, which are else laid aside
+    force: bool = False  # overwrite finished results of other options; false: move them aside
     auto_resume: bool = True  # false is the same as force_restart
     enable_state_persistence: bool = True  # false is the same as force_restart; records are written
     # for programs that run after the chain: it says by which command

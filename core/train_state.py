@@ -103,7 +103,7 @@ def new_checkpoint(config: TrainingConfig, step: int) -> Iterator[Path]:
     if is_main_process():
         seal_checkpoint(aside / name, config)
         if os.path.lexists(checkpoints / name):
-            set_aside(checkpoints / name, f"an earlier {name} is", "this step is saved anew")
+            set_aside(checkpoints / name, f"an earlier {name}", "this step is saved anew")
         (aside / name).rename(checkpoints / name)
         aside.rmdir()
     wait_for_everyone()

@@ -86,7 +86,7 @@ def test_a_second_run_is_refused_until_the_first_has_ended_however_it_ends(
     with pytest.raises(ConfigError) as refusal:
         train(model_dir, data, folder)
     message = str(refusal.value)
-    assert f"process {holder.pid} on {socket.gethostname()} is at work in it" in message
+    assert f"is in use by process {holder.pid} on {socket.gethostname()};" in message
     assert "choose another output_dir" in message
     # Not even a line in its log.
     assert names_in(folder) == {".lock", ".running.json"}
@@ -102,7 +102,7 @@ def test_a_second_run_is_refused_until_the_first_has_ended_however_it_ends(
 def test_a_chain_is_refused_where_another_one_runs_but_may_be_planned(model_dir, data, tmp_path):
     folder = tmp_path / "out"
     holder = hold(folder)
-    with pytest.raises(ConfigError, match="is at work in it"):
+    with pytest.raises(ConfigError, match="is in use by process"):
         sft_chain(model_dir, data, folder).run()
     assert sft_chain(model_dir, data, folder, dry_run=True).run() == []
     assert names_in(folder) == {".lock", ".running.json"}
@@ -180,7 +180,7 @@ def test_files_that_a_run_would_write_over_are_refused_before_it_trains(
 ):
     folder = tmp_path / "out"
     place(folder / name)
-    with pytest.raises(ConfigError, match="of no run") as refusal:
+    with pytest.raises(ConfigError, match="has files that no run made") as refusal:
         train(model_dir, data, folder)
     assert name.split("/")[0] in str(refusal.value)
     assert (folder / name).read_text() == "mine"
@@ -195,7 +195,7 @@ def test_an_input_in_the_output_folder_is_refused(model_dir, data, tmp_path, opt
     if option == "dataset_name_or_path":
         inputs[option] = str(tmp_path / "out/rationales.jsonl")
     stage = sft.SFTStage(sft.SFTConfig(**inputs, output_dir=str(tmp_path / "out")))
-    with pytest.raises(ConfigError, match=f"{option}=.* lies in output_dir="):
+    with pytest.raises(ConfigError, match=f"{option}=.* is inside output_dir="):
         stage.check()
 
 
@@ -223,12 +223,12 @@ def test_a_model_that_is_published_takes_the_place_of_the_older_one_alone(tmp_pa
         ownership.RECORD,
         "model.safetensors",
         "config.json",
-        "config.json.1",  # it was of no run
+        "config.json.1",  # no run made it
         "extra.safetensors",
     }
     assert (tmp_path / "config.json").read_text() == "new"
     assert (tmp_path / "config.json.1").read_text() == "mine"
-    assert "config.json is now in" in caplog.text
+    assert f"moved config.json to {tmp_path / 'config.json.1'}: no run made it" in caplog.text
 
 
 def test_a_record_reaches_nothing_outside_its_folder(tmp_path):
@@ -259,10 +259,16 @@ def test_a_file_in_a_checkpoint_stays_when_it_is_deleted(model_dir, data, tmp_pa
 # -- OUT/final ------------------------------------------------------------------------------------
 
 
-def test_a_final_of_someone_else_is_refused_before_a_stage_runs(model_dir, data, tmp_path):
+def test_a_final_or_report_of_someone_else_is_refused_before_a_stage_runs(
+    model_dir, data, tmp_path
+):
     out = tmp_path / "out"
+    place(out / "report.html")
+    with pytest.raises(ConfigError, match=r"no run made .*overwrite \(report.html\)"):
+        sft_chain(model_dir, data, out).run()
+    (out / "report.html").unlink()
     place(out / "final/config.json")
-    with pytest.raises(ConfigError, match="final has files that are of no run"):
+    with pytest.raises(ConfigError, match="final has files that no run made"):
         sft_chain(model_dir, data, out).run()
     assert not (out / "01_sft").exists()
     (out / "final/config.json").unlink()
@@ -325,7 +331,7 @@ def test_a_chain_does_not_start_from_what_it_overwrites(model_dir, data, tmp_pat
     out = str(tmp_path / "out")
     assert sft_chain(model_dir, data, out).run()[0].success
     for model in (out, f"{out}/final", f"{out}/01_sft"):
-        with pytest.raises(ConfigError, match="model_name_or_path=.* lies in output_dir="):
+        with pytest.raises(ConfigError, match="model_name_or_path=.* is inside output_dir="):
             sft_chain(model, data, out).check()
 
 

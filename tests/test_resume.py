@@ -461,7 +461,7 @@ def test_with_other_options_it_starts_anew_and_the_old_checkpoints_are_laid_asid
     assert run("cut", learning_rate=2e-2, save_steps=0).success
     assert (
         "resuming" not in caplog.text
-        and "are now in" in caplog.text
+        and "moved the checkpoints of an earlier run to" in caplog.text
         and "learning_rate 0.01 -> 0.02" in caplog.text
     )
     assert (folder / "checkpoints.1/checkpoint-4").is_dir()
@@ -471,7 +471,10 @@ def test_a_run_begun_anew_goes_on_from_its_own_checkpoints(interrupted, caplog):
     run, folder, _ = interrupted
     new = {"learning_rate": 2e-2, "max_steps": 3}
     assert not run("cut", fails=True, resume_from_checkpoint=False, **new).success
-    assert "are now in" in caplog.text and (folder / "checkpoints.1/checkpoint-4").is_dir()
+    assert (
+        "moved the checkpoints of an earlier run to" in caplog.text
+        and (folder / "checkpoints.1/checkpoint-4").is_dir()
+    )
     assert run("cut", **new).success and "checkpoint-2" in caplog.text.split("resuming from ")[1]
 
 
