@@ -39,7 +39,13 @@ from core.fingerprints import (
     evaluation_options,
     fingerprinted_options,
 )
-from core.ownership import lay_aside_result, remove_empty, remove_files, set_aside
+from core.ownership import (
+    lay_aside_result,
+    recorded_files,
+    remove_empty,
+    remove_files,
+    set_aside,
+)
 from core.runtime import default_device, is_main_process, is_sharded, logger, wait_for_everyone
 from core.yaml_files import dump_yaml
 
@@ -330,6 +336,13 @@ def find_model_of_chain(name: str) -> str:
     raise ConfigError(f"the chain in {name} has no model yet; run it to the end of a stage")
 
 
+def saved_digests(folder: Path) -> dict[str, str]:
+    """{name: digest} of the model that runs have saved in a folder. Files of anyone else are no
+    part of it: they may come and go."""
+    saved = recorded_files(folder)
+    return {name: digest for name, digest in folder_digests(folder).items() if name in saved}
+
+
 def write_stage_record(config: StageConfig, result: Any, lineage: Mapping[str, Any]) -> None:
     """Write stage_config.yaml, the resolved options, and last of all stage.json.
 
@@ -354,7 +367,7 @@ def write_stage_record(config: StageConfig, result: Any, lineage: Mapping[str, A
         "model_path": result.model_path,
         "metrics": result.metrics,
         "artifacts": result.artifacts,
-        "files": folder_digests(folder) if folder in own_folders else {},
+        "files": saved_digests(folder) if folder in own_folders else {},
         "device": str(default_device()),
         **circumstances(config),
     }

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from filelock import FileLock
+
 from core.errors import ConfigError
 from core.runtime import is_main_process, logger, wait_for_everyone
 from core.screen import busy
@@ -202,8 +204,6 @@ def cached_folder(
         return None
     shown = str(folder).replace(str(Path.home()), "~")
     logger.info("%s %s once, cached in %s", kind, files[0].name, shown)
-    from filelock import FileLock
-
     folder.parent.mkdir(parents=True, exist_ok=True)
     # One process of each machine builds; other programs on it wait.
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:

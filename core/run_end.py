@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from core.checkpoints import newest_first
 from core.command import CREDENTIALS, MASK
 from core.config import StageConfig
 from core.files import has_weights
@@ -80,7 +81,13 @@ def describe_next_steps(stage: Any, folder: str, model: str | None, start: str) 
 
 def describe_resumption(config: StageConfig) -> str:
     """What the same command does after a stage has failed."""
-    checkpoints = list(Path(config.output_dir).glob("**/checkpoints/checkpoint-*"))
+    folder = Path(config.output_dir)
+    checkpoints: list[Path] = []
+    # A stage may train in folders of its own in this one, as rlaif does.
+    for place in folder.glob("**/checkpoints"):
+        of_another_result = place.relative_to(folder).parts[0].startswith("previous.")
+        if not of_another_result:
+            checkpoints += newest_first(place)
     if checkpoints and vars(config).get("resume_from_checkpoint") is True:
         newest = max(checkpoints, key=modification_time)
         return f"run the same command again to go on from {newest}"

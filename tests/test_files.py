@@ -1,10 +1,14 @@
 """core/files.py: files that are written line by line, and atomically."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 import core.files
 import core.run_log
@@ -21,6 +25,39 @@ def test_a_line_is_ended_by_a_line_feed_alone(tmp_path):
     assert [json.loads(line) for line in path.read_text().split("\n")[:-1]] == rows[:2]
     core.run_log.truncate_logs(tmp_path, {})
     assert path.read_text() == (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+BUILDER = """
+import sys, time
+from pathlib import Path
+from core.files import cached_folder
+
+source, log = map(Path, sys.argv[1:])
+
+def build(folder):
+    with open(log, "a") as file:
+        file.write("built\\n")
+    time.sleep(1)
+    (folder / "result").write_text("whole")
+
+folder = cached_folder("converting", [source], build)
+assert (folder / "result").read_text() == "whole"
+print(folder)
+"""
+
+
+def test_two_programs_build_a_cached_folder_once(tmp_path):
+    source, log = tmp_path / "model.gguf", tmp_path / "log"
+    source.write_text("weights")
+    environment = os.environ | {"HF_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", BUILDER, str(source), str(log)]
+    programs = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    folders = [program.communicate()[0] for program in programs]
+    assert [program.returncode for program in programs] == [0, 0]
+    assert folders[0] == folders[1] and log.read_text() == "built\n"
 
 
 def test_numbers_of_other_libraries_stay_numbers(tmp_path):

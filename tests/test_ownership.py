@@ -209,6 +209,19 @@ def test_what_someone_puts_beside_our_files_stays(model_dir, data, tmp_path):
         assert (folder / name).read_text() == "mine"
 
 
+def test_files_of_others_are_no_part_of_a_finished_result(model_dir, data, tmp_path):
+    folder = tmp_path / "out"
+    place(folder / "desk_config.json")
+    first = train(model_dir, data, folder)
+    saved = json.loads((folder / "stage.json").read_text())["files"]
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= set(saved)
+    assert "desk_config.json" not in saved
+    (folder / "desk_config.json").write_text("more")
+    place(folder / "mine.safetensors")
+    assert train(model_dir, data, folder).metrics == first.metrics
+    assert not (folder / "previous.1").exists()
+
+
 def test_a_model_that_is_published_takes_the_place_of_the_older_one_alone(tmp_path, caplog):
     shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     with ownership.published(tmp_path) as unfinished:

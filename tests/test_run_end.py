@@ -105,6 +105,12 @@ def test_without_a_checkpoint_the_same_command_starts_over(tmp_path):
     assert says == "run the same command again to start this stage over"
     (tmp_path / "checkpoints/checkpoint-2").mkdir(parents=True)
     assert "go on from" in run_end.describe_resumption(config)
+    (tmp_path / "checkpoints").rename(tmp_path / "kept")
+    for name in ("previous.1/checkpoints/checkpoint-2", "checkpoints/checkpoint-2 copy"):
+        (tmp_path / name).mkdir(parents=True)
+    assert run_end.describe_resumption(config) == says
+    (tmp_path / "policy/checkpoints/checkpoint-4").mkdir(parents=True)
+    assert run_end.describe_resumption(config).endswith("policy/checkpoints/checkpoint-4")
     config.resume_from_checkpoint = False
     assert run_end.describe_resumption(config) == says
 
