@@ -163,6 +163,12 @@ def flatten(tensors) -> torch.Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
+def gradient_of(output: torch.Tensor, parameters: list, **options) -> torch.Tensor:
+    """The gradient of a number as one vector. It is 0 for parameters that the number does not
+    depend on, such as those of an expert that no token reached."""
+    return flatten(torch.autograd.grad(output, parameters, materialize_grads=True, **options))
+
+
 def fisher_product(
     kl_gradient: torch.Tensor, parameters: list, vector: torch.Tensor
 ) -> torch.Tensor:
@@ -170,7 +176,7 @@ def fisher_product(
 
     `kl_gradient` is the gradient of KL(pi_old || pi) at pi = pi_old, with its graph.
     """
-    return flatten(torch.autograd.grad(kl_gradient @ vector, parameters, retain_graph=True))
+    return gradient_of(kl_gradient @ vector, parameters, retain_graph=True)
 
 
 def conjugate_gradient(product: Callable, b: torch.Tensor, iterations: int) -> torch.Tensor:
@@ -268,7 +274,7 @@ def update_policy(run: Run, rollout: Rollout, num_tokens: torch.Tensor) -> dict[
         outputs = completion_outputs(run, batch, "log_probs")
         total = surrogate_sum(outputs.logps, batch.old_logps, batch.advantages, batch.used)
         mean = total / num_tokens
-        gradient += flatten(torch.autograd.grad(mean, run.parameters))
+        gradient += gradient_of(mean, run.parameters)
         surrogate += mean.detach()
         old_log_probs.append(outputs.log_probs.detach())
     gradient = run.sum_over_processes(gradient)
@@ -304,7 +310,7 @@ def natural_gradient(
         token_kl = exact_kl(old_log_probs, outputs.log_probs)  # (N,)
         num_tokens = run.sum_over_processes(batch.used.sum()).clamp(min=1)
         kl = (token_kl * batch.used[batch.mask]).sum() / num_tokens
-        kl_gradient = flatten(torch.autograd.grad(kl, run.parameters, create_graph=True))
+        kl_gradient = gradient_of(kl, run.parameters, create_graph=True)
 
         def damped_product(vector: torch.Tensor) -> torch.Tensor:
             product = run.sum_over_processes(fisher_product(kl_gradient, run.parameters, vector))

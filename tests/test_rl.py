@@ -1321,6 +1321,20 @@ def test_a_rejected_step_restores_the_weights_bitwise(tokenizer, tmp_path, monke
     assert all(torch.equal(old, new) for old, new in zip(before, run.parameters, strict=True))
 
 
+def test_a_weight_that_no_token_uses_stays_and_changes_no_step(tokenizer, tmp_path):
+    """Such as that of an expert that is not chosen, or of a layer behind the last hidden state."""
+    steps = []
+    for name in ("used", "unused"):
+        run, rows = make_run(tokenizer, tmp_path / name, algorithm="trpo", lora_r=0, max_kl=0.02)
+        unused = torch.nn.Parameter(torch.ones(3))
+        if name == "unused":
+            run.parameters = [*run.parameters, unused]
+        learnt = update(run, rolled(run, rows))
+        assert learnt["line_search"] >= 0 and torch.equal(unused, torch.ones(3))
+        steps.append(trpo.flatten(run.model.parameters()).detach())
+    assert torch.allclose(*steps, rtol=1e-5, atol=1e-7)
+
+
 def test_the_longest_step_is_as_long_as_the_region(tokenizer, tmp_path, monkeypatch):
     """To second order, and annealed; what the damping leaves of it is measured as a KL here."""
     run, rows = make_run(
