@@ -1,4 +1,4 @@
-"""Advantage Actor-Critic: make tokens more likely whose outcome beats what a critic expected.
+"""Advantage Actor-Critic: make tokens more likely if they turn out better than a critic expected.
 
     L(theta, phi) = - E_t[ log pi(y_t | x, y_<t) A_t ]  +  c E_t[ (V(s_t) - R_t)^2 / 2 ]
                                                                   (Mnih et al. 2016, section 4)
@@ -6,8 +6,8 @@
                                                                   (Schulman et al. 2016, eq. 16)
 
 The reward r_t is the score of the completion at its last token, minus beta times the KL of each
-token to the reference, the model that the run starts from (Ziegler et al. 2019, eq. 2). Every
-rollout makes one optimizer step.
+token to the reference, the model that the run starts from (Ziegler et al. 2019, eq. 2). Each
+rollout is used for one optimizer step.
 One row of data; other columns are passed to the reward function:
 
     {"question": "Tom has 3 apples and buys 4 more. How many does he have now?", "answer": "7"}
@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from annotated_types import Ge, Le
 
-# A recipe runs from any directory, also as a copy in another folder of the repository.
+# A recipe runs from any directory, and as a copy in another folder of the repository.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import BaseStage, main
@@ -59,7 +59,7 @@ class A2CConfig(RLConfig):
     """Options of A2C, in addition to those of every RL recipe (RLConfig in core/rollout.py)."""
 
     has_critic = True
-    accumulates = False  # all mini-batches of a rollout make one optimizer step
+    accumulates = False  # one optimizer step over all mini-batches of a rollout
 
     # advantages
     gamma: Annotated[float, Ge(0), Le(1)] = 1.0  # discount per token
@@ -209,7 +209,7 @@ def token_losses(
     """(loss of each token, metrics of each token), all (b, T)."""
     config = run.config
     losses = policy_gradient_loss(outputs.logps, batch.advantages)
-    # The step is taken at the old policy: a ratio other than 1, or a KL, shows a fault.
+    # The only step starts at the old policy: a ratio other than 1, or a KL, indicates a bug.
     metrics = {
         "ratio": torch.exp((outputs.logps - batch.old_logps).detach()),
         "policy_kl": k3(batch.old_logps, outputs.logps.detach()),

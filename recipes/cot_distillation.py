@@ -1,5 +1,5 @@
-"""Chain-of-thought distillation: a teacher writes chains of thought, those that lead to the right
-answer are kept, and a student learns them.
+"""Chain-of-thought distillation: a teacher writes chains of thought, and a student is trained on
+those that lead to the right answer.
 
     response:  L = - E log pi_S( rationale, answer | question )
                (Ho et al. 2023, "fine-tune-CoT")
@@ -7,7 +7,7 @@ answer are kept, and a student learns them.
                (Agarwal et al. 2024, "GKD", eq. 1; T^2: Hinton et al. 2015, section 2)
     both:      L = alpha L_logits + (1 - alpha) L_response
 
-A chain is kept when its final answer is that of the row or, for a row without an answer, the one
+A chain is kept if its final answer is that of the row or, for a row without an answer, the one
 that most chains agree on (Wang et al. 2023). One row of data; a row with a `rationale` needs no
 teacher (other formats: FORMATS below):
 
@@ -21,7 +21,7 @@ Run it on a laptop with ready rationales, and with a teacher behind a server:
         --teacher_model_type=api --teacher_base_url=http://localhost:8000/v1 \\
         --teacher_model_path=Qwen/Qwen3-8B --num_rationales=8
 
-Shapes: B rows of a batch, T tokens of the longest, N target tokens of the batch, V vocabulary.
+Shapes: B rows in a batch, T tokens in the longest, N target tokens in the batch, V vocabulary size.
 """
 
 import importlib.util
@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from annotated_types import Ge, Le
 
-# A recipe runs from any directory, also as a copy in another folder of the repository.
+# A recipe runs from any directory, and as a copy in another folder of the repository.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import BaseStage, load_model_and_tokenizer, main
@@ -70,7 +70,7 @@ from recipes import sft
 
 # -- configuration ---------------------------------------------------------------------------------
 
-# Format: its columns. If several formats fit, the one with the most columns is used.
+# Format name -> columns it needs. If several formats fit, the one with the most columns is used.
 FORMATS = {
     "question": ["question"],
     "question-answer": ["question", "answer"],  # "... #### 7" is a rationale and its answer
@@ -82,7 +82,7 @@ FORMATS = {
 }
 OPTIONAL_COLUMNS = {form: ["reasoning_type", "system", "system_prompt"] for form in FORMATS}
 OPTIONAL_COLUMNS["instruction-output"] += ["input"]
-# What the columns of a format hold, in their order.
+# Number of columns of a format -> what they hold, in order.
 COLUMN_ROLES = {
     1: ["question"],
     2: ["question", "answer"],
@@ -122,8 +122,8 @@ class CoTConfig(FitConfig, TeacherConfig):
     distillation_type: Literal["response", "logits", "both"] = "response"
     temperature: Positive = 1.0  # temperature of both distributions in the divergence
     alpha: Fraction = 0.5  # weight of the divergence in `both`; the rationales have 1 - alpha
-    beta: Fraction = 0.0  # 0: KL(teacher || student), 1: KL(student || teacher), else between
-    on_policy_share: Fraction = 0.0  # fraction of batches whose answers the student samples itself
+    beta: Fraction = 0.0  # 0: KL(teacher || student), 1: KL(student || teacher), else in between
+    on_policy_share: Fraction = 0.0  # fraction of batches with answers sampled by the student
     # evaluation
     num_eval_samples: Natural = 64  # held-out questions to answer before and after; 0 disables it
     max_new_tokens: Count = 256  # maximum length of the student's own answers, in tokens
@@ -159,13 +159,13 @@ class CoTConfig(FitConfig, TeacherConfig):
 
     @property
     def template(self) -> str:
-        """`cot_template` with real line breaks, which a shell passes on as two characters, and
-        {rationale} where {reasoning} is written."""
+        """`cot_template` with real line breaks, which a shell passes as two characters, and
+        {reasoning} replaced by {rationale}."""
         return self.cot_template.replace("\\n", "\n").replace("{reasoning}", "{rationale}")
 
     @property
     def answer_marker(self) -> str:
-        """The text between rationale and answer, by which the student's final answer is found."""
+        """The text between rationale and answer, which marks the student's final answer."""
         after_rationale = self.template.partition("{rationale}")[2]
         return after_rationale.partition("{answer}")[0].strip()
 
@@ -174,8 +174,8 @@ class CoTConfig(FitConfig, TeacherConfig):
 
 
 def convert(row: dict, form: str) -> dict:
-    """{"question", "rationale", "answer", "type", "system"} of a row in one of FORMATS, with None
-    for what the row does not have; raises RowError for a row that cannot be used."""
+    """Convert a row to {"question", "rationale", "answer", "type", "system"}, with None for what it
+    does not have. Raises RowError for an unusable row."""
     columns = FORMATS[form]
     texts: dict[str, str | None] = {"question": None, "rationale": None, "answer": None}
     for role, column in zip(COLUMN_ROLES[len(columns)], columns, strict=True):
@@ -210,8 +210,8 @@ def convert(row: dict, form: str) -> dict:
 
 
 def select_reasoning_types(config: CoTConfig, *splits: list[dict]) -> Sequence[list[dict]]:
-    """The splits with the rows of the wanted `reasoning_types` only; unchanged if no training row
-    has one of them, which is said. Raises ConfigError for a slip of the pen."""
+    """The splits with only the rows of the wanted `reasoning_types`; unchanged, with a warning, if
+    no training row has one of them. Raises ConfigError for a misspelled type."""
     types: Counter[str] = Counter()
     for rows in splits:
         types.update(row["type"] for row in rows if row["type"])
@@ -239,7 +239,7 @@ def select_reasoning_types(config: CoTConfig, *splits: list[dict]) -> Sequence[l
 
 
 def to_conversation(config: CoTConfig, row: dict) -> list[dict]:
-    """The system text, if there is one, the question, and rationale and answer as one turn."""
+    """Messages: the system prompt, if any, the question, then rationale and answer as one turn."""
     target = config.template.replace("{answer}", row["answer"])
     target = target.replace("{rationale}", row["rationale"])
     return [
@@ -251,12 +251,12 @@ def to_conversation(config: CoTConfig, row: dict) -> list[dict]:
 def encode_rows(
     config: CoTConfig, rows: list[dict], tokenizer, max_length: int, what: str
 ) -> list[dict]:
-    """{"input_ids": (T,), "labels": (T,)} of each row that has a rationale and fits."""
+    """{"input_ids": (T,), "labels": (T,)} for each row that has a rationale and fits."""
     if not rows:
         return []
 
     def encode(row: dict) -> dict:
-        # A conversation is one sequence; only plain text is cut into several.
+        # A conversation is one sequence; only plain text is split into several.
         sequences, _ = sft.encode(to_conversation(config, row), tokenizer, max_length)
         return sequences[0]
 
@@ -267,13 +267,13 @@ def encode_rows(
 
 
 def kl_divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """(N,): KL(P || Q), in nats, of log-probabilities log P and log Q (N, V)."""
+    """(N,): KL(P || Q) in nats, from log-probabilities log P and log Q (N, V)."""
     return (p.exp() * (p - q)).sum(-1)
 
 
 def jsd(student: torch.Tensor, teacher: torch.Tensor, beta: float) -> torch.Tensor:
-    """(N,): beta KL(P || M) + (1 - beta) KL(Q || M) with M = beta P + (1 - beta) Q, of
-    log-probabilities (N, V): log Q of the student and log P of the teacher. KL(P || Q) for
+    """(N,): beta KL(P || M) + (1 - beta) KL(Q || M) with M = beta P + (1 - beta) Q, from
+    log-probabilities (N, V), log Q of the student and log P of the teacher. KL(P || Q) for
     beta = 0 and KL(Q || P) for beta = 1 (Agarwal et al. 2024, eq. 1)."""
     if beta == 0.0:
         return kl_divergence(teacher, student)
@@ -293,7 +293,7 @@ def distillation_loss(
     alpha: float,
     beta: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss, divergence, nll), each (N,) and in nats, of logits (N, V) and targets (N,): the loss
+    """(loss, divergence, nll), each (N,) and in nats, from logits (N, V) and targets (N,). The loss
     is alpha T^2 JSD at temperature T + (1 - alpha) negative log-likelihood."""
     student_logps = (logits.float() / temperature).log_softmax(-1)  # (N, V)
     teacher_logps = (teacher_logits.float() / temperature).log_softmax(-1)  # (N, V)
@@ -307,7 +307,7 @@ def distillation_loss(
 def sample_student_answers(
     config: CoTConfig, model, tokenizer, batch: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The batch with answers that the student samples in place of the rationales (on-policy,
+    """The batch with the rationales replaced by answers that the student samples (on-policy,
     Agarwal et al. 2024, algorithm 1)."""
     device = batch["labels"].device
     # The first label that is not ignored is the first token of the answer.
@@ -317,7 +317,7 @@ def sample_student_answers(
         prompts.append(ids[:length])
     room = config.max_seq_length - max(prompt_lengths)
     sampling = SAMPLING_DEFAULTS | {"max_new_tokens": min(config.max_new_tokens, room)}
-    # Uniform in (0, 1]: one number decides one token.
+    # Uniform in (0, 1]: one number per token.
     uniforms = 1 - torch.rand(len(prompts), sampling["max_new_tokens"], device=device)
     answers, _ = sample_completions(unwrap_model(model), tokenizer, prompts, sampling, uniforms)
 
@@ -329,19 +329,20 @@ def sample_student_answers(
 
 
 def make_distillation_loss(config: CoTConfig, teacher_model, tokenizer) -> Callable:
-    """loss(student, batch) -> (loss, metrics), against the teacher's distribution at every token
-    that the student has to write."""
+    """Make loss(student, batch) -> (loss, metrics), which compares the student with the teacher's
+    distribution at every target token."""
     alpha = config.alpha if config.distillation_type == "both" else 1.0
 
     def loss(student, batch: dict[str, torch.Tensor]):
         if student.training and torch.rand(()) < config.on_policy_share:
-            # The training loop weighs the batch by the count that it already has.
+            # The training loop weights the batch by the number of its original targets.
             batch = sample_student_answers(config, student, tokenizer, batch)
         # Position t predicts token t + 1.
         predicts = F.pad(batch["labels"][:, 1:] != IGNORE, (0, 1))  # (B, T)
         targets = batch["labels"][:, 1:][predicts[:, :-1]]  # (N,)
         inputs = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask")}
-        # The teacher's states become logits beside the student's, a few tokens at a time.
+        # Project the teacher's states to logits together with the student's, a few tokens at a
+        # time.
         states, project = deferred_logits(teacher_model, predicts, **inputs)  # (N, ...)
 
         def compare(logits, targets, states) -> tuple[torch.Tensor, ...]:
@@ -363,9 +364,9 @@ def make_distillation_loss(config: CoTConfig, teacher_model, tokenizer) -> Calla
 def train(
     config: CoTConfig, model, tokenizer, train_rows: list, eval_rows: list, teacher: LLMClient
 ) -> dict[str, float]:
-    """Teach `model` in place the rationales of the rows {"question", "rationale", "answer"}; the
-    teacher writes those that are missing. Returns the metrics; raises RuntimeError if no chain of
-    the teacher is usable."""
+    """Train `model` in place on the rationales of rows {"question", "rationale", "answer"}; the
+    teacher writes missing ones. Returns the metrics; raises RuntimeError if no chain of the teacher
+    is usable."""
     max_length = min(config.max_seq_length, context_length(model.config))
     eval_sets = {"": eval_rows} | load_eval_files(config)
 
@@ -386,7 +387,7 @@ def train(
     with_rationale = [row for row in eval_rows if row["rationale"]]
     evaluation = encode_rows(config, with_rationale, tokenizer, max_length, "evaluation data")
 
-    # 3. Choose the loss: imitate the rationales, or the teacher's distribution over each token.
+    # 3. Choose the loss: imitate the rationales, or the teacher's distribution at each token.
     if config.distillation_type == "response":
         teacher.local = None  # frees its memory
         loss = sft.loss
@@ -410,7 +411,7 @@ def train(
 
 
 def load_teacher_for_logits(config: CoTConfig, teacher: LLMClient, tokenizer):
-    """The teacher's model; raises ConfigError if its tokens are not those of the student."""
+    """The teacher's model; raises ConfigError if its vocabulary differs from the student's."""
     teacher_model, teacher_tokenizer = teacher.load()
     if teacher_tokenizer.get_vocab() != tokenizer.get_vocab():
         raise ConfigError(
@@ -426,8 +427,8 @@ def load_teacher_for_logits(config: CoTConfig, teacher: LLMClient, tokenizer):
 def evaluate_reasoning(
     config: CoTConfig, model, tokenizer, eval_sets: dict[str, list], when: str
 ) -> dict[str, float]:
-    """{"accuracy", "stopped", ...} of the student on each of the evaluation sets, and the metrics
-    of lm-eval tasks. `when` is "before" or "after" training."""
+    """{"accuracy", "stopped", ...} of the student on each evaluation set, and the metrics of
+    lm-eval tasks. `when` is "before" or "after" training."""
     metrics = evaluate_answers(config, model, tokenizer, eval_sets, when)
     harness_tasks = [task for task in config.eval_reasoning_tasks if not Path(task).exists()]
     if harness_tasks:
@@ -438,8 +439,8 @@ def evaluate_reasoning(
 def evaluate_answers(
     config: CoTConfig, model, tokenizer, eval_sets: dict[str, list], when: str
 ) -> dict[str, float]:
-    """{"accuracy", its interval, "stopped"}: fraction of the questions answered correctly, and of
-    greedy answers that end in a stop token, for each of the evaluation sets. The answers go to
+    """{"accuracy", its interval, "stopped"} for each evaluation set: the fraction of questions
+    answered correctly, and of greedy answers that end in a stop token. Writes the answers to
     samples.jsonl."""
     metrics: dict[str, float] = {}
     samples: list[dict] = []
@@ -447,10 +448,10 @@ def evaluate_answers(
         questions = [row for row in rows if row["answer"]][: config.num_eval_samples]
         prompts = [as_prompt(row["question"], row.get("system")) for row in questions]
         answers = generate(model, tokenizer, prompts, config.max_new_tokens)
-        # The student writes the marker of its template, which need not be that of the teacher.
+        # The student writes the marker of its own template, which may differ from the teacher's.
         finals = [final_answer(text, config.answer_marker) for text, _ in answers]
         verdicts = check_answers(config, finals, [row["answer"] for row in questions])
-        # An answer that cannot be compared in time is not right.
+        # An answer whose comparison timed out counts as wrong.
         correct = [float(verdict or 0.0) for verdict in verdicts]
 
         prefix = f"{name}_" if name else ""
@@ -468,14 +469,14 @@ def evaluate_answers(
 
 
 def write_samples(path: Path, samples: list[dict], when: str) -> None:
-    """Write the samples; those after training follow those from before it."""
+    """Write the samples; those after training are appended to those before it."""
     earlier = read_jsonl(path) if when == "after" else []
     write_jsonl(path, earlier + samples)
 
 
 def load_eval_files(config: CoTConfig) -> dict[str, list[dict]]:
-    """{name: rows} of the files among `eval_reasoning_tasks`; raises ConfigError for a file in
-    which no row has an answer."""
+    """{name: rows} of the files in `eval_reasoning_tasks`. Raises ConfigError if no row of a file
+    has an answer."""
     eval_sets = {}
     for path in config.eval_reasoning_tasks:
         if not Path(path).exists():
@@ -492,14 +493,14 @@ def run_lm_eval(tasks: list[str], model, tokenizer) -> dict[str, float]:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    # The harness sets seeds of its own, which the training must not see.
+    # The harness sets its own seeds, which must not affect training.
     with torch.random.fork_rng(), as_config_error(f"eval_reasoning_tasks={','.join(tasks)}"):
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer)
         results = simple_evaluate(wrapped, tasks=tasks)["results"]
     metrics = {}
     for task, values in results.items():
         for name, value in values.items():
-            # Names are such as "exact_match,strict-match": the metric and its filter.
+            # A name is metric and filter, e.g. "exact_match,strict-match".
             if isinstance(value, float) and "stderr" not in name:
                 metrics[f"{task}_{name.split(',')[0]}"] = value
     return metrics
@@ -509,7 +510,7 @@ def run_lm_eval(tasks: list[str], model, tokenizer) -> dict[str, float]:
 
 
 def check_no_overlap(training: list[dict], eval_sets: dict[str, list[dict]]) -> None:
-    """Raise ConfigError if a question of the evaluation files is in the training data too."""
+    """Raise ConfigError if a question of the evaluation files is also in the training data."""
     trained = {row["question"] for row in training}
     for name, rows in eval_sets.items():
         shared = sorted(trained & {row["question"] for row in rows})
@@ -522,7 +523,7 @@ def check_no_overlap(training: list[dict], eval_sets: dict[str, list[dict]]) -> 
 
 
 def check_votes(config: CoTConfig, open_rows: list[dict]) -> None:
-    """Raise ConfigError if answers are voted on, and there is only one chain to vote."""
+    """Raise ConfigError if answers are decided by vote but each question has only one chain."""
     votes = any(row["answer"] is None for row in open_rows) or config.generate_synthetic_data
     if votes and config.num_rationales < 2:
         raise ConfigError(
@@ -532,7 +533,7 @@ def check_votes(config: CoTConfig, open_rows: list[dict]) -> None:
 
 
 def check_numbers(config: CoTConfig, rows: list[dict]) -> None:
-    """Raise ConfigError if answers are compared as numbers, and one is not a number."""
+    """Raise ConfigError if answers are compared as numbers but one is not a number."""
     if config.answer_check != "numeric":
         return
     for row in rows:
@@ -586,7 +587,7 @@ class CoTDistillationStage(BaseStage):
 
     def train(self, model, tokenizer):
         training, evaluation = self.data
-        # A path stage:NAME is known only now that the stage before has run.
+        # A path stage:NAME is resolved only after that stage has run.
         self.teacher.path = self.config.teacher_model_path
         return train(self.config, model, tokenizer, training, evaluation, self.teacher)
 

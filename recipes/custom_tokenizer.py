@@ -3,10 +3,10 @@
     E_new(t) = 1/|P(t)|  sum over p in P(t) of  E_old(p)
                                            (Fast Vocabulary Transfer, Gee et al. 2022)
 
-P(t) are the pieces that the old tokenizer cuts the token t into. A token of both vocabularies is
-its own only piece and keeps its row. The output layer is transferred likewise. No weight is
-trained here: the model is worse at first, and the next stage trains it. One row of data, a line of
-a .txt file or
+P(t) are the pieces that the old tokenizer splits the token t into. A token in both vocabularies is
+its own only piece and keeps its row. The output layer is transferred in the same way. No weights
+are trained here: the model is worse at first, and the next stage trains it. One row of data is a
+line of a .txt file or
 
     {"text": "a document of the domain that the tokenizer is for"}
 
@@ -29,7 +29,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-# A recipe runs from any directory, also as a copy in another folder of the repository.
+# A recipe runs from any directory, and as a copy in another folder of the repository.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import BaseStage, main
@@ -71,16 +71,16 @@ class CustomTokenizerConfig(DataConfig, ModelConfig):
 
     # the tokenizer
     training_corpus_path: str = ""  # .txt, .json, .jsonl, .csv or .parquet file, folder, hub name
-    vocab_size: Count = 32_000  # tokens of the new vocabulary, bytes and added tokens included
+    vocab_size: Count = 32_000  # size of the new vocabulary, including bytes and added tokens
     tokenizer_type: Literal["bpe", "wordpiece", "unigram"] = "bpe"  # only bpe is exact
     min_frequency: Count = 2  # occurrences that a pair needs to become a token
     special_tokens: Names = field(default_factory=list)  # special tokens to add
     # evaluation
     validation_split: Share = 0.05  # fraction of texts held out, for checks and metrics
-    num_eval_samples: Count = 64  # held-out texts that bits per character are measured on
+    num_eval_samples: Count = 64  # held-out texts for measuring bits per character
     # a finished stage
     resume_from_checkpoint: bool = True  # true reuses a finished result, false starts over
-    load_best_model: bool = False  # of older files; no effect, since no weights train here
+    load_best_model: bool = False  # from older files; no effect, since no weights train here
 
     def validate(self) -> None:
         super().validate()
@@ -112,7 +112,7 @@ class CustomTokenizerConfig(DataConfig, ModelConfig):
 
 
 def convert(row: dict, form: str) -> str:
-    """The text of a row; of a conversation the texts of all messages, without a chat template."""
+    """The text of a row; for a conversation, the texts of all messages without chat template."""
     if form == "text":
         return sft.to_text(row)
     texts = []
@@ -122,7 +122,7 @@ def convert(row: dict, form: str) -> str:
 
 
 def read_lines(path: str) -> tuple[list[str], dict]:
-    """(lines of a .txt file with their line ends, lineage); blank lines are left out."""
+    """(lines of a .txt file with their line ends, lineage); blank lines are dropped."""
     file = Path(path).expanduser()
     with as_config_error(f"data {path} cannot be read"):
         lines = file.read_text(encoding="utf-8-sig").splitlines(keepends=True)
@@ -142,12 +142,12 @@ def transfer_rows(old_rows: Tensor, pieces: Sequence[Sequence[int]]) -> Tensor:
 
 
 def find_pieces(old_tokenizer, new_tokenizer) -> list[list[int]]:
-    """For each of the W new tokens, the old ids of its pieces; its own id if the old vocabulary has
-    it. What the old tokenizer cannot write starts at the mean of all tokens (Hewitt 2021)."""
+    """For each of the W new tokens, the old ids of its pieces; its own old id if it has one. Tokens
+    that the old tokenizer cannot encode start at the mean of all tokens (Hewitt 2021)."""
     old_vocabulary = old_tokenizer.get_vocab()
     added = new_tokenizer.get_added_vocab()
-    # The model without normalizer and pre-tokenizer: tokens are what those have left behind, with a
-    # space at the beginning, or bytes that are no whole character.
+    # Without normalizer and pre-tokenizer, because tokens are their output: they may begin with a
+    # space, or be bytes that form no complete character.
     old_model = old_tokenizer.backend_tokenizer.model
     all_ids = sorted(old_vocabulary.values())
     pieces = []
@@ -164,7 +164,7 @@ def find_pieces(old_tokenizer, new_tokenizer) -> list[list[int]]:
 
 @torch.no_grad()
 def replace_embeddings(model, pieces: Sequence[Sequence[int]]) -> None:
-    """Give `model` W rows in the embeddings and the output layer, one table or two, in place."""
+    """Resize embeddings and output layer of `model`, tied or not, to W rows in place."""
     layers = (model.get_input_embeddings(), model.get_output_embeddings())
     new_weights = [transfer_rows(layer.weight, pieces) for layer in layers]  # (W, d)
     old_bias = getattr(layers[1], "bias", None)  # (V,)
@@ -177,8 +177,9 @@ def replace_embeddings(model, pieces: Sequence[Sequence[int]]) -> None:
 
 @torch.no_grad()
 def bits_per_character(model, tokenizer, texts: Sequence[str]) -> float:
-    """- log2 pi(texts) / number of characters: unlike a loss per token, the same for any tokens."""
-    # The first token is predicted too: BOS stands before it, or EOS where there is none.
+    """- log2 pi(texts) / number of characters: comparable between tokenizers, unlike a loss per
+    token."""
+    # The first token is predicted too, from BOS, or from EOS if there is no BOS.
     start = tokenizer("").input_ids[:1] or [tokenizer.eos_token_id]
     nats = 0.0
     with evaluation_mode(model):
@@ -198,7 +199,7 @@ def measure(
 ) -> dict[str, float]:
     """Metrics of a model and its tokenizer on held-out texts."""
     num_tokens = sum(len(text_ids(tokenizer, text)) for text in texts)
-    # A character has at most four bytes, and a token at least one: all of it fits the context.
+    # A character has at most four bytes and a token at least one, so these texts fit the context.
     max_characters = min(1024, context_length(model.config) // 4 - 1)
     beginnings = [text[:max_characters] for text in texts[: config.num_eval_samples]]
     return {
@@ -211,8 +212,8 @@ def measure(
 def train(
     config: CustomTokenizerConfig, model, tokenizer, train_texts: list[str], eval_texts: list[str]
 ) -> tuple[dict[str, float], Any]:
-    """Learn a tokenizer, and fit `model` to it in place; returns (metrics, new tokenizer)."""
-    # 1. Learn a vocabulary, and check it before the model changes.
+    """Learn a tokenizer and adapt `model` to it in place; returns (metrics, new tokenizer)."""
+    # 1. Learn a vocabulary, and check it before changing the model.
     check_model(model)
     settings = learn_settings(
         tokenizer, train_texts, config.vocab_size, config.min_frequency, config.special_tokens
@@ -230,7 +231,7 @@ def train(
     replace_embeddings(model, pieces)
     set_generation_config(model, new_tokenizer, config.model_name_or_path)
 
-    # 3. The same texts with the new tokens.
+    # 3. Measure the same texts with the new tokenizer.
     metrics = measure(config, model, new_tokenizer, eval_texts)
     metrics |= {f"{name}_before": value for name, value in before.items()}
     num_kept = len(tokenizer.get_vocab().keys() & new_tokenizer.get_vocab().keys())
@@ -257,14 +258,14 @@ class CustomTokenizerStage(BaseStage):
         return train_texts, eval_texts
 
     def sequences(self, row, tokenizer, context):
-        # Rows need no check, but the tokenizer does, and here it is known for the first time.
+        # Rows need no check, but the tokenizer does, and it is first available here.
         train_texts, _ = self.data
         if row is train_texts[0]:
             check_tokenizer(tokenizer, self.config.vocab_size, self.config.special_tokens)
 
     def prepare_model_and_tokenizer(self, model, tokenizer, previous_result=None):
         model, tokenizer = super().prepare_model_and_tokenizer(model, tokenizer, previous_result)
-        # The tokenizer that this returns is the one that `execute` saves and hands on.
+        # `execute` saves and hands on the tokenizer returned here.
         self.metrics, tokenizer = train(self.config, model, tokenizer, *self.data)
         return model, tokenizer
 

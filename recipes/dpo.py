@@ -15,7 +15,7 @@ Run it on a laptop, and as QLoRA on a GPU:
     python recipes/dpo.py --model=outputs/sft --data=my_pairs.jsonl --use_4bit --loss_type=ipo \\
         --output_dir=outputs/ipo
 
-Shapes: B pairs of a batch, N target tokens of their 2 B answers, V tokens of the vocabulary.
+Shapes: B pairs in a batch, N target tokens of their 2 B answers, V vocabulary size.
 """
 
 import copy
@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from annotated_types import Ge, Lt
 from torch import Tensor
 
-# A recipe runs from any directory, also as a copy in another folder of the repository.
+# A recipe runs from any directory, and as a copy in another folder of the repository.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import BaseStage, load_model_and_tokenizer, main
@@ -78,8 +78,8 @@ from core.training import fit
 # -- configuration ---------------------------------------------------------------------------------
 
 FORMATS = PAIR_FORMATS | UNPAIRED_FORMATS
-KL_STRIDE = 16  # KL is measured at every 16th token,
-MAX_KL_NUMBERS = 2**22  # or at fewer: the distributions that it needs have this size at most
+KL_STRIDE = 16  # KL is measured at every 16th token, or at fewer
+MAX_KL_NUMBERS = 2**22  # maximum size of the distributions that the KL is computed from
 Weights = Annotated[list[NonNegative], comma_separated]
 
 
@@ -110,7 +110,7 @@ class DPOConfig(SamplesConfig):
     undesirable_weight: NonNegative = 1.0  # KTO: weight of answers with label false (lambda_U)
     reference_model_path: str | None = None  # reference model; default: the stage's input model
     precompute_ref_log_probs: bool = False  # run the reference once, before training
-    share_prompt: bool = True  # encode a prompt once for both answers, where that is exact
+    share_prompt: bool = True  # encode a prompt once for both answers, if that is exact
 
     def validate(self) -> None:
         super().validate()
@@ -144,11 +144,11 @@ class DPOConfig(SamplesConfig):
 
 
 def encode(row: dict, tokenizer, config: DPOConfig) -> dict:
-    """Tokenize a prompt and the answers to it, within max_prompt_length and max_seq_length.
+    """Tokenize a prompt and its answers, within max_prompt_length and max_seq_length.
 
     Returns "prompt" (P,), "answers" and "labels" (a list for each answer), "cut" (which of prompt
     and answers were truncated), "input_ids" (all tokens, for the length), and KTO's "label". Raises
-    RowError if no answer fits, or if the answers of a pair are equal as far as they fit.
+    RowError if no answer fits, or if the answers of a pair are equal after truncation.
     """
     answer_keys = ("chosen", "rejected", "completion", "mismatched")
     messages = [row[key] for key in answer_keys if key in row]
@@ -165,7 +165,7 @@ def encode(row: dict, tokenizer, config: DPOConfig) -> dict:
 
 
 def encode_rows(rows: list[dict], tokenizer, config: DPOConfig, name: str) -> list[dict]:
-    """`encode` all rows; unusable and truncated ones are counted in warnings about `name`."""
+    """`encode` all rows; warnings about `name` count the unusable and the truncated ones."""
     if not rows:
         return []
     if "label" in rows[0]:
@@ -196,7 +196,7 @@ def collate(rows: list[dict], share_prompt: bool = True) -> dict[str, Tensor]:
 
 
 class PairLogps(NamedTuple):
-    """What losses read of B pairs. Column 0 is the chosen answer, column 1 the rejected one."""
+    """Inputs of the losses for B pairs. Column 0 is the chosen answer, column 1 the rejected."""
 
     logps: Tensor  # (B, 2): log pi(y|x), summed over the tokens of the answer
     log_ratios: Tensor  # (B, 2): log pi(y|x) / pi_ref(y|x)
@@ -206,7 +206,8 @@ class PairLogps(NamedTuple):
 def dpo_loss(pairs: PairLogps, config: DPOConfig) -> Tensor:
     """-log sigmoid(beta (chosen - rejected)) of log-ratios (Rafailov et al. 2023, eq. 7).
 
-    With label_smoothing, its mean if labels are wrong so often: conservative DPO (Mitchell 2023).
+    With label_smoothing, its expectation if labels are wrong with that probability: conservative
+    DPO (Mitchell 2023).
     """
     chosen, rejected = pairs.log_ratios.unbind(1)  # (B,)
     margin = config.beta * (chosen - rejected)
@@ -233,7 +234,7 @@ def hinge_loss(pairs: PairLogps, config: DPOConfig) -> Tensor:
 
 def ipo_loss(pairs: PairLogps, config: DPOConfig) -> Tensor:
     """(chosen - rejected - 1 / (2 tau))^2 (Azar et al. 2023, eq. 17), with tau = beta."""
-    # Per token, as in the authors' experiments.
+    # Log-ratios are per token, as in the authors' experiments.
     chosen, rejected = (pairs.log_ratios / pairs.lengths).unbind(1)  # (B,)
     target = 1 / (2 * config.beta)
     return (chosen - rejected - target) ** 2
@@ -284,13 +285,13 @@ def orpo_loss(pairs: PairLogps, config: DPOConfig) -> Tensor:
 
 
 def log_odds(logp: Tensor) -> Tensor:
-    """log(p / (1 - p)) of log p; expm1 keeps 1 - p precise where p is close to 1."""
+    """log(p / (1 - p)) from log p; expm1 keeps 1 - p precise if p is close to 1."""
     p_minus_1 = torch.expm1(logp)
     return logp - torch.log(-p_minus_1)
 
 
 def nll_loss(pairs: PairLogps, config: DPOConfig) -> Tensor:
-    """-chosen per token, to add to others: with "sigmoid" it is RPO (Pang et al. 2024, eq. 1)."""
+    """-chosen per token, to add to another loss: with sigmoid, RPO (Pang et al. 2024, eq. 1)."""
     chosen, _ = (pairs.logps / pairs.lengths).unbind(1)  # (B,)
     return -chosen
 
@@ -307,12 +308,12 @@ def kto_loss(log_ratio: Tensor, z0: Tensor, label: Tensor, config: DPOConfig) ->
 
 
 class Loss(NamedTuple):
-    """A loss of `loss_type`, and what has to be known about it. All losses read `beta`."""
+    """A loss of `loss_type` and its properties. All losses read `beta`."""
 
     compute: Callable[..., Tensor]
     needs_reference: bool
-    options: tuple[str, ...] = ()  # the options that it reads besides beta
-    per_token: bool = False  # its implicit reward is per token
+    options: tuple[str, ...] = ()  # options that it reads besides beta
+    per_token: bool = False  # whether its implicit reward is per token
 
 
 PAIR_LOSSES = {
@@ -333,7 +334,7 @@ REFERENCE_OPTIONS = ("reference_model_path", "precompute_ref_log_probs")
 
 
 def losses_by_option() -> dict[str, list[str]]:
-    """For each option that only some losses read, the names of those losses."""
+    """{option: names of the losses that read it}, for options that only some losses read."""
     losses = defaultdict(list)
     for name, loss in LOSSES.items():
         for option in loss.options:
@@ -348,9 +349,9 @@ def losses_by_option() -> dict[str, list[str]]:
 
 
 def sequence_logps(model, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """(log pi(y|x) of the batch's answers (B, 2), log-probabilities of all tokens (M, V)).
+    """(log pi(y|x) of the answers (B, 2), log-probabilities of the whole vocabulary (M, V)).
 
-    The latter are at M of the positions that have a target, without gradient.
+    The latter are computed at M of the N target positions, without gradient.
     """
     is_target = batch["targets"] != IGNORE  # (rows, T)
     num_targets = int(is_target.sum())
@@ -366,7 +367,7 @@ def sequence_logps(model, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     scores, _ = answer_scores(model, batch, score, kl_is_measured)
     token_logps, distributions = scores  # (N,), (M, V)
 
-    # Sum over each answer, by a mask: on a GPU index_add would round differently at each call.
+    # Sum over each answer with a mask: on a GPU, index_add would round differently in each call.
     answer_of_token = batch["sequence"][is_target]  # (N,)
     num_answers = 2 * int(batch["num_items"])
     answers = torch.arange(num_answers, device=token_logps.device)  # (2 B,)
@@ -421,7 +422,7 @@ def pair_objective(pairs: PairLogps, config: DPOConfig) -> tuple[Tensor, dict]:
     losses = torch.stack(each, 1)  # (B, L) of L losses
     weights = losses.new_tensor(config.loss_weights or [1.0] * len(each))  # (L,)
 
-    # A model trained so has an implicit reward, beta times the log-ratio.
+    # The implicit reward of a model trained this way is beta times the log-ratio.
     rewards = config.beta * pairs.log_ratios  # (B, 2)
     if any(PAIR_LOSSES[name].per_token for name in config.loss_type):
         rewards = config.beta * (pairs.log_ratios / pairs.lengths)
@@ -444,9 +445,9 @@ def pair_objective(pairs: PairLogps, config: DPOConfig) -> tuple[Tensor, dict]:
 
 
 def kto_objective(log_ratios: Tensor, label: Tensor, config: DPOConfig) -> tuple[Tensor, dict]:
-    """(losses (B,), metrics) of KTO; column 1 of the log-ratios (B, 2) is of mismatched answers."""
+    """(losses (B,), metrics) of KTO; column 1 of the log-ratios (B, 2) has mismatched answers."""
     log_ratio, mismatched = log_ratios.unbind(1)  # (B,)
-    # The mean of a micro-batch, as in the paper: small micro-batches make it noisy.
+    # The mean over a micro-batch, as in the paper: small micro-batches make it noisy.
     z0 = mismatched.mean().clamp(min=0).detach()  # ()
     losses = kto_loss(log_ratio, z0, label, config)  # (B,)
 
@@ -466,8 +467,8 @@ def train(config: DPOConfig, model, tokenizer, train_rows: list, eval_rows: list
     training = encode_rows(train_rows, tokenizer, limits, "training data")
     evaluation = encode_rows(eval_rows, tokenizer, limits, "evaluation data")
 
-    # 2. The reference, which the policy has to start at.
-    disable_dropout(model)  # its noise would look like a change from the reference
+    # 2. The reference, at which the policy must start.
+    disable_dropout(model)  # its noise would look like a deviation from the reference
     reference = frozen_reference(config, model, tokenizer)
     longest = max(training, key=lambda row: len(row["input_ids"]))
     check_start(config, model.eval(), reference, longest)
@@ -480,7 +481,7 @@ def train(config: DPOConfig, model, tokenizer, train_rows: list, eval_rows: list
     prompts = [sample["prompt"] for sample in samples]
     before = generate(model, tokenizer, prompts, config.max_new_tokens)
 
-    # 4. Train: `fit` is the loop of core/training.py over batches and their loss.
+    # 4. Train: `fit` is the training loop in core/training.py.
     make_batch = partial(collate, share_prompt=share_prompt)
     batch_loss = partial(loss, config=config, reference=reference)
     metrics = fit(config, model, training, evaluation, make_batch, batch_loss)
@@ -493,7 +494,7 @@ def train(config: DPOConfig, model, tokenizer, train_rows: list, eval_rows: list
 
 
 def frozen_reference(config: DPOConfig, model, tokenizer):
-    """The reference as a second model; None where `model` without its adapter is the reference."""
+    """The reference as a second model, or None if it is `model` without its adapter."""
     if not config.needs_reference:
         return None
     if config.reference_model_path:
@@ -501,7 +502,7 @@ def frozen_reference(config: DPOConfig, model, tokenizer):
     elif hasattr(model, "peft_config") and config.lora_bias == "none":
         return None
     else:
-        # Without an adapter, or where biases outside of it train, only a copy stays the same.
+        # Without an adapter, or if biases outside it train, only a copy stays unchanged.
         reference = copy.deepcopy(model)
     return reference.requires_grad_(False).eval()
 
@@ -509,7 +510,7 @@ def frozen_reference(config: DPOConfig, model, tokenizer):
 def load_reference(config: DPOConfig, tokenizer):
     """The model at `reference_model_path`; raises ConfigError if it has another vocabulary."""
     path = config.reference_model_path
-    # With lora_r=1 the weights are loaded in the compute dtype, as those of a frozen base model.
+    # With lora_r=1 the weights are loaded in the compute dtype, like those of a frozen base model.
     settings = replace(config, model_name_or_path=path, revision=None, lora_r=1)
     reference, reference_tokenizer = load_model_and_tokenizer(settings)
     if reference_tokenizer.get_vocab() != tokenizer.get_vocab():
@@ -522,7 +523,7 @@ def load_reference(config: DPOConfig, tokenizer):
 
 @torch.no_grad()
 def check_start(config: DPOConfig, model, reference, row: dict) -> None:
-    """Raise RuntimeError if the policy does not start at its reference: the loss must be ln 2."""
+    """Raise RuntimeError if the policy does not start at the reference (a loss of ln 2)."""
     if not config.needs_reference or config.reference_model_path:
         return
     batch = to_device(collate([row], share_prompt=False), model.device)
@@ -537,7 +538,7 @@ def check_start(config: DPOConfig, model, reference, row: dict) -> None:
 
 @torch.no_grad()
 def precompute(config: DPOConfig, model, reference, rows: list[dict], share_prompt: bool) -> None:
-    """Give every row its "ref_logps" (2,)."""
+    """Add "ref_logps" (2,) to every row."""
     dtype = compute_dtype(config.torch_dtype)
 
     def compute(some_rows: list[dict]) -> Tensor:

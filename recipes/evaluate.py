@@ -1,4 +1,4 @@
-"""A scorecard of a model: how probable it finds given answers, and how good its own answers are.
+"""A scorecard for a model: how probable it finds given answers, and how good its own answers are.
 
     perplexity         exp( - sum_i log pi(y_i|x_i) / sum_i |y_i| ) of given (or chosen) answers
     ranking_accuracy   fraction of pairs whose chosen answer is more probable than the rejected one
@@ -8,7 +8,7 @@
     reward             mean reward of its own answers (rewards of the RL recipes)
     win_rate           of its own answers over those of --baseline, by a judge asked in both orders
 
-Every metric has a 95% confidence interval. The columns of the data decide which of them are
+Every metric has a 95% confidence interval. The columns of the data decide which metrics are
 computed. As a stage of a chain it passes its input model on. One row of data (also pairs, prompts
 alone, and the other formats of sft.py, dpo.py and rl.py):
 
@@ -22,8 +22,7 @@ Run it on a laptop, alone and against another model with a judge behind a server
         --feedback_model_type=api --feedback_base_url=http://localhost:8000/v1 \\
         --feedback_model_path=Qwen/Qwen3-8B
 
-Shapes: B rows of a batch, T tokens of the longest, N answer tokens of the batch, V vocabulary,
-R rewards.
+Shapes: B rows in a batch, T tokens in the longest, N answer tokens in the batch, R rewards.
 """
 
 import math
@@ -38,7 +37,7 @@ from typing import ClassVar
 
 import torch
 
-# A recipe runs from any directory, also as a copy in another folder of the repository.
+# A recipe runs from any directory, and as a copy in another folder of the repository.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import BaseStage, load_model_and_tokenizer, main
@@ -88,13 +87,13 @@ from recipes import sft
 
 # -- configuration ---------------------------------------------------------------------------------
 
-# Formats with one answer, and formats of prompts alone; plain text has no prompt to answer.
+# Formats with one answer, and formats with prompts only; plain text has no prompt to answer.
 ANSWERED = {
     name: columns for name, columns in sft.FORMATS.items() if name not in ("messages", "text")
 }
 PROMPTS = {name: columns for name, columns in PROMPT_FORMATS.items() if name != "instruction-input"}
 PAIRED = PAIR_FORMATS | UNPAIRED_FORMATS
-# Format: its columns. If several formats fit, the one with the most columns is used.
+# Format name -> columns it needs. If several formats fit, the one with the most columns is used.
 FORMATS = PAIRED | ANSWERED | PROMPTS
 OPTIONAL_COLUMNS = PROMPT_OPTIONAL_COLUMNS | sft.OPTIONAL_COLUMNS | PAIR_OPTIONAL_COLUMNS
 OPTIONAL_COLUMNS["instruction"] = [*PROMPT_OPTIONAL_COLUMNS["instruction"], "input"]
@@ -146,9 +145,9 @@ class EvaluateConfig(DataConfig, ScoringConfig, JudgingConfig, ModelConfig):
 def convert(row: dict, form: str) -> dict:
     """Convert a row in one of FORMATS to {"prompt", "answers", "columns"}.
 
-    "prompt" is messages, "answers" a list of messages: none, the expected answer, or the chosen
-    and the rejected one. "columns" has everything else, with the expected answer as the text
-    "answer". Raises RowError for a row that cannot be used."""
+    "prompt" is a list of messages. "answers" has a list of messages for each given answer: none,
+    the expected one, or the chosen and the rejected one. "columns" has everything else, with the
+    expected answer as the text "answer". Raises RowError for an unusable row."""
     columns = {name: value for name, value in row.items() if name not in FORMATS[form]}
     if form == "unpaired":
         return convert_unpaired(row, columns)
@@ -158,7 +157,7 @@ def convert(row: dict, form: str) -> dict:
         return {"prompt": pair["prompt"], "answers": answers, "columns": columns}
     if form in ANSWERED or (form == "messages" and has_final_answer(row)):
         *prompt, answer = sft.to_messages(row, form)
-        # A column `answer` beside messages is the expected answer, more exactly.
+        # A column `answer` takes precedence: it is the expected answer without the rest.
         columns = {"answer": answer["content"]} | columns
         return {"prompt": prompt, "answers": [[answer]], "columns": columns}
     if form == "instruction" and "input" in row:
@@ -167,7 +166,7 @@ def convert(row: dict, form: str) -> dict:
 
 
 def convert_unpaired(row: dict, columns: dict) -> dict:
-    """`convert` of {"prompt", "completion", "label"}: only a desirable answer is expected."""
+    """`convert` for {"prompt", "completion", "label"}: only a desirable answer is expected."""
     single = to_single(row)
     answers = []
     expected = None
@@ -180,15 +179,15 @@ def convert_unpaired(row: dict, columns: dict) -> dict:
 
 
 def has_final_answer(row: dict) -> bool:
-    """Whether the last message of a conversation is the assistant's."""
+    """Whether the last message of a conversation is from the assistant."""
     last_message = as_messages(row["messages"], "user")[-1]
     return last_message["role"] == "assistant"
 
 
 def encode(row: dict, tokenizer, max_length: int, max_new_tokens: int) -> dict:
-    """The row with "sides": for each given answer its token ids, as `collate_answers` takes them.
+    """Add "sides" to the row: the token ids of each given answer, as input of `collate_answers`.
 
-    Raises RowError if the answers, or the prompt and `max_new_tokens`, exceed `max_length`."""
+    Raises RowError if prompt and answer, or prompt and `max_new_tokens`, exceed `max_length`."""
     ids = prompt_ids(tokenizer, row["prompt"])
     if len(ids) + max_new_tokens > max_length:
         raise RowError(
@@ -210,8 +209,8 @@ def encode(row: dict, tokenizer, max_length: int, max_new_tokens: int) -> dict:
 def encode_for_models(
     config: EvaluateConfig, rows: list[dict], models: Sequence[tuple]
 ) -> list[list[dict]]:
-    """For each (model, tokenizer) the same rows, encoded: those that all models have room for, at
-    most `num_eval_samples` of them."""
+    """Encode the same rows for each (model, tokenizer): those that fit all models, at most
+    `num_eval_samples` of them."""
 
     def encode_for_all(row: dict) -> list[dict]:
         encoded = []
@@ -220,7 +219,7 @@ def encode_for_models(
             encoded.append(encode(row, tokenizer, max_length, config.max_new_tokens))
         return encoded
 
-    # A row that one model has no room for is dropped for all, so that they are comparable.
+    # A row that is too long for one model is dropped for all, so that results are comparable.
     by_row = usable_rows(rows, encode_for_all, "data")
     if config.num_eval_samples and config.num_eval_samples < len(by_row):
         logger.info("num_eval_samples: %d of %d rows", config.num_eval_samples, len(by_row))
@@ -248,7 +247,7 @@ def answer_logps(model, rows: list[dict], batch_size: int) -> list[list[tuple[fl
     def score(logits: torch.Tensor, targets: torch.Tensor) -> list[torch.Tensor]:
         return [TokenLogps.apply(logits, targets)]  # (n,)
 
-    # Keyed by the place in `sides`, since batches come in another order.
+    # Keyed by the index in `sides`, because batches are in a different order.
     results: dict[int, tuple[float, int]] = {}
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
@@ -266,7 +265,7 @@ def answer_logps(model, rows: list[dict], batch_size: int) -> list[list[tuple[fl
     in_order = iter([results[index] for index in range(len(sides))])
     by_row = []
     for row in rows:
-        # The sides of a row follow each other.
+        # The sides of a row are consecutive.
         by_row.append([next(in_order) for _ in row["sides"]])
     return by_row
 
@@ -275,9 +274,9 @@ def answer_logps(model, rows: list[dict], batch_size: int) -> list[list[tuple[fl
 
 
 def perplexity(logps: Sequence[float], lengths: Sequence[int]) -> dict[str, float]:
-    """{"perplexity", "perplexity_low", "perplexity_high", "perplexity_n"} of answers with these
-    log-probabilities, in nats, and lengths, in tokens: exp of a ratio of two means, with the
-    ratio's standard error (Cochran 1977, eq. 6.13)."""
+    """{"perplexity", "perplexity_low", "perplexity_high", "perplexity_n"} of answers, from their
+    log-probabilities in nats and lengths in tokens: exp of a ratio of two means, with the ratio's
+    standard error (Cochran 1977, eq. 6.13)."""
     n = len(logps)
     tokens = sum(lengths)
     rate = -sum(logps) / tokens  # nats per token
@@ -287,7 +286,7 @@ def perplexity(logps: Sequence[float], lengths: Sequence[int]) -> dict[str, floa
         squares = sum(residual * residual for residual in residuals)
         mean_length = statistics.fmean(lengths)
         error = math.sqrt(squares / (n * (n - 1))) / mean_length
-    # The interval is symmetric in the logarithm; exp of more than 709 overflows.
+    # The interval is symmetric in log space; exp overflows above 709.
     low = rate - 1.96 * error
     high = min(rate + 1.96 * error, 700)
     return {
@@ -308,7 +307,7 @@ def perplexity_of_answers(logps_by_row: list[list[tuple[float, int]]]) -> dict[s
 
 
 def ranking_accuracy(logps_by_row: list[list[tuple[float, int]]]) -> dict[str, float]:
-    """Fraction of pairs whose chosen answer is the more probable one; a tie counts half."""
+    """Fraction of pairs whose chosen answer is more probable; a tie counts as half."""
     wins = []
     for sides in logps_by_row:
         if len(sides) != 2:
@@ -326,12 +325,12 @@ def stopped(samples: list[dict]) -> dict[str, float]:
     return mean_with_interval("stopped", [float(sample["stopped"]) for sample in samples])
 
 
-# The following figures are verdicts on single answers, {row number: value}. A row without an
-# expected answer is not in it; None means that there should be a verdict and is none.
+# The following figures are verdicts on single answers, {row number: value}. Rows without an
+# expected answer are absent; None means that there should be a verdict but is none.
 
 
 def expected_answers(samples: list[dict]) -> dict[int, str]:
-    """{row number: expected answer} of the rows that have one."""
+    """{row number: expected answer} for the rows that have one."""
     expected = {}
     for number, sample in enumerate(samples):
         if sample["expected"] is not None:
@@ -343,14 +342,14 @@ def is_number(text: str) -> bool:
     """Whether an expected answer is a number or a formula, alone or after ####, rather than a text
     that contains a number."""
     final = text.split("####")[-1]
-    # A word is two letters or more that are no LaTeX command: "x + 1" has none.
+    # A word is two or more letters that are not a LaTeX command: "x + 1" has none.
     word = re.search(r"(?<!\\)\b[^\W\d_]{2,}", final)
     has_digit = re.search(r"\d", final) is not None
     return has_digit and verifiers.may_be_number(final) and word is None
 
 
 def exact_matches(samples: list[dict]) -> dict[int, float | None]:
-    """1.0 for an answer that is the expected text, else 0.0."""
+    """1.0 for an answer that equals the expected text, else 0.0."""
     expected = expected_answers(samples)
     answers = [samples[number]["answer"] for number in expected]
     golds = list(expected.values())
@@ -374,7 +373,7 @@ def numeric_matches(rows: list[dict], samples: list[dict]) -> dict[int, float | 
 def reward_verdicts(
     config: EvaluateConfig, functions: dict, rows: list[dict], samples: list[dict]
 ) -> dict[str, dict[int, float | None]]:
-    """{"reward": verdicts} and, with several rewards, {"reward_NAME": verdicts} of each."""
+    """{"reward": verdicts} and, with several rewards, {"reward_NAME": verdicts} for each."""
     if not functions:
         return {}
     texts = [sample["answer"] for sample in samples]
@@ -391,7 +390,7 @@ def reward_verdicts(
 
 
 def mean_verdict(name: str, verdicts: dict[int, float | None]) -> dict[str, float]:
-    """The mean of the verdicts with its interval; rows without a verdict are left out."""
+    """The mean of the verdicts and its interval; rows without a verdict are left out."""
     values = [value for value in verdicts.values() if value is not None]
     missing = len(verdicts) - len(values)
     if missing:
@@ -405,8 +404,8 @@ def mean_verdict(name: str, verdicts: dict[int, float | None]) -> dict[str, floa
 def scorecard(
     config: EvaluateConfig, rows: list[dict], functions: dict, model, tokenizer
 ) -> tuple[dict[str, float], list[dict]]:
-    """(metrics with their intervals, a sample for each row) of encoded rows. A sample has the
-    prompt, the model's answer, the expected one and the verdicts on it."""
+    """Evaluate a model on encoded rows: (metrics with their intervals, a sample for each row). A
+    sample has the prompt, the expected answer, the model's answer and the verdicts on it."""
     model.eval()
 
     # 1. Given answers: how probable does the model find them?
@@ -448,12 +447,12 @@ def evaluate(
     """(metrics, samples) of the model and, if there is one, of the baseline on the same rows."""
     models = [(model, tokenizer)]
     if config.baseline:
-        # A revision is that of the model, not of its baseline.
+        # `revision` is the model's, not the baseline's.
         other = replace(config, model_name_or_path=config.baseline, revision=None)
         models.append(load_model_and_tokenizer(other))
     rows_by_model = encode_for_models(config, rows, models)
 
-    # 1. The scorecards. The baseline is popped, so that its memory is free for what follows.
+    # 1. The scorecards. Popping the baseline frees its memory afterwards.
     metrics: dict[str, float] = {}
     baseline_samples: list[dict] = []
     if config.baseline:
@@ -465,7 +464,7 @@ def evaluate(
         return metrics, samples
 
     for sample, baseline in zip(samples, baseline_samples, strict=True):
-        # Both models got the same prompt.
+        # These are the same for both models.
         del baseline["prompt"], baseline["expected"]
         sample["baseline"] = baseline
 
@@ -485,7 +484,7 @@ def evaluate(
 
 
 def log_scorecard(metrics: dict[str, float]) -> None:
-    """One line for each metric that has an interval."""
+    """Log one line for each metric that has an interval."""
     for name, value in metrics.items():
         if f"{name}_n" not in metrics or name.endswith("_before"):
             continue
@@ -538,7 +537,7 @@ class EvaluateStage(BaseStage):
             self.functions["reward_model"] = load_reward_model(config)
         metrics: dict[str, float] = {}
 
-        # Only the main process calls this; the others wait for its file.
+        # Only the main process calls this; the others wait for the file.
         def make_samples() -> list[dict]:
             _, rows = self.data
             scores, samples = evaluate(config, model, tokenizer, rows, self.functions, self.judge)
@@ -551,7 +550,7 @@ class EvaluateStage(BaseStage):
         return metrics
 
     def save_model_and_tokenizer(self, model, tokenizer):
-        """Save nothing: the model is the one that came in."""
+        """Save nothing: the model is the unchanged input."""
 
 
 if __name__ == "__main__":

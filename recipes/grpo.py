@@ -6,9 +6,9 @@
 
 In the paper the KL is part of the loss: --kl_in=loss --kl_penalty=k3.
 
-`--advantage=rloo` compares each answer with the mean of the others, and takes the ratio of whole
-answers (RLOO, Ahmadian et al. 2024, eq. 8). There is no critic. The reference of the KL is the
-model that the run starts from. One row of data; other columns are passed to the reward function:
+`--advantage=rloo` compares each answer with the mean of the others, and uses the probability ratio
+of whole answers (RLOO, Ahmadian et al. 2024, eq. 8). There is no critic. The KL is to the model
+that the run starts from. One row of data; other columns are passed to the reward function:
 
     {"question": "Tom has 3 apples and buys 4 more. How many does he have now?", "answer": "7"}
 
@@ -30,7 +30,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-# A recipe runs from any directory, also as a copy in another folder of the repository.
+# A recipe runs from any directory, and as a copy in another folder of the repository.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import BaseStage, main
@@ -151,7 +151,7 @@ def train(
             record_old_logps(run, rollout)  # sets old_logps, ref_logps (B, T), if needed
             compute_advantages(run, rollout)  # sets rollout.advantages (B, T)
 
-            # 4. Update: one or several passes over the rollout, in clipped optimizer steps.
+            # 4. Update: one or several passes of clipped optimizer steps over the rollout.
             metrics = update(run, rollout)
             run.end_step(rollout, metrics)
     return run.finish()
@@ -191,14 +191,14 @@ def compute_advantages(run: Run, rollout: Rollout) -> None:
 
 
 def update(run: Run, rollout: Rollout) -> dict[str, float]:
-    """`ppo_epochs` passes over the rollout; returns the metrics of the last."""
+    """`ppo_epochs` passes over the rollout; returns the metrics of the last pass."""
     config = run.config
-    # The loss is a mean over the tokens of scored completions, or for RLOO over completions.
+    # The loss is a mean over the tokens of scored completions, or for RLOO over the completions.
     rollout.weights = rollout.used  # (B, T)
     if config.advantage == "rloo":
         rollout.weights = rollout.used.amax(1, keepdim=True)  # (B, 1)
     on_policy = rollout.old_logps is None  # a single step, at the policy that sampled
-    if on_policy:  # recorded on the way
+    if on_policy:  # filled in by the forward passes below
         rollout.old_logps = torch.zeros_like(rollout.used)  # (B, T)
         rollout.entropy = torch.zeros_like(rollout.used)  # (B, T)
     shuffle = torch.Generator().manual_seed(config.seed + run.step)

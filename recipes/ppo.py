@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from annotated_types import Ge, Le
 
-# A recipe runs from any directory, also as a copy in another folder of the repository.
+# A recipe runs from any directory, and as a copy in another folder of the repository.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import BaseStage, main
@@ -208,7 +208,7 @@ def compute_advantages(run: Run, rollout: Rollout) -> None:
 
 
 def update(run: Run, rollout: Rollout) -> dict[str, float]:
-    """`ppo_epochs` passes over the rollout; returns the metrics of the last."""
+    """`ppo_epochs` passes over the rollout; returns the metrics of the last pass."""
     config = run.config
     rollout.weights = rollout.used  # the loss is a mean over the tokens of scored completions
     shuffle = torch.Generator().manual_seed(config.seed + run.step)

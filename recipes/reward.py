@@ -1,4 +1,4 @@
-"""A reward model: a number for an answer, higher for chosen answers than for rejected ones.
+"""A reward model: scores answers, the chosen ones higher than the rejected ones.
 
     L(theta) = - E log sigmoid( r(x, y_w) - r(x, y_l) - m )
 
@@ -15,7 +15,7 @@ Run it on a laptop, and as QLoRA on a GPU:
     python recipes/reward.py --model=outputs/sft --data=my_pairs.jsonl --use_4bit \\
         --output_dir=outputs/reward
 
-Shapes: B pairs of a batch, T tokens of the longest conversation.
+Shapes: B pairs in a batch, T tokens in the longest conversation.
 """
 
 import sys
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-# A recipe runs from any directory, also as a copy in another folder of the repository.
+# A recipe runs from any directory, and as a copy in another folder of the repository.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import BaseStage, main
@@ -64,7 +64,7 @@ class RewardConfig(FitConfig):
 
     # reward model
     preference_dataset_path: DataPath = ""  # file, folder or hub name, or a list: docs/data.md
-    max_seq_length: Count = 2048  # maximum tokens of prompt and answer; longer pairs are left out
+    max_seq_length: Count = 2048  # maximum tokens of prompt and answer; longer pairs are dropped
     learning_rate: Positive | None = None  # peak; default 2e-4 for an adapter, 1e-5 for all weights
     center_rewards_coefficient: NonNegative = 0.01  # pull of a pair's rewards towards a mean of 0
 
@@ -84,7 +84,7 @@ def encode(row: dict, tokenizer, max_length: int) -> dict:
     """
     chosen = encode_answer(row["prompt"], row["chosen"], tokenizer)
     rejected = encode_answer(row["prompt"], row["rejected"], tokenizer)
-    # A truncated answer would be scored without its end, so the pair is left out instead.
+    # A truncated answer would be scored without its end, so the pair is dropped instead.
     if max(len(chosen), len(rejected)) > max_length:
         raise RowError(f"longer than {max_length} tokens")
     margin = row.get("margin", 0.0)
@@ -99,7 +99,7 @@ def encode_answer(prompt: list[dict], answer: list[dict], tokenizer) -> list[int
 
 
 def encode_rows(rows: list[dict], tokenizer, max_length: int, name: str) -> list[dict]:
-    """`encode` all rows; unusable ones are counted in a warning about `name`."""
+    """`encode` all rows; a warning about `name` counts the unusable ones."""
     if not rows:
         return []
 
@@ -126,7 +126,7 @@ def collate(rows: list[dict], pad_token_id: int, padding_side: str = "right") ->
         "attention_mask": mask,
         "margin": torch.tensor(margins),  # (B,)
         "num_tokens": mask.sum(),  # for the logged speed
-        "num_items": torch.tensor(len(rows)),  # B, the number of items that `loss` is the mean of
+        "num_items": torch.tensor(len(rows)),  # B, the number of items that `loss` averages over
     }
 
 
@@ -138,15 +138,15 @@ def reward_loss(
 ) -> Tensor:
     """-log sigmoid(chosen - rejected - margin) + center (chosen + rejected)^2 of rewards (B,).
 
-    Preferences leave a constant open, which the second term fixes (Eisenstein et al. 2023,
-    section 2).
+    Preferences determine rewards only up to a constant, which the second term fixes (Eisenstein et
+    al. 2023, section 2).
     """
     preference = -F.logsigmoid(chosen - rejected - margin)
     return preference + center * (chosen + rejected) ** 2
 
 
 def calibration_error(margins: Tensor, bins: int = 10) -> float:
-    """Mean gap between confidence and accuracy over equal bins of confidence.
+    """Mean gap between confidence and accuracy over equal-width bins of confidence.
 
     (Guo et al. 2017, eq. 3.) A margin r_w - r_l of `margins` (N,) has the confidence
     sigmoid(|margin|), and is right if it is positive.
@@ -191,12 +191,12 @@ def train(config: RewardConfig, model, tokenizer, train_rows: list, eval_rows: l
 
     `model` is a sequence classifier with one label. A pair may have a "margin".
     """
-    # 1. Rows to tokens. The model has no positions beyond its context, whatever the option says.
+    # 1. Rows to tokens. The model's context length is an upper limit.
     max_length = min(config.max_seq_length, context_length(model.config))
     training = encode_rows(train_rows, tokenizer, max_length, "training data")
     evaluation = encode_rows(eval_rows, tokenizer, max_length, "evaluation data")
 
-    # 2. Train: `fit` is the loop of core/training.py over batches and their loss.
+    # 2. Train: `fit` is the training loop in core/training.py.
     make_batch = partial(collate, pad_token_id=tokenizer.pad_token_id)
     batch_loss = partial(loss, center=config.center_rewards_coefficient)
     calibration = {}
@@ -205,7 +205,7 @@ def train(config: RewardConfig, model, tokenizer, train_rows: list, eval_rows: l
         calibration["calibration_error_before"] = error
     metrics = fit(config, model, training, evaluation, make_batch, batch_loss)
 
-    # 3. Does the model know how sure it may be?
+    # 3. Are the model's confidences calibrated?
     if evaluation:
         error = measure_calibration(config, model, evaluation, make_batch)
         calibration["calibration_error"] = error
@@ -249,19 +249,19 @@ class RewardStage(BaseStage):
 
     def work(self, lengths, target_share):
         work = super().work(lengths, target_share)
-        # Each pair is two conversations, which get one score each.
+        # Each pair is two conversations with one score each.
         work.tokens, work.forward_tokens = 2 * work.tokens, 2 * work.forward_tokens
         work.rows, work.share_scored = 2 * work.rows, 0.0
         return work
 
     def prepare_model_and_tokenizer(self, model, tokenizer, previous_result=None):
-        # A policy in memory has a language-model head, so the classifier is loaded from its folder:
-        # the same backbone with a new head. Without a folder, the parent class refuses it.
+        # A policy in memory has a language-model head, so the classifier is loaded from its folder,
+        # with the same backbone and a new head. Without a folder, the parent class refuses it.
         if previous_result and previous_result.model_path:
             model = None
         model, tokenizer = super().prepare_model_and_tokenizer(model, tokenizer, previous_result)
         # transformers takes the score at the last token that is not padding. If the padding token
-        # were one that ends a turn, the score would be taken before the end of the answer.
+        # also ended turns, the score would be taken before the end of the answer.
         if tokenizer.pad_token_id in stop_tokens(tokenizer):
             tokenizer.pad_token = find_spare_token(tokenizer)
         # The model looks for padding by this id; a reward model is loaded with it again.
@@ -283,7 +283,7 @@ def read_margin(row: dict) -> float:
 
 
 def find_spare_token(tokenizer) -> str:
-    """A special token that ends no turn, to pad with; raises ConfigError if there is none."""
+    """A special token for padding that does not end a turn. Raises ConfigError if there is none."""
     added_tokens = tokenizer.added_tokens_decoder.items()
     special = {index for index, token in added_tokens if token.special}
     spare = special - set(stop_tokens(tokenizer))

