@@ -1,4 +1,4 @@
-"""Recipes in sequence, from a YAML file; each stage starts from the model of the one before.
+"""Run recipes in sequence from a YAML file; each stage starts from the model of the previous one.
 
     python chain.py yaml/quickstart.yaml
     python chain.py pipeline.yaml --dry_run
@@ -67,23 +67,23 @@ class Pipeline(StagePlan):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.results: list[StageResult] = []  # of the stages that are finished
+        self.results: list[StageResult] = []  # of the finished stages
 
     @classmethod
     def from_yaml(cls, path: str | Path, **overrides: Any) -> Pipeline:
-        """The pipeline of a YAML file; `overrides` are top-level options, or a stage's as
-        {"sft.seed": 1}."""
+        """The pipeline of a YAML file. `overrides` are top-level options, or options of a stage
+        such as {"sft.seed": 1}."""
         return cls.from_dict(load_yaml(path), **overrides)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], **overrides: Any) -> Pipeline:
-        """The pipeline of a mapping such as a YAML file has; `overrides` as in `from_yaml`."""
+        """The pipeline of a mapping with the structure of a YAML file; `overrides` as in
+        `from_yaml`."""
         values, overrides = nest_flat_form(values, overrides)
         top_level, per_stage = split_by_stage(overrides)
         options, problems, notes = merge_sources(PipelineConfig, [values, top_level])
         checked, wrong = check_options(PipelineConfig, options)
-        # The file may have options of stages that `--stages` leaves out: those names are no
-        # mistake.
+        # The file may have options of stages that `--stages` leaves out: these names are valid.
         in_file, *_ = merge_sources(PipelineConfig, [values])
         declared = split_names(in_file.get("stages"))
         return cls(PipelineConfig(**checked), per_stage, declared, problems + wrong, notes)
@@ -91,13 +91,12 @@ class Pipeline(StagePlan):
     # ---- check ----
 
     def check(self) -> list[str]:
-        """Check all that can be known before a model is loaded: configs and data of all stages,
-        space on the disk. Returns lines that describe what the stages will do; raises
-        ConfigError."""
+        """Check everything that needs no weights: configs and data of all stages, disk space.
+        Returns lines that describe what the stages will do; raises ConfigError."""
         self.check_folder()
         lines: list[str] = []
         bytes_needed = 0.0
-        # The model of the first stage, without its weights, stands for those of the others.
+        # The first stage's model, without weights, stands in for the models of the others.
         skeleton = None
         for folder, stage in self.enabled.items():
             try:
@@ -116,8 +115,7 @@ class Pipeline(StagePlan):
         return lines
 
     def check_folder(self) -> None:
-        """Refuse by ConfigError an output_dir where the chain would write over what is not its
-        own."""
+        """Raise ConfigError if the chain would overwrite foreign files in output_dir."""
         out = Path(self.config.output_dir)
         ownership.refuse_own_inputs(self.config, [*self.folders, "final"])
         if not (out / "pipeline.json").exists():
@@ -138,8 +136,8 @@ class Pipeline(StagePlan):
         return Path(self.config.output_dir, "pipeline_training.log")
 
     def run(self) -> list[StageResult]:
-        """Run the stages in order, each on the model of the one before; stop at the first that
-        fails, deleting nothing. With dry_run, only check and print the plan. Raises ConfigError
+        """Run the stages in order, each on the model of the previous one; stop at the first failure
+        without deleting anything. With dry_run, only check and print the plan. Raises ConfigError
         before the first stage runs."""
         if self.config.dry_run:
             with start_logging(self.config.log_level):
@@ -167,7 +165,7 @@ class Pipeline(StagePlan):
         return self.results
 
     def check_and_show_plan(self) -> list[str]:
-        """`check`, with the notes on the options before it and the plan after it."""
+        """Log notes on the options, `check`, then log the plan."""
         self.warn_of_options()
         descriptions = self.check()
         logger.info("%s", self.plan())
@@ -177,8 +175,8 @@ class Pipeline(StagePlan):
         return descriptions
 
     def run_stages(self, finished: Sequence[StageResult]) -> bool:
-        """Fill `results`: those of finished stages first, then those of the stages that run now.
-        False if one fails."""
+        """Fill `results` with those of finished stages, then of the stages that run now. Returns
+        False if a stage fails."""
         previous: StageResult | None = None
         for number, (folder, stage) in enumerate(zip(self.folders, self.stages, strict=True), 1):
             if not stage.config.enabled:
@@ -205,13 +203,13 @@ class Pipeline(StagePlan):
         return True
 
     def run_stage(self, folder: str, stage: BaseStage, previous: StageResult | None) -> StageResult:
-        """Run one stage on the model of `previous`, which is then released: one model in memory at
-        a time."""
+        """Run one stage on the model of `previous`, which is released afterwards, so that only one
+        model is in memory at a time."""
         try:
             self.follow_links(stage)
             model, tokenizer = self.load_input(stage, previous)
             result = stage.execute_and_record(model, tokenizer, previous)
-        except Exception as error:  # an input refused late, or an execute() of a user's own
+        except Exception as error:  # input refused late, or a user-defined execute()
             logger.debug("the failure in full", exc_info=True)
             message = f"{type(error).__name__}: {error}"
             logger.error("%s: %s", folder, message)
@@ -233,14 +231,14 @@ class Pipeline(StagePlan):
         return result
 
     def follow_links(self, stage: BaseStage) -> None:
-        """Set the options stage:NAME to the paths of what those stages left."""
+        """Replace option values stage:NAME by the paths of those stages' results."""
         for option, name in find_links(stage.config).items():
             kind = option.removesuffix("_path")
             setattr(stage.config, option, self.artifact(name, kind))
 
     def load_input(self, stage: BaseStage, previous: StageResult | None) -> tuple[Any, Any]:
-        """(model, tokenizer) to hand to a stage. One whose options are those of a model loads its
-        own where there is none in memory; for any other it is loaded here."""
+        """(model, tokenizer) to pass to a stage. If there is no model in memory, a stage with a
+        ModelConfig loads one by itself; for any other stage it is loaded here."""
         model, tokenizer = None, None
         if previous is not None:
             model, tokenizer = previous.model, previous.tokenizer
@@ -254,9 +252,9 @@ class Pipeline(StagePlan):
         return load_model_and_tokenizer(ModelConfig(**options), needs_chat_template=False)
 
     def finished(self) -> list[StageResult]:
-        """Results of the stages, from the first on, that need not run: finished with the same
-        options, data, code and start, and with the model that the next one needs. Logs why the next
-        one has to run."""
+        """Results of the leading stages that need not run: they finished with the same options,
+        data, code and start, and the model that the next stage needs still exists. Logs why the
+        next stage has to run."""
         config = self.config
         folders, stages = list(self.enabled), list(self.enabled.values())
         reasons = self.reasons_to_run()
@@ -275,8 +273,8 @@ class Pipeline(StagePlan):
 
         results = [stage.recorded() for stage in stages[:first]]
         if first < len(stages) or not self.has_final():
-            # A stage whose weights were deleted or never saved runs again, unless no stage so far
-            # made a model.
+            # A stage whose weights were deleted or never saved runs again, unless no stage up to
+            # it makes a model.
             while first and not has_weights(results[first - 1].model_path):
                 if not any(stage.hands_on for stage in stages[:first]):
                     break
@@ -292,9 +290,9 @@ class Pipeline(StagePlan):
         return results[:first]
 
     def reasons_to_run(self) -> list[str]:
-        """For each enabled stage why it has to run, or an empty text. The fingerprint of a stage
-        has its start, which is all the fingerprints before it: a change of one stage reaches all
-        after it."""
+        """For each enabled stage, why it has to run, or an empty text. A stage's fingerprint
+        includes a hash of all fingerprints before it, so a changed stage invalidates all later
+        ones."""
         reasons = []
         start = ""
         for stage in self.enabled.values():
@@ -304,8 +302,8 @@ class Pipeline(StagePlan):
         return reasons
 
     def artifact(self, name: str, kind: str) -> str:
-        """What the last stage of that name left: its artifact `kind`, else its only one but the
-        adapter, else its model. Raises ConfigError."""
+        """Path of a result of the last stage of that name: its artifact `kind`, else its only
+        artifact besides the adapter, else its model. Raises ConfigError."""
         ran = zip(self.enabled, self.results, strict=False)  # later stages have no result yet
         named = [result for folder, result in ran if name in (folder, short_name(folder))]
         artifacts = named[-1].artifacts
@@ -318,11 +316,10 @@ class Pipeline(StagePlan):
             raise ConfigError(f"stage {name} leaves no {kind}; it leaves {names}")
         return paths[0]
 
-    # ---- hand over ----
+    # ---- the final model ----
 
     def fingerprint_paths(self) -> list[Path]:
-        """Fingerprints of the model in OUT/final and of the last stage that hands a model on, if
-        there is one."""
+        """Fingerprint files of OUT/final and of the last stage that hands a model on, if any."""
         folders = [f"{self.config.output_dir}/final"]
         makers = [stage for stage in self.enabled.values() if stage.hands_on]
         if makers:
@@ -338,8 +335,8 @@ class Pipeline(StagePlan):
         return len(contents) == 1 and has_weights(paths[0].parent)
 
     def keep_final_model(self, last: StageResult, all_reused: bool) -> None:
-        """After a complete chain: save OUT/final, and delete the stages' models, as the options
-        say."""
+        """After a complete chain: save OUT/final and delete the stages' models, if the options say
+        so."""
         up_to_date = all_reused and self.has_final()
         has_model = last.model or last.model_path
         if self.config.save_final_model and has_model and not up_to_date:
@@ -348,7 +345,7 @@ class Pipeline(StagePlan):
             self.clean_up(last)
 
     def save_final(self, result: StageResult, folder: Path) -> None:
-        """OUT/final: the last stage's model, by hard links where the file system has them."""
+        """Save the last stage's model to OUT/final, with hard links if the file system has them."""
         if not is_main_process():
             return
         if not self.config.force and not self.has_final():
@@ -372,8 +369,8 @@ class Pipeline(StagePlan):
                 copy()
 
     def clean_up(self, last: StageResult) -> None:
-        """Delete weights and checkpoints of the stages; the last model's only if OUT/final has it.
-        Records stay."""
+        """Delete weights and checkpoints of the stages, but those of the last model only if
+        OUT/final has it. Records are kept."""
         paths = {result.model_path for result in self.results} - {None}
         if not self.config.save_final_model:
             paths.discard(last.model_path)
@@ -390,7 +387,7 @@ class Pipeline(StagePlan):
     # ---- records ----
 
     def write_state(self, **state: Any) -> None:
-        """OUT/pipeline.json and report.html: plan, state, results so far, and this command."""
+        """Write OUT/pipeline.json (plan, state, results so far, this command) and report.html."""
         if not is_main_process():
             return
         results = []
@@ -411,7 +408,7 @@ class Pipeline(StagePlan):
         write_json(Path(self.config.output_dir, "pipeline.json"), values)
         try:
             report.write(self.config.output_dir)
-        except Exception as error:  # a page must not cost a run
+        except Exception as error:  # a failed report must not stop a run
             logger.warning("report.html was not written: %s", error)
 
     def summary(self) -> str:
@@ -429,7 +426,7 @@ class Pipeline(StagePlan):
         return format_table(("stage", "minutes", "metric", "before -> after", "folder"), rows)
 
     def next_steps(self) -> str:
-        """The model that the chain made, and the commands to go on with."""
+        """The model that the chain made, and commands to continue with."""
         ran = list(self.enabled.values())[: len(self.results)]
         makers = [stage for stage in ran if stage.hands_on]
         last = makers[-1] if makers else ran[-1]
@@ -440,7 +437,7 @@ class Pipeline(StagePlan):
         return describe_next_steps(last, folder, model, start_of(ran[0]))
 
     def how_to_go_on(self) -> str:
-        """What the command does if it is given again, after a stage has failed."""
+        """What the same command does when it is run again after a failed stage."""
         config = self.config
         failed = list(self.enabled)[len(self.results) - 1]
         restarts = {
@@ -459,7 +456,7 @@ class Pipeline(StagePlan):
 
 
 def read_arguments(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """(YAML file, options) of a command line. Raises ConfigError."""
+    """(YAML file, options) from a command line. Raises ConfigError."""
     words, options = read_command_line(arguments)
     if "--stages" in arguments:
         # `--stages sft dpo`: the words after the first belong to it, except the YAML file
@@ -489,7 +486,7 @@ def main(arguments: list[str] | None = None) -> None:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:  # such as a full disk, while a record is written
+    except OSError as error:  # for example a full disk while a record is written
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     all_succeeded = all(result.success for result in results)

@@ -5,8 +5,8 @@
     python chat.py outputs/quickstart --prompt="What is the capital of France?"
     echo "What is the capital of France?" | python chat.py outputs/quickstart
 
-The model is the folder of a model, of an adapter or of a chain, a hub name, or a .gguf file. The
-answer to --prompt or to a pipe is alone on stdout; everything else is on stderr.
+The model is the folder of a model, an adapter or a chain, a hub name, or a .gguf file. With
+--prompt or a pipe, only the answer goes to stdout; everything else goes to stderr.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ COMMANDS = """\
   /save FILE      append the conversation to a .jsonl file that recipes/sft.py trains on
   /quit, Ctrl-D   leave; Ctrl-C stops an answer"""
 
-# What a stage has and a conversation has not.
+# Options of a stage that have no effect in a conversation.
 WITHOUT_EFFECT = {option.name for option in fields(StageConfig)} - {"seed", "log_level"}
 
 
@@ -47,18 +47,19 @@ class ChatConfig(ModelConfig):
 
     everyday: ClassVar[tuple[str, ...]] = ("compare", "prompt", "system", "max_new_tokens", "seed")
 
-    compare: str | None = None  # another model, which answers too, in the column on the left
-    prompt: str | None = None  # answer this and end
+    compare: str | None = None  # a second model, which answers too, in the left column
+    prompt: str | None = None  # answer this prompt and exit
     system: str | None = None  # system prompt; none: the chat template's own, if it has one
     max_new_tokens: Count = 512  # maximum length of an answer, in tokens
     temperature: NonNegative | None = None  # 0 is greedy; none: the model's own, else 0.7
-    top_p: Annotated[float, Gt(0), Le(1)] | None = None  # none: the model's own, else 1, off
-    top_k: Natural | None = None  # none: the model's own, else 0, off
-    seed: Natural = 42  # random seed; with the same questions it gives the same answers
+    top_p: Annotated[float, Gt(0), Le(1)] | None = None  # none: the model's own, else 1 (off)
+    top_k: Natural | None = None  # none: the model's own, else 0 (off)
+    seed: Natural = 42  # random seed; the same questions then get the same answers
 
 
 def read_config(arguments: list[str]) -> ChatConfig:
-    """The options of a command line, whose one word is the model. Raises ConfigError."""
+    """The options from a command line; its only positional argument is the model. Raises
+    ConfigError."""
     words, options = read_command_line(arguments)
     if len(words) != 1 or "model" in options:
         raise ConfigError("give one model: python chat.py MODEL --option=value")
@@ -76,7 +77,7 @@ def read_config(arguments: list[str]) -> ChatConfig:
 
 
 def say(text: str) -> None:
-    """Print what is no answer."""
+    """Print anything but an answer."""
     print(show_controls(text), file=sys.stderr, flush=True)
 
 
@@ -92,9 +93,9 @@ def load_conversation(config: ChatConfig) -> Conversation:
 
 
 def answer(conversations: list[Conversation], question: str) -> None:
-    """Print the answer of each model. Raises ConfigError for a question that one cannot take."""
+    """Print the answer of each model. Raises ConfigError if a model cannot take the question."""
     for conversation in conversations:
-        conversation.encode(question)  # refused by one, it is put to none
+        conversation.encode(question)  # if one model cannot take it, none is asked
     if len(conversations) == 1:
         for piece in conversations[0].ask(question):
             print(show_controls(piece), end="", flush=True)
@@ -109,7 +110,7 @@ def answer(conversations: list[Conversation], question: str) -> None:
 
 
 def run_command(conversations: list[Conversation], line: str) -> None:
-    """Run one of the COMMANDS but /quit. Raises ConfigError."""
+    """Run one of the COMMANDS except /quit. Raises ConfigError."""
     command, _, text = line.partition(" ")
     text = text.strip()
     if command == "/save":
@@ -152,7 +153,7 @@ def talk(conversations: list[Conversation]) -> None:
 
 
 def run(config: ChatConfig) -> None:
-    """Answer the one prompt of --prompt or a pipe, or talk. Raises ConfigError."""
+    """Answer the prompt given by --prompt or a pipe, else talk. Raises ConfigError."""
     prompt = config.prompt
     if prompt is None and not sys.stdin.isatty():
         with as_config_error("stdin cannot be read"):
@@ -163,7 +164,7 @@ def run(config: ChatConfig) -> None:
     if config.compare:
         configs.insert(0, replace(config, model_name_or_path=config.compare, revision=None))
     with contextlib.ExitStack() as log:
-        with contextlib.redirect_stdout(sys.stderr):  # stdout has the answers alone
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers only
             log.enter_context(start_logging(config.log_level))
             warn_together("options", config.notes)
             conversations = [load_conversation(each) for each in configs]
@@ -174,8 +175,8 @@ def run(config: ChatConfig) -> None:
 
 
 def main() -> None:
-    """The command line. Exit status 0: done; 1: nobody reads on; 2: invalid input; 130: Ctrl-C
-    before there is a model."""
+    """The command line. Exit status 0: done; 1: stdout was closed; 2: invalid input; 130: Ctrl-C
+    before the model is loaded."""
     arguments = sys.argv[1:]
     if not arguments or {"-h", "--help"} & set(arguments):
         without = {"dry_run", "model_name_or_path", *WITHOUT_EFFECT}
@@ -190,7 +191,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
-        # As in `| head`. At the exit Python would flush stdout once more, and complain.
+        # As with `| head`. At exit Python would flush stdout again, and print an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 

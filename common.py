@@ -1,4 +1,4 @@
-"""What every recipe needs: load, quantize, adapt, merge and save a model; the contract of a stage;
+"""Shared by all recipes: load, quantize, adapt, merge and save a model; the contract of a stage;
 the command line. The mathematics of an algorithm is in its recipe, everything else is in core/.
 """
 
@@ -57,16 +57,16 @@ from core.work import Work, estimate_fit
 
 @dataclass
 class StageResult:
-    """What a stage leaves. `metrics` has x after training and x_before before it."""
+    """The result of a stage. `metrics` has x measured after training and x_before before it."""
 
     stage_name: str
     success: bool
     model_path: str | None = None  # folder of the model; None when save_intermediate is false
     tokenizer_path: str | None = None
     metrics: dict[str, float] = field(default_factory=dict)
-    artifacts: dict[str, str] = field(default_factory=dict)  # name -> path of what else was saved
+    artifacts: dict[str, str] = field(default_factory=dict)  # name -> path of other saved results
     error_message: str | None = None  # last line of the traceback; the log has all of it
-    # The live objects, for hand-over in memory; they are never saved.
+    # The live objects, for handing over in memory; they are never saved.
     model: Any = field(default=None, repr=False, compare=False)
     tokenizer: Any = field(default=None, repr=False, compare=False)
 
@@ -77,14 +77,14 @@ class BaseStage:
     stage_name: str = ""
     config_class: type[StageConfig] = StageConfig
     needs_chat_template: bool = True  # false: the data is plain text
-    task: str = "CAUSAL_LM"  # PEFT's name of the model's task; SEQ_CLS: it returns one score
+    task: str = "CAUSAL_LM"  # PEFT task type of the model; SEQ_CLS returns one score
     needs_folder: str = ""  # label of a stage whose input must be saved on disk
     hands_on: bool = True  # false: the next stage receives this stage's input model
     config: Any  # an instance of config_class
 
     def __init__(self, config: StageConfig):
         self.config = config
-        # A subclass may define it as a property, which is its name whatever the config says.
+        # A subclass may define it as a property, which takes precedence over the config.
         is_property = isinstance(type(self).stage_name, property)
         if config.stage_name and not is_property:
             self.stage_name = config.stage_name
@@ -95,19 +95,19 @@ class BaseStage:
         self.artifacts: dict[str, str] = {}
         self.start: str | None = None  # in a chain: hash of the fingerprints of the stages before
         self.reuse_finished = False  # true: execute returns the recorded result of the same run
-        self.warns_of_options = True  # false where the chain has done so
+        self.warns_of_options = True  # false if the chain has done so
         self._fingerprint: dict[str, Any] = {}
         self._changed_code: list[str] = []  # files that changed since Python imported them
         self._executed = False
-        self._loaded_data: Any = None  # tells `data` that load_data read from `data` set by hand
+        self._loaded_data: Any = None  # what load_data read, to tell it from `data` set by hand
 
     @classmethod
     def resolve(cls, options: dict[str, Any]) -> tuple[type[BaseStage], dict[str, Any], list[str]]:
-        """(stage class, options that run for `options` as given, notes on those without effect). A
-        page that stands for several recipes chooses one of them here."""
+        """(stage class, its options, notes on options without effect) for the `options` given. A
+        recipe that stands for several others chooses one of them here."""
         return cls, options, []
 
-    # What a recipe defines or extends.
+    # Methods that a recipe defines or extends.
 
     def validate_config(self) -> None:
         """Raise ConfigError for options that do not go together. Opens nothing."""
@@ -117,20 +117,20 @@ class BaseStage:
         """(training rows, evaluation rows). Needs no model; a dry run calls it too."""
 
     def sequences(self, row, tokenizer, context: int) -> tuple[list[tuple], bool] | None:
-        """([(input_ids, labels)], whether it is cut) of a row of `load_data`, encoded for checks
-        before training; labels are None if nothing is imitated. None: no checks."""
+        """Encode a row of `load_data` for checks before training: ([(input_ids, labels)], whether
+        it is truncated). Labels are None if nothing is imitated. Return None to skip the checks."""
 
     def work(self, lengths: Sequence[int], target_share: float) -> Work:
-        """What a training computes on rows of these lengths, for the estimates of a dry run."""
+        """The work of training on rows of these lengths, for the estimates of a dry run."""
         return estimate_fit(self.config, self.data, lengths, target_share)
 
     def prepare_model_and_tokenizer(
         self, model, tokenizer, previous_result: StageResult | None = None
     ):
-        """(model ready to train, tokenizer): those handed over, or in the folder of the stage
-        before, or of `model_name_or_path`. An adapter trains, or all weights if lora_r is 0.
+        """(model ready to train, tokenizer): those passed in, or loaded from the folder of the
+        previous stage or `model_name_or_path`. An adapter trains, or all weights if lora_r is 0.
 
-        A stage whose options are a plain StageConfig gets what was handed over as it is.
+        A stage whose config is not a ModelConfig gets what was passed in, unchanged.
         """
         import transformers
 
@@ -153,7 +153,7 @@ class BaseStage:
             set_generation_config(model, tokenizer, name)
         tokenizer.new_ids = rows_to_start(model, tokenizer)
         start_new_rows(model, tokenizer.new_ids)
-        # Loading may have drawn random numbers: the adapter is the same wherever the model is from.
+        # Loading may have drawn random numbers; the adapter must not depend on it.
         transformers.set_seed(config.seed)
         if isinstance(config, TrainingConfig):
             model = add_adapter(model, config, self.task, tokenizer.new_ids)
@@ -162,12 +162,12 @@ class BaseStage:
         return model, tokenizer
 
     def train(self, model, tokenizer) -> dict[str, float] | tuple[dict[str, float], Any]:
-        """Train `model` in place. Returns the metrics, or (metrics, model) if the result is another
-        model than the one trained."""
+        """Train `model` in place. Returns the metrics, or (metrics, model) if the result is a
+        different model."""
         raise NotImplementedError(f"{type(self).__name__} defines no train()")
 
     def save_model_and_tokenizer(self, model, tokenizer) -> Any:
-        """Save both into the stage's folder; returns (path of the model, path of the tokenizer). A
+        """Save both to the stage's folder; returns (path of the model, path of the tokenizer). A
         subclass may return one folder for both, or None."""
         folder = save_model(model, tokenizer, self.config.output_dir)
         return folder, folder
@@ -179,13 +179,13 @@ class BaseStage:
     def cleanup_logging(self) -> None:
         self.logs.close()
 
-    # What runs it.
+    # Methods that run the stage.
 
     def execute(
         self, model=None, tokenizer=None, previous_result: StageResult | None = None
     ) -> StageResult:
         """Check, claim the folder, prepare, train, save, record. Raises ConfigError for what the
-        user can correct; any other exception becomes a failed result, its traceback in the log."""
+        user can correct. Any other exception becomes a failed result; the log has its traceback."""
         if previous_result and not previous_result.success:
             raise ConfigError(f"the stage before failed: {previous_result.error_message}")
         if model is not None and tokenizer is None:
@@ -203,7 +203,7 @@ class BaseStage:
                 self.cleanup_logging()
 
     def _run(self, model, tokenizer, previous_result: StageResult | None) -> StageResult:
-        """The steps of `execute`, in its lock and its log."""
+        """The steps of `execute`, with the folder locked and logging set up."""
         import transformers
 
         previous_folder = previous_result.model_path if previous_result else None
@@ -215,7 +215,7 @@ class BaseStage:
         self._claim_folder()
         self._check_rows(model, tokenizer, previous_folder)
 
-        # Whatever ran before, the same seed gives the same stage.
+        # The result depends on the seed, not on what ran before.
         transformers.set_seed(self.config.seed)
         try:
             model, tokenizer = self.prepare_model_and_tokenizer(model, tokenizer, previous_result)
@@ -227,15 +227,15 @@ class BaseStage:
             self._save_adapter(model, tokenizer)
             model = merge_adapter(model)
         finally:
-            # After a failure the caller gets its model back as it was, without our adapter.
+            # After a failure, give the caller its model back without our adapter.
             if model is not input_model and hasattr(model, "peft_config"):
                 model.unload()
         paths: tuple[str | None, str | None] = (None, None)
         if self.config.save_intermediate:
             saved = self.save_model_and_tokenizer(model, tokenizer)
-            # A stage that makes no model saves none; one folder may have both.
+            # A stage without a model of its own saves none; one folder may have both.
             paths = saved if isinstance(saved, tuple) else (saved, saved)
-        # What such a stage makes, a reward model or figures, is not what the chain trains.
+        # The result of such a stage, a reward model or metrics, is not what the chain trains.
         if not self.hands_on:
             model, tokenizer = input_model, input_tokenizer
             paths = previous_folder, previous_folder
@@ -250,8 +250,8 @@ class BaseStage:
     def execute_and_record(
         self, model=None, tokenizer=None, previous_result: StageResult | None = None
     ) -> StageResult:
-        """`execute`; where it is a subclass's own, what ours does around the training: check, claim
-        the folder, record the result."""
+        """`execute`. If a subclass overrides it, also do what ours does around training: check,
+        claim the folder, record the result."""
         if type(self).execute is BaseStage.execute:
             return self.execute(model, tokenizer, previous_result)
         with ownership.locked(Path(self.config.output_dir)):
@@ -269,7 +269,7 @@ class BaseStage:
         checkpoints.write_stage_record(self.config, result, lineage)
 
     def check(self) -> None:
-        """Refuse by ConfigError all that can be refused before a model is loaded."""
+        """Raise ConfigError for everything that can be detected before a model is loaded."""
         with as_config_error(self.stage_name, ValueError):
             self.validate_config()
         if self.warns_of_options:
@@ -280,7 +280,7 @@ class BaseStage:
             self.data = self._loaded_data = self.load_data()
 
     def fingerprint(self) -> dict[str, Any]:
-        """What decides the result of the stage, once checked: see core/fingerprints.py."""
+        """What decides the result of the stage (core/fingerprints.py); call `check` first."""
         if not self._fingerprint:
             data_digest = self.lineage.get("data", {}).get("sha256")
             self._fingerprint, self._changed_code = compute_fingerprint(
@@ -289,7 +289,7 @@ class BaseStage:
         return self._fingerprint
 
     def stale(self) -> str:
-        """Why the stage has to run; empty if it is finished, with the same fingerprint."""
+        """Why the stage has to run; empty if it has finished with the same fingerprint."""
         return checkpoints.find_reason_to_run(Path(self.config.output_dir), self.fingerprint())
 
     def recorded(self) -> StageResult:
@@ -301,7 +301,7 @@ class BaseStage:
         )
 
     def _forget_last_execution(self) -> None:
-        """A second execution reads its data anew, unless a caller has set `data` by hand."""
+        """Reload the data in a second execution, unless a caller has set `data` by hand."""
         if self._executed:
             if self.data is self._loaded_data:
                 self.data = None
@@ -309,7 +309,7 @@ class BaseStage:
         self._executed = True
 
     def _may_reuse_result(self) -> bool:
-        """Whether the folder has the result of this very run, weights included."""
+        """Whether the folder has the result of this same run, including weights."""
         folder = Path(self.config.output_dir)
         resume = vars(self.config).get("resume_from_checkpoint")
         may_reuse = self.reuse_finished and resume is True and has_weights(folder)
@@ -321,22 +321,22 @@ class BaseStage:
         return True
 
     def _claim_folder(self) -> None:
-        """Make output_dir that of this run; refuse code that changed after Python imported it."""
+        """Claim output_dir for this run; refuse code that changed after Python imported it."""
         fingerprint = self.fingerprint()
-        # A part of a larger run (reuse_finished) goes on with the code that the run began with.
+        # A part of a larger run (reuse_finished) continues with the code that the run began with.
         if self._changed_code and not self.reuse_finished:
             files = ", ".join(self._changed_code)
             raise ConfigError(f"{files} changed since it was imported here; start Python anew")
         checkpoints.claim_run_folder(self.config, fingerprint)
 
     def _input_config(self, previous_folder: str | None) -> Any:
-        """The config, with the folder of the stage before as its model."""
+        """The config, with the previous stage's folder as its model."""
         if not previous_folder:
             return self.config
         return replace(self.config, model_name_or_path=previous_folder, revision=None)
 
     def _check_rows(self, model, tokenizer, previous_folder: str | None) -> None:
-        """Encode the first rows as training will; refuse by ConfigError what teaches nothing."""
+        """Encode the first rows as training will; raise ConfigError if nothing can be learned."""
         if not isinstance(self.config, ModelConfig):
             return
         if model is None:
@@ -360,8 +360,8 @@ class BaseStage:
         raise ConfigError(f"{reader} from a folder: set save_intermediate in the stage before")
 
     def _adopt(self, model, tokenizer) -> tuple:
-        """(model, tokenizer) that were handed over, ready for this stage. They are copied where the
-        next stage is to receive them unchanged."""
+        """Prepare the (model, tokenizer) passed in for this stage. They are copied if the next
+        stage is to receive them unchanged."""
         config = self.config
         if not self.hands_on:
             tokenizer = copy.deepcopy(tokenizer)
@@ -372,7 +372,7 @@ class BaseStage:
         return cast_weights(model, config.weight_dtype), tokenizer
 
     def _save_adapter(self, model, tokenizer) -> None:
-        """Keep the adapter beside the merged model; one of an older run in this folder goes."""
+        """Save the adapter beside the merged model, and remove one that an earlier run saved."""
         if not self.config.save_intermediate or not is_main_process():
             return
         folder = Path(self.config.output_dir, "adapter")
@@ -382,11 +382,11 @@ class BaseStage:
         self.artifacts["adapter"] = str(folder)
         with ownership.published(folder) as unfinished:
             model.save_pretrained(unfinished)
-            if tokenizer.new_ids:  # which the base does not have
+            if tokenizer.new_ids:  # the base model does not have them
                 tokenizer.save_pretrained(unfinished)
 
     def _failed_result(self, error: Exception) -> StageResult:
-        """The result for an exception that is being handled, which is logged."""
+        """Log the exception being handled and return a failed result for it."""
         folder = Path(self.config.output_dir)
         self.logger.debug("the failure in full", exc_info=True)
         message = f"{type(error).__name__}: {error}"
@@ -394,7 +394,7 @@ class BaseStage:
             message = f"no space left on the disk of {folder}: {message}"
         log = folder / "training.log"
         self.logger.error("%s failed: %s\nThe traceback is in %s", self.stage_name, message, log)
-        if not is_main_process():  # it has no log, and may be the only process that fails
+        if not is_main_process():  # this process has no log, and may be the only one that fails
             trace = traceback.format_exc()
             print(show_controls(f"process {os.environ['RANK']}: {trace}"), file=sys.stderr)
         return StageResult(self.stage_name, False, error_message=message)
@@ -407,8 +407,8 @@ class BaseStage:
 def load_model_and_tokenizer(
     config: ModelConfig, needs_chat_template: bool = True, task: str = "CAUSAL_LM"
 ):
-    """(model, tokenizer) of `model_name_or_path`, quantized if the config says so and with an
-    adapter merged; raises ConfigError."""
+    """Load (model, tokenizer) of `model_name_or_path`, quantized if the config says so, and with
+    its adapter merged if it has one. Raises ConfigError."""
     base, adapter, _ = find_model_parts(config)
     # The tokenizer comes first: a missing chat template is reported before any weights are read.
     tokenizer, model_config = load_tokenizer(config)
@@ -425,8 +425,8 @@ def load_model_and_tokenizer(
         )
     prepare_tokenizer(tokenizer, config, needs_chat_template)
     with as_config_error(f"model {config.model_name_or_path} cannot be loaded"):
-        # Quantized weights take no merge, and an adapter may be of another task than the stage:
-        # then the merged model is saved once and loaded like any other.
+        # An adapter cannot be merged into quantized weights, or may be for another task than the
+        # stage: then the merged model is saved once and loaded like any other.
         if adapter and (config.quantized or task == "SEQ_CLS"):
             base = merged_folder(config, base, adapter, adapter_task)
             adapter = None
@@ -465,7 +465,7 @@ def load_weights(
 
 
 def merged_folder(config: ModelConfig, base: Path, adapter: Path, task: str | None) -> Path:
-    """The folder, in the cache, of `base` with `adapter` merged into it; made on first use."""
+    """The cached folder of `base` with `adapter` merged into it; created on first use."""
 
     def save_merged(folder: Path) -> None:
         load_weights(config, base, adapter, task).save_pretrained(folder)
@@ -499,12 +499,12 @@ def load_quantized(config: ModelConfig, base: Path, task: str):
     )
     check_quantized(model)
     for module in model.modules():
-        # On some CPUs an evaluation repacks 4-bit weights: then no gradient passes, and
+        # On some CPUs evaluation repacks 4-bit weights: then gradients do not pass, and
         # dequantizing gives noise.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-        # On a CPU the product with 8-bit weights in training differs from the one in evaluation;
-        # a merge follows the former.
+        # On a CPU, products with 8-bit weights differ between training and evaluation; a merge
+        # matches those of training.
         if type(module).__name__ == "Linear8bitLt" and default_device().type == "cpu":
             keep_training_mode(module)
     return model
@@ -514,7 +514,7 @@ def load_quantized(config: ModelConfig, base: Path, task: str):
 
 
 def merge_adapter(model):
-    """The plain model with its adapter merged, all weights trainable again. A quantized base is
+    """The plain model with its adapter merged and all weights trainable. A quantized base is
     dequantized first: rounding after the merge would undo much of what the adapter learned."""
     if not hasattr(model, "peft_config"):
         return model
@@ -527,7 +527,7 @@ def merge_adapter(model):
 
 
 def save_model(model, tokenizer, folder: str) -> str:
-    """Save both into `folder`, which is returned: no crash leaves a file half-written there."""
+    """Save both to `folder` and return it. A crash leaves no half-written file there."""
     if not is_main_process():
         return folder
     target = Path(folder)
@@ -557,7 +557,7 @@ def main(stage_class: type[BaseStage], doc: str) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        # Such as a full disk, before there is a log.
+        # For example a full disk, before logging has started.
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     if not result.success:
@@ -569,7 +569,7 @@ def main(stage_class: type[BaseStage], doc: str) -> None:
 
 
 def build_stage(stage_class: type[BaseStage], arguments: Sequence[str]) -> tuple[BaseStage, bool]:
-    """(stage, dry_run) of a command line; raises ConfigError."""
+    """(stage, dry_run) from a command line; raises ConfigError."""
     words, options = read_command_line(arguments)
     if words:
         raise ConfigError(f"unexpected word {words[0]!r}; options are written --name=value")

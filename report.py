@@ -1,11 +1,11 @@
-"""A run's folder as one page: alarms, metrics, curves, answers side by side, lineage, options.
+"""A report of a run on one page: alarms, metrics, curves, answers side by side, lineage, options.
 
     python report.py OUT                     # writes OUT/report.html
     python report.py OUT1 OUT2 OUT3          # compares them, writes OUT3/compare.html
     python report.py OUT1 OUT2 --output=FILE
 
-A folder is that of a chain or of one stage, finished or not; any number of them are compared. The
-page loads nothing and runs no script. This file reads and computes; report.html.j2 lays out.
+A folder is that of a chain or a single stage, finished or not; any number can be compared. The page
+loads nothing and runs no scripts. This file reads and computes; report.html.j2 does the layout.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from core.run_folder import LogEntry, Stage, is_number, read_run
 from core.screen import show_controls
 from core.yaml_files import dump_yaml
 
-MAIN_CURVES = (  # shown at once, in this order; the others unfold
+MAIN_CURVES = (  # always visible, in this order; the others unfold
     "loss",
     "reward",
     "kl",
@@ -41,14 +41,13 @@ MAIN_CURVES = (  # shown at once, in this order; the others unfold
     "entropy",
     "learning_rate",
 )
-# What recipes call the answers in the rows of samples.jsonl and win_rate.jsonl: of an earlier
-# model, of the trained one.
+# Keys of answers in samples.jsonl and win_rate.jsonl: by an earlier model, by the trained one.
 EARLIER_ANSWERS = ("before", "old", "baseline")
 LATER_ANSWERS = ("completion", "answer", "after", "new")
-SAMPLED = ("best", "worst")  # kinds of rows of RL that are no answers to held-out prompts
+SAMPLED = ("best", "worst")  # kinds of RL rows that are not answers to held-out prompts
 MAX_ANSWER_LENGTH = 4000  # characters
-MAX_PROMPTS = 12  # of those that a stage was the first to answer
-REFERENCE_ANSWERS = ("expected", "chosen", "rejected")  # what the data has to a prompt
+MAX_PROMPTS = 12  # of the prompts that a stage was the first to answer
+REFERENCE_ANSWERS = ("expected", "chosen", "rejected")  # keys of answers from the data
 # Options and records that differ between any two runs.
 NOT_COMPARED = ("output_dir", "command", "finished", "model_path", "artifacts")
 
@@ -75,8 +74,8 @@ class Row:
 def build_figures(
     groups: Mapping[str, dict[str, Stage]], labels: Sequence[str]
 ) -> tuple[list[str], list[Row]] | None:
-    """(head, rows) of the metrics of each stage: of one run those before and after it and the
-    change, of several runs the final ones side by side."""
+    """(head, rows) of the metrics of each stage: for one run, before, after and the change; for
+    several runs, the final ones side by side."""
     rows: list[Row] = []
     for title, group in groups.items():
         if len(labels) == 1:
@@ -91,13 +90,13 @@ def build_figures(
 
 
 def metric_names(runs: Sequence[Mapping[str, float]]) -> list[str]:
-    """The metrics in order, without those before training and the ends of intervals. What is
-    measured once, such as the speed, comes last."""
+    """The metrics in order, without x_before and interval bounds. Those measured only once, such as
+    the speed, come last."""
     parts = set()
     for metrics in runs:
         for name in metrics:
             parts |= {f"{name}_low", f"{name}_high", f"{name}_n"}
-    names: dict[str, bool] = {}  # to whether it is a result
+    names: dict[str, bool] = {}  # name -> whether it is a result
     for metrics in runs:
         for key in metrics:
             if key not in parts:
@@ -108,7 +107,7 @@ def metric_names(runs: Sequence[Mapping[str, float]]) -> list[str]:
 
 
 def change_rows(title: str, stage: Stage) -> list[Row]:
-    """Rows of the metrics of a stage before and after it."""
+    """Rows of a stage's metrics before and after training."""
     rows = []
     for name in metric_names([stage.metrics]):
         metric = find_metric(name, stage.config)
@@ -124,7 +123,7 @@ def change_rows(title: str, stage: Stage) -> list[Row]:
 
 
 def comparison_rows(title: str, stages: Sequence[Stage | None]) -> list[Row]:
-    """Rows of the final metrics of a stage in several runs, some of which may not have it."""
+    """Rows of a stage's final metrics in several runs; None for runs without the stage."""
     runs = [stage.metrics if stage else {} for stage in stages]
     options: dict[str, Any] = {}
     for stage in stages:
@@ -172,7 +171,7 @@ def change_cell(metric: Metric | None, old: float | None, new: float | None) -> 
 
 @dataclass
 class CurveGroup:
-    """The charts of a stage: those shown at once, and those that unfold."""
+    """The charts of a stage: those always visible, and those that unfold."""
 
     title: str
     main: list[Chart]
@@ -180,7 +179,7 @@ class CurveGroup:
 
 
 def build_curves(groups: Mapping[str, dict[str, Stage]], labels: Sequence[str]) -> list[CurveGroup]:
-    """The charts of each stage, in which the curves of several runs lie over each other."""
+    """The charts of each stage; curves of several runs share a chart."""
     curve_groups = []
     for title, group in groups.items():
         charts = {}
@@ -195,7 +194,7 @@ def build_curves(groups: Mapping[str, dict[str, Stage]], labels: Sequence[str]) 
 
 
 def collect_lines(group: Mapping[str, Stage], labels: Sequence[str]) -> dict[str, list[Line]]:
-    """{title of a chart: its lines}. Of several runs, each has its colour and its dashes."""
+    """{chart title: its lines}. Each of several runs has its own colour and dashes."""
     charts: dict[str, list[Line]] = {}
     comparing = len(labels) > 1
     for label, stage in group.items():
@@ -207,7 +206,7 @@ def collect_lines(group: Mapping[str, Stage], labels: Sequence[str]) -> dict[str
             lines = charts.setdefault(chart_of(name, comparing), [])
             number = labels.index(label) if comparing else len(lines)
             is_evaluation = name.startswith("eval_")
-            # Of several runs the chart's title names the metric, and the legend the run.
+            # With several runs, the chart's title names the metric and the legend the run.
             line_name = name
             if comparing:
                 line_name = f"{label} held out" if is_evaluation else label
@@ -216,13 +215,13 @@ def collect_lines(group: Mapping[str, Stage], labels: Sequence[str]) -> dict[str
 
 
 def chart_of(name: str, comparing: bool) -> str:
-    """x and eval_x are in one chart; of a single run chosen_x and rejected_x are too."""
+    """x and eval_x share a chart; for a single run, so do chosen_x and rejected_x."""
     prefixes = "^(eval_)?" if comparing else "^(eval_)?(chosen_|rejected_)?"
     return re.sub(prefixes, "", name)
 
 
 def explain_curves(title: str, group: Mapping[str, Stage]) -> list[tuple[str, str]]:
-    """What the curves of a chart mean: (name, meaning), without a name where it is the title."""
+    """What the curves of a chart mean: (name, meaning), with an empty name if it is the title."""
     notes = []
     for name in (title, f"chosen_{title}", f"rejected_{title}"):
         for stage in group.values():
@@ -235,7 +234,7 @@ def explain_curves(title: str, group: Mapping[str, Stage]) -> list[tuple[str, st
 
 
 def points_of(stage: Stage, name: str) -> list[Point]:
-    """(step, value) of a metric, where it is a finite number."""
+    """(step, value) of a metric wherever it is a finite number."""
     points = []
     for row in stage.curves:
         value = row.get(name)
@@ -253,14 +252,14 @@ def evaluations_last(name: str) -> tuple[bool, str]:
 
 @dataclass
 class Answer:
-    title: str  # stage, and when: 02_rl step 100
+    title: str  # stage and time, for example 02_rl step 100
     text: str
     note: str  # its reward and other scores
 
 
 @dataclass
 class Card:
-    """A prompt and all answers to it, of all stages."""
+    """A prompt and the answers to it by all stages."""
 
     first_stage: str
     prompt: str
@@ -269,8 +268,7 @@ class Card:
 
 
 def build_answers(stages: Mapping[str, Stage]) -> tuple[list[Card], int] | None:
-    """(cards, number of all prompts): the same held-out prompts answered by each stage, side by
-    side."""
+    """(cards, total number of prompts): answers of all stages to the same held-out prompts."""
     cards: dict[str, Card] = {}
     for name, stage in stages.items():
         for row in first_and_last(stage.samples):
@@ -284,8 +282,8 @@ def build_answers(stages: Mapping[str, Stage]) -> tuple[list[Card], int] | None:
 
 
 def first_and_last(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of the first and of the last evaluation, and those that belong to no step. What RL
-    sampled in training is shown only where nothing else is."""
+    """The rows of the first and the last evaluation, and those without a step. Completions that RL
+    sampled during training are used only if there is nothing else."""
     held_out = [row for row in rows if row.get("kind") not in SAMPLED]
     rows = held_out or rows
     steps = [row["step"] for row in rows if "step" in row]
@@ -296,7 +294,7 @@ def first_and_last(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def find_card(cards: dict[str, Card], stage_name: str, row: Mapping[str, Any]) -> Card:
-    """The card of a row's prompt, a new one for the first row that has it."""
+    """The card of a row's prompt, created for the first row that has it."""
     turns = row.get("prompt", row.get("question", ""))
     if not isinstance(turns, list):
         turns = [{"role": "user", "content": turns}]
@@ -306,8 +304,8 @@ def find_card(cards: dict[str, Card], stage_name: str, row: Mapping[str, Any]) -
     if len(turns) > 1:
         texts = [f"{turn['role']}: {turn['content']}" for turn in turns]
         prompt = "\n\n".join(texts)
-    # A chat is known by its last turn, since a stage may put a system turn of its own before it.
-    # But two chats may end alike: then the second is known by all its turns.
+    # A chat is identified by its last turn, because a stage may add its own system turn. If two
+    # chats have the same last turn, the second is identified by all its turns.
     key = last_turn
     if len(turns) > 1 and last_turn in cards and cards[last_turn].prompt not in (prompt, last_turn):
         key = prompt
@@ -320,8 +318,8 @@ def find_card(cards: dict[str, Card], stage_name: str, row: Mapping[str, Any]) -
 
 
 def add_answers(card: Card, stage_name: str, row: Mapping[str, Any]) -> None:
-    """Add what a row has of answers, but no answer of the stage's input that the stage before gave
-    already."""
+    """Add the answers of a row, without those of the stage's input model that the previous stage
+    already shows."""
     scores = []
     for name, value in row.items():
         if is_number(value) and name != "step":
@@ -329,7 +327,7 @@ def add_answers(card: Card, stage_name: str, row: Mapping[str, Any]) -> None:
             scores.append(f"{name} {score}")
     for key in (*EARLIER_ANSWERS, *LATER_ANSWERS):
         if key not in row or (key == "answer" and "expected" not in row):
-            continue  # in a row without `expected`, `answer` is what is expected
+            continue  # in a row without `expected`, `answer` is the expected one
         when = f"step {row['step']}" if key == "completion" else key
         if row.get("kind") in SAMPLED:
             when = f"{when} {row['kind']}"
@@ -344,7 +342,7 @@ def add_answers(card: Card, stage_name: str, row: Mapping[str, Any]) -> None:
 
 
 def cut(text: Any) -> str:
-    """A text that is not too long for the page; a dash for none."""
+    """A text truncated for the page; a dash if there is none."""
     text = str(text or "–")
     if len(text) > MAX_ANSWER_LENGTH:
         return text[:MAX_ANSWER_LENGTH] + " …"
@@ -357,7 +355,7 @@ def cut(text: Any) -> str:
 def build_options(
     groups: Mapping[str, dict[str, Stage]], stages: Mapping[str, Stage], labels: Sequence[str]
 ) -> tuple[list[Row], list[tuple[str, str, str]]]:
-    """(options in which runs differ, (name, lineage, options) of each stage as YAML)."""
+    """(options that differ between runs, (name, lineage, options) of each stage as YAML)."""
     rows: list[Row] = []
     for title, group in groups.items():
         rows += differing_rows(title, [group.get(label) for label in labels])
@@ -369,7 +367,7 @@ def build_options(
 
 
 def differing_rows(title: str, stages: Sequence[Stage | None]) -> list[Row]:
-    """Rows of the options, and of the lineage, that the runs of a stage do not have in common."""
+    """Rows of the options and the lineage in which the runs of a stage differ."""
     values_of_runs = [stage.config | stage.lineage if stage else None for stage in stages]
     names: dict[str, None] = {}  # in order
     for values in values_of_runs:
@@ -377,7 +375,7 @@ def differing_rows(title: str, stages: Sequence[Stage | None]) -> list[Row]:
     rows = []
     for name in names:
         texts = [format_option(values or {}, name) for values in values_of_runs]
-        # A run without the stage differs in nothing.
+        # A run without the stage is not a difference.
         with_stage = {
             text for text, values in zip(texts, values_of_runs, strict=True) if values is not None
         }
@@ -395,13 +393,13 @@ def format_option(values: Mapping[str, Any], name: str) -> str:
 
 @dataclass
 class Run:
-    """One folder of the page."""
+    """One folder on the page."""
 
-    label: str  # empty if the page is of one run
+    label: str  # empty if the page shows only one run
     name: str
     stages: list[Stage]
     alarms: list[LogEntry]
-    command: str  # that made it, if it was one
+    command: str  # the command that started the run, if known
 
     @property
     def start(self) -> str:
@@ -421,7 +419,7 @@ class Section:
 
 def write(*folders: str | Path, output: str | Path | None = None) -> Path:
     """Write `output`, by default OUT/report.html, or compare.html in the last of several folders;
-    returns its path. Raises ValueError if a folder is no run."""
+    returns its path. Raises ValueError if a folder is not a run."""
     paths = [Path(folder) for folder in folders]
     names = [path.resolve().name for path in paths]
     runs = []
@@ -432,14 +430,14 @@ def write(*folders: str | Path, output: str | Path | None = None) -> Path:
     page = render(title, runs)
     file_name = "report.html" if len(paths) == 1 else "compare.html"
     path = Path(output) if output else paths[-1] / file_name
-    # A reader, or a crash, meets the old page or the new one, never half of one.
+    # Write atomically: neither a reader nor a crash gets half a page.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     temporary.write_bytes(page.encode("utf-8", "replace"))
     return temporary.replace(path)
 
 
 def choose_labels(paths: Sequence[Path], names: Sequence[str]) -> list[str]:
-    """What tells the runs apart: their folders' names, or paths; nothing if there is only one."""
+    """Labels of the runs: names of their folders, or paths if names repeat; empty for one run."""
     if len({path.resolve() for path in paths}) < len(paths):
         raise ValueError("the same folder is given twice; give each run once")
     if len(paths) == 1:
@@ -450,7 +448,7 @@ def choose_labels(paths: Sequence[Path], names: Sequence[str]) -> list[str]:
 
 
 def render(title: str, runs: Sequence[Run]) -> str:
-    """The page as HTML; every text in it is escaped, and its control characters are shown."""
+    """The page as HTML; all text is escaped, and control characters are made visible."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).resolve().parent),
         autoescape=True,
@@ -475,13 +473,12 @@ def show_control_characters(value: Any) -> Any:
 
 
 def breakable(name: str) -> Markup:
-    """A name that may be broken after each underscore, so that a table fits a narrow screen."""
+    """A name with a possible line break after each underscore, to fit tables on narrow screens."""
     return escape(name).replace("_", Markup("_<wbr>"))
 
 
 def build_sections(title: str, runs: Sequence[Run]) -> list[Section]:
-    """The parts of the page that have something to show. One odd file costs its section, not the
-    page."""
+    """The sections of the page that have content. A broken file loses its section, not the page."""
     labels = [run.label for run in runs]
     groups = group_stages(title, runs)
     stages = {}
@@ -507,12 +504,12 @@ def build_section(title: str, build: Callable[..., Any], *arguments: Any) -> Sec
 
 
 def group_stages(title: str, runs: Sequence[Run]) -> dict[str, dict[str, Stage]]:
-    """{name of a stage: {label of a run: the stage in that run}}."""
+    """{stage name: {run label: the stage in that run}}."""
     groups: dict[str, dict[str, Stage]] = {}
     for run in runs:
         for stage in run.stages:
             name = stage.name
-            # The folders of two single stages may have two names: they are compared all the same.
+            # Folders of single stages are compared even if their names differ.
             if name.split("/")[0] == run.name:
                 name = title + name.removeprefix(run.name)
             groups.setdefault(name, {})[run.label] = stage
@@ -533,7 +530,7 @@ def build_alarms(runs: Sequence[Run]) -> list[tuple[str, str]]:
 
 
 def read_arguments(arguments: Sequence[str]) -> tuple[list[str], str | None]:
-    """(folders, output file) of a command line. Raises ValueError."""
+    """(folders, output file) from a command line. Raises ValueError."""
     folders, output = [], None
     for argument in arguments:
         name, _, value = argument.partition("=")

@@ -1,7 +1,6 @@
 """The folder of a run: sealed checkpoints, the claim on the folder, the record of a finished stage.
 
-What a checkpoint holds is written by core/train_state.py; here it is sealed, found again and
-verified.
+core/train_state.py writes the contents of a checkpoint; this file seals, finds and verifies it.
 OUT/fingerprint.json says which run the folder and its checkpoints belong to. OUT/stage.json is
 written last: a stage is finished when its stage.json says so.
 """
@@ -49,7 +48,7 @@ from core.ownership import (
 from core.runtime import default_device, is_main_process, is_sharded, logger, wait_for_everyone
 from core.yaml_files import dump_yaml
 
-# With other versions of these, the same options may give other weights.
+# With different versions of these, the same options may give different weights.
 LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 
 
@@ -57,25 +56,25 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-# -- what is compared beside the fingerprint ------------------------------------------------------
+# -- what is compared besides the fingerprint -----------------------------------------------------
 
 
 def circumstances(config: StageConfig) -> dict[str, Any]:
-    """What may differ where the fingerprint does not: {"versions": of the libraries, "evaluation":
-    the options that only figures depend on}."""
+    """What may differ between equal fingerprints: {"versions": of the libraries, "evaluation":
+    options that only affect metrics}."""
     versions = {"python": sys.version.split()[0]}
     versions |= {name: version(name) for name in (*LIBRARIES, "datasets")}
     return {"versions": versions, "evaluation": evaluation_options(config)}
 
 
 def log_circumstances(what: str, recorded: Mapping, config: StageConfig) -> None:
-    """Warn if `what`, a stage or a checkpoint, was made with other versions of the libraries; say
-    which options of evaluation had other values."""
+    """Warn if `what`, a stage or a checkpoint, was made with other versions of the libraries; log
+    which evaluation options had other values."""
     now = circumstances(config)
     before = recorded.get("versions") or {}
     changed = []
     for name in LIBRARIES:
-        # A checkpoint of an older form has no versions.
+        # Checkpoints in an older format have no versions.
         if name in before and before[name] != now["versions"][name]:
             changed.append(f"{name} {before[name]}, here {now['versions'][name]}")
     if changed:
@@ -95,12 +94,12 @@ def log_circumstances(what: str, recorded: Mapping, config: StageConfig) -> None
 
 
 def seal_checkpoint(folder: Path, config: TrainingConfig) -> None:
-    """Make a checkpoint verifiable: its options and, last of all, a manifest of the hashes of its
-    files, once these are on the disk."""
+    """Make a checkpoint verifiable: add its options and, when all files are on disk, a manifest of
+    their hashes."""
     write_json(folder / "options.json", fingerprinted_options(config))
     write_json(folder / "circumstances.json", circumstances(config))
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    # After a power failure a file without this may be shorter than its hash in the manifest says.
+    # Without fsync, a power failure could leave a file shorter than its hash in the manifest says.
     for file in files:
         with open(file, "rb+") as stream:
             os.fsync(stream.fileno())
@@ -110,7 +109,7 @@ def seal_checkpoint(folder: Path, config: TrainingConfig) -> None:
 
 def find_checkpoint(config: TrainingConfig) -> Path | None:
     """The checkpoint that `resume_from_checkpoint` selects: none, the one it names, or the newest
-    intact one of output_dir. Corrupt checkpoints are reported and skipped.
+    intact one in output_dir. Corrupt checkpoints are reported and skipped.
 
     Raises ConfigError if the checkpoint belongs to a run with other options.
     """
@@ -134,8 +133,8 @@ def find_checkpoint(config: TrainingConfig) -> Path | None:
 
 
 def newest_first(checkpoints: Path) -> list[Path]:
-    """What is named checkpoint-N in `checkpoints`, the largest N first. Folders of other names are
-    no checkpoints, such as the copy of one, or one being written."""
+    """The folders checkpoint-N in `checkpoints`, largest N first. Other names, such as a copy of a
+    checkpoint or one being written, are ignored."""
     named = [
         path
         for path in checkpoints.glob("checkpoint-*")
@@ -149,7 +148,8 @@ def step_of(checkpoint: Path) -> int:
 
 
 def check_named_checkpoint(folder: Path, config: TrainingConfig) -> Path:
-    """`folder`, if it is a checkpoint of the same recipe; its options may have other values."""
+    """Return `folder` if it is a checkpoint of the same recipe; option values may differ. Raises
+    ConfigError otherwise."""
     if not is_of_recipe(folder, config):
         raise ConfigError(
             f"resume_from_checkpoint={folder} is of another recipe; give a checkpoint of this one"
@@ -159,8 +159,8 @@ def check_named_checkpoint(folder: Path, config: TrainingConfig) -> Path:
 
 
 def is_of_recipe(checkpoint: Path, config: TrainingConfig) -> bool:
-    """Whether a checkpoint is of the recipe with this config, in this version of it."""
-    # The options of two recipes differ in their names: those names are the recipe's mark.
+    """Whether a checkpoint belongs to this config's recipe, in its current version."""
+    # Recipes differ in the names of their options, so these identify the recipe.
     options = read_json(checkpoint / "options.json")
     names = {option.name for option in fields(config)}
     not_compared = NOT_FINGERPRINTED | EVALUATION_OPTIONS.keys()
@@ -181,15 +181,15 @@ def refuse_other_options(checkpoint: Path, config: TrainingConfig) -> None:
 
 
 def compare_circumstances(checkpoint: Path, config: TrainingConfig) -> None:
-    """`log_circumstances` of a checkpoint; those of an older form have none."""
+    """`log_circumstances` for a checkpoint, unless it is in an older format without them."""
     file = checkpoint / "circumstances.json"
     if file.exists():
         log_circumstances(str(checkpoint), read_json(file), config)
 
 
 def remove_end_checkpoint(config: StageConfig, metrics: Mapping[str, float]) -> None:
-    """Remove the checkpoint of the last step if it has no optimizer: it was for what could have
-    failed before the stage was recorded."""
+    """Remove the checkpoint of the last step if it has no optimizer state: it was a safeguard until
+    the stage is recorded."""
     checkpoints = Path(config.output_dir, "checkpoints")
     end = checkpoints / f"checkpoint-{metrics.get('steps')}"
     if not end.exists() or (end / "optimizer.safetensors").exists():
@@ -199,8 +199,7 @@ def remove_end_checkpoint(config: StageConfig, metrics: Mapping[str, float]) -> 
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Delete the files that the manifest of a checkpoint names, and the folder if it is empty
-    then."""
+    """Delete the files that a checkpoint's manifest names, and the folder if it is then empty."""
     remove_files(folder, [*sealed_files(folder), "manifest.json"])
     remove_empty(folder)
 
@@ -209,15 +208,15 @@ def remove_checkpoint(folder: Path) -> None:
 
 
 def claim_run_folder(config: StageConfig, fingerprint: Mapping) -> None:
-    """Mark output_dir as that of the run with this fingerprint. The caller holds its lock.
+    """Claim output_dir for the run with this fingerprint. The caller holds the folder's lock.
 
     The finished result of another run is moved to previous.1, .2, ..., or overwritten with `force`.
-    Checkpoints of another run, or those that resume_from_checkpoint does not want, are moved to
-    checkpoints.1, .2, ... One named by a path stays, and so do all others beside it.
+    Checkpoints of another run, or all of them with resume_from_checkpoint=false, are moved to
+    checkpoints.1, .2, ... If resume_from_checkpoint is a path, all checkpoints stay.
     """
     folder = Path(config.output_dir)
     resume = vars(config).get("resume_from_checkpoint")
-    # Another number of processes would give each of them other rows, and read other files.
+    # With another number of processes, each would get other rows and read other files.
     processes = os.environ.get("WORLD_SIZE", 1)
     launch = f"{processes} sharded" if is_sharded() else f"{processes}"
     claim = {**fingerprint, "launch": launch}
@@ -226,7 +225,7 @@ def claim_run_folder(config: StageConfig, fingerprint: Mapping) -> None:
         remove_unfinished(folder)
         if not config.force:
             keep_finished_result(folder, fingerprint)
-        # From here on the stage is not finished, until it writes the record anew.
+        # From here on the stage is unfinished, until it writes a new record.
         (folder / "stage.json").unlink(missing_ok=True)
         why = find_reason_to_set_aside(folder, claim, resume)
         if why:
@@ -236,8 +235,8 @@ def claim_run_folder(config: StageConfig, fingerprint: Mapping) -> None:
 
 
 def keep_finished_result(folder: Path, fingerprint: Mapping) -> None:
-    """Move the result of a finished run with another fingerprint out of the way; of the same one,
-    the files that are no longer those that it saved."""
+    """Move a finished result with another fingerprint out of the way. If the fingerprint is the
+    same, move only files that changed since they were saved."""
     if not (folder / "stage.json").exists():
         return
     finished = read_stage_record(folder)
@@ -251,14 +250,14 @@ def keep_finished_result(folder: Path, fingerprint: Mapping) -> None:
 
 
 def find_reason_to_set_aside(folder: Path, claim: Mapping, resume: bool | str | None) -> str:
-    """Why the checkpoints in `folder` are not those of the run with this claim; empty if they are,
+    """Why the checkpoints in `folder` do not belong to the run with this claim; empty if they do,
     or if there are none."""
     if not (folder / "checkpoints").exists():
         return ""
     if resume is False:
         return "resume_from_checkpoint=false"
     record = folder / "fingerprint.json"
-    # A checkpoint that is named may be in this folder and of another run: it is what is wanted.
+    # A named checkpoint may be in this folder but from another run; then that is intended.
     if resume is not True or not record.exists():
         return ""
     with as_config_error(f"{record} cannot be read; move {folder / 'checkpoints'} away"):
@@ -269,23 +268,23 @@ def find_reason_to_set_aside(folder: Path, claim: Mapping, resume: bool | str | 
 
 
 def find_reason_to_run(folder: Path, fingerprint: Mapping) -> str:
-    """Why a stage has to run; empty if `folder` holds its result, made with this fingerprint, and
-    its files are those that it saved."""
+    """Why a stage has to run; empty if `folder` has its result with this fingerprint, and the files
+    are unchanged since they were saved."""
     record = folder / "stage.json"
     if not record.exists():
         return "it is not finished"
     with as_config_error(f"{record} cannot be read; delete it to run the stage again"):
         finished = read_json(record)
         differences = describe_differences(finished["fingerprint"], fingerprint)
-        # A record of an older form names no files.
+        # A record in an older format lists no files.
         saved_files = dict(finished.get("files") or {})
     changes = find_changed_files(folder, saved_files)
     return differences or ", ".join(f"{name} {change}" for name, change in changes.items())
 
 
 def read_finished_stage(config: StageConfig) -> dict[str, Any]:
-    """The record of a finished stage whose result is used again; what is other than it was then,
-    and changes no fingerprint, is logged."""
+    """The record of a finished stage whose result is reused. Logs differences that do not change
+    the fingerprint."""
     folder = Path(config.output_dir)
     record = read_stage_record(folder)
     log_circumstances(str(folder), record, config)
@@ -293,7 +292,7 @@ def read_finished_stage(config: StageConfig) -> dict[str, Any]:
 
 
 def read_stage_record(folder: Path) -> dict[str, Any]:
-    """The stage.json of a finished stage; its paths are right also where the folder was moved."""
+    """The stage.json of a finished stage, with paths corrected if the folder was moved."""
     record = read_json(folder / "stage.json")
     written_as = record["output_dir"]
     if record["model_path"]:
@@ -304,8 +303,8 @@ def read_stage_record(folder: Path) -> dict[str, Any]:
 
 
 def relocate(path: str, old_folder: str, folder: Path) -> str:
-    """`path` as seen from where `old_folder` is now, if it was in it or in a folder beside it."""
-    # "../.." leads out of the folder of the chain, which moves as a whole.
+    """`path` after `old_folder` moved to `folder`, if it was inside it or in a sibling folder."""
+    # "../.." leads out of the chain's folder, which moves as a whole.
     relative = Path(os.path.relpath(path, old_folder))
     is_elsewhere = relative.parts[:2] == ("..", "..")
     if is_elsewhere or str(folder) == old_folder:
@@ -314,9 +313,9 @@ def relocate(path: str, old_folder: str, folder: Path) -> str:
 
 
 def find_model_of_chain(name: str) -> str:
-    """The folder of the model that a chain left in the folder `name`: OUT/final, or the model of
-    the last finished stage if the chain is not finished. Any other `name` is returned as it is.
-    Raises ConfigError."""
+    """The model folder of the chain in the folder `name`: OUT/final, or the model of the last
+    finished stage if the chain is unfinished. Any other `name` is returned unchanged. Raises
+    ConfigError."""
     folder = Path(name).expanduser()
     if not (folder / "pipeline.json").is_file():
         return name
@@ -326,7 +325,7 @@ def find_model_of_chain(name: str) -> str:
         if chain["state"].get("finished"):
             paths.append(str(folder / "final"))
         enabled = [stage for stage, options in chain["plan"].items() if options["enabled"]]
-        # The results of a run that is not finished are those of its first stages.
+        # An unfinished run has results of its first stages only.
         for stage, result in reversed([*zip(enabled, chain["results"], strict=False)]):
             if result["success"]:
                 paths.append(read_stage_record(folder / stage)["model_path"])
@@ -337,26 +336,26 @@ def find_model_of_chain(name: str) -> str:
 
 
 def saved_digests(folder: Path) -> dict[str, str]:
-    """{name: digest} of the model that runs have saved in a folder. Files of anyone else are no
-    part of it: they may come and go."""
+    """{name: digest} of the model files that runs have saved in a folder. Foreign files are not
+    part of the model: they may change."""
     saved = recorded_files(folder)
     return {name: digest for name, digest in folder_digests(folder).items() if name in saved}
 
 
 def write_stage_record(config: StageConfig, result: Any, lineage: Mapping[str, Any]) -> None:
-    """Write stage_config.yaml, the resolved options, and last of all stage.json.
+    """Write stage_config.yaml, the resolved options, and finally stage.json.
 
     `result` is a StageResult; `lineage` says what the stage started from, with its fingerprint. The
-    command is that of the process that finishes the stage: of a resumed run, the last one.
+    command is that of the process that finishes the stage; for a resumed run, the last one.
     """
     if not is_main_process():
         return
     folder = Path(config.output_dir)
     options = dump_yaml(asdict(config))
     (folder / "stage_config.yaml").write_text(options, encoding="utf-8")
-    # What a stage saves in its own folder: its model, or beside one that it hands on unchanged.
+    # Where the stage saved its results: its model, or artifacts beside a model passed on unchanged.
     own_folders = [Path(path) for path in (result.model_path, *result.artifacts.values()) if path]
-    # The order is that of a reader: what, from what, with which result, where.
+    # In the order in which one reads it: what, from what, with which result, where.
     record = {
         "stage": result.stage_name,
         "output_dir": str(folder),

@@ -15,14 +15,14 @@ from core.model_config import context_length
 from core.runtime import logger
 from core.sampling import cuda_graph_steps, read_prompts, sample_next_token, uniform_numbers
 
-# Where neither the user nor the model's generation_config.json says otherwise.
+# Used if neither the user nor the model's generation_config.json sets a value.
 SAMPLING_DEFAULTS = {"temperature": 0.7, "top_p": 1.0, "top_k": 0}
 NOT_APPLIED = ("repetition_penalty", "min_p", "no_repeat_ngram_size")
-INCOMPLETE = "\ufffd"  # ends decoded text where a token has only some bytes of a character
+INCOMPLETE = "\ufffd"  # at the end of decoded text if a token has only some bytes of a character
 
 
 def choose_sampling(config: Any, generation_config: Any) -> dict[str, Any]:
-    """The sampling options: those of `config`, else the model's own, else SAMPLING_DEFAULTS."""
+    """The sampling options: from `config`, else the model's own, else SAMPLING_DEFAULTS."""
     sampling = {"max_new_tokens": config.max_new_tokens}
     for name, default in SAMPLING_DEFAULTS.items():
         choices = (getattr(config, name), getattr(generation_config, name, None), default)
@@ -40,7 +40,7 @@ def stream_tokens(
 ) -> Iterator[int]:
     """Yield the tokens of an answer as they are chosen. The caller stops at a stop token.
 
-    The loop of `sample_completions` in core/sampling.py for one row; a temperature of 0 is greedy.
+    The loop of `sample_completions` in core/sampling.py for one row; temperature 0 is greedy.
     """
     max_new_tokens = sampling["max_new_tokens"]
     uniforms = uniform_numbers(1, sampling, seed).to(model.device)  # (1, T)
@@ -64,10 +64,10 @@ class Conversation:
 
     def __init__(
         self,
-        name: str,  # what messages to the user call the model
+        name: str,  # of the model, in messages to the user
         model,
         tokenizer,
-        sampling: Mapping[str, Any],  # of `choose_sampling`
+        sampling: Mapping[str, Any],  # from `choose_sampling`
         seed: int = 0,
         system: str | None = None,
     ):
@@ -80,7 +80,7 @@ class Conversation:
         self.start(system)
 
     def start(self, system: str | None) -> None:
-        """Begin anew, with a system prompt or with that of the chat template, if it has one."""
+        """Start over with a system prompt, or with that of the chat template if it has one."""
         self.system = system
         self.messages: list[dict] = [{"role": "system", "content": system}] if system else []
 
@@ -110,7 +110,7 @@ class Conversation:
         room = self.context - len(prompt)
         limit = min(room, self.sampling["max_new_tokens"])
         sampling = {**self.sampling, "max_new_tokens": limit}
-        self.seed += 1  # else every answer would be sampled by the same numbers
+        self.seed += 1  # else every answer would use the same random numbers
 
         token_ids: list[int] = []
         text, num_shown = "", 0
@@ -135,14 +135,14 @@ class Conversation:
         yield text[num_shown:]
 
     def keep(self, question: str, text: str) -> None:
-        """Add a question and its answer to `messages`, except for an empty answer, which neither
-        templates nor training take."""
+        """Add a question and its answer to `messages`, unless the answer is empty, which neither
+        templates nor training accept."""
         if not text.strip():
             self.note = "no answer, so the question is not kept"
             return
         answer: dict[str, Any] = {"role": "assistant", "content": text}
         if self.note:
-            answer["train"] = False  # in a saved conversation, it would teach to stop there
+            answer["train"] = False  # training on it would teach the model to stop there
         self.messages += [{"role": "user", "content": question}, answer]
 
     def save(self, file_name: str) -> int:

@@ -1,7 +1,7 @@
-"""What files hold: digests of content, remembered for large files, and the identity of a model.
+"""Digests of file contents, cached for large files, and the identity of a model.
 
-Sizes and times of modification do not tell two files apart: a copy keeps the time, and weights of
-one shape have one size. So content is what counts, for weights of any size.
+Size and modification time do not identify a file: a copy may keep the time, and weights of the same
+shape have the same size. So files are compared by content, even large weights.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from core.files import atomic_writer, file_digest
 from core.screen import busy
 
-# What identifies the folder of a model; the records of the stage that made it are no part of it.
+# Files that identify a model folder; the records of the stage that made it are not included.
 MODEL_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -34,19 +34,19 @@ MODEL_FILES = (
     "*.tiktoken",
     "*.py",  # with trust_remote_code
 )
-SMALL_BYTES = 2**24  # files up to here are read by every process that asks
-SETTLED_SECONDS = 2.0  # two writes within the clock of a file system have the same time
+SMALL_BYTES = 2**24  # digests of files up to this size are not cached on disk
+SETTLED_SECONDS = 2.0  # writes within a tick of the file system's clock have the same time
 
-_known_digests: dict[str, str] = {}  # of this process, by `version_of`
+_known_digests: dict[str, str] = {}  # {`version_of`: digest}, of this process
 
 
 # ---- digests -------------------------------------------------------------------------------------
 
 
 def content_digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal: remembered until the file is written to or replaced.
+    """SHA-256 of a file, in hexadecimal; cached until the file is written to or replaced.
 
-    A model of 15 GB takes ten seconds or so the first time, and none after that.
+    A model of 15 GB takes about ten seconds the first time, and no time after that.
     """
     began = time.time()
     version = version_of(path)
@@ -60,29 +60,29 @@ def content_digest(path: Path) -> str:
 
 
 def version_of(path: Path) -> str:
-    """A text that changes whenever the file does, also where its time of modification is set back:
-    the time of the last change of an inode is set by the system alone."""
+    """A text that changes whenever the file does, even if its modification time is set back: only
+    the system sets the time of the last inode change."""
     status = path.stat()
     times = f"{status.st_mtime_ns} {status.st_ctime_ns}"
     return f"{path.resolve()} {status.st_dev} {status.st_ino} {status.st_size} {times}"
 
 
 def is_settled(path: Path, now: float) -> bool:
-    """Whether a further write would show in the times of a file that is as old as this one."""
+    """Whether the file is old enough that a further write would change its times."""
     status = path.stat()
-    # On Windows st_ctime is when a file was created.
+    # On Windows st_ctime is the creation time.
     return os.name != "nt" and now - max(status.st_mtime, status.st_ctime) > SETTLED_SECONDS
 
 
 def note_of(version: str) -> Path:
-    """Where the digest of a version of a file is kept, in the cache."""
+    """The cache file for the digest of a version of a file."""
     cache = os.environ.get("HF_HOME", "~/.cache/huggingface")
     name = hashlib.sha256(version.encode(errors="surrogateescape")).hexdigest()[:32]
     return Path(cache, "recipes", "digests", name).expanduser()
 
 
 def recall_digest(path: Path, version: str) -> str | None:
-    """The digest of a large file from an earlier process; None if none is known."""
+    """The digest of a large file cached by an earlier process; None if there is none."""
     if path.stat().st_size <= SMALL_BYTES:
         return None
     try:
@@ -93,12 +93,12 @@ def recall_digest(path: Path, version: str) -> str | None:
 
 
 def remember_digest(path: Path, version: str, digest: str) -> None:
-    """Keep a digest in this process, and that of a large file for later ones."""
+    """Cache a digest in this process, and for a large file also on disk."""
     _known_digests[version] = digest
     if path.stat().st_size <= SMALL_BYTES:
         return
     note = note_of(version)
-    # Without a cache the file is read again next time.
+    # If the cache cannot be written, the file is read again next time.
     with contextlib.suppress(OSError):
         note.parent.mkdir(parents=True, exist_ok=True)
         with atomic_writer(note) as file:
@@ -109,8 +109,8 @@ def remember_digest(path: Path, version: str, digest: str) -> None:
 
 
 def file_identity(path: Path) -> Any:
-    """A JSON value that changes with the content of a file, or of a model's folder; None if there
-    is no such path, or a folder of another kind. An adapter includes the base that it names."""
+    """A JSON value that changes with the content of a file or model folder; None for other folders
+    and missing paths. The identity of an adapter includes the base model that it names."""
     path = path.expanduser()
     if path.is_file():
         return content_digest(path)
@@ -118,14 +118,14 @@ def file_identity(path: Path) -> Any:
     base = base_of_adapter(path)
     if base is None:
         return identity or None
-    # A base that is an adapter itself is not followed: it is loaded as a plain model.
+    # If the base is an adapter itself, its own base is not followed: it is loaded as a plain model.
     is_file = base.is_file()
     identity.append(["base", content_digest(base) if is_file else folder_digests(base)])
     return identity
 
 
 def folder_digests(folder: Path) -> dict[str, str]:
-    """{name: digest} of the files that make the model in a folder."""
+    """{name: digest} of the files of the model in a folder."""
     files: set[Path] = set()
     for pattern in MODEL_FILES:
         files.update(folder.glob(pattern))
@@ -133,18 +133,18 @@ def folder_digests(folder: Path) -> dict[str, str]:
 
 
 def base_of_adapter(folder: Path) -> Path | None:
-    """Where the base of the adapter in a folder would be on this machine; None for a base that is
-    not here, such as a hub name, and for other folders."""
+    """The local path of the base model of the adapter in a folder; None if the base is not on this
+    machine, such as a hub name, or if the folder has no adapter."""
     try:
         settings = json.loads(Path(folder, "adapter_config.json").read_text(encoding="utf-8"))
         return existing_path(settings["base_model_name_or_path"])
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # what is wrong with it is said when it is loaded
+        return None  # errors are reported when it is loaded
 
 
 def existing_path(text: str) -> Path | None:
-    """The path that a text is, if there is one; a prompt or a template is none."""
-    # The operating system refuses long names and zero bytes; a "~" may stand before any word.
+    """The text as a path, if that path exists; None for prompts, templates and the like."""
+    # The operating system refuses long names and zero bytes; "~" may precede any word.
     with contextlib.suppress(OSError, ValueError, RuntimeError):
         path = Path(text).expanduser()
         if text and path.exists():
@@ -153,8 +153,8 @@ def existing_path(text: str) -> Path | None:
 
 
 def find_changed_files(folder: Path, saved: Mapping[str, str]) -> dict[str, str]:
-    """{name: what happened to it} of those files that were `saved` in a folder, {name: digest}, and
-    are other ones today; empty if all weights were deleted."""
+    """{name: what happened} for the files in `saved`, {name: digest}, that changed in a folder;
+    empty if all weights were deleted."""
     weights = [name for name in saved if name.endswith(".safetensors")]
     if not any((folder / name).exists() for name in weights):
         return {}

@@ -33,12 +33,12 @@ from core.source_code import (
     source_digest,
 )
 
-FORM = 2  # of a fingerprint: one of another form is not compared part by part
+FORM = 2  # format version of fingerprints; different versions are not compared part by part
 
 # -- options that change no result -----------------------------------------------------------------
 #
-# With other values of these, a finished stage stays finished and its checkpoints stay valid. Every
-# other option is part of the fingerprint.
+# Changing these keeps a finished stage finished and its checkpoints valid. Every other option is
+# part of the fingerprint.
 
 NOT_FINGERPRINTED = frozenset(
     {
@@ -58,7 +58,7 @@ NOT_FINGERPRINTED = frozenset(
         "use_auth_token",
         "teacher_api_key",
         "feedback_api_key",
-        # checkpoints; that of the best evaluation is saved and kept whatever these are
+        # checkpoints; the one of the best evaluation is saved and kept in any case
         "resume_from_checkpoint",
         "save_steps",
         "save_freq",
@@ -70,7 +70,7 @@ NOT_FINGERPRINTED = frozenset(
         "output_price",
         "call_timeout",
         "max_missing",
-        # it refuses data, or has no effect at all
+        # it only refuses data, or has no effect at all
         "auto_detect_format",
         "load_best_model",
     }
@@ -78,27 +78,27 @@ NOT_FINGERPRINTED = frozenset(
 
 
 def chooses_weights(options: Mapping[str, Any]) -> bool:
-    """Whether evaluations decide which weights are kept, or when the training ends."""
+    """Whether evaluations decide which weights are kept or when training ends."""
     return bool(options.get("load_best_model_at_end") or options.get("early_stopping_patience"))
 
 
 def batches_matter(options: Mapping[str, Any]) -> bool:
-    """Whether the size of evaluation batches, by rounding, changes what is trained on, too."""
+    """Whether the size of evaluation batches changes the training, by rounding."""
     return chooses_weights(options) or bool(options.get("precompute_ref_log_probs"))
 
 
 def writes_questions(options: Mapping[str, Any]) -> bool:
-    """Whether a teacher writes questions that must not be among those of an evaluation."""
+    """Whether a teacher writes questions, which must differ from those of an evaluation."""
     return bool(options.get("generate_synthetic_data"))
 
 
 def gives_figures(options: Mapping[str, Any]) -> bool:
-    """Whether figures are the result, as that of evaluate, which alone has a baseline."""
+    """Whether metrics are the result, as in evaluate, the only recipe with a baseline."""
     return "baseline" in options
 
 
 def answers_matter(options: Mapping[str, Any]) -> bool:
-    """Whether answers of the length of an evaluation are the result, or are trained on, too."""
+    """Whether answers of up to max_new_tokens are the result, or are trained on."""
     learns_own_answers = options.get("distillation_type", "response") != "response"
     return gives_figures(options) or (learns_own_answers and bool(options.get("on_policy_share")))
 
@@ -107,8 +107,8 @@ def never(options: Mapping[str, Any]) -> bool:
     return False
 
 
-# Options of evaluation, and where the result depends on them all the same. One that a stage of your
-# own defines is part of the fingerprint: what it means there is not known here.
+# Options of evaluation -> whether the result depends on them nevertheless. An option that a custom
+# stage defines is part of the fingerprint, because its meaning there is unknown.
 EVALUATION_OPTIONS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "eval_steps": chooses_weights,
     "metric_for_best_model": chooses_weights,
@@ -121,12 +121,12 @@ EVALUATION_OPTIONS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "eval_reasoning_tasks": writes_questions,
 }
 
-# Options of rlaif that have those of the recipes it contains.
+# Options of rlaif that contain options of other recipes.
 OPTIONS_OF_PARTS = ("rl_kwargs", "reward_kwargs", "preference_kwargs")
 
 
 def fingerprinted_options(config: StageConfig) -> dict[str, Any]:
-    """The options that decide what comes out of a stage, as JSON gives them back."""
+    """The options that decide the result of a stage, as loaded back from JSON."""
     options = json_options(config)
     kept = {}
     for name, value in options.items():
@@ -141,20 +141,20 @@ def fingerprinted_options(config: StageConfig) -> dict[str, Any]:
 
 
 def json_options(config: StageConfig) -> dict[str, Any]:
-    """All options. What JSON changes, such as tuples into lists, has to be changed on both sides of
-    a comparison."""
+    """All options after a round trip through JSON, which changes tuples to lists, so that both
+    sides of a comparison have the same types."""
     return json.loads(json.dumps(asdict(config), default=str))
 
 
 def matters(name: str, options: Mapping[str, Any]) -> bool:
-    """Whether the result depends on an option, beside the others."""
+    """Whether the result depends on an option, given the values of all options."""
     if name in EVALUATION_OPTIONS:
         return EVALUATION_OPTIONS[name](options)
     return name not in NOT_FINGERPRINTED
 
 
 def is_defined_elsewhere(config_class: type, name: str) -> bool:
-    """Whether an option is a stage's of your own, outside the repository's recipes."""
+    """Whether an option is defined by a custom stage outside the repository."""
     for owner in config_class.__mro__:
         if name in vars(owner).get("__annotations__", {}):
             file = getattr(sys.modules.get(owner.__module__), "__file__", None)
@@ -163,7 +163,7 @@ def is_defined_elsewhere(config_class: type, name: str) -> bool:
 
 
 def evaluation_options(config: StageConfig) -> dict[str, Any]:
-    """The options of evaluation that are no part of the fingerprint: its figures depend on them."""
+    """The evaluation options that are not in the fingerprint: only metrics depend on them."""
     options = json_options(config)
     left_out = options.keys() - fingerprinted_options(config).keys()
     return {name: options[name] for name in EVALUATION_OPTIONS if name in left_out}
@@ -173,9 +173,10 @@ def evaluation_options(config: StageConfig) -> dict[str, Any]:
 
 
 def identify_named_files(options: Mapping[str, Any]) -> dict[str, Any]:
-    """{text: identity} of every option that is the path of a file or a folder.
+    """{text: identity} for every option that is the path of a file or folder.
 
-    The path of a function is written file.py:name; the modules that the file imports belong to it.
+    The path of a function is written file.py:name; its identity includes the modules that the file
+    imports.
     """
     identities = {}
     for text in texts_in(list(options.values())):
@@ -189,14 +190,14 @@ def identify_named_files(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def identify_code(path: Path) -> dict[str, str]:
-    """{file: digest} of a Python file of the user's, and of what it imports from beside it or from
-    the repository."""
+    """{file: digest} of a user's Python file and of what it imports from its folder or the
+    repository."""
     return named_digests(find_code_of_file(path).values(), path.resolve().parent)
 
 
 def texts_in(value: Any) -> Iterator[str]:
-    """The texts in an option's value: several data sets are a list of texts and of mappings, or one
-    text with commas."""
+    """Yield the texts in an option's value: several data sets are a list of texts and mappings, or
+    one text with commas."""
     if isinstance(value, str):
         yield value
         if "," in value:
@@ -222,10 +223,10 @@ def function_sources(stage_class: type) -> dict[str, str]:
 
 
 def modules_of_notebook_class(stage_class: type, sources: Mapping[str, str]) -> list[str]:
-    """The modules that a class without a file uses: those of its bases and of what it names."""
+    """The modules used by a class without a file: those of its bases and of names in its code."""
     home = sys.modules[stage_class.__module__]
     modules = [parent.__module__ for parent in stage_class.__mro__]
-    # Not all globals of a notebook: an unrelated cell shall not make the stage another one.
+    # Not all globals of a notebook: an unrelated cell must not change the fingerprint.
     for word in re.findall(r"\w+", " ".join(sources.values())):
         value = vars(home).get(word)
         if inspect.ismodule(value):
@@ -237,9 +238,9 @@ def modules_of_notebook_class(stage_class: type, sources: Mapping[str, str]) -> 
 
 @functools.cache
 def digest_when_imported(module: ModuleType) -> str:
-    """The digest of a module's file when it was first asked for.
+    """The digest of a module's file at the time of the first call.
 
-    Python goes on with the code that it imported, whatever happens to the file afterwards.
+    Python keeps running the code that it imported, whatever happens to the file afterwards.
     """
     return source_digest(Path(module.__file__).read_bytes())
 
@@ -247,9 +248,9 @@ def digest_when_imported(module: ModuleType) -> str:
 def fingerprint_code(stage_class: type) -> tuple[dict[str, str], list[str]]:
     """({file: digest} of a stage's code, [files that changed since Python imported them]).
 
-    The code is the file of the stage's class and what that imports, followed through the
-    repository's own files and those beside it. A class that a notebook defines has no file:
-    its functions are digested one by one.
+    The code is the file of the stage's class and what it imports, followed through the repository's
+    files and those in its own folder. A class defined in a notebook has no file: its functions are
+    digested one by one.
     """
     home = sys.modules[stage_class.__module__]
     home_file = vars(home).get("__file__")
@@ -283,8 +284,8 @@ def compute_fingerprint(
 ) -> tuple[dict[str, Any], list[str]]:
     """(fingerprint, [code files that changed since Python imported them]) of a stage.
 
-    `data_digest` is the hash of its rows and `start` that of the stages before it in a chain; None
-    where there is none.
+    `data_digest` is the hash of its rows, `start` that of the stages before it in a chain; either
+    may be None.
     """
     options = fingerprinted_options(config)
     code, changed = fingerprint_code(stage_class)
@@ -300,14 +301,14 @@ def compute_fingerprint(
 
 
 def describe_differences(old: Mapping, new: Mapping) -> str:
-    """What differs between two fingerprints, in words for the log; empty if nothing does."""
+    """What differs between two fingerprints, as text for the log; empty if nothing does."""
     differences = []
     is_comparable = old.get("form") == new.get("form")
     if not is_comparable:
         differences.append("an older version recorded its files and code in another form")
     for part, now in new.items():
         before = old.get(part)
-        # The files and the code of another form differ in any case.
+        # In another format, files and code differ in any case.
         if before == now or (not is_comparable and part != "options"):
             continue
         if isinstance(now, dict):
@@ -322,11 +323,10 @@ def describe_differences(old: Mapping, new: Mapping) -> str:
 
 
 def describe_changed_keys(part: str, old: Mapping, new: Mapping) -> list[str]:
-    """One phrase for each key whose value differs; only options are readable enough to be shown."""
+    """One phrase per key whose value differs; values are shown for options only."""
     keys = {*old, *new}
     if part == "options":
-        # Where an option of evaluation counts on one side alone, so does the other option that
-        # makes it count.
+        # If an evaluation option is on one side only, the option that makes it matter differs too.
         keys -= (old.keys() ^ new.keys()) & (NOT_FINGERPRINTED | EVALUATION_OPTIONS.keys())
     phrases = []
     for key in sorted(keys):

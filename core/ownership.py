@@ -1,9 +1,9 @@
-"""Whose an output folder and its files are.
+"""Ownership of output folders and their files.
 
-One run at a time works in a folder: it holds OUT/.lock, and OUT/.running.json says which process
-that is. A run replaces and deletes only what runs have written: each folder of a model has the
-names of these files in .files.json, and OUT/fingerprint.json marks the folder of a run. Files of
-anyone else stay as they are; a run that would write over one is refused before it trains.
+Only one run at a time works in a folder: it holds OUT/.lock, and OUT/.running.json names its
+process. A run replaces and deletes only files that runs have written: .files.json in each model
+folder lists these files, and OUT/fingerprint.json marks the folder of a run. All other files are
+left alone; a run that would overwrite one is refused before it trains.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from core.files import has_weights, remove_unfinished, unfinished_name, write_js
 from core.runtime import is_main_process, logger
 
 RECORD = ".files.json"
-# What saving writes: a model and its tokenizer. Folders from before there were records have no
-# other files of ours.
+# Files that saving a model and its tokenizer writes. In folders from before .files.json was
+# introduced, these are the only files of ours.
 SAVED_FILES = (
     "model*.safetensors",
     "model.safetensors.index.json",
@@ -40,8 +40,8 @@ SAVED_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-# What else a run writes or overwrites, or could take for its own weights. Its logs are not here:
-# they are only appended to.
+# Other files that a run writes, overwrites, or could mistake for its own weights. Logs are not
+# listed, because they are only appended to.
 RUN_FILES = (
     "*.safetensors",
     "stage.json",
@@ -57,7 +57,7 @@ RUN_FILES = (
     "adapter",
     "checkpoints",
 )
-# Of these, what belongs to one result, and is laid aside with it.
+# Those that belong to one result, and are moved away with it.
 OF_A_RESULT = (
     "stage_config.yaml",
     "metrics.jsonl",
@@ -73,14 +73,14 @@ OF_A_RESULT = (
 def locked(folder: Path) -> Iterator[None]:
     """Hold the lock of an output folder during the block. Raises ConfigError if another run has it.
 
-    The system releases the lock of a process that has ended, however it ended.
+    The operating system releases the lock when the process ends, however it ends.
     """
     if not is_main_process():
         yield
         return
     with as_config_error(f"output_dir={folder} cannot be written to", OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        # One object for a folder: a block in another of the same process holds the lock already.
+        # One lock object per folder, so that nested blocks of one process share the lock.
         lock = FileLock(folder / ".lock", is_singleton=True)
         try:
             lock.acquire(blocking=False)
@@ -100,11 +100,11 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def describe_holder(folder: Path) -> str:
-    """The process whose run is in a folder, as far as it is known."""
+    """The process that holds a folder, as far as it is known."""
     try:
         holder = json.loads((folder / ".running.json").read_text(encoding="utf-8"))
         return f"process {holder['pid']} on {holder['host']}"
-    except (OSError, ValueError, KeyError, TypeError):  # it has just begun, or ends
+    except (OSError, ValueError, KeyError, TypeError):  # the run is just starting or ending
         return "another run"
 
 
@@ -112,7 +112,7 @@ def describe_holder(folder: Path) -> str:
 
 
 def recorded_files(folder: Path) -> list[str]:
-    """Names, relative to `folder`, of the files of a model that runs have written there."""
+    """Names, relative to `folder`, of the model files that runs have written there."""
     record = folder / RECORD
     if record.exists():
         try:
@@ -130,7 +130,7 @@ def recorded_files(folder: Path) -> list[str]:
 
 @contextlib.contextmanager
 def published(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder, whose files are moved into `folder` if the block ends without an
+    """Yield a temporary folder. Its files are moved into `folder` if the block ends without an
     error."""
     folder.mkdir(parents=True, exist_ok=True)
     remove_unfinished(folder)
@@ -144,14 +144,14 @@ def published(folder: Path) -> Iterator[Path]:
 
 
 def publish(unfinished: Path, folder: Path) -> None:
-    """Move the files of the folder `unfinished` into `folder`, each at once and on the disk. What
-    was published there before goes, and other files stay."""
+    """Move the files of the folder `unfinished` into `folder`, each atomically and synced to disk.
+    Previously published files are removed, other files stay."""
     before = set(recorded_files(folder))
     files = sorted(file for file in unfinished.rglob("*") if file.is_file())
-    # The mark of a complete folder comes last, where it is among them.
+    # The file that marks a complete folder comes last, if it is among them.
     files.sort(key=is_mark)
     names = [file.relative_to(unfinished).as_posix() for file in files]
-    # The names first: after a crash in between these files are known to be ours.
+    # Record the names first, so that after a crash these files are known to be ours.
     write_json(folder / RECORD, sorted(before | set(names)))
     remove_files(folder, (before - set(names)) | {name for name in before if is_mark(Path(name))})
     for file, name in zip(files, names, strict=True):
@@ -174,16 +174,16 @@ def is_weights(name: str) -> bool:
 
 
 def remove_recorded(folder: Path) -> None:
-    """Delete what was published in a folder, and the folder if nothing else is in it."""
+    """Delete what was published in a folder, and the folder if it is then empty."""
     remove_files(folder, recorded_files(folder))
     (folder / RECORD).unlink(missing_ok=True)
     remove_empty(folder)
 
 
 def remove_files(folder: Path, names: Iterable[str]) -> None:
-    """Delete the named files of a folder, and subfolders that are empty then."""
+    """Delete the named files of a folder, and subfolders that are then empty."""
     for name in names:
-        # A record may be damaged, or come with a folder from elsewhere: it reaches nothing outside.
+        # A record may be damaged or come from elsewhere: delete nothing outside the folder.
         if Path(name).is_absolute() or ".." in Path(name).parts:
             continue
         path = folder / name
@@ -198,7 +198,7 @@ def remove_empty(folder: Path) -> None:
 
 
 def set_aside(path: Path, what: str, why: str) -> None:
-    """Rename a file or folder to NAME.1, .2, ..., and say so: "moved `what` to NAME.1: `why`"."""
+    """Rename a file or folder to NAME.1, .2, ..., and log "moved `what` to NAME.1: `why`"."""
     moved = path.rename(first_free_name(path))
     logger.warning("moved %s to %s: %s", what, moved, why)
 
@@ -214,20 +214,20 @@ def first_free_name(path: Path) -> Path:
 def lay_aside_result(folder: Path, artifacts: Iterable[str], why: str) -> None:
     """Move the finished result in `folder` to previous.1, .2, ...: model, records and `artifacts`.
 
-    Answers that were paid for stay, and so do the logs, which the next run goes on with.
+    Paid answers stay, and so do the logs, which the next run appends to.
     """
     names = recorded_files(folder)
     for path in artifacts:
         if Path(path).parent == folder:
             names.append(Path(path).name)
-    # The record of the stage is last: after a crash in between the rest follows.
+    # The stage's record is last: after a crash in between, the next run moves the rest.
     names += [*OF_A_RESULT, RECORD, "stage.json"]
     number = 1
     while (folder / f"previous.{number}" / "stage.json").exists():
         number += 1
     aside = folder / f"previous.{number}"
     aside.mkdir(exist_ok=True)
-    # The folder stays marked all the time.
+    # Copied, not moved: the folder stays marked as that of a run all the time.
     with contextlib.suppress(FileNotFoundError):
         shutil.copy(folder / "fingerprint.json", aside)
     move_files(folder, names, aside)
@@ -244,7 +244,7 @@ def lay_aside_model(folder: Path) -> None:
     if not has_weights(folder):
         return
     names = set(recorded_files(folder)) - {"fingerprint.json"}
-    # Weights after all others: as long as one is here, the rest follows after a crash.
+    # Weights last: as long as one is here, the next run moves the rest after a crash.
     in_order = sorted(names, key=is_weights)
     aside = first_free_name(folder)
     move_files(folder, [*in_order, RECORD, "fingerprint.json"], aside)
@@ -257,7 +257,7 @@ def lay_aside_model(folder: Path) -> None:
 
 
 def move_files(folder: Path, names: Iterable[str], target: Path) -> None:
-    """Move those of the named files and folders that are in `folder` into the folder `target`."""
+    """Move the named files and folders that exist in `folder` to the folder `target`."""
     for name in names:
         if not os.path.lexists(folder / name):
             continue
@@ -266,14 +266,14 @@ def move_files(folder: Path, names: Iterable[str], target: Path) -> None:
         (folder / name).rename(moved)
 
 
-# ---- files of others -----------------------------------------------------------------------------
+# ---- foreign files -------------------------------------------------------------------------------
 
 
 def refuse_foreign_files(
     folder: Path, patterns: Sequence[str] = (*SAVED_FILES, *RUN_FILES)
 ) -> None:
-    """Raise ConfigError if a run would overwrite files of these patterns in `folder` that no run
-    made."""
+    """Raise ConfigError if a run would overwrite files in `folder` that match the patterns and that
+    no run made."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output_dir={folder}: it is not a folder; choose another output_dir")
     if (folder / "fingerprint.json").is_file() or (folder / RECORD).is_file():
@@ -289,7 +289,7 @@ def refuse_foreign_files(
 
 def refuse_own_inputs(config: Any, names: Sequence[str] = ()) -> None:
     """Raise ConfigError if an option names an input that the run would overwrite: output_dir
-    itself, or a file or folder in it of a name that runs write, or of one of the further `names`.
+    itself, or a file or folder in it with a name that runs write or that is in `names`.
     """
     folder = Path(config.output_dir).resolve()
     for option, value in vars(config).items():

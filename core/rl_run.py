@@ -61,7 +61,7 @@ from core.sampling import uniform_numbers
 from core.screen import Pace
 from core.train_state import load_checkpoint, save_checkpoint
 
-# Metrics that only metrics.jsonl has; the lines on the screen would be too long with them.
+# Metrics that are only in metrics.jsonl; with them, the lines on the screen would be too long.
 NOT_ON_SCREEN = (
     "reward_.*|ratio|.*_loss|epochs|kl_coef|policy_kl|improvement|zero_variance|"
     "unscored|clip_fraction|line_search|entropy|seconds_.*"
@@ -78,17 +78,17 @@ class Run(Policy):
     accelerator: Any
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    kl_coef: float  # beta, adapted where target_kl is set
+    kl_coef: float  # beta, adapted if target_kl is set
     step: int = 0
     # Metrics of the first evaluation and the first step, and of each step since the start.
     before: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
-    evaluated_step: int = -1  # the last one with an evaluation
+    evaluated_step: int = -1  # the last step with an evaluation
     skipped_steps: int = 0  # optimizer steps of this process for which no completion had a score
     alarms: Alarms = field(default_factory=Alarms)
-    signals: list[int] = field(default_factory=list)  # that came during the present step
-    step_began: float = 0.0  # time.perf_counter() at the start of the present step
-    pace: Pace | None = None  # since the first step of this process
+    signals: list[int] = field(default_factory=list)  # signals received during the current step
+    step_began: float = 0.0  # time.perf_counter() at the start of the current step
+    pace: Pace | None = None  # speed since the first step of this process
 
     def sum_over_processes(self, value: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(value, "sum")
@@ -97,23 +97,23 @@ class Run(Policy):
 
     @contextlib.contextmanager
     def interruptible(self):
-        """On SIGINT and SIGTERM, finish the step and save a checkpoint before the program ends."""
+        """On SIGINT and SIGTERM, finish the step and save a checkpoint before exiting."""
         from peft.helpers import disable_input_dtype_casting
 
-        # autocast already casts the inputs of adapters, with fewer copies than PEFT makes
+        # autocast already casts the inputs of adapters, with fewer copies than PEFT
         with deferred_signals() as self.signals, disable_input_dtype_casting(self.model):
             yield
 
     def steps(self) -> Iterator[int]:
-        """The numbers of the steps that are left; evaluates and saves between them."""
+        """Yield the numbers of the remaining steps; evaluates and saves between them."""
         config = self.config
         # A resumed run has this evaluation in its checkpoint.
         if self.evaluation_rows and not self.before:
             self.before |= self.evaluate()
-        elif self.evaluation_is_due:  # a signal came before it
+        elif self.evaluation_is_due:  # the interrupted run was stopped before it
             self.evaluate()
         self.pace = Pace(self.step)
-        # A signal may come during a step or an evaluation; neither is followed by another step.
+        # After a signal during a step or an evaluation, no further step begins.
         while not self.stop_requested():
             if self.step == config.num_training_steps:
                 return  # `finish` evaluates
@@ -128,31 +128,32 @@ class Run(Policy):
             if config.save_freq and self.step % config.save_freq == 0:
                 self.save()
             elif config.save_freq and is_last:
-                # Nothing is lost until the stage has recorded its result; then this one goes.
+                # A safeguard until the stage has recorded its result; then it is removed.
                 self.save(is_end=True)
         self.save()
 
     @property
     def evaluation_is_due(self) -> bool:
-        """Whether eval_freq asks for an evaluation that was not made yet. Those before and after
-        training are no part of it."""
+        """Whether an evaluation by eval_freq is due at this step. Those before and after training
+        are separate."""
         every, step = self.config.eval_freq, self.step
         if not self.evaluation_rows or not every or step == self.config.num_training_steps:
             return False
         return step % every == 0 and step > self.evaluated_step
 
     def evaluate(self) -> dict[str, float]:
-        """The metrics of greedy answers to the held-out prompts, which are logged."""
+        """Log and return the metrics of greedy answers to the held-out prompts."""
         self.evaluated_step = self.step
         return self.report(evaluate(self))
 
     @property
     def schedule_factor(self) -> float:
-        """What the learning rates of the present step are multiplied by."""
+        """Factor of the learning rates at the current step."""
         return schedule_factor(self.config, self.step, self.config.num_training_steps)
 
     def save(self, is_end: bool = False) -> None:
-        """Write a checkpoint. Sampling and shuffling are functions of seed and step."""
+        """Write a checkpoint. It needs no random state: sampling and shuffling are functions of
+        seed and step."""
         state = {"step": self.step, "kl_coef": self.kl_coef, "before": self.before}
         state["scaler"] = self.scaler.state_dict()
         state["evaluated_step"] = self.evaluated_step
@@ -162,7 +163,7 @@ class Run(Policy):
         )
 
     def resume(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint."""
+        """Continue from a checkpoint."""
         steps = self.config.num_training_steps
         state = load_checkpoint(checkpoint, self.trained_tensors, self.optimizer, steps)
         self.step, self.kl_coef, self.before = state["step"], state["kl_coef"], state["before"]
@@ -173,7 +174,7 @@ class Run(Policy):
 
     @property
     def trained_tensors(self) -> list[torch.Tensor]:
-        """The policy's trained weights, and those of the critic's head."""
+        """The trained weights of the policy and of the critic's head."""
         head = [] if self.value_head is None else list(self.value_head.parameters())
         return [*self.parameters, *head]
 
@@ -181,7 +182,7 @@ class Run(Policy):
         return any_process_stopped(self.accelerator, self.signals)
 
     def next_prompts(self) -> list[dict]:
-        """This process's prompts of the step (P,)."""
+        """This process's prompts for the step (P,)."""
         config, accelerator = self.config, self.accelerator
         per_process = config.batch_size // config.num_generations
         rank = accelerator.process_index
@@ -191,9 +192,9 @@ class Run(Policy):
         return of_all[rank * per_process : (rank + 1) * per_process]
 
     def next_uniforms(self) -> torch.Tensor:
-        """(B, max_new_tokens): this process's random numbers of the step.
+        """(B, max_new_tokens): this process's random numbers for the step.
 
-        Every completion has its own, however many processes share the step.
+        Each completion has its own numbers, which do not depend on the number of processes.
         """
         config, accelerator = self.config, self.accelerator
         count, rank = config.batch_size, accelerator.process_index
@@ -206,10 +207,10 @@ class Run(Policy):
     def accumulation_groups(
         self, rollout: Rollout, shuffle: torch.Generator, accumulate: int
     ) -> Iterator[tuple[list[Rollout], torch.Tensor]]:
-        """(mini-batches, weight) of each optimizer step of an epoch over the rollout.
+        """Yield (mini-batches, weight) for each optimizer step of an epoch over the rollout.
 
-        The weight is the sum of `rollout.weights` over these mini-batches and all processes: what a
-        sum of losses is divided by. Steps in which no completion has a verdict are left out.
+        The weight is the sum of `rollout.weights` over these mini-batches and all processes, to
+        divide summed losses by. Steps in which no completion has a verdict are skipped.
         """
         # A rollout that is one mini-batch keeps its order: nothing depends on it.
         order = None
@@ -238,16 +239,16 @@ class Run(Policy):
         self.scaler.scale(loss).backward()
 
     def optimizer_step(self) -> None:
-        """One step with the gradients summed over the processes.
+        """Take one step with the gradients summed over the processes.
 
         Raises FloatingPointError before the step if a gradient is not finite.
         """
-        # DDP would do it in every backward pass; here once per step, over all mini-batches.
+        # DDP would reduce in every backward pass; here it is done once per step.
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if self.accelerator.num_processes > 1:
             for parameter in parameters:
                 parameter.grad = self.sum_over_processes(parameter.grad)
-        # Unscaled after the sum, so that an overflow in one process skips the step in all of them.
+        # Unscale after the sum, so that an overflow in one process skips the step in all of them.
         self.scaler.unscale_(self.optimizer)
         max_norm = self.config.max_grad_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
@@ -263,14 +264,14 @@ class Run(Policy):
     # -- after the update
 
     def end_step(self, rollout: Rollout, metrics: dict[str, float]) -> None:
-        """Log the step and some completions, adapt beta, and warn of what goes wrong."""
+        """Log the step and some completions, adapt beta, and warn of problems."""
         config = self.config
         metrics = rollout_metrics(self, rollout) | metrics
         completions = config.batch_size * self.accelerator.num_processes
         if config.target_kl and "kl" in metrics:
             share = completions / config.kl_horizon
             self.kl_coef = next_kl_coef(self.kl_coef, metrics["kl"], config.target_kl, share)
-        # What the figures were before training: those of the first rollout.
+        # The first rollout gives the metrics before training.
         names = ("reward", "length", "stopped", "entropy")
         first = {name: metrics[name] for name in names if name in metrics}
         self.before = first | self.before
@@ -308,7 +309,7 @@ class Run(Policy):
                 "optimizer steps skipped because no completion was scored: %d", self.skipped_steps
             )
         finish_trackers(self.accelerator)
-        # A single batch says less about reward and length than the held-out prompts do.
+        # A single batch is a worse estimate of reward and length than the held-out prompts.
         names = ("kl",) if self.evaluation_rows else ("kl", "reward", "length")
         last = self.history[-1] if self.history else {}
         after |= {name: last[name] for name in names if name in last}
@@ -318,12 +319,12 @@ class Run(Policy):
 
 @torch.no_grad()
 def record_old_policy(run: Run, rollout: Rollout) -> None:
-    """Set what is known before the update, all (B, T).
+    """Set the rollout's tensors that are computed before the update, all (B, T).
 
     These are "old_logps" and "entropy" of the policy, "ref_logps", and the critic's "values".
 
     The critic reads the last hidden states of the backbone without its adapter, which never change,
-    or, where all weights train, those of the policy itself.
+    or, if all weights train, those of the policy itself.
     """
     policy_extras, reference_extras = ["entropy"], []
     if run.has_adapter:
@@ -343,7 +344,7 @@ def record_old_policy(run: Run, rollout: Rollout) -> None:
 
 
 def policy_outputs(run: Run, batch: Rollout, *more: str) -> TokenOutputs:
-    """The policy's outputs that its loss reads, with their graph, and `more` of them."""
+    """The policy's outputs that its loss needs, with gradients, and those named in `more`."""
     extras = list(more)
     if loss_needs_log_probs(run.config):
         extras.append("log_probs")
@@ -362,13 +363,13 @@ class WeightedMeans:
         self.weight: Any = 0.0
 
     def add(self, metrics: dict[str, torch.Tensor], weights: torch.Tensor) -> None:
-        """Metrics and weights of a mini-batch, both (b, T) or (b, 1)."""
+        """Add metrics and weights of a mini-batch, both (b, T) or (b, 1)."""
         self.weight = self.weight + weights.sum()
         for name, values in metrics.items():
             self.sums[name] = self.sums.get(name, 0) + (values * weights).sum()
 
     def over_processes(self, run: Run) -> dict[str, float]:
-        """{name: mean}; {} if nothing was added, which is so in all processes or in none."""
+        """{name: mean}; {} if nothing was added, which holds in all processes or in none."""
         if not self.sums:
             return {}
         sums = torch.stack([*self.sums.values(), self.weight])
@@ -382,7 +383,7 @@ class WeightedMeans:
 def start_run(
     config: RLConfig, model, tokenizer, train_rows: list, eval_rows: list, reward_functions: dict
 ) -> Run:
-    """The run of an RL recipe on rows by `to_prompt`, continued from its last checkpoint."""
+    """Set up the run of an RL recipe on rows by `to_prompt`, resumed from a checkpoint if any."""
     limit = min(config.max_seq_length, context_length(model.config))
     training = encode_prompts(config, train_rows, tokenizer, limit, "training data")
     evaluation = encode_prompts(config, eval_rows, tokenizer, limit, "evaluation data")
@@ -400,7 +401,7 @@ def start_run(
     if checkpoint:
         run.resume(checkpoint)
     elif is_main_process():
-        truncate_logs(Path(config.output_dir), {})  # those of an earlier run
+        truncate_logs(Path(config.output_dir), {})  # remove those of an earlier run
     logger.info(
         "training %s of %s parameters on %d prompts, on %s in %s",
         f"{sum(parameter.numel() for parameter in run.parameters):,}",
@@ -422,29 +423,29 @@ def build_run(
     training=(),
     evaluation=(),
 ) -> Run:
-    """Reference, critic, optimizer and schedule around a model.
+    """Add reference, critic, optimizer and scaler to a model.
 
-    `probe_row` is a prompt to try with whether one pass serves several answers.
+    `probe_row` is a prompt for testing whether one pass can serve several answers.
     """
     from transformers.integrations import unset_hf_deepspeed_config
 
-    disable_dropout(model)  # with it, ratios of probabilities are noise (Huang et al. 2024)
+    disable_dropout(model)  # with dropout, probability ratios are noise (Huang et al. 2024)
     model.train(config.gradient_checkpointing > 0)
     if config.gradient_checkpointing:
         options = {"use_reentrant": False}
         model.activation_checkpointing_enable(options, every_n_layers=config.gradient_checkpointing)
         model.enable_input_require_grads()
-    # With an adapter the reference costs nothing: it is the model without it. Biases that train
-    # stay when the adapter is switched off, so then the reference is a copy.
+    # With an adapter, the reference is the model without it and costs no memory. Trained biases
+    # stay active when the adapter is disabled, so then the reference is a copy.
     has_adapter = hasattr(model, "peft_config") and config.lora_bias == "none"
     reference = None
     if config.init_kl_coef and not has_adapter:
         reference = copy.deepcopy(model).requires_grad_(False).eval()
     value_head = new_value_head(model) if config.has_critic else None
     optimizer = new_optimizer(config, model, parameter_groups(config, model, value_head))
-    # `Policy.autocast` casts; accelerate prepares no model here.
+    # Mixed precision comes from `Policy.autocast`; accelerate prepares no model here.
     accelerator = start_accelerator(config, mixed_precision="no", shards=False)
-    # Under DeepSpeed too every process holds the whole policy, and whatever is loaded later.
+    # Even under DeepSpeed, each process holds the whole policy and every model loaded later.
     unset_hf_deepspeed_config()
     # float16 gradients underflow without a scaler; bfloat16 and float32 need none.
     float16 = compute_dtype(config.torch_dtype) == torch.float16
@@ -472,7 +473,7 @@ def build_run(
 
 
 def new_value_head(model) -> torch.nn.Linear:
-    """V(s) = 0 at first."""
+    """A value head that starts with V(s) = 0."""
     hidden_size = model.get_output_embeddings().weight.shape[1]
     head = torch.nn.Linear(hidden_size, 1, device=model.device)
     torch.nn.init.zeros_(head.weight)
@@ -481,7 +482,7 @@ def new_value_head(model) -> torch.nn.Linear:
 
 
 def parameter_groups(config, model, value_head) -> list[dict[str, Any]]:
-    """The policy's weights, unless TRPO steps them by itself, and those of the critic's head."""
+    """The policy's weights, unless TRPO updates them itself, and those of the critic's head."""
     groups = []
     if config.optimizes_policy:
         policy = [p for p in model.parameters() if p.requires_grad]
@@ -495,14 +496,14 @@ def parameter_groups(config, model, value_head) -> list[dict[str, Any]]:
 
 
 def prompts_of_step(seed: int, rows: list[dict], step: int, count: int) -> list[dict]:
-    """The prompts of a step: the rows over and over, in a new order each time.
+    """The prompts of a step, from repeated passes over the rows, each in a new order.
 
-    A function of seed and step alone, so that a resumed run sees the prompts that the interrupted
+    They depend only on seed and step, so that a resumed run sees the prompts that the interrupted
     run would have seen.
     """
     orders: dict[int, list[int]] = {}
     prompts = []
-    # Prompts are numbered on through all epochs; a step takes the next `count` numbers.
+    # Prompts are numbered across epochs; a step takes the next `count` numbers.
     for n in range(step * count, (step + 1) * count):
         epoch, place = divmod(n, len(rows))
         if epoch not in orders:
@@ -516,7 +517,7 @@ def prompts_of_step(seed: int, rows: list[dict], step: int, count: int) -> list[
 
 
 def rollout_metrics(run: Run, rollout: Rollout) -> dict[str, float]:
-    """What a rollout shows, over all processes; docs/metrics.md defines each."""
+    """Metrics of a rollout over all processes; docs/metrics.md defines them."""
     metrics = scored_metrics(run, rollout)
     gather = run.accelerator.gather
     metrics["length"] = gather(rollout.lengths).float().mean()
@@ -526,7 +527,7 @@ def rollout_metrics(run: Run, rollout: Rollout) -> dict[str, float]:
 
 
 def scored_metrics(run: Run, rollout: Rollout) -> dict[str, torch.Tensor]:
-    """The metrics over the completions that have a verdict; {} if none has one."""
+    """The metrics over the completions with a verdict; {} if none has one."""
     gather, used = run.accelerator.gather, rollout.used
     scores = gather(rollout.scores)  # (B of all processes,)
     num_tokens = gather(used.sum(1)).sum()

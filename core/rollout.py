@@ -1,7 +1,7 @@
-"""What a2c, ppo, trpo and grpo share: options, prompts, sampling, scoring, log-probabilities.
+"""Shared by a2c, ppo, trpo and grpo: options, prompts, sampling, scoring, log-probabilities.
 
-Shapes: P prompts of a step, G completions of each, B = P * G completions, T tokens of the longest
-completion, N completion tokens in all, R rewards, V tokens of the vocabulary, H hidden units.
+Shapes: P prompts per step, G completions per prompt, B = P * G completions, T tokens in the longest
+completion, N completion tokens in total, R rewards, V vocabulary size, H hidden size.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ from core.sampling import (
 
 # -- configuration ---------------------------------------------------------------------------------
 
-PROMPT_FORMATS = {  # name: required columns; of several that fit, the one with more columns wins
+PROMPT_FORMATS = {  # name: required columns; if several fit, the one with the most columns wins
     "prompt": ["prompt"],
     "messages": ["messages"],
     "question": ["question"],
@@ -74,7 +74,7 @@ PROMPT_FORMATS = {  # name: required columns; of several that fit, the one with 
 PROMPT_OPTIONAL_COLUMNS = {form: [*CONTEXT_COLUMNS] for form in PROMPT_FORMATS}
 
 
-PROMPT_ENDING = 16  # tokens of a prompt that may have the <think> of its template
+PROMPT_ENDING = 16  # last tokens of a prompt, where the template may have opened <think>
 
 
 @dataclass
@@ -98,8 +98,8 @@ class RLConfig(DataConfig, ScoringConfig, TrainingConfig):
         "init_kl_coef",
     )
     has_critic: ClassVar[bool] = False  # whether the algorithm learns a value function
-    optimizes_policy: ClassVar[bool] = True  # false: TRPO steps by itself
-    accumulates: ClassVar[bool] = True  # false: a rollout makes one step, however it is divided
+    optimizes_policy: ClassVar[bool] = True  # false: TRPO updates the policy itself
+    accumulates: ClassVar[bool] = True  # false: one step per rollout, whatever the mini-batches
 
     prompt_dataset_path: DataPath = ""  # file, folder or hub name, or a list: docs/data.md
     validation_split: Share = 0.05  # fraction of rows held out for evaluation
@@ -110,7 +110,7 @@ class RLConfig(DataConfig, ScoringConfig, TrainingConfig):
     num_training_steps: Count = 100  # number of rollouts
     batch_size: Count = 16  # completions per step and process
     num_generations: Count = 1  # completions sampled for each prompt
-    share_prompt: bool = True  # encode a prompt once for its completions, where that is exact
+    share_prompt: bool = True  # encode a prompt once for its completions, if that is exact
     # sampling; the defaults are {max_new_tokens: 64, temperature: 1, top_k: 0, top_p: 1}
     generation_kwargs: Options = field(default_factory=dict)
     mini_batch_size: Natural = 0  # completions per backward pass; 0 takes the whole batch
@@ -136,12 +136,12 @@ class RLConfig(DataConfig, ScoringConfig, TrainingConfig):
 
     @property
     def trains_with_rl(self) -> bool:
-        """False where DPO learns instead (rlaif with feedback_mode=preference)."""
+        """False if DPO trains instead (rlaif with feedback_mode=preference)."""
         return True
 
     def __post_init__(self):
         super().__post_init__()
-        # After this, code never meets the 0 that means "the whole batch".
+        # From here on, no code sees the 0 that means "the whole batch".
         if self.mini_batch_size == 0:
             self.mini_batch_size = self.batch_size
 
@@ -170,7 +170,7 @@ class RLConfig(DataConfig, ScoringConfig, TrainingConfig):
         self.note_unread(not self.validation_split, "eval_freq", "with validation_split=0")
 
     def validate_batch_sizes(self) -> None:
-        # batch_size comes first: mini_batch_size may not have been given at all.
+        # Check batch_size first: mini_batch_size may be derived from it.
         for whole, part in (
             ("batch_size", "num_generations"),
             ("batch_size", "mini_batch_size"),
@@ -202,9 +202,9 @@ class RLConfig(DataConfig, ScoringConfig, TrainingConfig):
 
 
 def to_prompt(row: dict, form: str, needs_answer: bool = False) -> dict:
-    """A row as {"prompt": messages, "columns": its further columns, for the rewards}.
+    """Convert a row to {"prompt": messages, "columns": its other columns, for the rewards}.
 
-    Raises RowError without a prompt, or without an answer if a reward `needs_answer`.
+    Raises RowError without a prompt, or without an answer if `needs_answer`.
     """
     if needs_answer and row.get("answer", "") is None:
         raise RowError("without an answer")
@@ -219,13 +219,13 @@ def to_prompt(row: dict, form: str, needs_answer: bool = False) -> dict:
         prompt.pop()
     if not prompt:
         raise RowError("without a prompt")
-    # Whatever else a row has is for the rewards, which get it by name.
+    # All other columns are passed to the reward functions by name.
     columns = {name: value for name, value in row.items() if name not in source}
     return {"prompt": prompt, "columns": columns}
 
 
 def encode_prompt(row: dict, tokenizer, limit: int) -> dict:
-    """The row with its prompt's token "ids"; raises RowError if they are more than `limit`."""
+    """Add the prompt's token "ids" to a row; raises RowError if there are more than `limit`."""
     ids = prompt_ids(tokenizer, row["prompt"])
     if len(ids) > limit:
         raise RowError(
@@ -235,17 +235,17 @@ def encode_prompt(row: dict, tokenizer, limit: int) -> dict:
 
 
 def prompt_opens_thinking(tokenizer, ids: list[int]) -> bool:
-    """Whether the chat template ends the prompt inside a thinking block, which the completion then
-    has only the end of."""
+    """Whether the chat template ends the prompt inside a thinking block, so that the completion has
+    only the end of that block."""
     return opens_thinking(tokenizer.decode(ids[-PROMPT_ENDING:]))
 
 
 def load_prompts(
     config: RLConfig, reward_functions: dict[str, Callable]
 ) -> tuple[list[dict], list[dict], dict]:
-    """(training rows, evaluation rows, what the data set is), each row by `to_prompt`.
+    """(training rows, evaluation rows, lineage of the data), each row by `to_prompt`.
 
-    Raises ConfigError where a reward reads answers, or another column, and the data has none.
+    Raises ConfigError if a reward reads a column that the data does not have.
     """
     needs_answer = bool(rewards_reading_answers(config))
 
@@ -264,7 +264,7 @@ def load_prompts(
 def encode_prompts(
     config: RLConfig, rows: list[dict], tokenizer, limit: int, what: str
 ) -> list[dict]:
-    """The rows with token ids, without those whose prompt and completion exceed `limit` tokens."""
+    """Add token ids to rows; drops those whose prompt and completion may exceed `limit` tokens."""
     max_prompt_length = limit - config.sampling["max_new_tokens"]
 
     def encode(row: dict) -> dict:
@@ -276,7 +276,7 @@ def encode_prompts(
 def prompt_sequences(
     config: RLConfig, row: dict, tokenizer, context: int
 ) -> tuple[list[tuple], bool]:
-    """([(prompt ids, None)], False): what the checks before training look at."""
+    """([(prompt ids, None)], False), for the checks before training."""
     limit = min(config.max_seq_length, context) - config.sampling["max_new_tokens"]
     return [(encode_prompt(row, tokenizer, limit)["ids"], None)], False
 
@@ -286,16 +286,16 @@ def prompt_sequences(
 
 @dataclass
 class Policy:
-    """The model that writes completions, the reference it is compared with, and its rewards."""
+    """The model that writes completions, its reference model and its reward functions."""
 
-    config: Any  # of the recipe: an RLConfig with its own options
+    config: Any  # the recipe's RLConfig, with its own options
     model: Any
     tokenizer: Any
     reward_functions: dict[str, Callable]
     reference: (
         Any  # frozen copy of the start; None if unused, or if it is the model without adapter
     )
-    has_adapter: bool  # whether the model without its adapter is the one that the run started from
+    has_adapter: bool  # whether the model without its adapter is the run's initial model
     shares_prompts: bool  # whether one pass over a prompt serves all its completions
 
     def __post_init__(self):
@@ -311,23 +311,23 @@ class Rollout:
     """B completions of P prompts, and the tensors computed from them.
 
     Tensors are on the model's device. The algorithm fills in the fields that are None at first. A
-    mini-batch is a Rollout of fewer completions (`select`).
+    mini-batch is a Rollout with fewer completions (`select`).
     """
 
     groups: list[dict]  # P of {"prompt": ids, "answers": G completions (ids), "labels": the same}
     rows: list[dict]  # B: the row of each completion's prompt
     texts: list[str]  # B
-    mask: torch.Tensor  # (B, T) bool: completion tokens, its stop token included
+    mask: torch.Tensor  # (B, T) bool: completion tokens, including the stop token
     lengths: torch.Tensor  # (B,)
-    stopped: torch.Tensor  # (B,) bool: whether it ended in a stop token
-    sampled_logps: list[list[float]]  # B lists: of the tokens, as they were sampled
-    indices: torch.Tensor  # (B,): places of these completions in the whole rollout
-    seconds: float  # that sampling and scoring took
+    stopped: torch.Tensor  # (B,) bool: whether the completion ended in a stop token
+    sampled_logps: list[list[float]]  # B lists: log-probabilities of the tokens when sampled
+    indices: torch.Tensor  # (B,): indices of these completions in the whole rollout
+    seconds: float  # time for sampling and scoring
     rewards: torch.Tensor | None = None  # (B, R): each reward function's verdict; NaN: none
     scores: torch.Tensor | None = None  # (B,): weighted sum of the rewards; NaN: no verdict
     used: torch.Tensor | None = None  # (B, T): the mask as 0.0 and 1.0, all 0.0 without a verdict
-    old_logps: torch.Tensor | None = None  # (B, T): by the policy that sampled
-    ref_logps: torch.Tensor | None = None  # (B, T): by the reference
+    old_logps: torch.Tensor | None = None  # (B, T): under the policy that sampled
+    ref_logps: torch.Tensor | None = None  # (B, T): under the reference
     entropy: torch.Tensor | None = None  # (B, T): of the policy that sampled
     hidden: torch.Tensor | None = None  # (B, T, H): what the critic reads
     values: torch.Tensor | None = None  # (B, T)
@@ -341,8 +341,8 @@ class Rollout:
         return [ids for group in self.groups for ids in group["answers"]]
 
     def select(self, prompts: torch.Tensor) -> Rollout:
-        """The completions of these prompts, given by their places (p,), as a mini-batch."""
-        # Completions of one prompt stay together: they are compared, and share a pass over it.
+        """The completions of the prompts with these indices (p,), as a mini-batch."""
+        # Completions of one prompt stay together: they are compared and share a pass over it.
         num_generations = len(self.rows) // len(self.groups)
         firsts = prompts[:, None] * num_generations  # (p, 1)
         rows = (firsts + torch.arange(num_generations)).flatten()  # (b,)
@@ -362,7 +362,7 @@ class Rollout:
         )
 
     def mini_batches(self, size: int, order: torch.Tensor | None = None) -> Iterator[Rollout]:
-        """Mini-batches of `size` completions, the prompts in this `order` (P,)."""
+        """Yield mini-batches of `size` completions, with the prompts in this `order` (P,)."""
         if order is None:
             order = torch.arange(len(self.groups))
         num_generations = len(self.rows) // len(self.groups)
@@ -372,7 +372,7 @@ class Rollout:
 
 @torch.no_grad()
 def sample_rollout(policy: Policy, rows: list[dict], uniforms: torch.Tensor) -> Rollout:
-    """Completions of the rows' prompts (P,), drawn by uniform numbers (B, max_new_tokens)."""
+    """Sample completions of the rows' prompts (P,) with uniform numbers (B, max_new_tokens)."""
     began = time.perf_counter()
     num_generations = policy.config.num_generations
     prompts = [row["ids"] for row in rows]
@@ -392,7 +392,7 @@ def sample_rollout(policy: Policy, rows: list[dict], uniforms: torch.Tensor) -> 
         groups.append({"prompt": row["ids"], "answers": answers, "labels": answers})
         rows_of_completions += [row] * num_generations
     device = policy.model.device
-    # The mask covers the stop token: stopping is an action too, so it is trained.
+    # The mask includes the stop token: stopping is an action too, so it is trained.
     lengths = torch.tensor([len(ids) for ids in completions])  # (B,)
     mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (B, T)
     return Rollout(
@@ -417,7 +417,7 @@ def score_rollout(policy: Policy, rollout: Rollout) -> None:
     )
     rollout.rewards = rewards.to(device)
     rollout.scores = weighted_total(config, rewards).to(device)
-    # A completion without a verdict teaches nothing; a score of 0 would teach that it was bad.
+    # A completion without a verdict is not trained on; a score of 0 would mean that it was bad.
     has_verdict = ~rollout.scores.isnan()
     rollout.used = rollout.mask.float() * has_verdict[:, None]
     rollout.seconds += time.perf_counter() - began
@@ -432,7 +432,7 @@ class TokenOutputs:
 
     logps: torch.Tensor  # (B, T): log-probabilities of the tokens
     entropy: torch.Tensor | None = None  # (B, T): of each token's distribution
-    hidden: torch.Tensor | None = None  # (B, T, H): last hidden state before each token
+    hidden: torch.Tensor | None = None  # (B, T, H): last-layer hidden state that predicts the token
     log_probs: torch.Tensor | None = None  # (N, V): log-probabilities of the whole vocabulary
 
 
@@ -441,8 +441,8 @@ def completion_outputs(
 ) -> TokenOutputs:
     """One pass of the policy, or of the reference, over completions with their prompts.
 
-    `extras` names the further fields of TokenOutputs that are wanted. A gradient passes through
-    entropy only if log_probs is wanted too.
+    `extras` names the other fields of TokenOutputs to compute. Gradients flow through entropy only
+    if log_probs is requested too.
     """
     inputs = collate_answers(batch.groups, policy.shares_prompts)
     inputs = to_device(inputs, policy.model.device)
@@ -453,7 +453,7 @@ def completion_outputs(
         switched_off = without_adapter(policy.model)
     elif reference:
         model = policy.reference
-    # The policy is the distribution that is sampled, temperature included (Huang et al. 2024).
+    # The policy is the sampling distribution, including the temperature (Huang et al. 2024).
     temperature = policy.config.sampling["temperature"]
     wants_entropy = "entropy" in extras
     outputs = TokenOutputs(logps=None)
@@ -486,13 +486,13 @@ def completion_outputs(
 def score_tokens(
     logits: torch.Tensor, targets: torch.Tensor, temperature: float, wants_entropy: bool
 ) -> list[torch.Tensor]:
-    """The log-probabilities (n,) of targets (n,) with logits (n, V), then, if wanted, the entropies
-    (n,) of their distributions, without gradient."""
+    """The log-probabilities (n,) of targets (n,) given logits (n, V), then, if wanted, the
+    entropies (n,) of their distributions, without gradient."""
     if temperature != 1:
         logits = logits / temperature
     scores = [TokenLogps.apply(logits, targets)]
     if wants_entropy:
-        # In chunks, so that no second (n, V) is in memory.
+        # In chunks, to avoid a second (n, V) tensor in memory.
         chunks = logits.detach().split(rows_at_once(logits))
         scores.append(torch.cat([entropy_of(chunk.float().log_softmax(-1)) for chunk in chunks]))
     return scores
@@ -519,7 +519,7 @@ def rollout_outputs(
 
 
 def can_share_prompts(config: RLConfig, model, longest: dict) -> bool:
-    """Whether one pass over a prompt serves all its completions, tried on the longest there are."""
+    """Whether one pass over a prompt can serve all its completions; tests the longest prompt."""
     if not config.share_prompt or config.num_generations == 1:
         return False
     length = config.sampling["max_new_tokens"]
@@ -531,8 +531,8 @@ def can_share_prompts(config: RLConfig, model, longest: dict) -> bool:
 def sampling_gaps(rollout: Rollout) -> torch.Tensor:
     """|log pi(token) when it was sampled - log pi_old(token)|, (B, T) in nats, 0 in padding.
 
-    Both compute the same distribution, separately; if one mishandles attention or positions of a
-    model, the ratios are wrong from the first step on.
+    Both compute the same distribution independently; if one of them mishandles attention or
+    positions of a model, the ratios are wrong from the first step on.
     """
     sampled = torch.zeros_like(rollout.old_logps)
     flat_logps = list(itertools.chain.from_iterable(rollout.sampled_logps))
@@ -552,7 +552,7 @@ def check_sampled_logps(policy: Policy, rollout: Rollout) -> None:
 
 
 def check_sampling_gap(policy: Policy, gap: float) -> None:
-    """Raise RuntimeError if the mean gap (nats a token) of sampling and training is no rounding."""
+    """Raise RuntimeError if the mean sampling gap (nats per token) is more than rounding."""
     limit = 1e-3 if policy.model.dtype == torch.float32 else 0.2
     if gap > limit:
         raise RuntimeError(

@@ -1,7 +1,7 @@
-"""The training loop of sft, dpo, reward and cot_distillation: `fit`, on accelerate.
+"""The training loop of sft, dpo, reward and cot_distillation: `fit`, based on accelerate.
 
-A step takes R rows. They are split into micro-batches of per_device_train_batch_size rows, of which
-each of W processes takes every W-th.
+A step takes R rows. They are split into micro-batches of per_device_train_batch_size rows; each of
+W processes takes every W-th micro-batch.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ NOT_ON_SCREEN = "epoch|grad_norm|.*_(logps|reward|fell)"
 
 @dataclass
 class Progress:
-    """What a checkpoint keeps beside weights, optimizer and random numbers."""
+    """What a checkpoint stores besides weights, optimizer and random state."""
 
-    step: int = 0  # optimizer steps that are done
+    step: int = 0  # completed optimizer steps
     history: list[dict[str, float]] = field(default_factory=list)  # the lines of metrics.jsonl
     best_metric: float | None = None
     best_step: int = 0
@@ -59,14 +59,14 @@ class Progress:
 
 
 class ItemMeans:
-    """Means over items of the metrics of batches, and over processes; the device need not wait."""
+    """Means of metrics over the items of all batches and processes, without device syncs."""
 
     def __init__(self):
         self.sums: dict[str, Any] = {}
         self.num_items = 0
 
     def add(self, metrics: dict[str, Tensor], num_items: int) -> None:
-        """Metrics that are means over `num_items` items."""
+        """Add metrics that are means over `num_items` items."""
         self.num_items += num_items
         for name, value in metrics.items():
             total = torch.as_tensor(value).detach().double() * num_items
@@ -81,7 +81,7 @@ class ItemMeans:
 
 @dataclass
 class Window:
-    """What has been measured in this process since the last logged step."""
+    """Measurements of this process since the last logged step."""
 
     means: ItemMeans = field(default_factory=ItemMeans)
     losses: list[Tensor] = field(default_factory=list)  # this process's part of each step's loss
@@ -91,22 +91,22 @@ class Window:
 
 @dataclass
 class FitRun:
-    """A training by `fit`."""
+    """The state of a `fit` run."""
 
     config: FitConfig
-    model: Any  # prepared by accelerate: wrapped by DDP, sharded by FSDP2 or ZeRO-3, or as it was
+    model: Any  # prepared by accelerate: wrapped by DDP, sharded by FSDP2 or ZeRO-3, or unchanged
     accelerator: Any
     optimizer: Any
-    parameters: list[Tensor]  # those that train
+    parameters: list[Tensor]  # the trainable ones
     rows: Sequence[dict]
     eval_batches: list[list[dict]]
     collate: Callable[[list], Batch]
     loss: Callable[[Any, Batch], tuple[Tensor, dict[str, Tensor]]]
     progress: Progress = field(default_factory=Progress)
     window: Window = field(default_factory=Window)  # since the last logged step
-    signals: list[int] = field(default_factory=list)  # that came during the present step
+    signals: list[int] = field(default_factory=list)  # signals received during the current step
     was_stopped: bool = False  # by a signal to any of the processes
-    pace: Pace | None = None  # since the first step of this process
+    pace: Pace | None = None  # speed since the first step of this process
 
     @property
     def rows_per_step(self) -> int:
@@ -133,7 +133,7 @@ class FitRun:
         return self.accelerator.reduce(values, "sum")
 
     def log(self, metrics: dict[str, float]) -> None:
-        """Write metrics to metrics.jsonl, the screen and the trackers, and remember them."""
+        """Write metrics to metrics.jsonl, the screen and the trackers, and add them to history."""
         step = self.progress.step
         self.progress.history.append({"step": step, **metrics})
         if is_main_process():
@@ -151,30 +151,29 @@ def fit(
     collate: Callable[[list], Batch],
     loss: Callable[[Any, Batch], tuple[Tensor, dict[str, Tensor]]],
 ) -> dict[str, float]:
-    """Train `model` in place; returns the metrics after training, and as x_before those from before
-    it.
+    """Train `model` in place; returns the metrics after training and, as x_before, before it.
 
-    A row has "input_ids". `collate(rows)` returns a batch of tensors, among them "num_tokens", for
+    A row has "input_ids". `collate(rows)` returns a batch of tensors, including "num_tokens", for
     the speed, and "num_items": the number of items (tokens, pairs, ...) over which
-    `loss(model, batch) -> (loss, metrics)` takes its means. So the loss of a step is the mean over
-    all its items, however they fall into micro-batches and processes.
+    `loss(model, batch) -> (loss, metrics)` averages. The loss of a step is then the mean over all
+    its items, however they are split into micro-batches and processes.
 
-    Raises FloatingPointError for a loss or a gradient that is not finite, before it reaches the
+    Raises FloatingPointError for a loss or gradient that is not finite, before it changes the
     weights.
     """
     from peft.helpers import disable_input_dtype_casting
 
     checkpoint = find_checkpoint(config)
     log_start(config, model, len(train_rows))
-    # FSDP2 and ZeRO-3 change the model itself, where DDP wraps it: what it was is kept as a shell.
+    # FSDP2 and ZeRO-3 modify the model itself (DDP wraps it), so keep a copy without weights.
     shell = copy_without_weights(model) if is_sharded() else None
     run = start_run(config, model, train_rows, eval_rows, collate, loss)
     if checkpoint:
         resume(run, checkpoint)
-    if is_main_process():  # of what was logged after the checkpoint, nothing stays
+    if is_main_process():  # drop what was logged after the checkpoint
         write_jsonl(Path(config.output_dir, "metrics.jsonl"), run.progress.history)
 
-    # Autocast casts the inputs of an adapter already, with fewer copies than PEFT would make.
+    # Autocast already casts the inputs of adapters, with fewer copies than PEFT.
     with deferred_signals() as run.signals, disable_input_dtype_casting(model):
         if eval_rows and not checkpoint:
             run.log(evaluate(run))
@@ -187,7 +186,7 @@ def fit(
             # 1. The gradient of the mean loss over all items of the step.
             step_loss = accumulate_gradients(run, rows)
 
-            # 2. The optimizer's step, if all is finite.
+            # 2. The optimizer step, if loss and gradient are finite.
             norm = clip_gradients(run)
             require_finite(run, step_loss, norm)
             run.optimizer.step()
@@ -210,7 +209,7 @@ def fit(
 
 
 def start_run(config: FitConfig, model, train_rows, eval_rows, collate, loss) -> FitRun:
-    """Optimizer and batches around a model, which is prepared for its processes and devices."""
+    """Create optimizer and evaluation batches, and prepare the model for processes and devices."""
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable(
             {"use_reentrant": False}, every_n_layers=config.gradient_checkpointing
@@ -218,10 +217,10 @@ def start_run(config: FitConfig, model, train_rows, eval_rows, collate, loss) ->
     precision = MIXED_PRECISION[compute_dtype(config.torch_dtype)]
     accelerator = start_accelerator(config, precision, shards=True)
     configure_deepspeed(accelerator, config)
-    # FSDP2 exchanges the weights in model and optimizer, so it is given both.
+    # FSDP2 replaces the weights in model and optimizer, so it needs both.
     optimizer = new_optimizer(config, model, decay_groups(config, model))
     prepared, optimizer = accelerator.prepare(model, optimizer)
-    prepared.train()  # a loaded model evaluates, inside a new adapter that trains
+    prepared.train()  # a loaded model is in eval mode, even inside a new adapter in train mode
     by_length = sorted(eval_rows, key=lambda row: len(row["input_ids"]))  # little padding
     size = config.per_device_eval_batch_size
     return FitRun(
@@ -238,7 +237,7 @@ def start_run(config: FitConfig, model, train_rows, eval_rows, collate, loss) ->
 
 
 def configure_deepspeed(accelerator, config: FitConfig) -> None:
-    """Tell DeepSpeed, where the launch file chose it, what it does by itself."""
+    """Configure what DeepSpeed does by itself, if the launch file chose it."""
     plugin = accelerator.state.deepspeed_plugin
     if plugin is None:
         return
@@ -249,7 +248,10 @@ def configure_deepspeed(accelerator, config: FitConfig) -> None:
 
 
 def log_start(config: FitConfig, model, rows: int) -> None:
-    """Log how much trains, on how many rows, where; RuntimeError if nothing would train."""
+    """Log the number of trained parameters and rows, device and precision.
+
+    Raises RuntimeError if no parameter trains.
+    """
     trainable = model.num_parameters(only_trainable=True)
     total = model.num_parameters()
     if not trainable:
@@ -266,7 +268,7 @@ def log_start(config: FitConfig, model, rows: int) -> None:
 
 
 def resume(run: FitRun, checkpoint: Path) -> None:
-    """Go on from a checkpoint."""
+    """Continue from a checkpoint."""
     state = load_checkpoint(checkpoint, run.parameters, run.optimizer, run.num_steps)
     if run.accelerator.scaler is not None:
         run.accelerator.scaler.load_state_dict(state["scaler"])
@@ -277,7 +279,7 @@ def resume(run: FitRun, checkpoint: Path) -> None:
 
 
 def steps_left(run: FitRun) -> Iterator[Tensor]:
-    """The numbers of the rows of each step that is left, (R,)."""
+    """Yield the row indices (R,) of each remaining step."""
     lengths = torch.tensor([len(row["input_ids"]) for row in run.rows])
     while not run.has_ended:
         epoch, place = divmod(run.progress.step, run.steps_per_epoch)
@@ -288,13 +290,13 @@ def steps_left(run: FitRun) -> Iterator[Tensor]:
 
 
 def steps_of_epoch(lengths: Tensor, rows_per_step: int, seed: int) -> list[Tensor]:
-    """The rows of each step of an epoch: of about the same length, so with little padding.
+    """The row indices of each step of an epoch, grouped by similar length for little padding.
 
-    The longest step comes first: if memory is short, it shows at once. A function of the seed
-    alone, so that a resumed run sees the batches that the interrupted one would have seen.
+    The longest step comes first, so that a lack of memory shows at once. The result depends only on
+    the seed, so that a resumed run sees the batches that the interrupted run would have seen.
     """
     generator = torch.Generator().manual_seed(seed)
-    # Lengths are blurred by 10%, so that every epoch mixes the batches anew.
+    # Random factors of up to 10% on the lengths give each epoch different batches.
     blur = 0.9 + 0.2 * torch.rand(len(lengths), generator=generator)  # (rows,)
     by_length = (lengths * blur).argsort(descending=True)
     longest, *others = by_length.split(rows_per_step)
@@ -308,7 +310,7 @@ def steps_of_epoch(lengths: Tensor, rows_per_step: int, seed: int) -> list[Tenso
 def own_micro_batches(run: FitRun, rows: Tensor) -> list[list[dict]]:
     """The rows of this process's micro-batches of a step.
 
-    Every process has as many, or they would wait for each other: some may be empty at the end.
+    All processes get the same number, or they would wait for each other; the last may be empty.
     """
     parts = [part.tolist() for part in rows.split(run.config.per_device_train_batch_size)]
     num_processes = run.accelerator.num_processes
@@ -322,10 +324,11 @@ def own_micro_batches(run: FitRun, rows: Tensor) -> list[list[dict]]:
 
 
 def accumulate_gradients(run: FitRun, rows: Tensor) -> Tensor:
-    """Add up the gradients of the step's micro-batches; returns this process's part of its loss."""
+    """Accumulate the gradients of the step's micro-batches; returns this process's share of the
+    loss."""
     device, window = run.accelerator.device, run.window
     micro_batches = own_micro_batches(run, rows)
-    # An empty micro-batch computes some other row, with weight 0.
+    # An empty micro-batch computes another row with weight 0.
     batches = [run.collate(part or [run.rows[0]]) for part in micro_batches]
     items = []
     for batch, part in zip(batches, micro_batches, strict=True):
@@ -333,7 +336,7 @@ def accumulate_gradients(run: FitRun, rows: Tensor) -> Tensor:
         window.num_tokens += int(batch["num_tokens"]) if part else 0
     all_items = run.sum_over_processes(torch.tensor(sum(items), device=device))
 
-    # train() walks through all modules, which takes a tenth of a small model's step.
+    # train() visits all modules, which takes a tenth of a small model's step.
     if not run.model.training:
         run.model.train()
     step_loss = torch.zeros((), device=device)
@@ -351,7 +354,7 @@ def accumulate_gradients(run: FitRun, rows: Tensor) -> Tensor:
 
 
 def loss_with_router(run: FitRun, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss, metrics) of a batch; of a mixture of experts with its router loss, if it has one."""
+    """(loss, metrics) of a batch, including the router loss of a mixture of experts, if any."""
     weight = router_loss_weight(run.model)
     if not weight:
         return run.loss(run.model, batch)
@@ -363,7 +366,7 @@ def loss_with_router(run: FitRun, batch: Batch) -> tuple[Tensor, dict[str, Tenso
 
 @contextlib.contextmanager
 def gradients_stay_here(run: FitRun, until_next: bool) -> Iterator[None]:
-    """Where gradients are not yet complete, no time is spent on sending them to other processes."""
+    """With `until_next`, do not reduce gradients over processes yet: they are still incomplete."""
     run.accelerator.sync_gradients = not until_next
     with run.accelerator.no_sync(run.model) if until_next else contextlib.nullcontext():
         yield
@@ -373,7 +376,7 @@ def backward(run: FitRun, loss: Tensor) -> None:
     if not is_deepspeed(run):
         run.accelerator.backward(loss)
         return
-    # DeepSpeed takes the step within its backward pass, so the loss is checked now.
+    # DeepSpeed takes the optimizer step in its backward pass, so check the loss now.
     require_finite(run, loss, 0.0)
     run.accelerator.backward(loss, scale_wrt_gas=False)
 
@@ -383,15 +386,15 @@ def is_deepspeed(run: FitRun) -> bool:
 
 
 def clip_gradients(run: FitRun) -> float:
-    """Shorten the gradient to at most `max_grad_norm`; returns its norm before that."""
+    """Clip the gradient norm to `max_grad_norm`; returns the norm before clipping."""
     max_norm = run.config.max_grad_norm or math.inf
     return float(run.accelerator.clip_grad_norm_(run.parameters, max_norm))
 
 
 def require_finite(run: FitRun, loss: Tensor, norm: float) -> None:
-    """Raise FloatingPointError for a NaN or an infinity, before it reaches the weights."""
+    """Raise FloatingPointError for NaN or infinity, before it changes the weights."""
     figures = {"loss": float(loss), "gradient's norm": norm}
-    # The scaler of float16 skips steps with infinite gradients by itself.
+    # The float16 scaler skips steps with infinite gradients by itself.
     if run.accelerator.scaler is not None:
         del figures["gradient's norm"]
     for what, value in figures.items():
@@ -406,7 +409,7 @@ def require_finite(run: FitRun, loss: Tensor, norm: float) -> None:
 
 
 def end_step(run: FitRun, figures: dict[str, float]) -> None:
-    """Log, evaluate and save where it is due, after the last step, and before a stop."""
+    """Log, evaluate and save if it is due, after the last step, and before stopping."""
     config, progress = run.config, run.progress
     step = progress.step
     if step % config.logging_steps == 0 or step == run.num_steps:
@@ -425,7 +428,7 @@ def end_step(run: FitRun, figures: dict[str, float]) -> None:
     if is_due or is_needed_later or run.was_stopped:
         save(run)
     elif run.has_ended and config.save_steps:
-        # Nothing is lost until the stage has recorded its result; then this checkpoint goes.
+        # A safeguard until the stage has recorded its result; then it is removed.
         save(run, is_end=True)
 
 
@@ -448,10 +451,10 @@ def save(run: FitRun, is_end: bool = False) -> None:
 
 def mean_metrics(run: FitRun, figures: dict[str, float]) -> dict[str, float]:
     """The loss, the `figures` of the step, metrics and speed, over all processes since the last
-    logged step. A new window begins."""
+    logged step. Starts a new window."""
     window, run.window = run.window, Window()
     device = run.accelerator.device
-    # In float64, where sums of many tokens stay exact.
+    # In float64, so that large token counts stay exact.
     tokens = torch.tensor(float(window.num_tokens), device=device)
     totals = torch.stack([torch.stack(window.losses).double().mean(), tokens.double()])
     loss, num_tokens = run.sum_over_processes(totals).tolist()
@@ -470,7 +473,7 @@ def evaluate(run: FitRun) -> dict[str, float]:
     run.model.eval()
     batches = run.eval_batches
     processes = accelerator.num_processes
-    # Every process has as many rounds, or they would wait for each other.
+    # All processes do the same number of rounds, or they would wait for each other.
     rounds = math.ceil(len(batches) / processes) * processes
     means = ItemMeans()
     for number in range(accelerator.process_index, rounds, processes):
@@ -495,7 +498,7 @@ def compare_with_best(run: FitRun, metrics: dict[str, float]) -> bool:
     """Whether an evaluation is the best so far; counts those that are not."""
     config, progress = run.config, run.progress
     value = metrics["eval_" + config.metric_for_best_model.removeprefix("eval_")]
-    # Of equal evaluations the first is the best.
+    # Of equal evaluations, the first is the best.
     sign = 1 if config.greater_is_better else -1
     best = progress.best_metric
     is_best = best is None or sign * value > sign * best
@@ -507,8 +510,8 @@ def compare_with_best(run: FitRun, metrics: dict[str, float]) -> bool:
 
 
 def final_evaluation(run: FitRun) -> dict[str, float]:
-    """The metrics of the trained model, or with load_best_model_at_end of the best one, whose
-    weights are loaded."""
+    """The metrics of the trained model, or, with load_best_model_at_end, of the best one after
+    loading its weights."""
     progress = run.progress
     best_step = progress.best_step
     if run.config.load_best_model_at_end and best_step not in (0, progress.step):
@@ -525,7 +528,7 @@ def final_evaluation(run: FitRun) -> dict[str, float]:
 
 
 def collect_metrics(progress: Progress, metrics_after: dict[str, float]) -> dict[str, float]:
-    """The metrics of a finished training, and as x_before those of the evaluation before it."""
+    """The metrics of a finished training and, as x_before, of the evaluation before it."""
     history = progress.history
     losses = [line["loss"] for line in history if "loss" in line]
     metrics = dict(metrics_after)
