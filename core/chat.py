@@ -1,11 +1,11 @@
-"""From a conversation to tokens, exactly as the model meets it in use.
+"""Encode conversations as tokens, exactly as the model sees them at inference.
 
     encode_conversation   messages  ->  input_ids (T,) and labels (T,), once or several times
     prompt_ids            messages  ->  input_ids (T,) up to where the assistant begins to write
 
-For each answer that is learnt, the context is what a server shows the model at that point: the
-messages before it through the tokenizer's chat template, with the generation prompt. The target is
-what the template then writes for the answer, up to and including the token that ends the turn.
+For each answer to train on, the context is what a server gives the model at that point: the
+messages before it, rendered by the tokenizer's chat template with the generation prompt. The target
+is what the template then writes for the answer, up to and including the token that ends the turn.
 
     messages   [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
 
@@ -15,9 +15,9 @@ what the template then writes for the answer, up to and including the token that
     input_ids  [   1, 882, 198, ...,    1, 520, 198,  19,    2]
     labels     [-100,-100,-100, ..., -100,-100,-100,  19,    2]
 
-Where each context goes on from the answer before it, a conversation is one sequence. Some templates
-rewrite earlier turns (they strip thoughts, or end the last turn otherwise): there each answer is a
-sequence of its own. What a template leaves out, or cannot render, raises RowError.
+If each context continues the answer before it, a conversation is one sequence. Some templates
+rewrite earlier turns (they strip thoughts, or end the last turn differently): then each answer is a
+sequence of its own. Content that a template drops or cannot render raises RowError.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from core.runtime import memory_limit, time_limit, warn_once
 from core.template_forms import check_answer, check_context, template_forms, text_of
 
 IGNORE = -100  # label of a token that is not a target, as in transformers and torch
-# One conversation takes milliseconds and some memory, unless a template loops.
+# Limits for rendering one conversation, which takes milliseconds unless the template loops.
 RENDER_SECONDS = 5.0
 RENDER_GIGABYTES = 2
 
@@ -48,7 +48,7 @@ INSTRUCTION_TEMPLATE_EXAMPLE = (
 )
 
 
-# What tells how a template ends a turn, where there is no row to ask.
+# Rendered to see how a template ends a turn, if there is no row to use.
 SHORT_CHAT = [
     {"role": "user", "content": "a question"},
     {"role": "assistant", "content": "an answer"},
@@ -58,8 +58,8 @@ SHORT_CHAT = [
 class Turn(NamedTuple):
     """An answer as text."""
 
-    context: str  # what the model is given
-    target: str  # what it has to write, up to and including the token that ends its turn
+    context: str  # input of the model
+    target: str  # what the model has to write, up to and including the token that ends the turn
 
 
 # -- conversations to tokens -------------------------------------------------------------------
@@ -68,10 +68,10 @@ class Turn(NamedTuple):
 def encode_conversation(
     tokenizer, messages: list[dict], tools: list[dict] | None = None, start: int = 0
 ) -> list[tuple[list[int], list[int]]]:
-    """[(input_ids (T,), labels (T,))] of the answers in messages[start:] that are learnt.
+    """[(input_ids (T,), labels (T,))] for the answers in messages[start:] to train on.
 
     A label is the token itself in a target, and IGNORE elsewhere. An answer that begins the
-    conversation is context. Raises RowError if there is no answer, or one cannot be rendered.
+    conversation is context. Raises RowError if there is no answer, or if one cannot be rendered.
     """
     chains: list[list[Turn]] = []
     for index, message in enumerate(messages):
@@ -80,7 +80,7 @@ def encode_conversation(
             continue
         turn = render_turn(tokenizer, messages, index, tools)
         if chains and turn.context.startswith("".join(chains[-1][-1])):
-            chains[-1].append(turn)  # it goes on from the answer before
+            chains[-1].append(turn)  # it continues the previous answer
         else:
             chains.append([turn])
     if not chains:
@@ -92,9 +92,9 @@ def encode_conversation(
 
 
 def encode_chain(tokenizer, turns: list[Turn]) -> list[tuple[list[int], list[int]]]:
-    """[(input_ids (T,), labels (T,))] of answers of which each goes on from the one before.
+    """[(input_ids (T,), labels (T,))] for answers that each continue the previous one.
 
-    They are one sequence, tokenized once, if each context has there the tokens that it has alone.
+    They form one sequence, tokenized once, if each context has the same tokens in it as alone.
     """
     ids, count_tokens = tokenize_with_counts(tokenizer, "".join(turns[-1]))
     labels = [IGNORE] * len(ids)
@@ -109,13 +109,14 @@ def encode_chain(tokenizer, turns: list[Turn]) -> list[tuple[list[int], list[int
 
 
 def tokenize_with_counts(tokenizer, text: str) -> tuple[list[int], Callable[[int], int]]:
-    """(token ids (T,) of a text, function: how many of them its first N characters have)."""
+    """(token ids (T,) of a text, function from N to the number of tokens in its first N
+    characters)."""
     if tokenizer.is_fast:
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         first_characters = [begin for begin, _ in encoded.offset_mapping]
         return encoded.input_ids, functools.partial(bisect.bisect_left, first_characters)
 
-    # Tokenizers in Python do not say where a token begins.
+    # Slow tokenizers do not give offsets.
     def count_tokens(length: int) -> int:
         return len(text_ids(tokenizer, text[:length]))
 
@@ -123,8 +124,8 @@ def tokenize_with_counts(tokenizer, text: str) -> tuple[list[int], Callable[[int
 
 
 def ids_of_tail(tokenizer, context: str) -> list[int]:
-    """Token ids of the end of `context`, from its last special token on: no token reaches across
-    one, so the ids before are those of any text that begins so."""
+    """Token ids of the end of `context`, from its last special token on. Special tokens never merge
+    with other text, so the ids before it do not depend on what follows."""
     begin = 0
     for mark in special_pattern(tokenizer).finditer(context):
         begin = mark.start()
@@ -133,15 +134,15 @@ def ids_of_tail(tokenizer, context: str) -> list[int]:
 
 @functools.lru_cache(maxsize=1024)
 def cached_ids(tokenizer, num_tokens: int, text: str) -> tuple[int, ...]:
-    """`text_ids`; the ends of contexts are few."""
+    """`text_ids`, cached: contexts have few different endings."""
     return tuple(text_ids(tokenizer, text))
 
 
 def encode_turn(tokenizer, turn: Turn) -> tuple[list[int], list[int]]:
     """(input_ids (T,), labels (T,)) of an answer that would merge with its context.
 
-    In use, the context is tokenized alone, and the model writes the answer after it. Raises
-    RowError where that is another text: some tokenizers begin every text with a space.
+    At inference, the context is tokenized alone and the model writes the answer after it. Raises
+    RowError if that changes the text: some tokenizers begin every text with a space.
     """
     context_ids = text_ids(tokenizer, turn.context)
     target_ids = text_ids(tokenizer, turn.target)
@@ -152,7 +153,7 @@ def encode_turn(tokenizer, turn: Turn) -> tuple[list[int], list[int]]:
 
 
 def text_ids(tokenizer, text: str) -> list[int]:
-    """Token ids (T,) of a text that has its special tokens in it."""
+    """Token ids (T,) of a text that already contains its special tokens."""
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
@@ -162,8 +163,8 @@ def prompt_ids(tokenizer, prompt: list[dict], tools: list[dict] | None = None) -
 
 
 def literal_prompt_ids(tokenizer, prompt: list[dict]) -> list[int]:
-    """`prompt_ids`, but special tokens inside the texts of the conversation are plain text: they
-    cannot open a turn."""
+    """`prompt_ids`, but special tokens inside the messages are plain text, so that they cannot open
+    a turn."""
     if not any(special_pattern(tokenizer).search(text_of(message)) for message in prompt):
         return prompt_ids(tokenizer, prompt)
     with rendering():
@@ -173,7 +174,7 @@ def literal_prompt_ids(tokenizer, prompt: list[dict]) -> list[int]:
 
 
 def stop_tokens(tokenizer) -> list[int]:
-    """Ids of the tokens that end an answer: the tokenizer's eos, the end of a turn in the chat
+    """Ids of the tokens that end an answer: the tokenizer's EOS, the end of a turn in the chat
     template, and those that the model came with (see core/hub.py)."""
     stops = {tokenizer.eos_token_id, *getattr(tokenizer, "stops_of_the_model", ())}
     if tokenizer.chat_template:
@@ -194,7 +195,7 @@ def stop_tokens(tokenizer) -> list[int]:
 
 
 def render_context(tokenizer, messages: list[dict], tools: list[dict] | None = None) -> str:
-    """What the model is given before it writes. Raises RowError if a part of it is missing."""
+    """The input of the model before it writes. Raises RowError if the template drops a part."""
     tools = tools_of(messages, tools)
     check_marks(tokenizer, messages)
 
@@ -209,7 +210,7 @@ def render_context(tokenizer, messages: list[dict], tools: list[dict] | None = N
 def render_turn(
     tokenizer, messages: list[dict], index: int, tools: list[dict] | None = None
 ) -> Turn:
-    """The answer messages[index] as text. Raises RowError if a part of it is missing."""
+    """The answer messages[index] as text. Raises RowError if the template drops a part."""
     tools = tools_of(messages, tools)
     messages = messages[: index + 1]
     check_marks(tokenizer, messages)
@@ -230,8 +231,8 @@ def render_turn(
 
 
 def first_without_error(render: Callable, choices: Iterable, problem: RowError | None = None):
-    """The first result of `render` that is no RowError; if there is none, `problem`, or else the
-    first error."""
+    """The first result of `render` over `choices` without a RowError. If all fail, raises
+    `problem`, or else the first error."""
     errors = [] if problem is None else [problem]
     for choice in choices:
         try:
@@ -244,7 +245,7 @@ def first_without_error(render: Callable, choices: Iterable, problem: RowError |
 def render_last_turn(
     tokenizer, messages: list[dict], tools: list[dict] | None, template: str | None
 ) -> Turn:
-    """The last message as text, by `template` instead of the tokenizer's own, if there is one."""
+    """The last message as text, by `template` if given, else by the tokenizer's own template."""
     earlier = messages[:-1]
     context = apply_template(tokenizer, earlier, tools, generation_prompt=True)
     check_context(earlier, tools, context)
@@ -277,21 +278,21 @@ def finish_turn(
     context: str,
     written: str,
 ) -> Turn:
-    """The last message as `context` and the beginning of what the template has `written` after it.
-    Raises RowError if a part of the message is missing there."""
+    """The last message as a Turn of `context` and the beginning of `written`, the template's text
+    after it. Raises RowError if a part of the message is missing there."""
     stop, end = find_end_of_turn(tokenizer, messages, written, tools, template)
     target = written[:end]
     opening = functools.partial(
         generation_prompt_of, tokenizer, messages[:-1], tools, None, context
     )
     check_answer(messages[-1], opening, target.removesuffix(stop))
-    # What has no token for the end of a turn ends as a text does.
+    # Without a token that ends turns, use EOS.
     return Turn(context, target if stop else target + tokenizer.eos_token)
 
 
 def find_starts(tokenizer, answered: str, shown: str, opening: str) -> list[int]:
-    """Where an answer may begin in `answered`: after what the model was shown, or, where the answer
-    changes what comes before it, after the last generation prompts."""
+    """Where an answer may begin in `answered`: after the text that the model was shown, or, if the
+    answer changes that text, after each generation prompt, last first."""
     if answered.startswith(shown):
         return [len(shown)]
     if not special_pattern(tokenizer).search(opening):
@@ -320,7 +321,7 @@ def apply_template(
 
 @contextlib.contextmanager
 def rendering() -> Iterator[None]:
-    """Raise RowError for what a chat template refuses, ConfigError for a template that loops."""
+    """Raise RowError if a chat template fails on its input, ConfigError if it loops."""
     try:
         with time_limit(RENDER_SECONDS), memory_limit(RENDER_GIGABYTES):
             yield
@@ -329,14 +330,14 @@ def rendering() -> Iterator[None]:
             f"the chat template takes more than {RENDER_SECONDS:g} s or {RENDER_GIGABYTES} GB for "
             "one conversation; give another one by chat_template_path or instruction_template"
         ) from None
-    except Exception as error:  # Jinja's own, or raised by the template for what it does not know
+    except Exception as error:  # by Jinja, or raised by the template for unsupported input
         raise RowError(f"which the chat template refuses: {error}") from error
 
 
 def generation_prompt_of(
     tokenizer, messages: list[dict], tools: list[dict] | None, template: str | None, context: str
 ) -> str:
-    """What the end of `context` has since it ends in a generation prompt; "" if that is unknown."""
+    """The generation prompt at the end of `context`; "" if it is unknown."""
     try:
         without = apply_template(tokenizer, messages, tools, False, template)
     except RowError:
@@ -351,15 +352,15 @@ def find_end_of_turn(
     tools: list[dict] | None = None,
     template: str | None = None,
 ) -> tuple[str, int]:
-    """(the token that ends the last turn, or "", where it ends in `written`), the text that the
-    template wrote for the turn."""
+    """(the token that ends the last turn, or "", the index in `written` where it ends). `written`
+    is the template's text for the turn."""
     content = text_of(messages[-1]).strip()
     content_end = 0
     if content and content in written:
         content_end = written.rindex(content) + len(content)
     tokens = []
     for token in special_pattern(tokenizer).finditer(written, content_end):
-        # Only those at the end, with white space between them.
+        # Keep only those at the end, with nothing but white space between them.
         if tokens and written[tokens[-1].end() : token.start()].strip():
             tokens = []
         tokens.append(token)
@@ -368,7 +369,7 @@ def find_end_of_turn(
 
     last = tokens[-1]
     if len(tokens) > 1:
-        # Behind the token that ends a turn, some templates write another at the end of the whole.
+        # After the token that ends a turn, some templates write another one at the very end.
         followed = render_followed(tokenizer, messages, tools, template)
         beginning = max(0, tokens[0].start() - len(content))
         for token in tokens:
@@ -380,7 +381,7 @@ def find_end_of_turn(
 def render_followed(
     tokenizer, messages: list[dict], tools: list[dict] | None, template: str | None
 ) -> str:
-    """The text of `messages` with one more after them; "" if the template refuses that."""
+    """The text of `messages` and one more message; "" if the template refuses that."""
     role = "tool" if messages[-1].get("tool_calls") else "user"
     try:
         return apply_template(
@@ -391,7 +392,7 @@ def render_followed(
 
 
 def special_pattern(tokenizer) -> re.Pattern:
-    """A pattern for the special tokens of a tokenizer."""
+    """A pattern that matches the special tokens of a tokenizer."""
     return cached_special_pattern(tokenizer, tokenizer.eos_token, len(tokenizer))
 
 
@@ -399,14 +400,14 @@ def special_pattern(tokenizer) -> re.Pattern:
 def cached_special_pattern(tokenizer, eos_token: str, num_tokens: int) -> re.Pattern:
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     special.add(eos_token)
-    # The longest first: one token may begin as another does.
+    # Longest first, because one token may be a prefix of another.
     by_length = sorted(special, key=lambda token: (-len(token), token))
     return re.compile("|".join(re.escape(token) for token in by_length))
 
 
 @functools.lru_cache(maxsize=16)
 def marks_of(tokenizer, template: str) -> frozenset[str]:
-    """The special tokens that the tokenizer's chat template writes around the texts of a chat."""
+    """The special tokens that the tokenizer's chat template writes around messages."""
     marks = {tokenizer.eos_token}
     with contextlib.suppress(RowError):
         marks.update(special_pattern(tokenizer).findall(apply_template(tokenizer, SHORT_CHAT)))
@@ -414,13 +415,13 @@ def marks_of(tokenizer, template: str) -> frozenset[str]:
 
 
 def tools_of(messages: list[dict], tools: list[dict] | None) -> list[dict] | None:
-    """`tools`, or those that the first message has."""
+    """`tools`, or those in the first message."""
     return tools or (messages[0].get("tools") if messages else None)
 
 
 def check_marks(tokenizer, messages: list[dict]) -> None:
-    """Raise RowError for a text that has been through a template already, and warn of one with a
-    special token inside."""
+    """Raise RowError for text that a template has rendered already, and warn of special tokens
+    inside text."""
     for message in messages:
         text = text_of(message).strip()
         found = list(special_pattern(tokenizer).finditer(text))
@@ -441,8 +442,8 @@ def check_marks(tokenizer, messages: list[dict]) -> None:
 
 
 def prepare_tokenizer(tokenizer, config: ModelConfig, needs_chat_template: bool = True) -> None:
-    """Set what the options say of special tokens, the chat template, and new tokens, whose ids are
-    then `new_ids`, in place.
+    """Apply the options for special tokens, chat template and new tokens to the tokenizer, in
+    place. `tokenizer.new_ids` has the ids of new tokens.
 
     Raises ConfigError if a chat template is needed and there is none.
     """
@@ -452,7 +453,7 @@ def prepare_tokenizer(tokenizer, config: ModelConfig, needs_chat_template: bool 
     if config.pad_token:
         tokenizer.pad_token = known_token(tokenizer, "pad_token", config.pad_token)
     if tokenizer.pad_token is None:
-        # Harmless: batches are masked by length, never by the value of a token.
+        # Harmless: batches are masked by length, never by token id.
         tokenizer.pad_token = tokenizer.eos_token
     if config.instruction_template:
         tokenizer.chat_template = template_from_instruction(config.instruction_template, tokenizer)
@@ -468,11 +469,11 @@ def prepare_tokenizer(tokenizer, config: ModelConfig, needs_chat_template: bool 
 
 
 def check_operations(template: str) -> None:
-    """Raise ConfigError for a power in a chat template: 9**9**9 is one operation without an end,
-    which no time limit stops."""
+    """Raise ConfigError for a power in a chat template: 9**9**9 is a single operation that never
+    ends and that no time limit stops."""
     import jinja2
 
-    # An error of its syntax is found where the template is used.
+    # Syntax errors are reported when the template is used.
     with contextlib.suppress(jinja2.TemplateSyntaxError):
         for line, kind, text in jinja2.Environment().lex(template):
             if kind == "operator" and text == "**":
@@ -483,7 +484,7 @@ def check_operations(template: str) -> None:
 
 
 def known_token(tokenizer, option: str, token: str) -> str:
-    """The token, which must be in the vocabulary; raises ConfigError."""
+    """Return the token if it is in the vocabulary, else raise ConfigError."""
     if token not in tokenizer.get_vocab():
         raise ConfigError(
             f"{option}={token} is not in the model's vocabulary; "
@@ -507,7 +508,7 @@ def read_chat_template(path: str) -> str:
 
 @functools.lru_cache(maxsize=16)
 def training_templates(tokenizer) -> tuple[str, ...]:
-    """TRL's version of the tokenizer's chat template, made for training, if there is one."""
+    """TRL's version of the tokenizer's chat template for training, if there is one."""
     from trl.chat_template_utils import get_training_chat_template
 
     try:
@@ -518,7 +519,7 @@ def training_templates(tokenizer) -> tuple[str, ...]:
 
 
 def template_from_instruction(text: str, tokenizer) -> str:
-    """The Jinja chat template of an instruction template.
+    """Convert an instruction template to a Jinja chat template.
 
     Its fields are {instruction}, {input} and {response}: "Q: {instruction}\\nA: {response}".
     Raises ConfigError without {instruction}; other names in braces are text, with a warning.
@@ -540,7 +541,7 @@ def template_from_instruction(text: str, tokenizer) -> str:
         if part:
             prompt_template += expressions.get(part) or jinja_literal(part)
 
-    # Some tokenizers put their bos token before every text, and then expect it here too.
+    # Some tokenizers put BOS before every text; then the template needs it too.
     adds_bos = tokenizer.bos_token_id in tokenizer("a").input_ids
     bos = "{{ bos_token }}" if adds_bos else ""
     answer = (
@@ -557,7 +558,7 @@ def template_from_instruction(text: str, tokenizer) -> str:
 
 
 def warn_of_plain_text_fields(prompt: str, after_response: str) -> None:
-    """Warn of names in braces that an instruction template does not replace."""
+    """Warn of names in braces that are not fields of an instruction template."""
     names_in_prompt = set(re.findall(r"\{\w+\}", prompt))
     names_after = set(re.findall(r"\{\w+\}", after_response))
     plain_text = (names_in_prompt - {"{instruction}", "{input}"}) | names_after
@@ -569,5 +570,5 @@ def warn_of_plain_text_fields(prompt: str, after_response: str) -> None:
 
 
 def jinja_literal(text: str) -> str:
-    """A Jinja expression that prints `text` as it is."""
+    """A Jinja expression that prints `text` verbatim."""
     return "{{ " + json.dumps(text, ensure_ascii=False) + " }}"

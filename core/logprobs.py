@@ -1,7 +1,6 @@
 """Token log-probabilities, and batches of answers that share a prompt.
 
-Shapes: B sequences of T positions, of which N are targets; V tokens in the vocabulary, hidden
-states of size H."""
+Shapes: B sequences of T positions, N of which have targets; V vocabulary size, H hidden size."""
 
 from __future__ import annotations
 
@@ -15,8 +14,7 @@ from core.chat import IGNORE
 from core.output_layer import hidden_states_at, logits_at, scores_at, unwrap_model
 from core.runtime import logger, to_device
 
-# The tensors of a batch of answers, and what each holds where a sequence is shorter than the
-# longest.
+# The tensors in a batch of answers, and their padding values.
 PADDING = {"input_ids": 0, "position_ids": 0, "branch": -1, "sequence": 0, "targets": IGNORE}
 
 
@@ -24,7 +22,7 @@ PADDING = {"input_ids": 0, "position_ids": 0, "branch": -1, "sequence": 0, "targ
 
 
 def disable_dropout(model) -> None:
-    """Turn off the model's own dropout; that of an adapter, lora_dropout, is the user's choice."""
+    """Turn off the model's own dropout; lora_dropout of an adapter is the user's choice."""
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Dropout) and "lora_dropout" not in name:
             module.p = 0.0
@@ -34,8 +32,8 @@ def disable_dropout(model) -> None:
 
 @contextlib.contextmanager
 def without_adapter(model) -> Iterator[None]:
-    """The model without its LoRA adapter; cheaper than peft's disable_adapter(), which inspects all
-    layers first."""
+    """Disable the LoRA adapter; cheaper than peft's disable_adapter(), which first inspects all
+    layers."""
     tuner = unwrap_model(model).base_model
     tuner.disable_adapter_layers()
     try:
@@ -45,10 +43,9 @@ def without_adapter(model) -> Iterator[None]:
 
 
 def additive_attention_mask(model, visible: torch.Tensor) -> torch.Tensor:
-    """What is added to the attention scores: 0 where `visible` (bool), -inf elsewhere.
+    """The mask to add to attention scores: 0 where `visible` (bool), -inf elsewhere.
 
-    It has the dtype in which attention computes, which would otherwise convert it again in every
-    layer."""
+    It has the compute dtype of attention, which would otherwise convert it again in every layer."""
     device_type = visible.device.type
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
@@ -58,7 +55,7 @@ def additive_attention_mask(model, visible: torch.Tensor) -> torch.Tensor:
     return mask.masked_fill_(~visible, -torch.inf)
 
 
-# Models whose attention knows no positions but those of its own, and models without attention.
+# Models whose attention ignores position_ids, and models without attention.
 ALIBI_TYPES = {"bloom", "mpt"}
 RECURRENT_TYPES = {"mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"}
 
@@ -68,9 +65,9 @@ RECURRENT_TYPES = {"mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"}
 def collate_answers(rows: Sequence[dict], share_prompt: bool = True) -> dict[str, torch.Tensor]:
     """A batch of rows, each a "prompt" with G "answers" (token ids) and their "labels".
 
-    With `share_prompt` a sequence is a row: the prompt, then its answers side by side, all of which
-    continue the positions of the prompt. Without it a sequence is an answer: the prompt stands
-    before each of them.
+    With `share_prompt` there is one sequence per row: the prompt, then its answers side by side,
+    each continuing the positions of the prompt. Without it there is one sequence per answer, each
+    beginning with the prompt.
 
     All tensors are (B, T). "branch" is 0 in a prompt, 1 ... G in the answers, -1 in padding;
     "targets" has the token to predict at each position; "sequence" counts the answers of the whole
@@ -107,7 +104,7 @@ def collate_answers(rows: Sequence[dict], share_prompt: bool = True) -> dict[str
 def make_columns(
     ids: Sequence[int], start: int, branch: int, sequence: int, targets: Sequence[int]
 ) -> torch.Tensor:
-    """The tensors that PADDING names, (5, T), for a piece of a sequence that begins at position
+    """The tensors named in PADDING, (5, T), for a piece of a sequence that begins at position
     `start`."""
     size = len(ids)
     positions = range(start, start + size)
@@ -117,7 +114,7 @@ def make_columns(
 
 
 def answer_inputs(model, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The inputs of `model` for a batch of `collate_answers`, and as "mask" (B, T) which positions
+    """The inputs of `model` for a batch of `collate_answers`, and "mask" (B, T): which positions
     have a target."""
     inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
     if "attention_mask" in batch:
@@ -144,7 +141,7 @@ def answer_scores(
 ) -> tuple[Sequence[torch.Tensor], torch.Tensor]:
     """`scores_at` the N positions of a batch of `collate_answers` that have a target.
 
-    It is score(logits (n, V), targets (n,), *columns)."""
+    The function is called as score(logits (n, V), targets (n,), *columns)."""
     inputs = answer_inputs(model, batch)
     mask = inputs.pop("mask")
     return scores_at(model, mask, score, batch["targets"][mask], *columns, **inputs)
@@ -152,8 +149,8 @@ def answer_scores(
 
 @torch.no_grad()
 def sharing_is_exact(model, row: dict) -> bool:
-    """Whether a shared prompt gives the answers of `row`, the longest there can be, the same hidden
-    states as a prompt for each of them. A sliding window shows only where an answer passes it."""
+    """Whether the answers of `row` get the same hidden states from a shared prompt as from separate
+    prompts. `row` should be as long as possible: a sliding window matters only beyond its size."""
 
     def hidden_states(share_prompt: bool) -> torch.Tensor:
         batch = collate_answers([row], share_prompt)
@@ -172,8 +169,8 @@ def sharing_is_exact(model, row: dict) -> bool:
 
 
 def takes_our_mask(model) -> bool:
-    """Whether the model attends by a mask (B, 1, T, T) and positions that it is given: no state, no
-    ALiBi, no kernel of its own."""
+    """Whether the model's attention uses the mask (B, 1, T, T) and positions passed to it: no
+    recurrent state, no ALiBi, no kernel of its own."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
@@ -187,8 +184,8 @@ def takes_our_mask(model) -> bool:
 
 
 def states_agree(first: torch.Tensor, second: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether two ways to compute hidden states (N, H) in `dtype` give the same."""
-    # The largest difference: a convolution leaks into the first tokens of a document alone.
+    """Whether two ways to compute hidden states (N, H) in `dtype` agree."""
+    # The largest difference, because a convolution leaks only into a document's first tokens.
     difference = (first - second).std(-1).max()
     tolerance = 1e-3 if dtype == torch.float32 else 0.3
     return bool(difference < tolerance * second.std(-1).mean())
@@ -198,8 +195,8 @@ def states_agree(first: torch.Tensor, second: torch.Tensor, dtype: torch.dtype) 
 
 
 def rows_at_once(logits: torch.Tensor) -> int:
-    """How many rows of logits (N, V) to turn into probabilities at a time. On a CPU they have to
-    fit the cache."""
+    """How many rows of logits (N, V) to convert to probabilities at a time. On a CPU they have to
+    fit into the cache."""
     most = 2**20 if logits.device.type == "cpu" else 2**26
     return max(1, most // logits.shape[-1])
 
@@ -207,13 +204,13 @@ def rows_at_once(logits: torch.Tensor) -> int:
 class TokenLogps(torch.autograd.Function):
     """log softmax(logits)[target] for logits (N, V) and targets (N,): (N,) in float32.
 
-    It works in chunks, and the gradient overwrites the logits, which are not needed after it: a
-    second tensor (N, V), the largest of a training step, is never allocated."""
+    It works in chunks, and the gradient overwrites the logits, which are not needed afterwards. So
+    a second (N, V) tensor, the largest of a training step, is never allocated."""
 
     @staticmethod
     def forward(ctx, logits, targets):
         rows = rows_at_once(logits)
-        # Allocated before the chunks: small tensors between large ones leave holes in memory.
+        # Allocate before the chunks: small tensors between large ones fragment memory.
         log_norms = logits.new_empty(len(logits), dtype=torch.float32)  # (N,)
         for chunk, log_norm in zip(logits.split(rows), log_norms.split(rows), strict=True):
             torch.logsumexp(chunk.float(), -1, out=log_norm)

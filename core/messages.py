@@ -1,15 +1,15 @@
-"""From the values of a data set to messages, as chat templates take them.
+"""Convert values of a data set to messages, in the form that chat templates take.
 
-A message is {"role": ..., "content": text}; its role is system, user, assistant or tool. Where the
+A message is {"role": ..., "content": text}; its role is system, user, assistant or tool. If the
 data has them, it also has
 
     "tool_calls"          [{"type": "function", "function": {"name": ..., "arguments": ...}}]
-    "reasoning_content"   what the assistant thought before it wrote
+    "reasoning_content"   the assistant's reasoning before the text
     "tool_call_id", "name"
-    "train"               False for an answer that is context and not learnt
+    "train"               False for an answer that is only context, not trained on
     "tools"               in the first message: the functions that the assistant may call
 
-What cannot be read without losing a part of it raises RowError.
+Data that cannot be read completely raises RowError.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 TEXT_PARTS = ("text", "input_text", "output_text")
 SPEAKER_KEYS = ("role", "from", "name")
 TOOL_KEYS = ("tools", "tool_calls", "function_call", "tool_call_id")
-MARKS = ("weight", "train")  # whether an answer is learnt
+MARKS = ("weight", "train")  # whether an answer is trained on
 KNOWN_KEYS = {*SPEAKER_KEYS, *TEXT_KEYS, *REASONING_KEYS, *TOOL_KEYS, *MARKS}
 
 
 def as_messages(value, role: str) -> list[dict]:
     """The messages of `value`: a text (spoken by `role`), one message, or a list of messages.
 
-    A message is {"role": ..., "content": ...} or, in ShareGPT's form, {"from": ..., "value": ...};
-    a text may be the JSON of messages, as tables have it. Raises RowError if a text is missing or a
-    speaker is unknown.
+    A message is {"role": ..., "content": ...} or, in ShareGPT's form, {"from": ..., "value": ...}.
+    A text may be messages as JSON, as in cells of a table. Raises RowError if a text is missing or
+    a speaker is unknown.
     """
     if isinstance(value, str):
         value = parse_messages(value)
@@ -78,10 +78,10 @@ def as_messages(value, role: str) -> list[dict]:
 
 
 def with_context(messages: list[dict], row: dict) -> list[dict]:
-    """The messages with what other columns of their row put before them: `history`, as earlier
-    turns; `system` or `system_prompt`, as the system message; and `tools`.
+    """The messages, preceded by other columns of their row: `history`, as earlier turns, and
+    `system` or `system_prompt`, as the system message; and with `tools`.
 
-    Empty columns say nothing. Raises RowError if the messages have another system message already.
+    Empty columns are ignored. Raises RowError if the messages have a different system message.
     """
     system = read_system(row)
     earlier = read_history(row.get("history"))
@@ -122,7 +122,7 @@ def read_system(row: dict) -> str:
 
 
 def read_history(history) -> list[dict]:
-    """The turns of [[question, answer], ...], of a list of messages, or of the JSON of either."""
+    """The turns in [[question, answer], ...], in a list of messages, or in either as JSON."""
     if not history:
         return []
     history = as_json(history, "a history")
@@ -141,9 +141,10 @@ def read_history(history) -> list[dict]:
 
 
 def parse_messages(value: str):
-    """The messages that a text is the JSON of, as in a cell of a table; any other text as it is.
+    """Parse a text that is messages as JSON, as in a cell of a table; other text is returned
+    unchanged.
 
-    Raises RowError for messages as Python prints them, which are not read.
+    Raises RowError for messages as Python prints them, and for messages in broken JSON.
     """
     begin = value.lstrip()
     if not begin.startswith(("[", "{")):
@@ -175,7 +176,7 @@ def is_message(turn) -> bool:
 
 
 def warn_of_unused_keys(turns: list[dict]) -> None:
-    """Warn once about content that is not used, such as ratings."""
+    """Warn once about unused content, such as ratings."""
     unused = set()
     for turn in turns:
         for key, value in turn.items():
@@ -209,7 +210,7 @@ def read_message(turn: dict) -> dict:
     if not is_learnt(turn):
         message["train"] = False
 
-    # A tool may return nothing, and an assistant may call one without a word.
+    # A tool may return nothing, and an assistant may call one without any text.
     may_be_empty = message["role"] in ("system", "tool") or "tool_calls" in message
     if not may_be_empty and not message["content"].strip():
         raise RowError("with an empty or missing text")
@@ -239,7 +240,7 @@ def read_content(turn: dict) -> tuple[str, str]:
 
 
 def reasoning_of(turn: dict) -> str:
-    """What the assistant thought before it wrote the message, under whichever name."""
+    """The assistant's reasoning before the message, under any of its names; "" if none."""
     for key in REASONING_KEYS:
         if turn.get(key):
             return turn[key]
@@ -247,7 +248,8 @@ def reasoning_of(turn: dict) -> str:
 
 
 def is_learnt(turn: dict) -> bool:
-    """What "weight" (OpenAI, Mistral) or "train" (axolotl) says of a message; else true."""
+    """Whether a message is trained on, by "weight" (OpenAI, Mistral) or "train" (axolotl); true by
+    default."""
     for key in MARKS:
         mark = turn.get(key)
         if mark is None:
@@ -260,7 +262,7 @@ def is_learnt(turn: dict) -> bool:
 
 
 def read_tool_calls(calls) -> list[dict]:
-    """Calls in OpenAI's form; those of ShareGPT are JSON, and a single one may stand alone."""
+    """Tool calls in OpenAI's form. Those of ShareGPT are JSON; a single call need not be a list."""
     wrapped = []
     for call in as_list(calls, "a tool call"):
         function = as_json(call.get("function") or call, "a tool call")
@@ -287,7 +289,7 @@ def read_tools(tools) -> list[dict]:
 
 
 def as_list(value, what: str) -> list[dict]:
-    """`value`, or the JSON of it, as a list of dictionaries."""
+    """`value`, which may be JSON text, as a list of dictionaries."""
     value = as_json(value, what)
     entries = value if isinstance(value, list) else [value]
     entries = [as_json(entry, what) for entry in entries]

@@ -1,7 +1,7 @@
-"""From a model's hidden states to scores of tokens, without the logits of all tokens in memory.
+"""Scores of tokens from hidden states, without keeping the logits of all tokens in memory.
 
-Shapes: B sequences of T positions, of which N are scored, n at a time; V tokens in the vocabulary,
-hidden states of size H.
+Shapes: B sequences of T positions, N of which are scored, n at a time; V vocabulary size, H hidden
+size.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# How many logits may be in memory at a time. A GPU needs larger products to be busy.
+# How many logits may be in memory at a time. A GPU needs larger products to be fully used.
 MAX_LOGITS = {"cpu": 2**24, "gpu": 2**27}
 
 
@@ -23,8 +23,8 @@ MAX_LOGITS = {"cpu": 2**24, "gpu": 2**27}
 
 
 def unwrap_model(model):
-    """The model inside DDP or DeepSpeed. (accelerate's extract_model_from_parallel searches every
-    module too.)"""
+    """The model inside DDP or DeepSpeed. (accelerate's extract_model_from_parallel would also
+    search all submodules.)"""
     children = dict(model.named_children())
     return children.get("module", model)
 
@@ -36,12 +36,12 @@ def output_layer(model) -> torch.nn.Module:
 
 @contextlib.contextmanager
 def output_layer_computing(model, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """The model with `forward` in place of what its output layer computes.
+    """Replace what the model's output layer computes by `forward` during the block.
 
-    The layer stays, with the hooks in which FSDP and DeepSpeed gather its weights.
+    The layer itself stays, with the hooks in which FSDP and DeepSpeed gather its weights.
     """
     layer = output_layer(model)
-    other = vars(layer).get("forward")  # where a library has replaced it already
+    other = vars(layer).get("forward")  # set if a library has replaced it already
     layer.forward = forward
     try:
         yield
@@ -54,11 +54,11 @@ def output_layer_computing(model, forward: Callable[[Tensor], Tensor]) -> Iterat
 def run_with_output_layer(
     model, mask: Tensor, forward: Callable[[Tensor], Tensor], **inputs
 ) -> tuple[Tensor, Tensor]:
-    """One pass of `model` in which its output layer computes `forward` of the last hidden states
-    (N, H) of the N positions where `mask` (B, T) is true; returns the model's output and these.
+    """Run `model` with an output layer that computes `forward` of the last hidden states (N, H) at
+    the N positions where `mask` (B, T) is true; returns the model's output and these states.
 
-    It is a pass of `model` itself, so DDP, FSDP and DeepSpeed work. The other positions skip the
-    output layer: the logits of all of them would take most of the memory.
+    The pass goes through `model` itself, so DDP, FSDP and DeepSpeed work. The other positions skip
+    the output layer, because their logits would take most of the memory.
     """
     selected = []
 
@@ -72,13 +72,13 @@ def run_with_output_layer(
 
 
 def hidden_states_at(model, mask: Tensor, **inputs) -> Tensor:
-    """The last hidden states (N, H) of the N positions where `mask` (B, T) is true."""
+    """The last hidden states (N, H) at the N positions where `mask` (B, T) is true."""
     _, hidden = run_with_output_layer(model, mask, torch.nn.Identity(), **inputs)
     return hidden
 
 
 def logits_at(model, mask: Tensor, **inputs) -> tuple[Tensor, Tensor]:
-    """The logits (N, V) and last hidden states (N, H) of the N positions where `mask` (B, T) is
+    """The logits (N, V) and last hidden states (N, H) at the N positions where `mask` (B, T) is
     true."""
     return run_with_output_layer(model, mask, output_layer(model).forward, **inputs)
 
@@ -115,8 +115,8 @@ def returns_its_logits(model, input_ids: Tensor) -> bool:
 
 @torch.no_grad()
 def deferred_logits(model, mask: Tensor, **inputs) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """(states (N, ...) at the N positions where `mask` is true, the function that makes logits
-    (n, V) of any n of them), without gradient. States take less memory than logits."""
+    """(states (N, ...) at the N positions where `mask` is true, a function that computes logits
+    (n, V) from any n of them), without gradient. States take less memory than logits."""
     if not returns_its_logits(model, inputs["input_ids"]):
         logits, _ = logits_at(model, mask, **inputs)
         return logits, torch.nn.Identity()
@@ -124,7 +124,7 @@ def deferred_logits(model, mask: Tensor, **inputs) -> tuple[Tensor, Callable[[Te
 
     @torch.no_grad()
     def project(hidden: Tensor) -> Tensor:
-        # Autocast, if it is on, is that of another model.
+        # If autocast is on, it is meant for another model.
         with torch.autocast(hidden.device.type, enabled=False):
             return layer(hidden)
 
@@ -137,13 +137,13 @@ def deferred_logits(model, mask: Tensor, **inputs) -> tuple[Tensor, Callable[[Te
 def scores_at(
     model, mask: Tensor, score: Callable[..., Sequence[Tensor]], *columns: Tensor, **inputs
 ) -> tuple[Sequence[Tensor], Tensor]:
-    """(scores, last hidden states (N, H)) of the N positions where `mask` (B, T) is true.
+    """(scores, last hidden states (N, H)) at the N positions where `mask` (B, T) is true.
 
-    score(logits (n, V), *columns (n, ...)) returns tensors. The first of them is (n,), each of its
-    elements depends on one position alone, and it may have a gradient. `score` is called for as
-    many positions at a time as MAX_LOGITS allows, so that memory does not grow with the
-    vocabulary, and what it returns is concatenated. Models that change their logits after the
-    output layer are the exception: `score` gets all their logits at once.
+    score(logits (n, V), *columns (n, ...)) returns tensors. The first one is (n,), each of its
+    elements depends on one position only, and it may have a gradient. `score` is called for as many
+    positions at a time as MAX_LOGITS allows, so that memory does not grow with the vocabulary, and
+    its results are concatenated. If a model changes its logits after the output layer, `score` gets
+    all logits at once.
     """
     if not returns_its_logits(model, inputs["input_ids"]):
         logits, hidden = logits_at(model, mask, **inputs)
@@ -162,8 +162,8 @@ def scores_at(
         if len(hidden) <= at_once:
             score_chunk = project_and_score
         elif layer_trains:
-            # The gradient of the weights needs the logits again, in the backward pass (Chen et al.
-            # 2016, "Training Deep Nets with Sublinear Memory Cost").
+            # Recompute the logits in the backward pass, for the gradient of the weights (Chen et
+            # al. 2016, "Training Deep Nets with Sublinear Memory Cost").
             score_chunk = partial(checkpoint, project_and_score, use_reentrant=False)
         else:
             score_chunk = partial(with_known_gradient, project_and_score)
@@ -172,21 +172,21 @@ def scores_at(
         scores.extend(torch.cat(parts) for parts in zip(*by_chunk, strict=True))
         return scores[0]
 
-    # The first scores are taken from the model's output: DeepSpeed starts its backward pass there.
+    # Take the first scores from the model's output: DeepSpeed starts its backward pass there.
     first, hidden = run_with_output_layer(model, mask, score_in_chunks, **inputs)
     return [first, *scores[1:]], hidden
 
 
 def positions_at_once(model) -> int:
-    """How many positions may have their logits in memory together."""
+    """How many positions may have their logits in memory at once."""
     device_type = "cpu" if unwrap_model(model).device.type == "cpu" else "gpu"
     return max(1, MAX_LOGITS[device_type] // vocabulary_size(model))
 
 
 def with_known_gradient(score: Callable, hidden: Tensor, *columns: Tensor) -> Sequence[Tensor]:
-    """score(hidden (n, H), *columns), where the gradient of the first scores is computed at once.
+    """score(hidden (n, H), *columns), computing the gradient of the first scores immediately.
 
-    So no logits are kept for the backward pass, nor computed again in it.
+    Logits are then neither kept for the backward pass nor recomputed in it.
     """
     if not (torch.is_grad_enabled() and hidden.requires_grad):
         return score(hidden, *columns)
@@ -198,7 +198,7 @@ def with_known_gradient(score: Callable, hidden: Tensor, *columns: Tensor) -> Se
 
 
 class KnownGradient(torch.autograd.Function):
-    """Scores (n,) of hidden states (n, H), with their gradient (n, H)."""
+    """Scores (n,) of hidden states (n, H) with a precomputed gradient (n, H)."""
 
     @staticmethod
     def forward(ctx, hidden, scores, gradient):

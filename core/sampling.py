@@ -1,8 +1,8 @@
-"""Sampling of completions, by a loop of our own: on a CPU it is three times as fast as
-transformers' `generate()`, and it keeps the log-probability of every sampled token.
+"""Sampling of completions with our own loop: on a CPU it is three times as fast as transformers'
+`generate()`, and it keeps the log-probability of every sampled token.
 
-Shapes: P prompts, B = P * repeats completions, W tokens of the longest prompt, T new tokens at
-most, V tokens in the vocabulary."""
+Shapes: P prompts, B = P * repeats completions, W tokens in the longest prompt, at most T new
+tokens, V vocabulary size."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SMALLEST_COUNTS = {"max_new_tokens": 1, "top_k": 0}
 
 
 def check_sampling(name: str, sampling: Mapping[str, Any]) -> None:
-    """Check the sampling options that the config field `name` holds; raises ConfigError."""
+    """Check the sampling options in the config field `name`; raises ConfigError."""
     if sampling.get("do_sample") not in (None, True):
         raise ConfigError(f"{name}: do_sample=false: completions are sampled here; remove it")
     unknown = set(sampling) - set(SAMPLING_DEFAULTS) - {"do_sample"}
@@ -59,7 +59,7 @@ def check_sampling(name: str, sampling: Mapping[str, Any]) -> None:
 def uniform_numbers(count: int, sampling: Mapping, seed: int) -> torch.Tensor:
     """Random numbers (count, T), uniform in (0, 1], for `sample_next_token`.
 
-    They depend on the seed alone, so the batch size does not change what is sampled."""
+    They depend only on the seed, so the batch size does not change what is sampled."""
     generator = torch.Generator().manual_seed(seed)
     return 1 - torch.rand(count, sampling["max_new_tokens"], generator=generator)
 
@@ -70,7 +70,7 @@ def sample_next_token(
     """Choose a token for each row of logits (B, V); returns tokens (B,) and their log-probabilities
     (B,).
 
-    Each token is the one at which the cumulative distribution passes `uniforms` (B,), numbers in
+    Each token is the one at which the cumulative distribution reaches `uniforms` (B,), numbers in
     (0, 1]; without them, the most likely one. The log-probabilities include the temperature, as in
     training, but not top_k and top_p."""
     rows = rows_at_once(logits)
@@ -87,7 +87,7 @@ def sample_next_token(
 def sample_few(
     logits: torch.Tensor, uniforms: torch.Tensor | None, sampling: Mapping
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`sample_next_token` for as many rows as may have several tensors (B, V) in memory."""
+    """`sample_next_token` for few enough rows that several tensors (B, V) fit in memory."""
     logits = logits.float() / sampling["temperature"]
     probabilities = logits.softmax(-1)  # (B, V)
 
@@ -95,11 +95,11 @@ def sample_few(
         tokens = logits.argmax(-1)
     else:
         candidates = probabilities
-        # Both are off by default, and a second softmax over the vocabulary costs time.
+        # Skipped if both are off, the default: a second softmax over the vocabulary costs time.
         if sampling["top_k"] or sampling["top_p"] < 1:
             candidates = keep_likely_tokens(logits, sampling).softmax(-1)
         cumulative = candidates.cumsum(-1, dtype=torch.float64)
-        # The last sum is 1 up to rounding: scaled by it, no threshold exceeds the cumulative
+        # The last sum is 1 up to rounding; scaling by it keeps thresholds within the cumulative
         # distribution.
         thresholds = uniforms[:, None].double() * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, thresholds)[:, 0]
@@ -109,7 +109,7 @@ def sample_few(
 
 
 def keep_likely_tokens(logits: torch.Tensor, sampling: Mapping) -> torch.Tensor:
-    """The logits (B, V) with -inf at the tokens that top_k and then top_p exclude."""
+    """The logits (B, V) with -inf at tokens excluded by top_k and then top_p."""
     from transformers import TopKLogitsWarper, TopPLogitsWarper
 
     if sampling["top_k"]:
@@ -117,13 +117,12 @@ def keep_likely_tokens(logits: torch.Tensor, sampling: Mapping) -> torch.Tensor:
     return TopPLogitsWarper(sampling["top_p"])(None, logits)
 
 
-# -- the model, made ready for decoding ------------------------------------------------------------
+# -- preparing the model for decoding --------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def evaluation_mode(model) -> Iterator[None]:
-    """Turn dropout off; gradient checkpointing too, since checkpointed layers keep no key-value
-    cache."""
+    """Turn off dropout, and gradient checkpointing, which does not allow a key-value cache."""
     training = model.training
     model.eval()
     try:
@@ -134,11 +133,10 @@ def evaluation_mode(model) -> Iterator[None]:
 
 @contextlib.contextmanager
 def fast_decoding(model) -> Iterator[None]:
-    """On a CPU, store the weights column-major, with the LoRA adapter merged in, while tokens are
-    sampled.
+    """On a CPU, store the weights column-major, with the LoRA adapter merged, during sampling.
 
-    A product of few rows with such weights is three times as fast. Afterwards the weights are
-    bitwise the same."""
+    Multiplying a few rows by such weights is three times as fast. Afterwards the weights are
+    restored bitwise."""
     from peft.tuners.lora import LoraLayer
     from peft.tuners.trainable_tokens import TrainableTokensLayer
 
@@ -148,11 +146,11 @@ def fast_decoding(model) -> Iterator[None]:
         return
 
     lora_layers: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer)]
-    # DoRA rescales the sum of both weights, so its adapter cannot simply be added, and experts have
-    # several weights.
+    # A DoRA adapter cannot simply be added, because DoRA rescales the sum; and experts have several
+    # weights.
     uses_dora = any(layer.use_dora.get("default") for layer in lora_layers)
     adapts_experts = any(hasattr(layer, "parameter_name") for layer in lora_layers)
-    # New tokens are switched off with the adapter.
+    # Disabling the adapter would disable new tokens too.
     has_new_rows = any(isinstance(m, TrainableTokensLayer) for m in model.modules())
     merges_adapter = bool(lora_layers) and not (uses_dora or adapts_experts or has_new_rows)
     if not merges_adapter:
@@ -175,13 +173,13 @@ def fast_decoding(model) -> Iterator[None]:
 
 
 def can_preallocate_kv_cache(model, cache) -> bool:
-    """Whether `preallocate_kv_cache` suits the model: rotary positions, full attention, masks of
-    our own."""
+    """Whether `preallocate_kv_cache` works with the model: it needs rotary positions, full
+    attention, and attention that accepts our masks."""
     from transformers.cache_utils import DynamicLayer
 
     takes_our_mask = model.config._attn_implementation in ("sdpa", "eager")
     has_rotary_positions = "rope_parameters" in model.config.to_dict()
-    # A subclass is another kind of attention: a sliding window, for example.
+    # A subclass means another kind of attention, such as a sliding window.
     has_full_attention = all(type(layer) is DynamicLayer for layer in cache.layers)
     return takes_our_mask and has_rotary_positions and has_full_attention
 
@@ -192,9 +190,9 @@ def preallocate_kv_cache(
     """Repeat each row of the key-value cache `repeats` times and append empty slots for `room`
     tokens.
 
-    A cache that grows is copied whole at every token. A new token is written at `next_slot` (1,).
-    With `static_shapes` attention gets all slots, whose rest the mask has to hide; else only those
-    that are filled."""
+    A growing cache would be copied for every token. A new token is written at `next_slot` (1,).
+    With `static_shapes` attention gets all slots, and the mask has to hide the empty ones; else it
+    gets only the filled slots."""
     from transformers.cache_utils import DynamicLayer
 
     class PreallocatedLayer(DynamicLayer):
@@ -216,11 +214,12 @@ def preallocate_kv_cache(
 
 
 def cuda_graph_steps(step: Callable[[], torch.Tensor], use_graph: bool) -> Iterator[torch.Tensor]:
-    """Yield the result of `step()` again and again; with `use_graph`, replay a CUDA graph of it.
+    """Yield the result of `step()`, (B, V), repeatedly; with `use_graph`, replay a CUDA graph of
+    it.
 
     Launching the operations of a step one by one takes ten times as long as the GPU needs to
-    compute them. A step that waits for a value of the GPU cannot be recorded, and is run as usual.
-    Yields (B, V)."""
+    compute them. A step that waits for a value from the GPU cannot be recorded, and runs as usual.
+    """
     result = None
     if use_graph:
         torch.cuda.set_sync_debug_mode("error")  # such a wait raises RuntimeError
@@ -247,28 +246,28 @@ def cuda_graph_steps(step: Callable[[], torch.Tensor], use_graph: bool) -> Itera
 
 @dataclass
 class DecodingBatch:
-    """The completions that are being written, and what the model needs to continue them.
+    """The completions being written, and what the model needs to continue them.
 
-    A CUDA graph reads these tensors where they are: with `static_shapes` they are changed in place
-    only."""
+    A CUDA graph reads these tensors at fixed addresses: with `static_shapes` they are only changed
+    in place."""
 
     model: Any
     cache: Any
-    cache_argument: str  # the name under which the model takes its cache
-    rows: torch.Tensor  # (B,) which completion each row of the batch is
+    cache_argument: str  # name of the model's cache argument
+    rows: torch.Tensor  # (B,) index of the completion in each row of the batch
     running: torch.Tensor  # (B,) whether it has not stopped yet
     tokens: torch.Tensor  # (B,) its newest token
     positions: torch.Tensor  # (B, 1) the position of that token
     mask: torch.Tensor  # (B, W + T), or additive, (B, 1, 1, W + T)
     next_slot: torch.Tensor  # (1,) where the cache stores that token
-    filled: int  # the same number, for slices
-    static_shapes: bool  # nothing changes its shape from one token to the next
+    filled: int  # the same number, for slicing
+    static_shapes: bool  # whether all shapes stay the same from token to token
 
     def forward(self) -> torch.Tensor:
         """Feed the newest tokens to the model; returns the logits (B, V) of the next ones."""
         mask: torch.Tensor | None
         if self.cache_argument == "cache_params":
-            mask = None  # a state has no padding in it; the mask was for reading the prompts
+            mask = None  # recurrent states contain no padding; only prompts need the mask
         elif self.static_shapes:
             mask = self.mask.index_fill_(-1, self.next_slot, 0)
         else:
@@ -286,13 +285,13 @@ class DecodingBatch:
         return output.logits[:, -1]
 
     def append(self, tokens: torch.Tensor, stop_ids: torch.Tensor) -> None:
-        """Take the next tokens (B,), of which the `stop_ids` end their completions."""
+        """Append the next tokens (B,); those in `stop_ids` end their completions."""
         self.tokens.copy_(tokens)
         self.running &= ~torch.isin(self.tokens, stop_ids)
 
     def drop_finished(self) -> None:
-        """Remove completions that have stopped, once they are a quarter of the batch: to do so
-        copies the cache."""
+        """Remove stopped completions once they are a quarter of the batch, because this copies the
+        cache."""
         if self.static_shapes or self.running.sum() > len(self.rows) * 3 // 4:
             return
         remaining = self.running.nonzero()[:, 0]
@@ -305,7 +304,7 @@ class DecodingBatch:
 
 
 def cache_argument(model) -> str:
-    """The name under which a model takes and returns its cache."""
+    """The name of the argument and output with the model's cache."""
     from peft import PeftModel
 
     base = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -316,7 +315,7 @@ def cache_argument(model) -> str:
 def read_prompts(
     model, tokenizer, prompts: Sequence[list[int]], repeats: int, max_new_tokens: int
 ) -> tuple[DecodingBatch, torch.Tensor]:
-    """One forward pass over the prompts; returns the batch of their B completions and the first
+    """Run one forward pass over the prompts; returns the batch of their B completions and the first
     logits (B, V)."""
     from transformers import DynamicCache
 
@@ -327,7 +326,7 @@ def read_prompts(
     prompt_tensors = [torch.tensor(prompt, dtype=torch.long) for prompt in prompts]
     ids = pad_left(prompt_tensors, tokenizer.pad_token_id)  # (P, W)
     mask = pad_left([torch.ones_like(prompt) for prompt in prompt_tensors], 0)  # (P, W)
-    # Padding on the left does not count as a position (Huang et al. 2024).
+    # Left padding does not count as positions (Huang et al. 2024).
     positions = (mask.cumsum(1) - 1).clamp(min=0)
 
     cache = DynamicCache(config=model.config)
@@ -349,12 +348,12 @@ def read_prompts(
     if preallocated:
         preallocate_kv_cache(cache, repeats, max_new_tokens, next_slot, static_shapes)
     else:
-        # The one operation on rows that every kind of cache has, states as well as keys and values.
+        # The one row operation that every kind of cache supports, including recurrent states.
         prompts_of_rows = torch.arange(len(ids), device=model.device).repeat_interleave(repeats)
         cache.reorder_cache(prompts_of_rows)
 
-    # Slots of tokens to come. They are visible as soon as they exist; with static shapes they exist
-    # from the start, so `forward` uncovers them one by one.
+    # Mask entries for new tokens, which are visible as soon as they exist. With static shapes all
+    # slots exist from the start, so `forward` unmasks them one by one.
     mask = F.pad(mask, (0, max_new_tokens), value=not static_shapes)  # (P, W + T)
     if preallocated:
         mask = additive_attention_mask(model, mask[:, None, None] > 0)  # (P, 1, 1, W + T)
@@ -386,11 +385,11 @@ def sample_completions(
     uniforms: torch.Tensor | None = None,
     repeats: int = 1,
 ) -> tuple[list[list[int]], list[list[float]]]:
-    """Write `repeats` completions of each prompt (token ids); returns their ids, and the
+    """Sample `repeats` completions of each prompt (token ids); returns their ids, and the
     log-probability of each id.
 
-    The completions of a prompt follow each other; each includes its stop token, if it has one.
-    `uniforms` (B, T) choose the tokens (`uniform_numbers`); without them decoding is greedy. A
+    The completions of a prompt are consecutive; each includes its stop token, if it has one.
+    `uniforms` (B, T), from `uniform_numbers`, choose the tokens; without them decoding is greedy. A
     prompt is read once for all its completions."""
     max_new_tokens = sampling["max_new_tokens"]
     stop_ids = torch.tensor(stop_tokens(tokenizer), device=model.device)
@@ -406,7 +405,7 @@ def sample_completions(
             step_uniforms = None if uniforms is None else uniforms[batch.rows, t]
             tokens, token_logps = sample_next_token(logits, step_uniforms, sampling)  # (B,), (B,)
 
-            # 2. Record it. Rows that stopped may still be in the batch, and get no further token.
+            # 2. Record it. Stopped rows may still be in the batch, but get no more tokens.
             step = (batch.rows, batch.running, tokens, token_logps)
             columns = [tensor.tolist() for tensor in step]
             for row, is_running, token, logp in zip(*columns, strict=True):
@@ -414,20 +413,20 @@ def sample_completions(
                     completions[row].append(token)
                     logps[row].append(logp)
 
-            # 3. Completions that stop here leave the batch.
+            # 3. Remove stopped completions from the batch.
             batch.append(tokens, stop_ids)
             if t + 1 == max_new_tokens or not batch.running.any():
                 break
             batch.drop_finished()
 
-            # 4. A forward pass over the new tokens gives the next logits.
+            # 4. Run a forward pass over the new tokens to get the next logits.
             logits = next(forward_steps)  # (B, V)
 
     return completions, logps
 
 
 def decode_completions(tokenizer, completions: Sequence[list[int]]) -> tuple[list[str], list[bool]]:
-    """Returns the texts without their stop tokens, and whether each completion has one."""
+    """Decode completions; returns the texts without stop tokens, and whether each had one."""
     stop_ids = stop_tokens(tokenizer)
     texts, stopped = [], []
     for ids in completions:
@@ -441,7 +440,7 @@ def decode_completions(tokenizer, completions: Sequence[list[int]]) -> tuple[lis
 def generate(
     model, tokenizer, prompts: Sequence[list[dict]], max_new_tokens: int, batch_size: int = 16
 ) -> list[tuple[str, bool]]:
-    """Greedy answers to conversations: (text, whether the model ended it by itself) for each."""
+    """Greedy answers to conversations: for each, (text, whether it ended with a stop token)."""
     sampling = SAMPLING_DEFAULTS | {"max_new_tokens": max_new_tokens}
     answers: list[tuple[str, bool]] = []
     for start in range(0, len(prompts), batch_size):
