@@ -1,7 +1,7 @@
-"""Requests to a server with OpenAI's protocol: what is tried again, adapted, refused, and limited.
+"""Requests to a server with OpenAI's protocol: retries, adapted options, refusals and limits.
 
-The requests of `ApiServer.answers` run in the event loop of a thread, so that each has a deadline
-for the whole of its answer, and the main thread is free for signals."""
+The requests of `ApiServer.answers` run in an event loop in a thread, so that each has a deadline
+for its complete answer, and the main thread can handle signals."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ MAX_ATTEMPTS = 9  # requests for one answer
 FIRST_DELAY, LONGEST_DELAY = 0.5, 8.0  # seconds between them, doubled each time
 LONGEST_WAIT = 3600.0  # seconds that a server may ask to wait by Retry-After
 POLL_SECONDS = 0.1  # how soon a signal or a limit is noticed
-RETRIED_STATUSES = (408, 409, 425, 429)  # beside 5xx
-REFUSING_STATUSES = (400, 413, 422)  # that may be about one request alone
-TOKENS_PER_MESSAGE = 32  # that a chat template writes around a message, at most
+RETRIED_STATUSES = (408, 409, 425, 429)  # besides 5xx
+REFUSING_STATUSES = (400, 413, 422)  # may be about a single request
+TOKENS_PER_MESSAGE = 32  # maximum that a chat template writes around a message
 
 CONTENT_REFUSED = re.compile(
     r"content.?(filter|polic|management)|moderat|flagged|safety|inappropriate|responsible.?ai"
@@ -44,18 +44,18 @@ NO_SUCH_OPTION = re.compile(
     r"|not allowed|cannot both|deprecated|only the default",
     re.IGNORECASE,
 )
-# The one to remove first: some models take the temperature, but not both.
+# In order of removal: some models take a temperature, but not together with top_p.
 ADAPTED_OPTIONS = ("top_p", "temperature", "max_tokens", "max_completion_tokens")
 OTHER_LIMIT = {
     "max_tokens": "max_completion_tokens",
     "max_completion_tokens": "max_tokens",
 }
-# Errors before anything was sent, by the names of httpx.
+# Names of httpx errors that occur before anything is sent.
 NEVER_SENT = ("ConnectError", "ConnectTimeout", "PoolTimeout")
 
 
 class ApiServer:
-    """The model `model` behind the server at `url`. What its answers cost is noted in `log`."""
+    """The model `model` on the server at `url`. Requests, answers and costs go to `log`."""
 
     def __init__(self, config: Any, kind: str, url: str, model: str, secret: str, log: CallLog):
         self.config = config
@@ -67,11 +67,11 @@ class ApiServer:
         # OpenAI's newer models accept only the first name, many other servers only the second.
         self.limit_name = "max_completion_tokens" if kind == "openai" else "max_tokens"
         self.adapted: set[str] = set()  # options that the model refused
-        self.resume_at = 0.0  # when the server wants the next request, by time.monotonic()
-        self.other_models: set[str] = set()  # that answered instead
-        self.estimates_cost = False  # because the server reports no usage
-        # Of the present call of `answers`:
-        self.thread: threading.Thread | None = None  # in which requests run
+        self.resume_at = 0.0  # time of the next request by Retry-After, as time.monotonic()
+        self.other_models: set[str] = set()  # models that answered instead
+        self.estimates_cost = False  # true if the server reports no usage
+        # State of the current call of `answers`:
+        self.thread: threading.Thread | None = None  # runs the requests
         self.client: Any = None  # an openai.AsyncOpenAI
         self.options: dict[str, Any] = {}  # of a request
         self.max_new_tokens = 0
@@ -90,13 +90,13 @@ class ApiServer:
         signals: Sequence[int],
     ) -> Iterator[tuple[str, dict | None]]:
         """Yield (key, answer, or None if it is missing) for each request {key: (messages, what it
-        is about)}, in the order in which they arrive, after they are kept in the log.
+        is about)}, in order of arrival, after recording them in the log.
 
-        It stops early, with `limit` or `refusal` set, when more than `max_failed` are missing, or
-        after a signal. Answers under way are waited for in any case."""
+        Stops early, with `limit` or `refusal` set, if more than `max_failed` are missing, or after
+        a signal. Pending answers are waited for in any case."""
         import openai
 
-        # After an interrupted call its answers may still be under way.
+        # Answers of an interrupted call may still be pending.
         if self.thread:
             self.thread.join()
         self.options = self.request_options(sampling)
@@ -106,7 +106,7 @@ class ApiServer:
         results: queue.SimpleQueue = queue.SimpleQueue()
 
         async def ask_all() -> None:
-            # `call` tries again by itself, because it counts each request.
+            # No retries by the client: `call` retries itself, because it counts each request.
             async with openai.AsyncOpenAI(
                 api_key=self.secret or "none", base_url=self.url, max_retries=0, timeout=None
             ) as self.client:
@@ -122,7 +122,7 @@ class ApiServer:
                 results.put(error)
             results.put(None)
 
-        # A daemon: a second signal ends the program at once.
+        # A daemon thread, so that a second signal ends the program at once.
         self.thread = threading.Thread(target=run, daemon=True)
         self.thread.start()
         try:
@@ -142,23 +142,24 @@ class ApiServer:
             self.stopping = True
 
     async def work(self, left: deque, max_failed: float, results: queue.SimpleQueue) -> None:
-        """Ask for one answer after the other, until none is left."""
+        """Request one answer after another until none is left."""
         while left and not self.stopping:
             key, (messages, name) = left.popleft()
             answer = await self.call(key, messages, name)
             if answer is None:
                 self.num_failed += 1
-                # More are missing than allowed, and that will not change any more.
+                # More are missing than allowed, and later answers cannot change that.
                 self.stopping |= self.num_failed > max_failed
             results.put((key, answer))
 
     # -- one answer --------------------------------------------------------------------------------
 
     async def call(self, key: str, messages: list[dict], name: str) -> dict | None:
-        """The answer to one question, kept in the log; None if it is missing.
+        """The answer to one question, recorded in the log; None if it is missing.
 
-        The openai client would not retry a status 200 whose body is no answer, would not wait
-        longer than two minutes, and would bound each read instead of the whole answer."""
+        The openai client would not retry a status 200 whose body is not an answer, would not wait
+        longer than two minutes, and would apply its timeout to each read instead of the whole
+        answer."""
         import openai
 
         most_in, most_out = self.most_tokens(messages)
@@ -198,13 +199,13 @@ class ApiServer:
         return None
 
     async def may_send(self, most_in: int, most_out: int, resume_at: float) -> bool:
-        """Wait until a request may be sent; False if none is sent any more."""
+        """Wait until a request may be sent; False if no more requests may be sent."""
         while not self.stopping:
             wait = max(self.resume_at, resume_at) - time.monotonic()
             limit = "" if wait > 0 else self.log.reached_limit(most_in, most_out)
             if wait <= 0 and not limit:
                 return True
-            # What is under way may be returned, and then leaves room.
+            # Pending requests may be returned, which frees their part of the limit.
             if limit and not self.under_way:
                 self.limit = limit
                 self.stopping = True
@@ -212,7 +213,7 @@ class ApiServer:
         return False
 
     def most_tokens(self, messages: list[dict]) -> tuple[int, int]:
-        """The most tokens (in, out) that a request can cost."""
+        """The maximum tokens (in, out) that a request can cost."""
         num_bytes = sum(len(str(message["content"]).encode()) for message in messages)
         # A token is at least one byte; a chat template writes some around each message.
         return num_bytes + TOKENS_PER_MESSAGE * len(messages), self.max_new_tokens
@@ -230,7 +231,7 @@ class ApiServer:
         return {name: value for name, value in options.items() if name not in self.adapted}
 
     def note_oddities(self, answer: dict, name: str) -> None:
-        """Warn of an answer by another model, without usage, or ended by a filter."""
+        """Warn of an answer by another model, without usage, or cut off by a content filter."""
         model = answer.get("model", self.model)
         if not is_same_model(self.model, model) and model not in self.other_models:
             self.other_models.add(model)
@@ -255,14 +256,14 @@ class ApiServer:
     # -- what a status means -----------------------------------------------------------------------
 
     def adapt_options(self, error: Any, options: dict) -> bool:
-        """Whether the server refuses one of the `options` of a request, which is then left out of
-        all further requests, or has its other name."""
+        """Whether the server refuses one of the `options` of a request. Further requests then omit
+        it, or use its other name."""
         text = self.describe(error)
         name = refused_option(error, text, options)
         if not name:
             return False
         if name in self.adapted:
-            return name not in self.options  # another request has met it just before
+            return name not in self.options  # a concurrent request has adapted it already
         self.adapted.add(name)
         value = self.options.pop(name)
         other_name = OTHER_LIMIT.get(name)
@@ -276,8 +277,8 @@ class ApiServer:
         return True
 
     def may_be_retried(self, error: Any, key: str, name: str) -> bool:
-        """Whether a later request can have an answer. If not, the reason is noted: the server
-        refuses this question, or all."""
+        """Whether retrying can succeed. If not, record the reason: the server refuses this
+        question, or all questions."""
         status = error.status_code
         text = self.problem = self.describe(error)
         has_quota = error.code != "insufficient_quota" or "retry-after" in error.response.headers
@@ -286,7 +287,7 @@ class ApiServer:
 
         refuses_content = status < 500 and CONTENT_REFUSED.search(text)
         is_too_long = status in REFUSING_STATUSES and TOO_LONG.search(text)
-        # A server that answers other questions does not refuse them all.
+        # A server that has answered other questions does not refuse all of them.
         refuses_one = status in REFUSING_STATUSES and self.has_answered()
         if status not in (401, 402, 404) and (refuses_content or is_too_long or refuses_one):
             refusal = {"text": None, "refused": text, "question": name}
@@ -300,7 +301,7 @@ class ApiServer:
         return False
 
     def heeds_retry_after(self, headers: Mapping, text: str) -> bool:
-        """Let all requests wait as long as the server asks for; False if that is too long."""
+        """Make all requests wait as long as the server asks for; False if that is too long."""
         wait = retry_after(headers)
         if wait > LONGEST_WAIT:
             self.refusal = f"asks to wait {wait:.0f} seconds: {text}"
@@ -322,12 +323,12 @@ class ApiServer:
         return f"{error.status_code}: {body[:300] or self.without_secret(error.message)}"
 
     def without_secret(self, text: str) -> str:
-        """The text without the key, which a server may send back."""
+        """The text without the key, which a server may echo."""
         return self.secret_pattern.sub("***", text) if self.secret_pattern else text
 
 
 def refused_option(error: Any, text: str, options: Mapping) -> str:
-    """The option that a server does not take, if that is what its error is about, else ""."""
+    """The option that a server rejects, if that is what its error is about, else ""."""
     if error.status_code not in REFUSING_STATUSES or not NO_SUCH_OPTION.search(text):
         return ""
     if error.param in options and error.param in ADAPTED_OPTIONS:
@@ -339,7 +340,7 @@ def refused_option(error: Any, text: str, options: Mapping) -> str:
 
 
 def retry_after(headers: Mapping) -> float:
-    """Seconds that a server asks to wait: by a number, or a date; 0 if it does not."""
+    """Seconds that a server asks to wait, given as a number or a date; 0 if it does not ask."""
     milliseconds = read_number(headers.get("retry-after-ms", ""))
     if milliseconds is not None:
         return milliseconds / 1000
@@ -363,9 +364,9 @@ def read_number(text: str) -> float | None:
 
 
 def escaped_forms(secret: str) -> re.Pattern | None:
-    """A pattern for a key as it is, and with some or all characters escaped as in JSON, Python,
-    URLs or HTML; None for a value that is too short to be a key."""
-    # Shorter ones would be found in ordinary words.
+    """A pattern for a key, verbatim or with some or all characters escaped as in JSON, Python, URLs
+    or HTML; None for a value that is too short to be a key."""
+    # Shorter ones would match ordinary words.
     if len(secret) < 8:
         return None
     pattern = ""

@@ -1,5 +1,5 @@
-"""What was asked of another model, kept line by line: OUT/calls.jsonl has the answers, and
-OUT/requests.jsonl what was sent to a server, so that limits count what a killed run has paid."""
+"""A log of calls to other models, written line by line: OUT/calls.jsonl has the answers, and
+OUT/requests.jsonl the requests sent to servers, so that limits include what a killed run paid."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from core.runtime import is_main_process, logger
 
 
 class CallLog:
-    """The calls of one role ("teacher", "feedback" or "policy"), of all runs in one folder.
+    """The calls of one role ("teacher", "feedback" or "policy") by all runs in one folder.
 
-    A request is written down before it is sent. It then has an answer, or is returned (refused by
-    a status, which costs nothing), or stays open: it is broken, too late, or was under way when
-    the run was killed, and counts as a call that cost as much as it can."""
+    A request is recorded before it is sent. Later it has an answer, or is returned (refused by a
+    status, which costs nothing), or stays open: its response was broken or too late, or the run was
+    killed meanwhile. An open request counts as a call at the highest possible cost."""
 
     def __init__(self, config: Any, role: str, charges: bool):
         self.config = config
         self.role = role
-        self.charges = charges  # a server; a model run here costs nothing
+        self.charges = charges  # true for a server; a local model costs nothing
         folder = Path(config.output_dir)
-        # Every process writes files of its own.
+        # Every process writes its own files.
         suffix = "" if is_main_process() else f"-{os.environ['RANK']}"
         self.calls_file = folder / f"calls{suffix}.jsonl"
         self.requests_file = folder / f"requests{suffix}.jsonl"
         self.answers: dict[str, dict] = {}  # by key
         self.open: Counter = Counter()  # {key: requests without an answer}
-        self.bounds: dict[str, tuple[int, int]] = {}  # {key: most tokens (in, out) of a request}
+        self.bounds: dict[str, tuple[int, int]] = {}  # {key: maximum tokens (in, out) of a request}
         self.num_calls = 0
-        # Integers, so that adding and taking away leaves no rounding.
+        # Integers, so that adding and subtracting is exact.
         self.charged_in = 0
         self.charged_out = 0
 
     # -- reading -----------------------------------------------------------------------------------
 
     def read(self) -> None:
-        """Read the files of this process and of the others."""
+        """Read the files of all processes."""
         self.answers = {}
         self.open = Counter()
         self.bounds = {}
@@ -54,7 +54,7 @@ class CallLog:
         for line in self.read_lines("calls*.jsonl", self.calls_file):
             key = line.pop("key")
             self.answers[key] = line
-            # Older versions kept answers alone.
+            # Older versions recorded only answers.
             if self.open[key] > 0 and not is_refused(line):
                 self.open[key] -= 1
 
@@ -70,8 +70,8 @@ class CallLog:
     def read_lines(self, pattern: str, own_file: Path) -> list[dict]:
         """The lines of this role.
 
-        A crash may cut off the last line of our file: it is removed. In other files it may be about
-        to be written."""
+        If a crash cut off the last line of our own file, it is removed. In the files of other
+        processes it may still be being written."""
         lines = []
         num_damaged = 0
         for file in own_file.parent.glob(pattern):
@@ -95,13 +95,13 @@ class CallLog:
     # -- costs and limits --------------------------------------------------------------------------
 
     def count(self, calls: int, tokens: tuple[int, int]) -> None:
-        """Add calls and their tokens (in, out) to what is charged."""
+        """Charge calls and their tokens (in, out)."""
         self.num_calls += calls
         self.charged_in += tokens[0]
         self.charged_out += tokens[1]
 
     def charged_tokens(self, key: str, answer: Mapping) -> tuple[int, int]:
-        """The tokens (in, out) of an answer; without usage, the most that they can be."""
+        """The tokens (in, out) charged for an answer; without usage, the maximum."""
         tokens_in, tokens_out = answer["tokens_in"], answer["tokens_out"]
         if answer.get("usage_missing") and key in self.bounds:
             most_in, most_out = self.bounds[key]
@@ -117,11 +117,11 @@ class CallLog:
 
     @property
     def cost(self) -> float:
-        """Dollars that all calls cost."""
+        """Cost of all calls, in dollars."""
         return self.dollars(self.charged_in, self.charged_out)
 
     def reached_limit(self, most_in: int, most_out: int) -> str:
-        """The limit that forbids a request of so many tokens at most; "" if there is none."""
+        """The limit that forbids a request with these maximum token counts; "" if there is none."""
         config = self.config
         if config.max_calls and self.num_calls >= config.max_calls:
             return f"max_calls={config.max_calls} is reached"
@@ -137,7 +137,7 @@ class CallLog:
     # -- writing -----------------------------------------------------------------------------------
 
     def note_sent(self, key: str, most_in: int, most_out: int) -> None:
-        """To be called before a request is sent, with the most tokens that it can cost."""
+        """Call this before a request is sent, with the maximum tokens that it can cost."""
         line = {"most_tokens_in": most_in, "most_tokens_out": most_out}
         self.append(self.requests_file, key, line)
         self.open[key] += 1
@@ -145,18 +145,18 @@ class CallLog:
         self.count(1, (most_in, most_out))
 
     def note_returned(self, key: str) -> None:
-        """To be called when a request was not accepted, which costs nothing."""
+        """Call this when a request was not accepted, which costs nothing."""
         self.append(self.requests_file, key, {"returned": True})
         self.close(key)
 
     def close(self, key: str) -> None:
-        """Take an open request out of what is charged."""
+        """Stop charging an open request."""
         most_in, most_out = self.bounds[key]
         self.open[key] -= 1
         self.count(-1, (-most_in, -most_out))
 
     def keep(self, key: str, answer: dict) -> None:
-        """Write an answer down, as soon as it has arrived."""
+        """Record an answer as soon as it has arrived."""
         self.append(self.calls_file, key, answer)
         self.answers[key] = answer
         if is_refused(answer):
@@ -167,11 +167,11 @@ class CallLog:
 
     def append(self, path: Path, key: str, line: Mapping) -> None:
         text = json.dumps({"key": key, "role": self.role, **line}, ensure_ascii=False)
-        # Closed line by line: what was paid for survives a crash.
+        # Close the file after each line, so that paid answers survive a crash.
         with open(path, "a", encoding="utf-8") as file:
             file.write(text + "\n")
 
 
 def is_refused(answer: Mapping) -> bool:
-    """Whether the server refused the question: it is not sent again."""
+    """Whether the server refused the question; then it is not sent again."""
     return "refused" in answer

@@ -1,4 +1,4 @@
-"""A judge: the questions to another model about one or two answers, and how its verdict is read."""
+"""A judge: prompts that ask another model about one or two answers, and parsing its verdicts."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ CONSTITUTION = [
     "The better answer does no harm and helps nobody to do harm.",
     "Of two answers that are equally good, the shorter and plainer one is better.",
 ]
-# Kept answers to older prompts are not used: raise the version with every change of a prompt.
+# Recorded answers to older prompts are not reused: raise the version with every prompt change.
 PROMPT_VERSION = "2"
-MAX_NAME_LENGTH = 200  # characters of a question, where it is named
+MAX_NAME_LENGTH = 200  # characters of a question in messages
 # The scale on which a judge grades an answer; `parse_score` maps it to 0 ... 1.
 SCORE_RANGE = (1, 10)
 
 WIN, LOSS, TIE = 1.0, 0.0, 0.5
-# (verdict, verdict in swapped order) -> outcome for the first answer. A judge that changes its mind
-# with the order sees no difference.
+# (verdict, verdict in swapped order) -> outcome for the first answer. Verdicts that depend on the
+# order count as a tie.
 OUTCOMES = {("A", "B"): WIN, ("B", "A"): LOSS, ("A", "A"): TIE, ("B", "B"): TIE}
 
 # reward_model: a classifier's scores. preference_model: a language model's probabilities of A and B
-# as its next token. The others write their verdict: run here (local), or behind a server.
+# as the next token. The others write a verdict, run here (local) or behind a server.
 Feedback = Literal["reward_model", "preference_model", "local", "api", "openai", "anthropic"]
 Messages = list[dict]
 
@@ -48,14 +48,14 @@ class JudgingConfig(LLMClientConfig):
     """Options of a judge."""
 
     # judge
-    feedback_model_type: Feedback = "local"  # what the judge is; api: any server like OpenAI's
+    feedback_model_type: Feedback = "local"  # kind of judge; api: any server like OpenAI's
     feedback_model_path: str = ""  # folder, hub name, .gguf, stage:NAME, or model name on a server
-    feedback_base_url: str | None = None  # URL of the server, such as http://localhost:8000/v1
+    feedback_base_url: str | None = None  # URL of the server, e.g. http://localhost:8000/v1
     feedback_api_key: str | None = None  # name of the environment variable that holds the key
     constitution: Sentences = field(
         default_factory=lambda: list(CONSTITUTION),  # what makes one answer better, in sentences
     )
-    max_verdict_tokens: Count = 512  # token limit of a verdict, which is the judge's last line
+    max_verdict_tokens: Count = 512  # token limit of a judge's reply, which ends with the verdict
 
 
 # -- prompts ---------------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ def conversation_text(prompt: Messages) -> str:
 
 
 def alternating_chat(*turns: str) -> Messages:
-    """Turns of user and assistant, one after the other: some chat templates accept no others."""
+    """Alternating turns of user and assistant: some chat templates accept nothing else."""
     messages = []
     for number, text in enumerate(turns):
         role = "user" if number % 2 == 0 else "assistant"
@@ -91,8 +91,8 @@ def alternating_chat(*turns: str) -> Messages:
 def verdict_prompt(
     principles: list[str], prompt: Messages, first: str, second: str, written: bool
 ) -> Messages:
-    """The messages that ask which answer is better: with reasons if `written`, else by the next
-    token alone."""
+    """The messages that ask which answer is better: with reasons if `written`, else answered by the
+    next token."""
     mark = make_mark(prompt, first, second)
     rules = "\n".join(f"- {principle}" for principle in principles)
     question = quote(conversation_text(prompt), mark)
@@ -115,23 +115,23 @@ def verdict_prompt(
     )
 
 
-# How a verdict is written: A, [[A]], "A", **A**, Answer A, Answer A is better.
+# Forms of a verdict: A, [[A]], "A", **A**, Answer A, Answer A is better.
 LETTER = (
     r"(?:(?:the )?(?:answer|response)\W*)?([AB])(?: is (?:the )?better(?: answer| one)?| wins)?"
 )
 BARE_VERDICT = re.compile(rf"\W*(?:(?:final )?verdict\W*)?{LETTER}\W*", re.IGNORECASE)
-# How a score is written: 7, [[7]], 7/10. What stands before it is a group, because of -7 and .7.
+# Forms of a score: 7, [[7]], 7/10. The characters before it are a group, to recognize -7 and .7.
 NUMBER = rf"(\W*)(\d[\d.]*)(?: */ *{SCORE_RANGE[1]})?"
 BARE_SCORE = re.compile(rf"(?:\W*score)?{NUMBER}\W*", re.IGNORECASE)
 
 
 def parse_verdict(text: str, mark: str, shown: Sequence[str] = ()) -> str | None:
-    """A or B, from the last line that is a verdict with this mark, in one of the usual forms; or
-    from an answer that is nothing but a verdict. None if there is none.
+    """A or B, from the last line that is a verdict with this mark, or from an answer that is
+    nothing but a verdict. None if there is none.
 
-    `shown` are the texts under judgment: an answer that only repeats a line of them has no
+    `shown` are the texts being judged: an answer that only repeats one of their lines has no
     verdict."""
-    # The last one counts: reasons come first, and may quote the question.
+    # The last one counts: the reasons come first, and may quote the question.
     marked = rf"^[^\w\n]*Verdict\W*{mark}\W*{LETTER}\W*$"
     verdicts = re.findall(marked, text, re.MULTILINE | re.IGNORECASE)
     if not verdicts:
@@ -141,8 +141,8 @@ def parse_verdict(text: str, mark: str, shown: Sequence[str] = ()) -> str | None
 
 
 def bare_answer(text: str, name: str, mark: str, shown: Sequence[str]) -> str:
-    """The text; of JSON the value whose key is `name`, with or without the mark. "" if the text
-    repeats a line of what was shown, or has several lines."""
+    """The text, or the value under the key `name`, with or without the mark, if it is JSON. "" if
+    the text repeats a line of `shown`, or has several lines."""
     text = re.sub(r"^```(?:json)?|```$", "", text.strip()).strip()
     is_repeated = any(text in (line.strip() for line in part.splitlines()) for part in shown)
     if is_repeated or any("\n" in text and text in part for part in shown):
@@ -178,9 +178,9 @@ def score_prompt(principles: list[str], prompt: Messages, answer: str) -> Messag
 
 
 def parse_score(text: str, mark: str, shown: Sequence[str] = ()) -> float | None:
-    """The score, scaled to 0 to 1, of the last line that is one with this mark, or of an answer
-    that is nothing but a score; None without one, or beyond the scale. `shown` as in
-    `parse_verdict`."""
+    """The score, scaled to 0 to 1, from the last line that is a score with this mark, or from an
+    answer that is nothing but a score. None if there is none, or if it is out of range. `shown` as
+    in `parse_verdict`."""
     low, high = SCORE_RANGE
     marked = rf"^[^\w\n]*Score\W*{mark}{NUMBER}\W*$"
     scores = re.findall(marked, text, re.MULTILINE | re.IGNORECASE)
@@ -192,7 +192,7 @@ def parse_score(text: str, mark: str, shown: Sequence[str] = ()) -> float | None
     before, number = scores[-1]
     if before.endswith(("-", ".")):
         return None
-    # A full stop after the number is no decimal point.
+    # A full stop after the number is not a decimal point.
     number = number.rstrip(".")
     if not re.fullmatch(r"\d+", number):
         return None
@@ -207,15 +207,15 @@ def parse_score(text: str, mark: str, shown: Sequence[str] = ()) -> float | None
 
 @dataclass
 class Judge:
-    """A model that compares answers: a client, or a reward model's function that scores."""
+    """A model that compares answers: an LLM client, or the scoring function of a reward model."""
 
     config: Any  # a JudgingConfig and a ScoringConfig
-    load_model: Callable | None = None  # config -> (model, tokenizer), for a judge that is run here
+    load_model: Callable | None = None  # config -> (model, tokenizer), for a local judge
     client: LLMClient | None = None  # None: a reward model
     scores: Callable | None = None  # (prompts, completions) -> rewards
 
     def check(self) -> None:
-        """Check what can be known before any model is loaded; raises ConfigError."""
+        """Check what can be checked before any model is loaded; raises ConfigError."""
         config = self.config
         if config.feedback_model_type != "reward_model":
             self.client = LLMClient(
@@ -242,7 +242,7 @@ class Judge:
             check_model_takes_prompts("feedback_model_path", path, prompts)
 
     def load(self) -> None:
-        """To be called when stage:NAME has become a path, just before the judge is needed."""
+        """Call this once stage:NAME has been resolved to a path, before using the judge."""
         path = self.config.feedback_model_path
         if self.client:
             self.client.path = path
@@ -254,14 +254,14 @@ class Judge:
     ) -> tuple[list[float | None], dict]:
         """Compare pairs (prompt, first answer, second answer): returns (outcomes, metrics).
 
-        An outcome is WIN where the first answer is better, LOSS where the second is, else TIE; None
-        where a verdict is missing. Each pair is judged in both orders, because many judges prefer
-        the answer that they see first."""
+        An outcome is WIN if the first answer is better, LOSS if the second is, else TIE; None if a
+        verdict is missing. Each pair is judged in both orders, because many judges prefer the
+        answer that they see first."""
         if self.client is None:
             outcomes = [self.compare_scores(*pair) for pair in pairs]
             return outcomes, self.comparison_metrics(outcomes, [])
 
-        # Every pair twice, in both orders, next to each other.
+        # Each pair twice in a row, in both orders.
         questions = []
         for prompt, first, second in pairs:
             questions.append((prompt, first, second))
@@ -279,7 +279,7 @@ class Judge:
         return outcomes, self.comparison_metrics(outcomes, given)
 
     def compare_scores(self, prompt: Messages, first: str, second: str) -> float | None:
-        """The outcome by a reward model's scores, which know no order."""
+        """The outcome by a reward model's scores, which do not depend on the order."""
         first_score, second_score = self.scores([prompt, prompt], [first, second])
         if first_score is None or second_score is None:
             return None
@@ -295,7 +295,7 @@ class Judge:
         parsers = []
         for prompt, first, second in questions:
             chats.append(verdict_prompt(self.config.constitution, prompt, first, second, True))
-            # Each answer is read by the mark of its own question.
+            # Each answer is parsed with the mark of its own question.
             mark = make_mark(prompt, first, second)
             shown = (conversation_text(prompt), first, second)
             parsers.append(partial(parse_verdict, mark=mark, shown=shown))
@@ -310,7 +310,7 @@ class Judge:
         for prompt, first, second in questions:
             chat = verdict_prompt(self.config.constitution, prompt, first, second, False)
             requests.append((chat, 0))
-        # The choices' probabilities at once, instead of a sampled token that may be neither.
+        # Ask for the probabilities of both choices: a sampled token may be neither.
         sampling = SAMPLING_DEFAULTS | {"temperature": 0.0}
         probabilities = self.client.ask(
             what, requests, sampling, PROMPT_VERSION, json.loads, ("A", "B")
@@ -329,7 +329,7 @@ class Judge:
         """Compare pairs (prompt, new answer, old answer): returns (outcomes, metrics).
 
         The metrics are "win_rate" with its interval, "win_rate_ties" and others. Equal answers are
-        a tie without a comparison: a reward model's scores of them may differ by rounding."""
+        a tie without a comparison, because a reward model's scores may differ by rounding."""
         different = [pair for pair in pairs if pair[1] != pair[2]]
         judged, metrics = self.compare(different, "win rate")
         next_outcome = iter(judged)
@@ -351,16 +351,16 @@ class Judge:
     def comparison_metrics(
         self, outcomes: list[float | None], verdicts: list[str]
     ) -> dict[str, float]:
-        """{"ties", "agreement", "position_bias"} of outcomes, and of the verdicts behind them if
-        there are any.
+        """{"ties", "agreement", "position_bias"} from outcomes, and from the verdicts behind them
+        if there are any.
 
-        The first two are fractions of the pairs; the bias is by how much the answer shown first is
-        chosen more often than half of the time."""
+        The first two are fractions of the pairs; the bias is how much more often than half of the
+        time the answer shown first is chosen."""
         known = [outcome for outcome in outcomes if outcome is not None]
         if not known:
             return {}
         ties = known.count(TIE) / len(known)
-        # Scores are compared without an order, so there is nothing to agree on.
+        # Scores do not depend on the order, so there is no agreement to measure.
         if not verdicts:
             logger.info("judge: %d pairs, %.0f%% ties", len(known), 100 * ties)
             return {"ties": ties}
@@ -383,7 +383,8 @@ class Judge:
         parsers: Sequence[Callable],
         prompts: Sequence[Messages],
     ) -> list:
-        """What each parser reads from the judge's answer to its chat, which is about a prompt."""
+        """Ask the judge the chats, each about a prompt; returns what the parsers read from its
+        answers."""
         limits = {"temperature": 0.0, "max_new_tokens": self.config.max_verdict_tokens}
         sampling = SAMPLING_DEFAULTS | limits
         requests = [(chat, 0) for chat in chats]
@@ -393,8 +394,7 @@ class Judge:
         )
 
     def score(self, prompts: list, completions: list[str], **_) -> list[float | None]:
-        """A reward function for RL: 0 to 1, or the reward model's score; None where it is
-        missing."""
+        """A reward function for RL: 0 to 1, or the reward model's score; None if it is missing."""
         if self.client is None:
             return self.scores(prompts, completions)
         chats = []

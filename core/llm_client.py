@@ -1,6 +1,6 @@
-"""Calls to another model, a judge or a teacher: one run here, or a server with OpenAI's protocol.
+"""Calls to another model, a judge or a teacher: run locally, or a server with OpenAI's protocol.
 
-Every answer is kept in OUT/calls.jsonl, so a run that is repeated or resumed asks nothing twice."""
+Every answer is recorded in OUT/calls.jsonl, so a repeated or resumed run asks nothing twice."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PROVIDERS = {  # kind: (base URL, environment variable of the key)
     "openai": ("https://api.openai.com/v1", "OPENAI_API_KEY"),
     "anthropic": ("https://api.anthropic.com/v1", "ANTHROPIC_API_KEY"),
 }
-# Options that decide what a model run here answers.
+# Options that affect the answers of a local model.
 LOCAL_MODEL_OPTIONS = (
     "seed",
     "instruction_template",
@@ -49,7 +49,7 @@ LOCAL_MODEL_OPTIONS = (
 )
 CONTINUE = "Answers received so far are kept; run the same command to continue"
 
-# What limits the length of an answer of each role.
+# The option that limits the length of answers, by role.
 TOKEN_LIMITS = {
     "feedback": "max_verdict_tokens",
     "teacher": "max_new_tokens in generation_kwargs",
@@ -59,8 +59,8 @@ Request = tuple[list[dict], int]  # messages, and a number that tells equal mess
 
 
 class LLMClientError(RuntimeError):
-    """The judge or teacher can no longer be queried: it refuses, a limit is reached, or too many
-    answers are missing."""
+    """The judge or teacher can no longer be queried: the server refuses, a limit is reached, or too
+    many answers are missing."""
 
 
 @dataclass
@@ -73,8 +73,8 @@ class LLMClientConfig(StageConfig):
     input_price: NonNegative = 0.0  # dollars per million input tokens
     output_price: NonNegative = 0.0  # dollars per million output tokens
     max_missing: Share = 0.1  # stop if a larger fraction of answers is missing or unreadable
-    concurrency: Count = 8  # concurrent API calls; batch size of a model run here
-    call_timeout: Positive = 120.0  # seconds until an answer of the API must be complete
+    concurrency: Count = 8  # concurrent API calls; batch size of a local model
+    call_timeout: Positive = 120.0  # seconds within which an API answer must be complete
 
     def validate(self) -> None:
         super().validate()
@@ -103,14 +103,14 @@ class LLMClientConfig(StageConfig):
 
 
 class LLMClient:
-    """Another model: run here, from a folder, hub name or .gguf file; or behind a server.
+    """Another model: run locally, from a folder, hub name or .gguf file; or behind a server.
 
     `kind` api, openai or anthropic is a server at `url`, whose key is in the environment variable
-    `key_variable`; any other kind is run here, loaded by `load_model(config) -> (model,
+    `key_variable`; any other kind runs locally, loaded by `load_model(config) -> (model,
     tokenizer)`. An answer is appended to OUT/calls.jsonl as soon as it arrives, under a hash of
     model, messages, parameters and prompt version; a question with an answer in that file is not
     asked again. `verbatim` is for the policy itself: its prompts are encoded as in training, and
-    its answers used as it writes them, with its reasoning."""
+    its answers are used unchanged, including reasoning."""
 
     def __init__(
         self,
@@ -143,7 +143,7 @@ class LLMClient:
     # -- checks ------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Check what can be known before any model is loaded; raises ConfigError."""
+        """Check what can be checked before any model is loaded; raises ConfigError."""
         if not self.path:
             raise ConfigError(
                 f"{self.role}_model_path is missing: give a folder, hub name or .gguf file, "
@@ -156,8 +156,8 @@ class LLMClient:
         self.check_url()
 
     def check_key(self) -> None:
-        """Check the key without printing it. The variable's name is printed only if we know it: it
-        may be a key."""
+        """Check the key without printing it. The name of the variable is printed only if it is one
+        of ours: the user may have given a key by mistake."""
         if not self.key_variable or re.fullmatch("[!-~]+", self.secret):
             return
         problem = "is not set"
@@ -171,7 +171,7 @@ class LLMClient:
         )
 
     def check_url(self) -> None:
-        """Check that the URL holds no secret and that something answers there."""
+        """Check that the URL contains no secret and that something answers there."""
         option = f"{self.role}_base_url"
         url = self.url or ""
         if not re.match("https?://", url):
@@ -186,7 +186,7 @@ class LLMClient:
         try:
             urllib.request.urlopen(url, timeout=10).close()
         except urllib.error.HTTPError:
-            return  # a status is an answer
+            return  # an error status is an answer too
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise ConfigError(f"{option}={url} does not answer: {error}") from None
 
@@ -207,13 +207,13 @@ class LLMClient:
         returns None.
 
         `parse` is one function, or one for each request. A request is (messages, number); `number`
-        tells several answers to equal messages apart. Temperature 0 is greedy; `version` is that of
-        the prompts. With `choices` a model run here answers by their probabilities, as JSON.
-        `names` say what each request is about, where that is not its first message.
+        distinguishes several answers to the same messages. Temperature 0 is greedy; `version` is
+        that of the prompts. With `choices` a local model answers with their probabilities, as JSON.
+        `names` say what each request is about, if that is not its first message.
 
         Raises LLMClientError if too many answers are missing, a limit is reached, or the server
-        refuses. After SIGTERM or SIGINT the program ends when the answers under way are kept."""
-        # 1. Which answers are kept from before, and which are wanted?
+        refuses. After SIGTERM or SIGINT the program ends once pending answers are recorded."""
+        # 1. Which answers are already recorded, and which are needed?
         self.log.read()
         answers = self.log.answers
         keys = []
@@ -229,7 +229,7 @@ class LLMClient:
         logger.info("%s: %d answers, %d of them known from before", what, len(requests), num_known)
         self.figures.update(calls_cached=len(set(keys)) - len(wanted))
 
-        # 2. Get the others; each is kept as soon as it arrives.
+        # 2. Get the others; each is recorded as soon as it arrives.
         self.last_problem = ""
         max_failed = self.max_missing(len(requests))
         if wanted:
@@ -241,7 +241,7 @@ class LLMClient:
                         self.figures.update(calls=1, **tokens)
             self.raise_if_stopped()
 
-        # 3. Read them.
+        # 3. Parse them.
         kept = [answers.get(key) for key in keys]
         self.note_flags(what, [answer for answer in kept if answer])
         return self.parse_answers(what, kept, read, parse)
@@ -254,8 +254,8 @@ class LLMClient:
         names: Mapping[str, str],
         max_failed: float,
     ) -> Generator[tuple[str, dict | None], None, None]:
-        """Yield (key, answer, or None if it is missing) for each request, as they come; they are in
-        the log then."""
+        """Yield (key, answer, or None if it is missing) for each request as answers arrive, after
+        recording them in the log."""
         if not self.remote:
             for key, answer in self.run_here(wanted, sampling, choices):
                 if answer is not None:
@@ -283,12 +283,11 @@ class LLMClient:
             raise LLMClientError(f"{self.server.limit}. {CONTINUE} with a higher limit")
 
     def note_flags(self, what: str, answers: Sequence[Mapping]) -> None:
-        """Count and warn of answers that the token limit ended, and count those of another
-        model."""
+        """Count answers cut off by the token limit, with a warning, and those by other models."""
         cut = sum(map(was_cut, answers))
         models = [answer.get("model", self.path) for answer in answers]
         other_model = sum(not is_same_model(self.path, model) for model in models)
-        # Only where there are any: for most runs these say nothing.
+        # Only if there are any; most runs have none.
         for name, count in {"cut": cut, "other_model": other_model}.items():
             if count:
                 self.figures[name] += count
@@ -308,8 +307,8 @@ class LLMClient:
         read: Callable[[Answer], Any],
         parse: Callable | Sequence[Callable],
     ) -> list:
-        """What `read` and `parse` make of each kept answer, None if it is missing; warns about
-        those that are missing.
+        """Apply `read` and `parse` to each recorded answer; None if it is missing. Warns about
+        missing answers.
 
         Raises LLMClientError if there are more of them than `max_missing` allows."""
         parsers = [parse] * len(kept) if callable(parse) else parse
@@ -339,7 +338,7 @@ class LLMClient:
             message += f", {len(unreadable)} that cannot be read, such as {example!r}"
         if missing > self.max_missing(len(kept)):
             remedy = CONTINUE
-            if None not in kept:  # nothing would be asked again
+            if None not in kept:  # running again would not ask again
                 file = self.log.calls_file
                 remedy = f"They are kept: raise max_missing, or remove their lines from {file}"
             raise LLMClientError(
@@ -349,22 +348,22 @@ class LLMClient:
         return values
 
     def max_missing(self, count: int) -> float:
-        """How many of so many answers may be missing: at least one of several, unless none may
-        be."""
+        """How many of `count` answers may be missing: at least one if there are several, unless
+        max_missing is 0."""
         allowed = self.config.max_missing * count
         return max(1.0, allowed) if allowed and count > 1 else allowed
 
     def read(self, line: Mapping) -> Answer | None:
-        """The answer of a line of OUT/calls.jsonl."""
+        """The answer in a line of OUT/calls.jsonl."""
         if self.verbatim and line["text"] is not None:
             return Answer(line["text"], "", was_cut(line))
         return read_answer(line)
 
-    # -- kept answers ------------------------------------------------------------------------------
+    # -- recorded answers --------------------------------------------------------------------------
 
     def key(self, request: list) -> str:
-        """The hash under which the answer to a request is kept."""
-        # A server's model is known by its name; one run here by its files and how it is loaded.
+        """The hash under which the answer to a request is recorded."""
+        # A server's model is identified by name, a local one by its files and how it is loaded.
         local_model = []
         if not self.remote:
             options = [vars(self.config).get(name) for name in LOCAL_MODEL_OPTIONS]
@@ -374,7 +373,7 @@ class LLMClient:
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def report(self) -> dict[str, float]:
-        """{"feedback_calls", ...}: calls made, answers known from before, missing answers; tokens;
+        """{"feedback_calls", ...}: calls made, answers recorded before, missing answers, tokens,
         dollars."""
         names = ["calls", "calls_cached", "missing", "tokens_in", "tokens_out"]
         names += [name for name in ("cut", "other_model") if self.figures[name]]
@@ -384,12 +383,12 @@ class LLMClient:
             metrics["cost"] = self.log.cost
         return {f"{self.role}_{name}": value for name, value in metrics.items()}
 
-    # -- a model run here --------------------------------------------------------------------------
+    # -- a local model -----------------------------------------------------------------------------
 
     def run_here(
         self, todo: Mapping[str, Request], sampling: Mapping, choices: Sequence[str]
     ) -> Iterator[tuple[str, dict | None]]:
-        """Yield (key, answer, or None if the prompt is too long) from a model run here."""
+        """Yield (key, answer, or None if the prompt is too long) from a local model."""
         model, tokenizer = self.load()
         with as_config_error(f"model {self.path}: its chat template cannot take a prompt"):
             encode = prompt_ids if self.verbatim else literal_prompt_ids
@@ -398,7 +397,7 @@ class LLMClient:
         if not choices:
             longest -= sampling["max_new_tokens"]
 
-        # Similar lengths in a batch: little padding.
+        # Batches of similar length need little padding.
         sorted_keys = sorted(ids, key=lambda key: len(ids[key]))
         for start in range(0, len(sorted_keys), self.config.concurrency):
             batch_keys = sorted_keys[start : start + self.config.concurrency]
@@ -426,14 +425,14 @@ class LLMClient:
                 yield key, answer if has_stop else answer | {"finish": "length"}
 
     def load(self) -> tuple:
-        """(model, tokenizer), to be run here."""
+        """(model, tokenizer) of a local model."""
         if self.local is None:
             model, tokenizer = self.load_model(ModelConfig(model_name_or_path=self.path))
             self.local = (model.requires_grad_(False).eval(), tokenizer)
         return self.local
 
     def request_seed(self, request: Request) -> int:
-        """A seed that depends on the request alone, so the batch does not change the answer."""
+        """A seed that depends only on the request, so that batching does not change the answer."""
         text = json.dumps([self.config.seed, *request])
         digest = hashlib.sha256(text.encode()).hexdigest()
         return int(digest[:12], 16)
@@ -446,7 +445,7 @@ class LLMClient:
         sampling = dict(sampling)
         uniforms = None
         if sampling["temperature"] == 0:
-            sampling["temperature"] = 1.0  # without random numbers decoding is greedy
+            sampling["temperature"] = 1.0  # decoding is greedy because there are no random numbers
         else:
             numbers = [uniform_numbers(1, sampling, seed) for seed in seeds]
             uniforms = torch.cat(numbers).to(model.device)  # (B, T)
@@ -457,8 +456,8 @@ class LLMClient:
     def choice_probabilities(
         self, prompts: list[list[int]], choices: Sequence[str]
     ) -> list[list[float]]:
-        """The probabilities of the choices, each a single token, as the next token of each prompt;
-        they sum to 1."""
+        """The probabilities of the choices, each a single token, as next token after each prompt,
+        normalized to sum to 1."""
         model, tokenizer = self.local
         tokens = [tokenizer(choice, add_special_tokens=False).input_ids for choice in choices]
         if any(len(ids) != 1 for ids in tokens):
@@ -467,7 +466,7 @@ class LLMClient:
                 f"the tokenizer of {self.path} has no single token for each of {names}; "
                 "use another judge"
             )
-        # The answer is a placeholder: its position is where the logits of the next token are.
+        # The answer is a placeholder, to get the logits at its position.
         rows = [{"prompt": ids, "answers": [[ids[-1]]], "labels": [[ids[-1]]]} for ids in prompts]
         batch = collate_answers(rows, share_prompt=False)
         batch = to_device(batch, model.device)
@@ -477,7 +476,7 @@ class LLMClient:
 
 
 def why_absent(line: Mapping | None) -> str:
-    """Why a kept line of OUT/calls.jsonl is no answer; "" if there is no line."""
+    """Why a line of OUT/calls.jsonl has no answer; "" if there is no line."""
     if line is None:
         return ""
     if "refused" in line:

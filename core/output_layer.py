@@ -88,14 +88,14 @@ def vocabulary_size(model) -> int:
     return unwrap_model(model).config.get_text_config().vocab_size
 
 
-# {output layer: whether the model returns what it computes}, of the models that were tried.
+# {output layer: whether the model returns what it computes}, for the models tested so far.
 TRIED_LAYERS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 @torch.no_grad()
 def returns_its_logits(model, input_ids: Tensor) -> bool:
     """Whether `model` returns what its output layer computes: Gemma 2 caps it, Cohere and Granite
-    scale it. Known by a try on one of the `input_ids` (B, T), which every process makes."""
+    scale it. Tested on one of the `input_ids` (B, T); all processes must call this together."""
     layer = output_layer(model)
     if layer not in TRIED_LAYERS:
         project = layer.forward
@@ -103,7 +103,7 @@ def returns_its_logits(model, input_ids: Tensor) -> bool:
         def all_are_100(hidden: Tensor) -> Tensor:
             return torch.full_like(project(hidden), 100.0)
 
-        # Random numbers are left as they were: those of dropout depend on them.
+        # Restore the random state, on which dropout depends.
         device = unwrap_model(model).device
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices), output_layer_computing(model, all_are_100):

@@ -1,11 +1,11 @@
-"""How a reward function is called: by the names of its parameters.
+"""Calling a reward function by the names of its parameters.
 
 TRL      function(prompts, completions, **columns) -> numbers
 verl     compute_score(data_source, solution_str, ground_truth, extra_info) -> number, or
          compute_score(data_sources, solution_strs, ground_truths, extra_infos) -> numbers
 others   function(prompt, completion, **columns) -> number
 
-The process of a function uses it too (core/function_server.py), so it imports nothing slow.
+The processes of functions use this file too (core/function_server.py), so it imports nothing slow.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 # A function with one of these parameters takes one completion at a time.
 ONE_COMPLETION = ("completion", "solution_str")
-# {parameter of a function that takes one completion: that of one that takes a list}
+# {parameter of a function that takes one completion: of a function that takes lists}
 PLURALS = {
     "prompt": "prompts",
     "completion": "completions",
@@ -27,7 +27,7 @@ PLURALS = {
     "ground_truth": "ground_truths",
     "extra_info": "extra_infos",
 }
-# Where the expected answer is, if the data has no reward_model["ground_truth"] as verl's has.
+# Columns with the expected answer, if the data has no reward_model["ground_truth"] as in verl.
 ANSWER_COLUMNS = ("ground_truth", "answer", "solution", "label")
 # Raised by a function that reads a text as a list of messages, or messages as a text.
 FORM_ERRORS = (TypeError, AttributeError, KeyError, IndexError)
@@ -36,21 +36,21 @@ FORM_ERRORS = (TypeError, AttributeError, KeyError, IndexError)
 class RewardCall:
     """Calls a reward function with prompts, completions and columns, each a list.
 
-    Prompts are lists of messages, completions texts. A function that cannot read them so gets both
-    as messages or both as texts, as TRL has them, depending on the form of its data."""
+    Prompts are lists of messages and completions are texts. A function that cannot read these gets
+    both as messages or both as texts, as in TRL, where it depends on the form of the data."""
 
     def __init__(self, function: Callable):
         self.function = function
         self.parameters = inspect.signature(function).parameters
         self.takes_one = any(name in self.parameters for name in ONE_COMPLETION)
-        self.form: Callable | None = None  # of FORMS: the one that the function can read
+        self.form: Callable | None = None  # the one of FORMS that the function can read
 
     def __call__(self, prompts: list, completions: list[str], columns: Mapping[str, Any]) -> Any:
-        """What the function returns, awaited if it is async; if it takes one completion at a time,
-        the list of what it returns."""
+        """What the function returns, awaited if it is async; a list of results if it takes one
+        completion at a time."""
         errors = []
         for form in FORMS:
-            # The form that worked once stays: a later error is the function's own.
+            # Once a form has worked, a later error is the function's own.
             if self.form not in (None, form):
                 continue
             try:
@@ -76,7 +76,7 @@ class RewardCall:
     def values_by_call(
         self, prompts: list, completions: list, columns: Mapping[str, Any]
     ) -> list[dict[str, Any]]:
-        """For each call of the function the values of the names that it may have as parameters."""
+        """For each call of the function, the values of all possible parameter names."""
         extras = {"prompt": prompts, "completion": completions}
         for name, values in verl_values(completions, columns).items():
             if name in self.parameters or PLURALS[name] in self.parameters:
@@ -87,7 +87,7 @@ class RewardCall:
         return [{name: lists[name][n] for name in lists} for n in range(len(completions))]
 
     def arguments(self, values: dict[str, Any]) -> tuple[list, dict[str, Any]]:
-        """(args, kwargs): the values that the function names; all if it takes any keyword."""
+        """(args, kwargs): the values of the function's parameters; all if it has **kwargs."""
         args = []
         if self.has_own_names(values):
             args = [values.pop("prompts"), values.pop("completions")]
@@ -118,7 +118,7 @@ class RewardCall:
         return "completions" not in names and second not in values
 
     def missing(self, prompts: list, completions: list[str], columns: Mapping[str, Any]) -> list:
-        """The function's parameters, of those without a default, that have no value."""
+        """The function's parameters without a default that have no value."""
         [values] = self.values_by_call(prompts[:1], completions[:1], columns)
         args, kwargs = self.arguments(values)
         missing = []
@@ -141,7 +141,7 @@ def as_messages(prompts: list, completions: list[str]) -> tuple[list, list]:
 
 
 def as_texts(prompts: list, completions: list[str]) -> tuple[list, list]:
-    """A prompt of several messages has no text: it stays as it is."""
+    """Prompts as texts; a prompt of several messages stays a list."""
     texts = []
     for prompt in prompts:
         is_one = isinstance(prompt, list) and len(prompt) == 1
@@ -174,13 +174,13 @@ def verl_values(completions: list, columns: Mapping[str, Any]) -> dict[str, list
 
 
 def score_of(result: Any) -> Any:
-    """verl's functions may return {"score": number, ...}."""
+    """The score of a result: verl's functions may return {"score": number, ...}."""
     return result["score"] if isinstance(result, dict) and "score" in result else result
 
 
 @functools.cache
 def event_loop() -> asyncio.AbstractEventLoop:
-    """One loop for all calls: a client that a function keeps between them is bound to its loop."""
+    """One loop for all calls: a client that a function keeps between calls is bound to its loop."""
     return asyncio.new_event_loop()
 
 
@@ -199,8 +199,8 @@ def wait_for_all(results: list) -> list:
 
 
 def to_plain(value: Any) -> Any:
-    """Arrays, tensors and tuples as lists, their numbers as numbers; what is neither as its type's
-    name, for the message that refuses it."""
+    """Arrays, tensors and tuples as lists, number types as numbers. Anything else becomes the name
+    of its type, for the error message."""
     if hasattr(value, "tolist"):  # NumPy, PyTorch, pandas
         return value.tolist()
     if isinstance(value, list | tuple):

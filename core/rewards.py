@@ -1,6 +1,6 @@
-"""Rewards of completions: verifiers and users' functions in killable processes, and reward models.
+"""Rewards of completions: verifiers and user functions in killable processes, and reward models.
 
-Shapes: B completions, R rewards of each.
+Shapes: B completions, R rewards for each.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ REWARDS = {  # built-in verifiers: the function, and the column or option it rea
 }
 Weights = Annotated[list[float], comma_separated]
 REWARD_OPTIONS = ("reward_pattern", "reward_length")
-# Not 0: a row without a verdict is left out of the averages and the updates.
+# Not 0: a row without a verdict is excluded from averages and updates.
 NO_VERDICT = float("nan")
-UNSCORED_STEPS = 3  # after so many steps in a row without any verdict, a run stops
+UNSCORED_STEPS = 3  # a run stops after this many consecutive steps without any verdict
 
 
 # -- options ---------------------------------------------------------------------------------------
@@ -57,10 +57,10 @@ class ScoringConfig(ModelConfig):
     reward_model_path: str | None = None  # folder of a sequence classifier, or stage:NAME
     # use its score, or the probability of its last label
     reward_model_type: Literal["regression", "classification"] = "regression"
-    reward_pattern: str = ""  # regular expression: `regex` searches it, `format` matches it whole
+    reward_pattern: str = ""  # regular expression that `regex` searches and `format` matches fully
     reward_length: Natural = 0  # words, for `length`: 1 up to here, falling to 0 at twice as many
     reward_timeout: Positive = 60.0  # seconds that a reward function may take for a batch
-    on_reward_error: Literal["stop", "skip"] = "stop"  # if it fails: stop, or leave the row out
+    on_reward_error: Literal["stop", "skip"] = "stop"  # if a reward fails: stop, or skip the row
 
     @property
     def rewarding(self) -> list[str]:
@@ -79,7 +79,7 @@ class ScoringConfig(ModelConfig):
                 "reward names a function twice; give it another weight by reward_weights"
             )
 
-        # An option that no chosen reward reads would be ignored without a word.
+        # Note options that no chosen reward reads, rather than ignoring them silently.
         options_read = {REWARDS[name][1] for name in self.reward if name in REWARDS}
         for option in REWARD_OPTIONS:
             is_unread = option not in options_read
@@ -94,7 +94,7 @@ class ScoringConfig(ModelConfig):
         )
 
     def validate_reward(self, name: str) -> None:
-        """Check one name of `reward`, and that the option it reads is given."""
+        """Check one name in `reward`, and that the option it reads is set."""
         if name not in REWARDS:
             if not re.fullmatch(r".+\.py:\w+", name):
                 valid = [*REWARDS, "path/to/file.py:function"]
@@ -106,7 +106,7 @@ class ScoringConfig(ModelConfig):
 
 
 def rewards_reading_answers(config: ScoringConfig) -> list[str]:
-    """The names of the rewards that read the column answer."""
+    """Names of the rewards that read the column answer."""
     return [name for name in config.reward if name in REWARDS and REWARDS[name][1] == "answer"]
 
 
@@ -125,7 +125,7 @@ def check_reward_model(path: str) -> None:
     """Raise ConfigError if the model at `path` has no trained head: transformers would create a
     random one."""
     with as_config_error(f"reward_model_path={path} is not the folder of a model"):
-        # The configuration alone: weights are read when they are needed.
+        # Only the configuration: weights are read when they are needed.
         text = Path(path, "config.json").read_text(encoding="utf-8")
         architectures = json.loads(text)["architectures"]
     if not any(name.endswith("ForSequenceClassification") for name in architectures):
@@ -145,14 +145,14 @@ def check_reward_prompts(config: ScoringConfig, prompts: Sequence[list[dict]]) -
 def check_model_takes_prompts(
     option: str, path: str, prompts: Sequence[list[dict]], remedy: str = "change it"
 ) -> None:
-    """Raise ConfigError if the chat template of the reward model at `path`, which `option` names,
+    """Raise ConfigError if the chat template of the reward model at `path`, the value of `option`,
     cannot take one of the prompts."""
     from transformers import AutoTokenizer
 
     if is_link(path) or not Path(path, "tokenizer_config.json").exists():
         return  # reported when the model is loaded
     tokenizer = AutoTokenizer.from_pretrained(path)
-    # Templates go by roles: one prompt of each sequence of roles tells for all.
+    # Templates depend on roles, so one prompt per sequence of roles is enough.
     by_roles = {tuple(message["role"] for message in prompt): prompt for prompt in prompts}
     for prompt in by_roles.values():
         try:
@@ -162,7 +162,7 @@ def check_model_takes_prompts(
 
 
 def load_reward_model(config: ScoringConfig) -> Callable:
-    """function(prompts, completions) -> rewards, by the classifier at `reward_model_path`.
+    """Load the classifier at `reward_model_path` as function(prompts, completions) -> rewards.
 
     The reward is its score, or the probability of its last label. Raises ConfigError if
     `reward_model_type` does not suit the model."""
@@ -177,7 +177,7 @@ def load_reward_model(config: ScoringConfig) -> Callable:
     model = model.to(default_device()).eval()
     num_labels = model.config.num_labels
     is_regression = config.reward_model_type == "regression"
-    # A single label is a score without bounds, several are classes: softmax of one is always 1.
+    # A single label is an unbounded score, several are classes: the softmax of one is always 1.
     if is_regression != (num_labels == 1):
         raise ConfigError(
             f"reward_model_type={config.reward_model_type} does not suit {path}: it has "
@@ -193,8 +193,8 @@ def load_reward_model(config: ScoringConfig) -> Callable:
         if max(map(len, rows)) > max_length:
             raise ValueError(f"longer than the reward model's {max_length} tokens")
 
-        # The score is that of the last token that is not padding, so no text may have the padding
-        # token.
+        # The score is taken at the last token that is not padding, so use a padding token that no
+        # text contains.
         used_tokens = set().union(*rows)
         model.config.pad_token_id = min(set(range(model.config.vocab_size)) - used_tokens)
         tensors = [torch.tensor(row, device=model.device) for row in rows]
@@ -211,7 +211,7 @@ def load_reward_model(config: ScoringConfig) -> Callable:
 
 
 def encode_answer(tokenizer, prompt: list[dict], completion: str) -> list[int]:
-    """Token ids of a conversation, by the chat template of a reward model if it has one."""
+    """Token ids of a conversation, with the reward model's chat template if it has one."""
     if tokenizer.chat_template:
         messages = [*prompt, {"role": "assistant", "content": completion}]
         ids, _ = encode_conversation(tokenizer, messages, start=len(prompt))[-1]
@@ -224,10 +224,10 @@ def encode_answer(tokenizer, prompt: list[dict], completion: str) -> list[int]:
 
 
 def start_reward_functions(config: ScoringConfig) -> dict[str, Callable]:
-    """{name: function(prompts, completions, **columns) -> list of numbers or None}, one for each of
-    `reward`.
+    """Start {name: function(prompts, completions, **columns) -> list of numbers or None}, one for
+    each name in `reward`.
 
-    Checks the folder of the reward model too, which is loaded later. Raises ConfigError."""
+    Also checks the folder of the reward model, which is loaded later. Raises ConfigError."""
     if config.reward_model_path and not is_link(config.reward_model_path):
         check_reward_model(config.reward_model_path)
     functions: dict[str, Callable] = {}
@@ -245,8 +245,8 @@ def start_reward_functions(config: ScoringConfig) -> dict[str, Callable]:
 def check_reward_arguments(
     config: ScoringConfig, functions: dict[str, Callable], row: dict, *further: str
 ) -> None:
-    """Raise ConfigError if a function has a parameter that is no column of the row, and none of the
-    `further` names that it gets."""
+    """Raise ConfigError if a function has a parameter that is neither a column of the row nor one
+    of the `further` names."""
     columns = row["columns"] | {name: [] for name in further}
     for name, function in functions.items():
         if name in REWARDS or not isinstance(function, Subprocess):
@@ -263,7 +263,7 @@ def check_reward_arguments(
 
 @contextlib.contextmanager
 def stopping_functions(functions: dict[str, Callable]) -> Iterator[None]:
-    """Stop the processes of the functions afterwards."""
+    """Stop the functions' processes after the block."""
     try:
         yield
     finally:
@@ -282,10 +282,10 @@ def score_completions(
     completions: list[str],
     token_ids: Sequence[list[int]] | None = None,
 ) -> torch.Tensor:
-    """The rewards (B, R) that the functions give; NaN where there is no verdict.
+    """The rewards (B, R) by all functions; NaN where there is no verdict.
 
     A row is {"prompt", "columns"}; there is one for each completion. `token_ids` of the completions
-    are for functions that read them. Raises RuntimeError if a function fails, unless
+    are passed to functions that read them. Raises RuntimeError if a function fails, unless
     `on_reward_error` is skip: then the rows at which it fails have no verdict."""
     extras = [{}] * len(rows)
     if token_ids is not None:
@@ -302,14 +302,12 @@ def score_completions(
 def call_reward(
     config: ScoringConfig, name: str, function: Callable, rows: list[dict], completions: list[str]
 ) -> list[float]:
-    """The rewards of one function. If it fails, it is called row by row to find the one at which it
-    fails."""
+    """The rewards by one function. If it fails, call it row by row to find the row at fault."""
     try:
         verdicts = call_function(config, name, function, rows, completions)
         check_verdicts(name, verdicts, len(rows))
         return to_rewards(verdicts)
-    # A judge that can no longer be queried, or a mistake in the function: no single row is the
-    # reason.
+    # The judge can no longer be queried, or the function is wrong: no single row is at fault.
     except (LLMClientError, WrongReturn):
         raise
     except Exception as error:
@@ -325,7 +323,7 @@ def call_reward(
 def call_function(
     config: ScoringConfig, name: str, function: Callable, rows: list[dict], completions: list[str]
 ) -> Any:
-    """What a function returns for the rows, arrays and tensors as lists."""
+    """What a function returns for the rows, with arrays and tensors as lists."""
     prompts = [row["prompt"] for row in rows]
     if name == "numeric":
         texts = []
@@ -345,12 +343,12 @@ def call_function(
 
 
 def with_opened_thinking(row: dict, completion: str) -> str:
-    """The completion, with the start of the thinking block that the chat template wrote for it."""
+    """The completion, preceded by <think> if the chat template wrote that in the prompt."""
     return f"<think>{completion}" if row.get("opens_thinking") else completion
 
 
 class WrongReturn(RuntimeError):
-    """A reward function returns something else than a number or None for each completion."""
+    """A reward function did not return a number or None for each completion."""
 
 
 def check_verdicts(name: str, verdicts: Any, count: int) -> None:
@@ -385,7 +383,7 @@ def handle_reward_error(
     """Raise RuntimeError with the row at which a reward fails, or log it if `on_reward_error` is
     skip."""
     shown = {"completion": completion, "prompt": row["prompt"], **row["columns"]}
-    shown.pop("completion_ids", None)  # the completion again
+    shown.pop("completion_ids", None)  # redundant
     row_text = json.dumps(shown, default=str)
     message = f"reward {name}: {type(error).__name__}: {error}; the row: {row_text}"
     if config.on_reward_error == "stop":
@@ -398,8 +396,8 @@ def handle_reward_error(
 def stop_without_verdicts(
     names: Iterable[str], history: Sequence[Mapping[str, float]], never_scored: bool
 ) -> None:
-    """Raise RuntimeError if no completion of the last steps has a verdict, or none of a run that is
-    over (`never_scored`). `history` has the metrics of each step."""
+    """Raise RuntimeError if no completion of the last steps has a verdict, or if none in a finished
+    run had one (`never_scored`). `history` has the metrics of each step."""
     recent = history[-UNSCORED_STEPS:]
     is_unscored = not any("reward" in metrics for metrics in recent)
     if never_scored or (is_unscored and len(recent) == UNSCORED_STEPS):
