@@ -1,6 +1,6 @@
-"""What can be known before the first step, without the model's weights.
+"""Checks before the first step that need no model weights.
 
-check_encoded_rows   bad rows: encodes the data as training will, and refuses what teaches nothing
+check_encoded_rows   encodes the data as training will, and refuses rows that would fail silently
 describe_stage       the dry run: options, data, an example, estimates of time, memory and disk
 """
 
@@ -23,9 +23,9 @@ from core.trials import training_model
 
 SIDES = ("training", "evaluation")  # of the split that `load_data` returns
 MAX_ROWS_CHECKED = 2000  # rows of each side of the split that are encoded for the checks
-MAX_SHARE_CUT = 0.1  # cutting more of the training rows than this is worth a warning
+MAX_SHARE_CUT = 0.1  # warn if a larger fraction of the training rows is cut
 
-# What can be wrong with a row, and the remedy. Each of these would fail silently in training.
+# Problems of a row, with the remedy. Each of these would fail silently in training.
 ROW_PROBLEMS = {
     "no_target": "none of its tokens is a target; the chat template leaves the answer out",
     "no_stop": "its answer does not end in a stop token, so the model would never stop",
@@ -38,20 +38,20 @@ ROW_PROBLEMS = {
     "remove one of the two",
 }
 
-# One sequence of a row: input_ids (T,), and labels (T,) or None where no token is imitated.
+# One sequence of a row: input_ids (T,), and labels (T,) or None if no token is imitated.
 TokenSequence = tuple[list[int], list[int] | None]
 
 
 @dataclass
 class EncodedRows:
-    """What the checked training rows of a stage become as tokens."""
+    """The checked training rows of a stage, as tokens."""
 
-    lengths: list[int] = field(default_factory=list)  # tokens of the longest sequence of each row
-    targets: list[int] = field(default_factory=list)  # of the same sequences
+    lengths: list[int] = field(default_factory=list)  # tokens in the longest sequence of each row
+    targets: list[int] = field(default_factory=list)  # target tokens in the same sequences
     cut: int = 0  # rows that lose some of their tokens
-    with_stop: int = 0  # rows of which a target still ends in a stop token
+    with_stop: int = 0  # rows with a target that still ends in a stop token
     example: TokenSequence | None = None  # the first sequence of the first row
-    keys: set = field(default_factory=set)  # to recognize a row that is on both sides of the split
+    keys: set = field(default_factory=set)  # to detect rows on both sides of the split
 
     @property
     def share_cut(self) -> float:
@@ -68,11 +68,11 @@ class EncodedRows:
 def check_encoded_rows(
     stage: Any, tokenizer, context: int, warn: bool = False
 ) -> EncodedRows | None:
-    """Encode the first rows of a stage whose data is loaded, as its training will.
+    """Encode the first rows of a stage, whose data is loaded, as training will.
 
     `context` is the number of tokens that the model can take. With `warn`, the rows that training
     will leave out are logged. Returns None for a stage that does not define `sequences`. Raises
-    ConfigError, with the remedy, for a row that would teach nothing, or something else than meant.
+    ConfigError, with the remedy, for a row that would teach nothing or the wrong thing.
     """
     if not stage.hands_on:
         tokenizer = copy.deepcopy(tokenizer)  # the next stage must not get this chat template
@@ -120,9 +120,9 @@ def find_row_problem(
     context: int,
     is_chat: bool,
 ) -> str | None:
-    """Which of ROW_PROBLEMS an encoded row has, None if it has none.
+    """The key in ROW_PROBLEMS of an encoded row's problem, None if it has none.
 
-    Plain text (not `is_chat`) has no prompt, so a piece of it may begin and end anywhere.
+    Plain text (not `is_chat`) has no prompt, and its pieces may begin and end anywhere.
     """
     bos = tokenizer.bos_token_id
     if any(ids[:2] == [bos, bos] for ids, _ in sequences):
@@ -139,7 +139,7 @@ def find_row_problem(
         target_ids = {ids[position] for position in targets}
         if target_ids <= set(stops):
             return "no_target"
-        # A row that is cut may begin in the middle of its prompt, where the tokens differ anyway.
+        # A row that is cut may begin inside its prompt, where the tokens differ anyway.
         if not is_cut and prompt_differs(tokenizer, ids, prompt_length=targets[0]):
             return "prompt_differs"
 
@@ -150,8 +150,8 @@ def find_row_problem(
 
 
 def prompt_differs(tokenizer, ids: list[int], prompt_length: int) -> bool:
-    """Whether the prompt has other tokens when it stands alone, as it does in use."""
-    # Some tokens do not survive the way to text and back; such a row tells nothing of its prompt.
+    """Whether the prompt tokenizes differently on its own, as it does at inference."""
+    # Some tokens do not survive decoding and encoding; such a row says nothing about its prompt.
     if retokenize(tokenizer, ids) != ids:
         return False
     prompt = ids[:prompt_length]
@@ -165,8 +165,8 @@ def retokenize(tokenizer, ids: list[int]) -> list[int]:
 
 
 def row_keys(row, sequences: Sequence[TokenSequence], compare_tokens: bool) -> set:
-    """What tells a row from others: its tokens, or its text where these are only a part of it."""
-    # Two texts may share their first piece, and two long prompts the part that is not cut.
+    """Keys that identify a row: hashes of its tokens, or its text if the tokens are incomplete."""
+    # Two texts may share their first piece, and two long prompts the part that is kept.
     if compare_tokens:
         return {hash(tuple(ids)) for ids, _ in sequences}
     return {str(row)}
@@ -195,7 +195,7 @@ def sequence_length(sequence: TokenSequence) -> int:
 
 
 def check_share_cut(config: Any, training: EncodedRows) -> None:
-    """Warn if many training rows are cut. Raises ConfigError if then none ends in a stop token."""
+    """Warn if many training rows are cut; raise ConfigError if then none ends in a stop token."""
     if training.share_cut <= MAX_SHARE_CUT:
         return
     limits = []
@@ -218,7 +218,7 @@ def describe_stage(
     """(lines on what a checked stage will do, bytes that it will write).
 
     `skeleton` is the model without its weights, on the meta device. `with_cost` adds estimates of
-    time and memory, for which some seconds of computation are measured.
+    time and memory, which take some seconds to measure.
     """
     lines = [labelled("options", changed_options(stage.config))]
     for kind in ("reference", "judge", "teacher"):
@@ -257,7 +257,7 @@ def labelled(label: str, text: str) -> str:
 
 def changed_options(config: Any) -> str:
     """The options that differ from their defaults, as name=value."""
-    # The folder and the name are no news: the plan of a chain shows both.
+    # Without folder and name, which the plan of a chain shows already.
     defaults = type(config)()
     changed = []
     for option in fields(config):
@@ -269,7 +269,7 @@ def changed_options(config: Any) -> str:
 
 
 def describe_data(stage: Any) -> str:
-    """Where the data is, how it is split, and why it was read in its format."""
+    """Where the data is, how it is split, and why its format was chosen."""
     data = stage.lineage["data"]
     num_training, num_evaluation = [len(rows) for rows in stage.data[:2]]
     described = []
@@ -283,7 +283,7 @@ def describe_data(stage: Any) -> str:
 
 
 def describe_lengths(encoded: EncodedRows) -> str:
-    """The distribution of the tokens in a row."""
+    """The distribution of the number of tokens per row."""
     lengths = sorted(encoded.lengths)
 
     def quantile(share: float) -> int:
@@ -306,7 +306,7 @@ def highlight_targets(tokenizer, ids: Sequence[int], labels: Sequence[int] | Non
     def is_target(position: int) -> bool:
         return bool(labels) and labels[position] != IGNORE
 
-    # Tokens are decoded in runs: one character may be spread over several of them.
+    # Decode runs of tokens, because one character may span several tokens.
     text = ""
     for in_target, positions in itertools.groupby(range(len(ids)), key=is_target):
         run = [ids[position] for position in positions]

@@ -1,9 +1,9 @@
-"""What the columns of a data set mean: their names in a format, and what no format uses.
+"""What the columns of a data set mean: their names in a format, and unused columns.
 
-rename_columns       the data's column names  ->  names that formats know, by the option `columns`
-detect_format        these                    ->  "alpaca", "messages", ...
-check_unused         the columns that are not used; those that may change a row are refused
-suggest_columns      columns of no format     ->  the mapping that may fit, to paste
+rename_columns       the data's column names  ->  names in formats, by the option `columns`
+detect_format        names in formats         ->  "alpaca", "messages", ...
+check_unused         lists unused columns; refuses those that may change the meaning of a row
+suggest_columns      columns of no format     ->  a mapping that may fit, to paste
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from core.yaml_files import inline_yaml
 # Columns that join the prompt of every format that has one, by `with_context` in core/messages.py.
 CONTEXT_COLUMNS = ("system", "system_prompt", "history", "tools")
 
-# A column whose name ends in one of these belongs to the prompt or to the answer: without it, a row
-# says something else. In the singular.
+# A column whose name ends in one of these words, in the singular, belongs to the prompt or the
+# answer: without it, a row would mean something else.
 MEANINGFUL = {
     "article",
     "audio",
@@ -40,7 +40,7 @@ MEANINGFUL = {
     "tool",
     "video",
 }
-MAX_NAME_LENGTH = 40  # of a column, in a message: without a header, a text is taken for its name
+MAX_NAME_LENGTH = 40  # of a column in messages: without a header, its name may be a long text
 
 NO_OPTIONAL_COLUMNS: Mapping[str, Sequence[str]] = {}
 
@@ -49,19 +49,19 @@ NO_OPTIONAL_COLUMNS: Mapping[str, Sequence[str]] = {}
 
 
 def plain_name(name: str) -> str:
-    """A column's name without case and outer blanks."""
+    """A column's name in lower case, without surrounding blanks."""
     return name.strip().casefold()
 
 
 def rename_columns(
     columns: Sequence[str], mapping: Mapping[str, str | None], known: set[str], any_name: bool
 ) -> dict[str, str | None]:
-    """{column of the data: its name in a format}, None for a column that is not to be used.
+    """{column of the data: its name in a format}, None for a column to drop.
 
-    `mapping` is the option `columns`, {name: column of the data or None}; the other columns have
-    the name of `known` that they match without case and outer blanks, or else their own. With
-    `any_name`, a column may be given names that are not known. Raises ConfigError for a name or
-    column that does not exist, and for two columns of one name.
+    `mapping` is the option `columns`, {name: column of the data or None}. Other columns get the
+    name in `known` that they match, ignoring case and surrounding blanks, or else keep their own.
+    With `any_name`, columns may be given unknown names. Raises ConfigError for a name or column
+    that does not exist, and for two columns with the same name.
     """
     names: dict[str, str | None] = {}
     for name, column in mapping.items():
@@ -83,7 +83,7 @@ def rename_columns(
             continue
         plain = plain_name(column)
         name = plain if plain in known else column
-        # The column that `columns` names wins over one that happens to have the name.
+        # A column named by the option `columns` wins over one that happens to have the name.
         names[column] = None if name in mapping else name
     by_name: dict[str, str] = {}
     for column, name in names.items():
@@ -98,7 +98,7 @@ def rename_columns(
 
 
 def find_column(columns: Sequence[str], wanted: str) -> str:
-    """The column of the data that is called so; raises ConfigError with the nearest name."""
+    """The column of the data with this name; raises ConfigError with the nearest name."""
     if wanted in columns:
         return wanted
     alike = [column for column in columns if plain_name(column) == plain_name(wanted)]
@@ -110,7 +110,7 @@ def find_column(columns: Sequence[str], wanted: str) -> str:
 def known_columns(
     formats: Mapping[str, Sequence[str]], optional: Mapping[str, Sequence[str]]
 ) -> set[str]:
-    """The names that columns have in formats, required or optional."""
+    """The names of columns, required or optional, in all formats."""
     known = set()
     for names in (*formats.values(), *optional.values()):
         known.update(names)
@@ -127,11 +127,11 @@ def detect_format(
     optional: Mapping[str, Sequence[str]] = NO_OPTIONAL_COLUMNS,
     mapped: Sequence[str] = (),
 ) -> str:
-    """The name of the one format in `formats` (name -> required columns) that the columns fit.
+    """The name of the one format in `formats` (name -> required columns) that fits the columns.
 
-    A format that takes all columns of another and more is preferred to it, and one with the
-    `mapped` columns, which the user has named, to one without. Raises ConfigError with the columns
-    and the known formats if none fits, or several do: it never guesses.
+    A format that takes all columns of another one and more is preferred, and so is one with
+    `mapped` columns, which the user has named. Raises ConfigError with the columns and the known
+    formats if none or several fit: it never guesses.
     """
     if wanted != "auto":
         if not set(formats[wanted]) <= set(columns):
@@ -141,14 +141,14 @@ def detect_format(
             )
         return wanted
 
-    # Every format whose columns are all there, then those that no other one contains.
+    # All formats whose columns are present, then those that no other one contains.
     fitting = [name for name, needs in formats.items() if set(needs) <= set(columns)]
 
     def is_contained(name: str, other: str) -> bool:
         needs, other_needs = set(formats[name]), set(formats[other])
         if needs < other_needs:
             return True
-        # {input, output} beside an instruction is a row of the alpaca format.
+        # {input, output} with an instruction is a row in the alpaca format.
         takes = needs | set(optional.get(name, ()))
         other_takes = other_needs | set(optional.get(other, ()))
         return needs <= other_takes and not other_needs <= takes
@@ -160,7 +160,7 @@ def detect_format(
     with_mapped = [name for name in candidates if set(formats[name]) & set(mapped)]
     candidates = with_mapped or candidates
     if len(candidates) > 1 and "text" in candidates:
-        # Beside other columns, `text` is usually the same row once more, already rendered.
+        # With other columns present, `text` is usually the same row, already rendered.
         candidates.remove("text")
 
     if len(candidates) > 1:
@@ -178,7 +178,7 @@ def detect_format(
 
 
 def shown_names(columns: Sequence[str]) -> str:
-    """The first names for a message; long ones show that a file has no header."""
+    """The first names, for a message; long ones suggest that a file has no header."""
     shown = []
     for name in columns[:MAX_NAMES_LISTED]:
         is_long = len(name) > MAX_NAME_LENGTH
@@ -192,8 +192,8 @@ def shown_names(columns: Sequence[str]) -> str:
 
 
 def is_meaningful(column: str) -> bool:
-    """Whether the name of a column says that a row means something else without it: context, or
-    knowledge_context."""
+    """Whether a column's name, such as context or knowledge_context, says that a row would mean
+    something else without it."""
     if plain_name(column) in ("system_prompt", "system_message", "reasoning_content"):
         return True
     *_, last_word = words_of(column) or [""]
@@ -209,12 +209,12 @@ def check_unused(
     has_values: Callable[[str], bool],
     passes_on: bool,
 ) -> list[str]:
-    """The columns that the format does not use. Raises ConfigError for one that may change what a
-    row means, if any row has a value there; with `passes_on`, it reaches the reward functions, and
-    a warning says that it is no part of the prompt."""
+    """The columns that the format does not use. Raises ConfigError for one that may change the
+    meaning of a row, if any row has a value there. With `passes_on` it is passed to the reward
+    functions instead, and a warning says that it is not part of the prompt."""
     used = {*formats[data_format], *optional.get(data_format, ())}
     unused = [name for name in columns if name not in used]
-    # A plain text is usually the whole row once more, already rendered.
+    # A plain text is usually the whole row, already rendered.
     if list(formats[data_format]) == ["text"]:
         return unused
     for name in unused:
@@ -251,7 +251,7 @@ def joining_columns(
     optional: Mapping[str, Sequence[str]],
     columns: Sequence[str],
 ) -> list[str]:
-    """The columns that may join the prompt of a format, and that the data does not have."""
+    """The columns that may be added to the prompt of a format and that the data does not have."""
     needs = set(formats[data_format])
     names = list(optional.get(data_format, ()))
     for other_needs in formats.values():
@@ -262,7 +262,7 @@ def joining_columns(
 
 # -- a mapping that may fit ------------------------------------------------------------------------
 
-# Words in the names of columns that a format's column may have, the likeliest first.
+# Words in the names of columns that may stand for a format's column, the likeliest first.
 PROMPT_WORDS = (
     "question query prompt instruction problem request inquiry enquiry ask asked customer user "
     "human client caller description body input message subject issue ticket task frage"
@@ -286,7 +286,7 @@ FAMILIAR_WORDS = {
     "answer_b": "b second 2",
     "preference": "preference preferred choice winner better label",
 }
-# Of formats that fit as well, these are suggested.
+# Formats that are suggested first if several fit equally well.
 SUGGESTED = (
     "prompt-response",
     "prompt-chosen-rejected",
@@ -294,7 +294,7 @@ SUGGESTED = (
     "prompt",
     "question",
 )
-# Columns of such words are no texts of a row.
+# Columns with these words in their names are not texts.
 OTHER_WORDS = set(
     re.findall(
         r"\w+",
@@ -305,14 +305,14 @@ OTHER_WORDS = set(
 
 
 def words_of(column: str) -> list[str]:
-    """The words in a column's name: of customerMessage, customer and message."""
+    """The words in a column's name: customer and message for customerMessage."""
     with_gaps = re.sub(r"(?<=[a-zäöüß])(?=[A-Z])", " ", column)
     return re.findall(r"[^\W_]+", with_gaps.casefold())
 
 
 def suggest_columns(columns: Sequence[str], formats: Mapping[str, Sequence[str]]) -> str:
-    """The part of a message that proposes the mapping of the columns that fits best, by their names
-    and order; "" if there is none. The user decides."""
+    """The part of a message that proposes the best mapping of the columns, by their names and
+    order; "" if there is none. The user decides."""
     names = [name for name in SUGGESTED if name in formats]
     names += [name for name in formats if name not in names]
     best: dict[str, str] = {}
@@ -329,7 +329,7 @@ def suggest_columns(columns: Sequence[str], formats: Mapping[str, Sequence[str]]
 
 
 def match_columns(columns: Sequence[str], needs: Sequence[str]) -> tuple[dict[str, str], int]:
-    """({column of a format: column of the data}, how well the names fit); 0 if they do not."""
+    """({column of a format: column of the data}, score of how well the names fit, 0 if not)."""
     free = []
     for column in columns:
         is_other = OTHER_WORDS.intersection(words_of(column)) and column not in needs
@@ -351,18 +351,18 @@ def match_columns(columns: Sequence[str], needs: Sequence[str]) -> tuple[dict[st
 
 
 def order_tells(needs: Sequence[str], missing: Sequence[str], free: Sequence[str]) -> bool:
-    """Whether the order of the `free` columns may tell which of them are the `missing` ones of a
-    format: what is asked stands before its answer."""
+    """Whether the order of the `free` columns may show which of them are a format's `missing` ones:
+    a prompt comes before its answer."""
     if len(needs) == 1 or not {*missing} <= {*PROMPT_COLUMNS, *ANSWER_COLUMNS}:
         return False
-    # With more than a prompt and an answer, only in a table that has no other columns.
+    # For more than a prompt and an answer, only if the table has no other columns.
     if len(needs) == 2:
         return len(free) >= len(missing)
     return len(free) == len(missing)
 
 
 def most_familiar(columns: Sequence[str], name: str) -> str | None:
-    """The column whose words are the likeliest for a format's column; None if none has one."""
+    """The column with the likeliest word for a format's column; None if no column has one."""
     for word in FAMILIAR_WORDS.get(name, "").split():
         for column in columns:
             if word in words_of(column):

@@ -1,11 +1,11 @@
-"""From data sets to rows to splits: all that the options of a stage say of its data.
+"""Load and split the data sets that the options of a stage name.
 
 load_rows       the data sets of a config  ->  training rows, evaluation rows
 read_rows       the same without a split
 split_dataset   rows  ->  training rows, evaluation rows
 
-Files are read in core/data_files.py and core/tables.py, what columns mean is decided in
-core/columns.py, and rows that cannot be used are counted in core/rows.py.
+core/data_files.py and core/tables.py read the files, core/columns.py decides what columns mean, and
+core/rows.py counts unusable rows.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ def load_dataset_from_path(
 def split_dataset(
     rows: Sequence, validation_split: float, seed: int = StageConfig.seed
 ) -> tuple[list, list]:
-    """(training rows, evaluation rows), in an order that `seed` decides.
+    """(training rows, evaluation rows), in an order that depends on `seed`.
 
     `validation_split` is the fraction of rows held out. Rows that share a prompt stay on one side,
-    so that no evaluation prompt was trained on; the fraction is met from below, except that at
+    so that no evaluation prompt was trained on. The fraction is an upper limit, except that at
     least the rows of one prompt are held out.
     """
     training, evaluation = split_indices(rows, validation_split, seed)
@@ -54,7 +54,7 @@ def split_dataset(
 def split_indices(
     rows: Sequence, validation_split: float, seed: int
 ) -> tuple[list[int], list[int]]:
-    """The places of the rows of both sides of `split_dataset`."""
+    """The row indices of both sides of `split_dataset`."""
     groups = list(group_by_prompt(rows).values())
     most_held_out = math.ceil(len(rows) * validation_split)
     if most_held_out:
@@ -73,9 +73,9 @@ def split_indices(
 
 
 def group_by_prompt(rows: Sequence) -> dict[str, list[int]]:
-    """The places of the rows by what they ask; by their whole content if all ask the same."""
+    """Row indices grouped by prompt, or by content if all rows have the same prompt."""
     keys = [prompt_key(row) for row in rows]
-    # Rows that all share one prompt, or begin empty, would otherwise all be on one side.
+    # Otherwise rows that all share one prompt, or an empty one, would all be on one side.
     if len(set(keys)) <= 1:
         keys = [json_key(row) for row in rows]
     groups: dict[str, list[int]] = {}
@@ -85,8 +85,8 @@ def group_by_prompt(rows: Sequence) -> dict[str, list[int]]:
 
 
 def repeat_by_weight(training: Sequence[int], weights: Sequence[float], seed: int) -> list[int]:
-    """The places of training rows, each as often as its weight says: with 2.5 twice, and a half of
-    these rows, which `seed` draws, once more."""
+    """The indices of training rows, repeated by weight: with 2.5 each row comes twice, and a random
+    half of these rows, drawn with `seed`, once more."""
     copies = {index: math.floor(weights[index]) for index in training}
     generator = torch.Generator().manual_seed(seed)
     for weight in sorted(set(weights)):
@@ -106,7 +106,7 @@ def repeat_by_weight(training: Sequence[int], weights: Sequence[float], seed: in
 
 @dataclass
 class SourceRows:
-    """The converted rows of a source, and the name of its format."""
+    """The converted rows of a source and the name of its format."""
 
     rows: list
     format: str
@@ -120,8 +120,7 @@ def read_source(
     passes_on: bool = False,
     what: str = "",
 ) -> SourceRows:
-    """The rows of a source, each as `convert(row, format)` makes it; the arguments are those of
-    `read_rows`."""
+    """The rows of a source, converted by `convert(row, format)`; arguments as in `read_rows`."""
     table = read_table(source.path, source.config_name)
     reader = RowReader(source, table, formats, optional, passes_on)
     reader.log(table.length, table.written)
@@ -133,7 +132,7 @@ def read_source(
     return SourceRows(rows, reader.format)
 
 
-# -- all of it ---------------------------------------------------------------------------------
+# -- all sources -------------------------------------------------------------------------------
 
 
 def load_rows(
@@ -142,8 +141,8 @@ def load_rows(
     optional: Mapping[str, Sequence[str]] = NO_OPTIONAL_COLUMNS,
     passes_on: bool = False,
 ) -> tuple[list, list, dict]:
-    """(training rows, evaluation rows, lineage): `read_rows`, split by `validation_split`, the
-    training rows as often as the weights of their sources say."""
+    """(training rows, evaluation rows, lineage): `read_rows`, split by `validation_split`, with
+    training rows repeated by the weights of their sources."""
     if isinstance(config, FitConfig) and config.streaming:
         training_rows, evaluation_rows, data_format = stream_rows(config, convert, optional)
         rows = [*training_rows, *evaluation_rows]
@@ -168,11 +167,11 @@ def read_rows(
     optional: Mapping[str, Sequence[str]] = NO_OPTIONAL_COLUMNS,
     passes_on: bool = False,
 ) -> tuple[list, dict]:
-    """(rows, lineage) of the configured data sets, each row as `convert(row, format)` makes it.
+    """(rows, lineage) of the configured data sets, each row converted by `convert(row, format)`.
 
-    `optional` names, by format, the columns that are used beside the required ones. With
+    `optional` has, by format, the columns that are used besides the required ones. With
     `passes_on`, all others are used too, as arguments of reward functions. The lineage is {"path",
-    "format", "rows", "sha256"}, as stage.json records it.
+    "format", "rows", "sha256"}, as recorded in stage.json.
     """
     rows, _, lineage = read_weighted_rows(config, convert, optional, passes_on)
     return rows, lineage
@@ -184,7 +183,7 @@ def read_weighted_rows(
     optional: Mapping[str, Sequence[str]],
     passes_on: bool,
 ) -> tuple[list, list[float], dict]:
-    """(rows, the weight of each, lineage): see `read_rows`."""
+    """(rows, their weights, lineage): see `read_rows`."""
     sources = config.data_sources()
     rows: list = []
     weights: list[float] = []
@@ -202,16 +201,16 @@ def read_weighted_rows(
 
 
 def make_lineage(sources: Sequence[DataSource], formats: Iterable[str], rows: list) -> dict:
-    """What stage.json records of the data."""
-    # The hash lets a later run see that the data has changed.
+    """What stage.json records about the data."""
+    # The hash lets a later run detect changed data.
     digest = hashlib.sha256(json_key(rows).encode()).hexdigest()
     path = ", ".join(source.path for source in sources)
     return {"path": path, "format": ", ".join(formats), "rows": len(rows), "sha256": digest}
 
 
 def check_same_kind(source: DataSource, rows: Sequence, more_rows: Sequence) -> None:
-    """Raise ConfigError if the rows of a source are not of the kind of those before it, such as
-    texts beside conversations, or single answers beside pairs."""
+    """Raise ConfigError if the rows of a source differ in kind from those before, for example texts
+    and conversations, or single answers and pairs."""
 
     def kind(row) -> Any:
         return set(row) if isinstance(row, dict) else type(row)
@@ -224,8 +223,8 @@ def check_same_kind(source: DataSource, rows: Sequence, more_rows: Sequence) -> 
 
 
 def share_columns(rows: Sequence) -> None:
-    """Give all rows the further columns of each other, None where they have none: a reward function
-    gets each column of a batch as one argument."""
+    """Give all rows the same further columns, with None for missing values: a reward function gets
+    each column of a batch as one argument."""
     if not isinstance(rows[0], dict) or "columns" not in rows[0]:
         return
     names: dict[str, None] = {}

@@ -1,11 +1,11 @@
-"""From files to records: one row each, or what is wrong with it and where it stands.
+"""Read files as records: one row each, or what is wrong with it and where it is.
 
     read_text           bytes, perhaps compressed  ->  text, the name of its encoding
     read_json_text      JSON, or JSON lines        ->  records
     read_csv_text       a table with a header      ->  records, the name of its delimiter
 
-A row that cannot be read is a record with a `problem`; it never stops the others. What leaves open
-where the rows are, such as a quote that is not closed, raises ConfigError with the line.
+An unreadable row becomes a record with a `problem`; it never stops the others. If it is unclear
+where rows end, as with an unclosed quote, ConfigError is raised with the line.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FILE_TYPES = {
     ".tsv": "csv",
     ".parquet": "parquet",
 }
-# Files that people have, and how to make one of FILE_TYPES of them.
+# Other common files, and how to convert them to one of FILE_TYPES.
 SPREADSHEET = "save the sheet as CSV UTF-8"
 ARROW = (
     "give the folder that save_to_disk wrote, or convert it: "
@@ -48,7 +48,7 @@ REMEDIES = {
     **dict.fromkeys((".zip", ".tar", ".tgz", ".zst", ".bz2", ".xz", ".7z"), ARCHIVE),
 }
 
-# In a folder of several files, those named like this are not for training: test.jsonl, dev/a.csv.
+# In a folder with several files, these names are not for training: test.jsonl, dev/a.csv.
 EVALUATION_NAME = re.compile(
     r"(^|[\W_])(test|testing|valid|validation|val|dev|eval|evaluation)([\W_]|$)", re.IGNORECASE
 )
@@ -68,7 +68,7 @@ class Record(NamedTuple):
     row: dict | None
     number: int  # of the line or row in its file, from 1
     unit: str = "row"  # or "line"
-    file: str = ""  # its name, where there are several
+    file: str = ""  # name of the file, if there are several
     problem: str = ""  # completes "3 rows ..."
 
     @property
@@ -81,12 +81,13 @@ class Record(NamedTuple):
 
 
 def file_suffix(file: Path) -> str:
-    """The suffix in small letters, of rows.JSONL.gz that of rows.JSONL."""
+    """The suffix in lower case, ignoring .gz: .jsonl for rows.JSONL.gz."""
     return Path(file.name.lower().removesuffix(".gz")).suffix
 
 
 def file_type(file: Path) -> str | None:
-    """json, csv or parquet; None for any other file. Parquet files are compressed inside."""
+    """json, csv or parquet; None for any other file. .parquet.gz is not a type: Parquet is
+    compressed inside."""
     known = FILE_TYPES.get(file_suffix(file))
     if known == "parquet" and file.suffix.lower() == ".gz":
         return None
@@ -94,7 +95,7 @@ def file_type(file: Path) -> str | None:
 
 
 def check_file_type(path: str, file: Path) -> None:
-    """Raise ConfigError, with the remedy, for a file that is of no known type."""
+    """Raise ConfigError, with the remedy, for a file of unknown type."""
     if file_type(file):
         return
     suffix = file.suffix.lower()
@@ -105,9 +106,9 @@ def check_file_type(path: str, file: Path) -> None:
 
 
 def find_data_files(path: str, local: Path) -> tuple[list[Path], list[Path]]:
-    """(files to train on, files that are for evaluation by their names); none for a hub name.
+    """(training files, evaluation files, by their names); both empty for a hub name.
 
-    Raises ConfigError for a folder of evaluation files alone, or of files that are not read.
+    Raises ConfigError for a folder with only evaluation files, or only unreadable files.
     """
     if local.is_file():
         return [local], []
@@ -125,7 +126,7 @@ def find_data_files(path: str, local: Path) -> tuple[list[Path], list[Path]]:
             others.append(file)
     if others and not files:
         check_file_type(str(others[0]), others[0])
-    # The name of a single file decides nothing: it may be the only data there is.
+    # The name of a single file does not matter: it may be the only data there is.
     if len(files) < 2:
         return files, []
 
@@ -141,7 +142,7 @@ def find_data_files(path: str, local: Path) -> tuple[list[Path], list[Path]]:
 
 
 def common_file_type(path: str, files: Sequence[Path]) -> str | None:
-    """The type that all files have, None without files. Raises ConfigError for several types."""
+    """The type of all files, None without files. Raises ConfigError for several types."""
     types = sorted({str(file_type(file)) for file in files})
     if len(types) > 1:
         raise ConfigError(
@@ -151,8 +152,8 @@ def common_file_type(path: str, files: Sequence[Path]) -> str | None:
 
 
 def read_records(file: Path) -> tuple[list[Record], str]:
-    """(records, how the file is written: "semicolon-separated, Windows-1252") of a JSON or CSV
-    file. Raises ConfigError where it does not show what its rows are."""
+    """(records, how the file is written, such as "semicolon-separated, Windows-1252") of a JSON or
+    CSV file. Raises ConfigError if it is unclear what its rows are."""
     text, encoding = read_text(file)
     if file_type(file) == "csv":
         records, delimiter = read_csv_text(text)
@@ -165,10 +166,10 @@ def read_records(file: Path) -> tuple[list[Record], str]:
 
 
 def read_text(file: Path) -> tuple[str, str]:
-    """(text, name of the encoding): UTF-8, UTF-16 with its mark, or Windows-1252.
+    """(text, name of the encoding): UTF-8, UTF-16 with a byte order mark, or Windows-1252.
 
-    In a text that is UTF-8 but for single bytes, these become lone surrogates, so that the rows
-    that have them can be left out. Raises ConfigError for any other encoding.
+    In UTF-8 with a few broken bytes, these become lone surrogates, so that rows with them can be
+    left out. Raises ConfigError for any other encoding.
     """
     is_compressed = file.suffix.lower() == ".gz"
     data = gzip.decompress(file.read_bytes()) if is_compressed else file.read_bytes()
@@ -181,8 +182,8 @@ def read_text(file: Path) -> tuple[str, str]:
     broken_bytes = len(re.findall("[\udc80-\udcff]", text))
     if not broken_bytes:
         return text, "UTF-8"
-    # Umlauts in Windows-1252 are hardly ever valid UTF-8, and those in UTF-8 always are. A file
-    # that was cut within its only character beyond ASCII has broken bytes at its end alone.
+    # Umlauts in Windows-1252 are hardly ever valid UTF-8, while those in UTF-8 always are. A file
+    # cut off inside its only non-ASCII character has broken bytes only at its end.
     valid_characters = len(re.findall("[^\x00-\x7f\udc80-\udcff]", text))
     is_cut = broken_bytes <= 3 and text[:-broken_bytes].isascii()
     if valid_characters > broken_bytes or is_cut:
@@ -201,16 +202,16 @@ def has_broken_bytes(text: str) -> bool:
 
 
 def read_json_text(text: str) -> list[Record]:
-    """The records of JSON lines, of a list, of an object around one list, or of one object.
+    """The records in JSON lines, a list, an object around one list, or a single object.
 
-    Raises ConfigError, with the line, for JSON over several lines that is broken.
+    Raises ConfigError, with the line, for broken JSON over several lines.
     """
     lines = text.split("\n" if "\n" in text else "\r")
     numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not numbered:
         return []
 
-    # What is complete on its first line goes on by lines.
+    # If the first line is complete JSON, the file is JSON lines.
     _, first_line = numbered[0]
     document_error = None
     if len(numbered) == 1 or read_json_line(first_line, 1).problem == BROKEN_JSON:
@@ -221,7 +222,7 @@ def read_json_text(text: str) -> list[Record]:
                 raise
             document_error = error
 
-    # A list with one row a line has its brackets on lines of their own.
+    # A list with one row per line has its brackets on separate lines.
     rows = [(number, line) for number, line in numbered if line.strip() not in ("[", "]")]
     records = [read_json_line(line, number) for number, line in rows]
     if document_error and all(record.problem for record in records):
@@ -230,7 +231,7 @@ def read_json_text(text: str) -> list[Record]:
 
 
 def read_json_line(line: str, number: int) -> Record:
-    """The record of one JSON line, which may end in a comma."""
+    """The record in one line of JSON, which may end in a comma."""
     try:
         value = parse_json(line.rstrip().removesuffix(","))
     except DuplicateKeyError:
@@ -242,7 +243,7 @@ def read_json_line(line: str, number: int) -> Record:
 
 
 class DuplicateKeyError(ValueError):
-    """An object has a key twice, and it is not known which value is meant."""
+    """An object has a key twice, so it is unclear which value is meant."""
 
 
 def parse_json(text: str) -> Any:
@@ -272,7 +273,7 @@ def may_be_broken(text: str) -> bool:
 
 
 def check_record(record: Record, may_be_broken: bool) -> Record:
-    """The record, with a problem if its row is no object, or has half a character."""
+    """The record, with a problem if its row is not an object, or has half a character."""
     if not isinstance(record.row, dict):
         return record._replace(row=None, problem=NO_OBJECT)
     if may_be_broken:
@@ -298,8 +299,8 @@ def records_of_document(document: Any, may_be_broken: bool) -> list[Record]:
 
 
 def rows_of_object(document: dict) -> list:
-    """The rows in an object: its one list of rows, such as {"data": [...]}, its values if they are
-    rows, or itself as the only one.
+    """The rows in an object: its one list of rows, as in {"data": [...]}, its values if they are
+    rows, or the object itself as the only row.
 
     Raises ConfigError for several lists, and for an object of columns.
     """
@@ -321,14 +322,14 @@ def rows_of_object(document: dict) -> list:
             "it holds columns and no rows; write it by "
             "to_json('rows.jsonl', orient='records', lines=True) of pandas"
         )
-    # Databases write rows by their keys: {"c17": {"question": "3 pm?", "answer": ...}, "c18": ...}
+    # Databases write rows by key: {"c17": {"question": "3 pm?", "answer": ...}, "c18": ...}
     if len(values) > 1 and is_list_of_rows(values):
         return values
     return [document]
 
 
 def is_list_of_rows(value: Any) -> bool:
-    """Whether a value is a list of objects that are no messages and no functions."""
+    """Whether a value is a list of objects that are neither messages nor functions."""
     if not isinstance(value, list) or not value:
         return False
     parts = ("role", "from", "function", "parameters")
@@ -345,15 +346,15 @@ SNIFFED_ROWS = 200
 
 
 def read_csv_text(text: str) -> tuple[list[Record], str]:
-    """(records, name of the delimiter) of a table with a header; all values are texts, and a
-    missing cell is None.
+    """(records, name of the delimiter) of a table with a header; all values are texts, and missing
+    cells are None.
 
-    Raises ConfigError for column names that cannot be told apart, and for quotes that leave open
-    where the cells end.
+    Raises ConfigError for ambiguous column names, and for quotes that make it unclear where cells
+    end.
     """
     # An answer may be longer than the default of 128 KB.
     csv.field_size_limit(2**31 - 1)
-    # Excel writes a first line sep=; and reads it.
+    # Excel may write a first line sep=;.
     declared = re.match(r'\s*"?sep=([,;\t|])"?[ ,;\t]*(\r\n|\r|\n)', text, re.IGNORECASE)
     start = declared.end() if declared else 0
     delimiter = declared.group(1) if declared else find_delimiter(text)
@@ -373,8 +374,8 @@ def read_csv_text(text: str) -> tuple[list[Record], str]:
 
 
 def find_delimiter(text: str) -> str:
-    """The delimiter that splits the header, and most rows into as many cells; a comma if none
-    splits the header, which then names a single column."""
+    """The delimiter that splits the header, and most rows into the same number of cells; a comma if
+    none splits the header, which then names a single column."""
     best_score = (0.0, 0)
     best = ","
     for delimiter in DELIMITERS:
@@ -393,9 +394,9 @@ def find_delimiter(text: str) -> str:
 def split_cells(
     lines: Sequence[str], delimiter: str, first_line: int
 ) -> Iterator[tuple[int, list[str] | None]]:
-    """(line, cells) of each row that is not blank; the cells of a row whose quotes do not fit are
-    None. Raises ConfigError if it is not known where such a row ends."""
-    # A header written `question, answer` says that the blank is no part of a cell.
+    """Yield (line, cells) of each row that is not blank; the cells are None if the row's quotes are
+    broken. Raises ConfigError if it is unclear where such a row ends."""
+    # A header like `question, answer` shows that the blank is not part of a cell.
     header = next(filter(str.strip, lines), "")
     is_spaced = header.count(f"{delimiter} ") == header.count(delimiter) > 0
     reader = csv.reader(iter(lines), delimiter=delimiter, skipinitialspace=is_spaced, strict=True)
@@ -419,10 +420,10 @@ def split_cells(
 def check_end_of_row(
     lines: Sequence[str], delimiter: str, width: int, number: int, error: str
 ) -> None:
-    """Raise ConfigError if a row with an error in its quotes, which begins on line `number`, may
-    end on another line than the last of `lines`."""
+    """Raise ConfigError if a row with broken quotes, which begins on line `number`, may not end on
+    the last of `lines`."""
     if "end of data" in error:
-        # Whole rows within the quote: it was opened by mistake. Else the file was cut in it.
+        # With whole rows inside it, the quote was opened by mistake. Else the file was cut off.
         if any(line.count(delimiter) >= max(1, width - 1) for line in lines[1:]):
             raise ConfigError(f"line {number}: a quote is not closed; close it")
         return
@@ -435,9 +436,9 @@ def check_end_of_row(
 
 
 def name_columns(cells: Sequence[str]) -> list[str]:
-    """The names of the columns. Those without one are named by their place, since pandas leaves the
-    name of its index empty, and those of one name are numbered: trackers export a column Comment
-    for each comment. Raises ConfigError if the numbered names come twice too."""
+    """The names of the columns. Unnamed ones are named by position, because pandas leaves the name
+    of its index empty. Repeated names are numbered, because issue trackers export a column Comment
+    for each comment. Raises ConfigError if numbered names still repeat."""
     names = [cell.strip() or f"column {place}" for place, cell in enumerate(cells, start=1)]
     counts = Counter(names)
     numbers: Counter[str] = Counter()
@@ -451,10 +452,10 @@ def name_columns(cells: Sequence[str]) -> list[str]:
 
 
 def record_of_cells(header: Sequence[str], cells: list[str] | None, number: int) -> Record:
-    """The record of a row's cells; those that are missing at its end are None."""
+    """The record of a row's cells; missing cells at the end are None."""
     if cells is None:
         return Record(None, number, "line", problem=BROKEN_QUOTES)
-    # Spreadsheets end all lines in the delimiters of the longest one.
+    # Spreadsheets pad all lines with delimiters to the longest one.
     if any(cell.strip() for cell in cells[len(header) :]):
         return Record(None, number, "line", problem=TOO_MANY_CELLS)
     row = dict(itertools.zip_longest(header, cells[: len(header)]))
@@ -464,7 +465,7 @@ def record_of_cells(header: Sequence[str], cells: list[str] | None, number: int)
 
 
 def drop_unnamed_columns(records: Sequence[Record]) -> None:
-    """Remove columns that have neither a name nor a text."""
+    """Remove columns with neither a name nor any text."""
     rows = [record.row for record in records if record.row is not None]
     for name in list(rows[0]) if rows else []:
         is_unnamed = re.fullmatch(r"column \d+", name)

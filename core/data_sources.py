@@ -1,4 +1,4 @@
-"""Where the rows of a stage come from: one path, or several with weights of their own."""
+"""Where the rows of a stage come from: one path, or several with weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from core.yaml_files import parse_yaml
 
 
 def read_columns(value: Any) -> Any:
-    """{name of a format's column: the data's column} of a YAML mapping, or of a=b,c=d."""
+    """{name of a format's column: the data's column} from a YAML mapping, or from a=b,c=d."""
     if not isinstance(value, str):
         return value or {}
     if not re.match(r"\s*\w+\s*=", value):
@@ -31,31 +31,31 @@ def read_columns(value: Any) -> Any:
 
 
 def read_data_option(value: Any) -> Any:
-    """A path as it is, or the list that a text such as [a.jsonl, b.jsonl] stands for."""
+    """Parse text such as [a.jsonl, b.jsonl] as a list; return a path unchanged."""
     if isinstance(value, str) and value.lstrip().startswith("[") and not Path(value).exists():
         return parse_yaml(value)
     return value
 
 
-# A file, a folder or a hub name; several with commas between them, or in a list, where an entry may
-# be {path: ..., weight: 2, columns: {...}, format: ..., config_name: ...}.
+# A file, a folder or a hub name; or several, separated by commas or in a list, whose entries may be
+# {path: ..., weight: 2, columns: {...}, format: ..., config_name: ...}.
 DataPath = Annotated[str | list[str | dict[str, Any]], BeforeValidator(read_data_option)]
 ColumnNames = Annotated[dict[str, str | None], BeforeValidator(read_columns)]
 
 
 @dataclass(frozen=True)
 class DataSource:
-    """A data set among those that a stage reads."""
+    """One data set that a stage reads."""
 
     path: str  # file, folder or hub name
-    weight: float = 1.0  # how often each training row comes in an epoch
+    weight: float = 1.0  # how often each training row is used per epoch
     columns: Mapping[str, str | None] = field(default_factory=dict)  # see core/columns.py
     format: str = "auto"
     config_name: str | None = None  # configuration of a hub data set
 
 
 def split_paths(text: str) -> list[str]:
-    """The paths in a text with commas between them; one that exists with its comma stays whole."""
+    """The comma-separated paths in a text; an existing path with a comma in it is not split."""
     if "," not in text or Path(text).expanduser().exists():
         return [text]
     return [part.strip() for part in text.split(",") if part.strip()]
@@ -67,8 +67,8 @@ def list_sources(
     data_format: str,
     config_name: str | None,
 ) -> list[DataSource]:
-    """The sources that a data option names; what an entry does not say is as the other arguments
-    say. Raises ConfigError."""
+    """The sources that a data option names; the other arguments are defaults for its entries.
+    Raises ConfigError."""
     entries = split_paths(value) if isinstance(value, str) else value
     sources = []
     for entry in entries:
@@ -80,7 +80,7 @@ def list_sources(
 
 
 def make_source(options: Mapping[str, Any]) -> DataSource:
-    """A source of an entry {path, weight, columns, format, config_name}; raises ConfigError."""
+    """The source for an entry {path, weight, columns, format, config_name}; raises ConfigError."""
     known = [option.name for option in fields(DataSource)]
     for name in options:
         if name not in known:

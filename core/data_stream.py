@@ -1,7 +1,7 @@
-"""Data sets that do not fit into memory: read as many rows as a training needs, in one pass.
+"""Data sets that do not fit into memory: read as many rows as training needs, in one pass.
 
-The rows come through a shuffle buffer of fixed size, so that memory is bounded by the length of the
-training. The same seed gives the same rows: a run that is resumed reads them again.
+The rows go through a shuffle buffer of fixed size, so that memory is bounded by the length of
+training. The same seed gives the same rows: a resumed run reads them again.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from core.tables import (
     warn_of_evaluation_files,
 )
 
-BUFFER_ROWS = 10_000  # rows among which each next one is drawn
+BUFFER_ROWS = 10_000  # size of the shuffle buffer
 FIRST_ROWS = 1_000  # rows whose columns decide the format
 STREAMED_SUFFIXES = (".jsonl", ".ndjson", ".parquet")
 
@@ -44,11 +44,11 @@ STREAMED_SUFFIXES = (".jsonl", ".ndjson", ".parquet")
 def stream_rows(
     config: FitConfig, convert: Callable, optional: Mapping[str, Sequence[str]]
 ) -> tuple[list, list, str]:
-    """(training rows, evaluation rows, their format) of the first rows of the configured data set,
-    each as `convert(row, format)` makes it.
+    """(training rows, evaluation rows, their format) from the first rows of the configured data
+    set, each converted by `convert(row, format)`.
 
-    There are as many training rows as `max_steps` takes, drawn from the shuffle buffer. Before
-    them, the fraction `validation_split` of their number is held out; rows with one of these
+    There are as many training rows as `max_steps` takes, drawn from the shuffle buffer. The rows
+    before them are held out, a fraction `validation_split` of their number; rows with one of these
     prompts are not trained on. Raises ConfigError for data that cannot be read row by row.
     """
     (source, *others) = config.data_sources()
@@ -104,7 +104,7 @@ def read_first_columns(
     config: FitConfig,
     optional: Mapping[str, Sequence[str]],
 ) -> RowReader:
-    """What the columns of the first rows mean; raises ConfigError without a row."""
+    """The reader for the columns of the first rows; raises ConfigError if there are no rows."""
     if not first_records:
         raise ConfigError(f"data {source.path} has no rows")
     columns = dict.fromkeys(table.columns)
@@ -119,7 +119,7 @@ def read_first_columns(
 def stop_where_most_are_left_out(
     records: Iterable[Record], count: RowCount, what: str
 ) -> Iterator[Record]:
-    """The records, until most of them cannot be used: then no more are worth reading."""
+    """Yield the records; raise ConfigError once most of them have been unusable."""
     for record in records:
         if count.num_left_out > max(FIRST_ROWS, count.num_usable):
             report_left_out(count, what)
@@ -127,7 +127,7 @@ def stop_where_most_are_left_out(
 
 
 def without_prompts_of(evaluation: list, rows: Iterable, count: RowCount) -> Iterator:
-    """The rows that ask nothing that an evaluation row asks; the others are left out."""
+    """Yield the rows without those that share a prompt with an evaluation row."""
     held_out = {prompt_key(row) for row in evaluation}
     for row in rows:
         if prompt_key(row) in held_out:
@@ -138,7 +138,7 @@ def without_prompts_of(evaluation: list, rows: Iterable, count: RowCount) -> Ite
 
 
 def shuffled(rows: Iterable, size: int, seed: int) -> Iterator:
-    """The rows, each drawn from `size` rows that are held in memory."""
+    """Yield the rows, each drawn from `size` rows held in memory."""
     generator = random.Random(seed)
     buffer: list = []
     for row in rows:
@@ -156,8 +156,8 @@ def shuffled(rows: Iterable, size: int, seed: int) -> Iterator:
 
 
 def open_stream(source: DataSource) -> Table:
-    """The records of a data set, read from its files as they are needed; its `columns` are those
-    that are known before a row is read. Raises ConfigError for files that are not read by rows."""
+    """The records of a data set, read from its files on demand; `columns` has those known before
+    reading a row. Raises ConfigError for files that cannot be read row by row."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -185,7 +185,7 @@ def open_stream(source: DataSource) -> Table:
         check_hub_name(path, local)
         dataset = datasets.load_dataset(path, source.config_name, split="train", streaming=True)
     columns = dataset.column_names or []
-    # Which of them are padded is not always known before a row is read.
+    # Which columns are padded is not always known before reading a row.
     return Table(ArrowRecords(dataset), columns, 0, padded=frozenset(columns))
 
 

@@ -1,6 +1,6 @@
-"""What a dry run says of the time, the memory and the disk space of a stage.
+"""Estimates of a stage's time, memory and disk space, for a dry run.
 
-They follow from what the stage computes (core/work.py) and from what is tried (core/trials.py).
+They follow from the work of the stage (core/work.py) and from measurements (core/trials.py).
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from core.runtime import default_device, logger
 from core.trials import Speed, computed_speed, measure_speed, memory_of_pass
 from core.work import Answers, Work
 
-SHORT_ANSWERS = 0.2  # of their maximum length; answers that end early make a run shorter
-SECONDS_AROUND = (1.0, 12.0)  # at least and at most, before the first step and after the last
-IMPORTS = 3.0  # of the time in which the dry run imports libraries, at most, for those of a run
-SAVING_SPEED = 2e8  # bytes/s, at least
-# What a CPU's process takes beside its tensors, fitted to runs of models of 0.3 to 135 million
-# weights: a share of the weights, and holes in glibc's heap, as a share of what a pass holds and at
-# most so many bytes, since large tensors are not on the heap.
+SHORT_ANSWERS = 0.2  # fraction of the maximum length of answers, for the shortest run
+SECONDS_AROUND = (1.0, 12.0)  # minimum and maximum, before the first step and after the last
+IMPORTS = 3.0  # maximum time of a run's imports, as a multiple of the dry run's
+SAVING_SPEED = 2e8  # minimum, in bytes/s
+# Memory of a CPU process besides its tensors, fitted to runs of models of 0.3 to 135 million
+# weights: a fraction of the weights, and holes in glibc's heap, as a fraction of what a pass holds,
+# with a maximum in bytes, because large tensors are not on the heap.
 WEIGHTS_AGAIN, HOLES, MOST_HOLES = 0.35, 0.55, 6e8
 
-# From the expected time to the ends of its range, by what it rests on.
+# Factors from the expected time to both ends of its range, by the basis of the estimate.
 MEASURED, MEASURED_UNQUANTIZED, COMPUTED = (0.6, 1.8), (0.6, 3.0), (0.4, 3.0)
 
-# Bytes of an optimizer's state for each trained weight, where they are not the 8 of AdamW.
+# Bytes of optimizer state per trained weight, if not the 8 of AdamW.
 STATE_BYTES = {"sgd": 0, "adafactor": 0, "muon": 4, "adamw_8bit": 2, "paged_adamw_8bit": 2}
 
 
@@ -39,11 +39,11 @@ STATE_BYTES = {"sgd": 0, "adafactor": 0, "muon": 4, "adamw_8bit": 2, "paged_adam
 
 @torch.random.fork_rng()
 def estimate_cost(stage: Any, model, work: Work) -> list[tuple[str, str]]:
-    """[(label, text)] on the time and the memory of a stage.
+    """[(label, text)] on the time and memory of a stage.
 
-    `model` is the one that trains (`training_model`), on the meta device. Of one that cannot be
-    tried, such as one whose layers wait for a kernel of a GPU, there is no memory, and the time is
-    only computed.
+    `model` is the one that trains (`training_model`), on the meta device. If it cannot be run here,
+    for example because its layers need a GPU kernel, memory is not estimated, and time is only
+    computed.
     """
     import_seconds, libraries = import_libraries()
     memory = describe_memory(stage.config, model, work, libraries)
@@ -67,7 +67,7 @@ def estimate_cost(stage: Any, model, work: Work) -> list[tuple[str, str]]:
 
 
 def choose_speed(config: Any, model, work: Work) -> tuple[Speed, tuple[float, float]]:
-    """(the speed of a model, factors from the time by it to both ends of the range)."""
+    """(speed of a model, factors from the estimated time to both ends of its range)."""
     try:
         measured = measure_speed(config, model, work)
         reason = "a pass of the model would take too long to try"
@@ -80,7 +80,7 @@ def choose_speed(config: Any, model, work: Work) -> tuple[Speed, tuple[float, fl
 
 
 def describe_memory(config: Any, model, work: Work, libraries: float) -> str:
-    """The memory of a stage beside `libraries`, in words."""
+    """A text on the memory of a stage, including `libraries`."""
     try:
         memory = {"Python and libraries": libraries, **count_memory(config, model, work)}
     except Exception as error:
@@ -108,7 +108,7 @@ def describe_work(work: Work) -> str:
 
 
 def describe_range(low: float, high: float) -> str:
-    """Two numbers of seconds in words, such as "3 to 5 minutes", rounded outwards."""
+    """A range of seconds as text, such as "3 to 5 minutes", rounded outwards."""
     unit, length = "seconds", 1.0
     if high >= 120:
         unit, length = "minutes", 60.0
@@ -122,12 +122,12 @@ def describe_range(low: float, high: float) -> str:
 
 
 def count_memory(config: Any, model, work: Work) -> dict[str, float]:
-    """{what: bytes} of a stage at the peak of its memory."""
+    """{what: bytes} at a stage's memory peak."""
     num_weights = model.num_parameters()
     trained = [weight.numel() for weight in model.parameters() if weight.requires_grad]
     weights = num_weights * bytes_per_weight(config)
     optimizer = sum(trained) * STATE_BYTES.get(config.optim, 8)
-    # Adam's step makes some tensors of the size of a weight, one weight after the other.
+    # Adam's step creates some tensors of a weight's size, for one weight at a time.
     stepping = 4 * sum(trained) + 8 * max(trained)
     largest = memory_of_pass(config, model, work)
     training = max(largest.peak(work.accumulates), stepping)
@@ -136,7 +136,7 @@ def count_memory(config: Any, model, work: Work) -> dict[str, float]:
     if default_device().type == "cpu":
         heap = WEIGHTS_AGAIN * weights
         holes = min(HOLES * largest.held, MOST_HOLES)
-    # At the peak is a pass, or the writing of answers, which makes no such holes.
+    # The peak is in a pass, or while answers are written, which leaves no such holes.
     at_peak = training
     if training + holes < writing:
         at_peak, holes = writing, 0.0
@@ -149,22 +149,22 @@ def count_memory(config: Any, model, work: Work) -> dict[str, float]:
 
 
 def bytes_of_answers(model, answers: Answers) -> float:
-    """Bytes in use while answers are written, beside the weights."""
+    """Bytes in use while answers are written, besides the weights."""
     text = model.config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     per_token = 2 * text.num_hidden_layers * heads * head_size * model.dtype.itemsize
     length = answers.prompt_length + answers.max_new_tokens
     logits = 4 * 4 * answers.at_once * text.vocab_size
-    transposed = 0  # `fast_decoding` stores all matrices once more
+    transposed = 0  # `fast_decoding` stores all matrices a second time
     if default_device().type == "cpu" and model.dtype == torch.float32:
         transposed = 4 * model.num_parameters()
     return answers.at_once * length * per_token + logits + transposed
 
 
 def bytes_per_weight(config: TrainingConfig) -> float:
-    """Bytes that a weight of the model takes in memory, on average."""
-    # Half a byte and the quantization constants, beside layers that are not quantized.
+    """Average bytes per weight of the model in memory."""
+    # Half a byte and the quantization constants, plus layers that are not quantized.
     if config.use_4bit:
         return 0.6
     if config.use_8bit:
@@ -174,8 +174,8 @@ def bytes_per_weight(config: TrainingConfig) -> float:
 
 @functools.cache
 def import_libraries() -> tuple[float, float]:
-    """(seconds to import what a run imports and a dry run does not, bytes of this process before
-    its first model); no bytes on a GPU."""
+    """(seconds to import what a run needs and a dry run does not, bytes of this process before its
+    first model); 0 bytes on a GPU."""
     import psutil
 
     began = time.perf_counter()
@@ -193,13 +193,13 @@ def import_libraries() -> tuple[float, float]:
 def estimate_disk(config: TrainingConfig, num_weights: int, num_trained: int, steps: int) -> float:
     """Bytes of the saved model, its adapter, and the checkpoints, all in float32."""
     disk_bytes = 4 * num_weights + 4 * num_trained
-    # Supervised recipes call the interval save_steps, those of RL save_freq.
+    # Supervised recipes call the interval save_steps, RL recipes save_freq.
     options = vars(config)
     save_steps = options.get("save_steps", options.get("save_freq"))
     if save_steps:
-        disk_bytes += 4 * num_trained  # the end of the training, until the stage is recorded
+        disk_bytes += 4 * num_trained  # the last checkpoint, until the stage is recorded
     if save_steps and save_steps < steps:
-        # Weights and Adam's moments; one more than the limit, while the oldest is not yet removed.
+        # Weights and Adam's moments; one more than the limit, until the oldest is removed.
         saved = steps // save_steps
         kept = saved if config.save_total_limit is None else config.save_total_limit + 1
         disk_bytes += 12 * num_trained * kept

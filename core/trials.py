@@ -1,7 +1,7 @@
-"""What is tried for the estimates of a dry run, on a model like the stage's with random weights.
+"""Measurements for a dry run's estimates, on a model like the stage's with random weights.
 
-measure_speed   seconds: of passes, of the optimizer's step and of answers, all of them small
-memory_of_pass  bytes: of a pass over the largest batch, whose tensors have a size but no data
+measure_speed   seconds of small passes, of an optimizer step and of short answers
+memory_of_pass  bytes of a pass over the largest batch, with fake tensors that have no data
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from core.sampling import SAMPLING_DEFAULTS, sample_completions
 from core.screen import busy
 from core.work import Answers, Work
 
-PASS_SECONDS = 2.0  # that the largest measured pass may take
-ENOUGH_SECONDS = 0.3  # a measurement that takes less is repeated
-FEW_TOKENS = 16  # of the smallest measured pass
-SHARE_OF_FREE_MEMORY = 0.4  # that the model of a measurement may take
-UTILIZATION = 0.4  # of the speed of a matrix product, as is usual in training
+PASS_SECONDS = 2.0  # maximum duration of the largest measured pass
+ENOUGH_SECONDS = 0.3  # shorter measurements are repeated
+FEW_TOKENS = 16  # in the smallest measured pass
+SHARE_OF_FREE_MEMORY = 0.4  # maximum for the model of a measurement
+UTILIZATION = 0.4  # typical training speed as a fraction of a matrix product's
 
 
 # -- the model -------------------------------------------------------------------------------------
@@ -43,8 +43,8 @@ UTILIZATION = 0.4  # of the speed of a matrix product, as is usual in training
 
 @torch.random.fork_rng()
 def training_model(config: TrainingConfig, skeleton):
-    """What the stage trains, on the meta device, by the model without an adapter there. Raises
-    ConfigError where the model takes no such adapter, or cannot recompute its layers."""
+    """The model that the stage trains, on the meta device, from the `skeleton` without an adapter.
+    Raises ConfigError if the model takes no such adapter, or cannot recompute its layers."""
     model = copy.deepcopy(skeleton).to(config.weight_dtype)
     if config.attn_implementation:
         model.set_attn_implementation(config.attn_implementation)
@@ -59,12 +59,12 @@ def training_model(config: TrainingConfig, skeleton):
 
 
 def fill(model, make: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Replace each weight and buffer of a model by what `make` makes of it."""
+    """Replace each weight and buffer of a model by `make(tensor)`."""
     made: dict[int, torch.Tensor] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
-                if tensor is not None and id(tensor) not in made:  # tied weights are one
+                if tensor is not None and id(tensor) not in made:  # keeps tied weights tied
                     filled = make(tensor)
                     if isinstance(tensor, torch.nn.Parameter):
                         filled = torch.nn.Parameter(filled, tensor.requires_grad)
@@ -74,7 +74,7 @@ def fill(model, make: Callable[[torch.Tensor], torch.Tensor]) -> None:
 
 
 def random_values(tensor: torch.Tensor) -> torch.Tensor:
-    """Small numbers, of which a million are random: more would take most of the measurement."""
+    """Small random numbers, a million of them repeated: drawing more would dominate the time."""
     device = default_device()
     if tensor.dim() < 2:
         return torch.ones(tensor.shape, dtype=tensor.dtype, device=device)
@@ -85,8 +85,8 @@ def random_values(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def forward_pass(model, config: Any, rows: int, length: int, num_scored: int) -> torch.Tensor:
-    """The log-probabilities of the first `num_scored` tokens of a pass over `rows` sequences of
-    `length` tokens; no others go through the output layer."""
+    """The log-probabilities of the first `num_scored` tokens in a pass over `rows` sequences of
+    `length` tokens; the others skip the output layer."""
     device, layer = model.device, output_layer(model)
     project = layer.forward
     targets = torch.zeros(num_scored, dtype=torch.long, device=device)
@@ -108,19 +108,18 @@ def forward_pass(model, config: Any, rows: int, length: int, num_scored: int) ->
 
 @dataclass
 class Speed:
-    """How fast a model is on this machine."""
+    """The speed of a model on this machine, in seconds."""
 
-    per_pass: float  # seconds of a pass forward and backward, and for each token of it
+    per_pass: float  # fixed cost of a forward and backward pass
     per_token: float
     forward_per_token: float
     optimizer_step: float
-    # By the number of answers that are written at once: seconds before their first token, and of
-    # each token.
+    # {number of answers written at once: (seconds before the first token, seconds per token)}
     decoding: dict[int, tuple[float, float]]
     basis: str
 
     def seconds(self, work: Work, share_of_answers: float) -> float:
-        """The time of a stage whose answers are so much of their maximum length."""
+        """The time of a stage whose answers have `share_of_answers` of their maximum length."""
         share_of_tokens = work.share_fixed + (1 - work.share_fixed) * share_of_answers
         seconds = work.tokens * self.per_token + work.forward_tokens * self.forward_per_token
         seconds *= share_of_tokens
@@ -133,12 +132,12 @@ class Speed:
         return seconds
 
 
-MEASURED_SPEEDS: dict[tuple, Speed] = {}  # of this process: stages of a chain are often alike
+MEASURED_SPEEDS: dict[tuple, Speed] = {}  # in this process: stages of a chain are often alike
 
 
 @busy("measuring a pass")
 def measure_speed(config: Any, model, work: Work) -> Speed | None:
-    """The speed of a model on the meta device, None where measuring would take too long."""
+    """The speed of a model given on the meta device, None if measuring would take too long."""
     speed = flops_per_second(compute_dtype(config.torch_dtype))
     affordable = int(PASS_SECONDS * UTILIZATION * speed / (6 * model.num_parameters()))  # tokens
     num_bytes = sum(weight.nbytes for weight in model.parameters())
@@ -163,7 +162,7 @@ def measure_speed(config: Any, model, work: Work) -> Speed | None:
 
 
 def measure_model(config: Any, model, work: Work, affordable: int) -> Speed:
-    """The speed of a model, in passes of up to `affordable` tokens."""
+    """Measure the speed of a model, with passes of up to `affordable` tokens."""
     length = min(work.length, max(FEW_TOKENS, affordable // 3))
     rows = max(1, min(work.rows, affordable // length))
 
@@ -201,7 +200,7 @@ def measure_model(config: Any, model, work: Work, affordable: int) -> Speed:
 
 
 class NoStopTokens:
-    """In place of a tokenizer: measured answers do not end."""
+    """Replaces a tokenizer, so that measured answers do not stop early."""
 
     chat_template = None
     pad_token_id = 0
@@ -211,7 +210,7 @@ class NoStopTokens:
 
 @torch.no_grad()
 def measure_decoding(model, answers: Answers) -> tuple[float, float]:
-    """(seconds before the first token, seconds of each token) of `answers`."""
+    """(seconds before the first token, seconds per token) of `answers`."""
     prompt = [1] * max(1, min(int(answers.prompt_length), FEW_TOKENS))
 
     def write(max_new_tokens: int) -> None:
@@ -224,7 +223,7 @@ def measure_decoding(model, answers: Answers) -> tuple[float, float]:
 
 
 def line_through(few: float, few_seconds: float, many: float, many_seconds: float):
-    """(fixed seconds, seconds for each) of two measurements, neither of them negative."""
+    """(fixed seconds, seconds per item) from two measurements, both non-negative."""
     if many <= few or many_seconds <= few_seconds:
         return 0.0, many_seconds / many
     slope = (many_seconds - few_seconds) / (many - few)
@@ -232,7 +231,7 @@ def line_through(few: float, few_seconds: float, many: float, many_seconds: floa
 
 
 def seconds_of(run: Callable[[], Any]) -> float:
-    """How long `run()` takes: the median of several times, if it is short."""
+    """How long `run()` takes; the median of several runs if it is short."""
     times: list[float] = []
     while sum(times) < ENOUGH_SECONDS and len(times) < 5:
         began = time.perf_counter()
@@ -243,17 +242,18 @@ def seconds_of(run: Callable[[], Any]) -> float:
 
 
 def synchronize() -> None:
-    """Wait until a GPU has ended its work."""
+    """Wait until a GPU has finished its work."""
     device = default_device()
     if device.type in ("cuda", "mps"):
         getattr(torch, device.type).synchronize()
 
 
 def computed_speed(config: Any, model, reason: str) -> Speed:
-    """The speed of a model that is not tried, for this `reason`, from that of a matrix product."""
+    """The speed of a model that was not measured, for this `reason`, computed from the speed of a
+    matrix product."""
     speed = flops_per_second(compute_dtype(config.torch_dtype))
-    # A multiplication and an addition for each weight and token. A backward pass takes twice as
-    # many, and once where only an adapter trains.
+    # One multiplication and addition per weight and token. A backward pass takes twice as many, or
+    # the same number if only an adapter trains.
     forward = 2 * model.num_parameters() / (UTILIZATION * speed)
     per_token = forward * (2 if config.lora_r else 3)
     basis = (
@@ -264,7 +264,7 @@ def computed_speed(config: Any, model, reason: str) -> Speed:
 
 @functools.cache
 def flops_per_second(dtype: torch.dtype) -> float:
-    """The speed of a large matrix product on this machine, with as many threads as training has."""
+    """FLOP/s of a large matrix product on this machine, with as many threads as in training."""
     from torch.utils.benchmark import Timer
 
     device = default_device()
@@ -279,19 +279,19 @@ def flops_per_second(dtype: torch.dtype) -> float:
 
 
 class BytesInUse(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations make in the block."""
+    """Counts the bytes of tensors that operations in the block create."""
 
     def __init__(self):
         super().__init__()
         self.now = self.peak = 0
-        self.known: set[int] = set()  # the storages that are there already
+        self.known: set[int] = set()  # storages that have been counted
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         inputs = {storage_of(tensor)._cdata for tensor in tensors_in((args, kwargs))}
         outputs = operation(*args, **(kwargs or {}))
         for tensor in tensors_in(outputs):
             storage = storage_of(tensor)
-            # An output that is a view of an input, or an input that was changed, takes no memory.
+            # An output that is a view of an input, or a modified input, takes no memory.
             if storage._cdata not in inputs | self.known:
                 self.known.add(storage._cdata)
                 self.now += storage.nbytes()
@@ -313,14 +313,14 @@ def storage_of(tensor: torch.Tensor) -> torch.UntypedStorage:
 
 
 class PassMemory(NamedTuple):
-    """Bytes of a pass, beside those of the weights."""
+    """Bytes of a pass, besides those of the weights."""
 
-    held: float  # at the end of its forward part: what the backward part needs
+    held: float  # after the forward pass, for the backward pass
     gradients: float
-    passing: float  # in use for a moment
+    passing: float  # temporary
 
     def peak(self, accumulates: bool) -> float:
-        # What is held becomes less as the gradients become more.
+        # In the backward pass, held memory shrinks while gradients grow.
         if accumulates:
             return self.held + self.gradients + self.passing
         return max(self.held, self.gradients) + self.passing
@@ -329,7 +329,7 @@ class PassMemory(NamedTuple):
 def memory_of_pass(config: Any, model, work: Work) -> PassMemory:
     """The memory of a pass of a model on the meta device over the largest batch of `work`."""
     num_layers = model.config.get_text_config().num_hidden_layers
-    # Recomputation goes by groups of so many layers.
+    # Recomputation works on groups of this many layers.
     few = config.gradient_checkpointing or 1
     if num_layers <= 2 * few:
         return memory_of_layers(config, copy.deepcopy(model), work)
@@ -342,7 +342,7 @@ def memory_of_pass(config: Any, model, work: Work) -> PassMemory:
 
 
 def with_layers(model, count: int):
-    """A copy of a model with its first `count` layers alone."""
+    """A copy of a model with only its first `count` layers."""
     num_layers = model.config.get_text_config().num_hidden_layers
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
     (layers,) = [module for module in lists if len(module) == num_layers]
@@ -351,7 +351,7 @@ def with_layers(model, count: int):
 
 
 def memory_of_layers(config: Any, model, work: Work) -> PassMemory:
-    """The memory of a pass of a model on the meta device, which is changed."""
+    """The memory of a pass of a model on the meta device; modifies the model."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     device = default_device()
@@ -373,7 +373,7 @@ def memory_of_layers(config: Any, model, work: Work) -> PassMemory:
 
 
 def free_memory() -> float:
-    """Bytes of the device that are free."""
+    """Free memory of the device, in bytes."""
     import psutil
 
     if default_device().type == "cuda":

@@ -1,5 +1,5 @@
-"""What a stage computes, in numbers of passes, tokens and answers: what the estimates of a dry run
-(core/estimates.py) begin with. Every stage says it, by its method `work`.
+"""The work of a stage in passes, tokens and answers, as input of a dry run's estimates
+(core/estimates.py). Every stage returns it from its method `work`.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
-PADDING = 1.1  # tokens of a batch of similar rows, for each token of its rows
+PADDING = 1.1  # tokens, with padding, in a batch of similar rows per token of its rows
 
 
 @dataclass
 class Answers:
-    """Answers that the model writes: to so many prompts at a time, `repeats` to each."""
+    """Answers that the model writes: `times` batches of `prompts`, with `repeats` answers each."""
 
     times: float
     prompts: int
@@ -31,29 +31,29 @@ class Answers:
 
 @dataclass
 class Work:
-    """What a process computes in a stage."""
+    """The work of one process in a stage."""
 
-    steps: int  # of the training
-    passes: float  # forward and backward, over a micro-batch each
+    steps: int  # of training
+    passes: float  # forward and backward passes, each over a micro-batch
     tokens: float  # in all these passes
-    forward_tokens: float  # in passes without gradients: of evaluations and references
-    rows: int  # sequences of the largest micro-batch
-    length: int  # tokens of each of them
-    share_scored: float  # of these tokens, those that go through the output layer
+    forward_tokens: float  # in passes without gradients, of evaluations and references
+    rows: int  # sequences in the largest micro-batch
+    length: int  # tokens in each of them
+    share_scored: float  # fraction of these tokens that go through the output layer
     answers: list[Answers] = field(default_factory=list)
-    updates: float = 1.0  # optimizer steps in each of the steps
-    share_fixed: float = 1.0  # of the tokens, those that do not depend on the lengths of answers
-    accumulates: bool = False  # gradients of several passes add up
-    copies: int = 0  # frozen models beside the one that trains
-    all_logits: bool = False  # those of a pass are in memory together
-    differentiates_twice: bool = False  # whose memory is not estimated
+    updates: float = 1.0  # optimizer steps per step
+    share_fixed: float = 1.0  # fraction of the tokens that does not depend on answer lengths
+    accumulates: bool = False  # whether gradients of several passes are summed
+    copies: int = 0  # frozen models besides the one that trains
+    all_logits: bool = False  # whether all logits of a pass are in memory at once
+    differentiates_twice: bool = False  # the memory for that is not estimated
 
 
 def estimate_fit(
     config: Any, data: Sequence[Sized], lengths: Sequence[int], answer_share: float
 ) -> Work:
-    """The work of a training by `fit` on `data`, (training rows, evaluation rows). `lengths` in
-    tokens may be those of some of the rows, and `answer_share` of their tokens are targets."""
+    """The work of training by `fit` on `data`, (training rows, evaluation rows). `lengths`, in
+    tokens, may be of a sample of the rows; a fraction `answer_share` of the tokens are targets."""
     num_rows, num_eval_rows = len(data[0]), len(data[1])
     processes = int(os.environ.get("WORLD_SIZE", 1))
     batch_size = min(config.per_device_train_batch_size, num_rows)
@@ -96,7 +96,7 @@ def estimate_fit(
 
 
 def estimate_rl(config: Any, num_eval_rows: int, prompt_lengths: Sequence[int]) -> Work:
-    """The work of a training by RL (an RLConfig), if all completions have their maximum length."""
+    """The work of RL training (an RLConfig), if all completions have the maximum length."""
     size, mini_size = config.batch_size, config.mini_batch_size
     num_generations = config.num_generations
     new_tokens = config.sampling["max_new_tokens"]
@@ -110,8 +110,8 @@ def estimate_rl(config: Any, num_eval_rows: int, prompt_lengths: Sequence[int]) 
 
     steps, epochs = config.num_training_steps, getattr(config, "ppo_epochs", 1)
     passes = epochs * size / mini_size
-    # The conjugate gradient of TRPO goes over one mini-batch: each product takes about as long as a
-    # pass forward and backward.
+    # TRPO's conjugate gradient uses one mini-batch: each product takes about as long as a forward
+    # and backward pass.
     products = vars(config).get("cg_iterations", 0)
     if products:
         epochs += (products + 3) * mini_size / size
