@@ -29,7 +29,7 @@ from core.yaml_files import load_yaml
 def read_command_line(arguments: Sequence[str]) -> tuple[list[str], dict[str, str | None]]:
     """(words, options) of a command line, where options are --name=value, --name value or --name.
 
-    All values are text: an option's annotation decides what a value is, not its looks. Raises
+    All values are text: an option's annotation, not the form of the text, decides its type. Raises
     ConfigError for an option that is given twice.
     """
     import fire
@@ -42,7 +42,7 @@ def read_command_line(arguments: Sequence[str]) -> tuple[list[str], dict[str, st
         words.extend(positional)
         options.update(named)
 
-    # Fire would let the last of two win.
+    # Fire would silently use the last of two.
     refuse_repetition(arguments)
     fire.Fire(collect, command=list(arguments))
     nothing = ("None", "null")
@@ -50,7 +50,7 @@ def read_command_line(arguments: Sequence[str]) -> tuple[list[str], dict[str, st
 
 
 def read_options_file(path: str | None) -> dict[str, Any]:
-    """The options of a recipe in a YAML file, {} without one; raises ConfigError."""
+    """The options in a recipe's YAML file, {} without a file; raises ConfigError."""
     if path is None:
         return {}
     options = load_yaml(path)
@@ -60,7 +60,7 @@ def read_options_file(path: str | None) -> dict[str, Any]:
 
 
 def read_switch(name: str, value: Any) -> bool:
-    """True or false, of an option that no config has. Raises ConfigError."""
+    """The boolean value of an option that is not in a config. Raises ConfigError."""
     try:
         return TypeAdapter(bool).validate_python(value)
     except ValidationError:
@@ -80,7 +80,7 @@ def refuse_repetition(arguments: Sequence[str]) -> None:
 
 # ---- comments of a config class ------------------------------------------------------------------
 
-# Remarks for tools, which are no help text.
+# Directives for tools, which are not help text.
 PRAGMA = re.compile(r"\s*#?\s*\b(noqa|type: ignore|fmt: \w+|pragma: |pylint: ).*")
 MAX_HEADING_LENGTH = 50
 
@@ -91,15 +91,15 @@ class Comment:
 
     text: str
     column: int
-    alone: bool  # no code on its line
+    alone: bool  # no code on the same line
 
 
 @dataclass
 class FieldComments:
-    """What the source says about an option."""
+    """The comments on an option in the source."""
 
-    beside: str  # the comment on the lines of the field
-    above: list[str]  # the lines of comment directly above
+    beside: str  # comment on the lines of the field
+    above: list[str]  # comment lines directly above
 
 
 def read_comments(source: str) -> dict[int, Comment]:
@@ -115,9 +115,9 @@ def read_comments(source: str) -> dict[int, Comment]:
 
 
 def read_field_comments(config_class: type) -> dict[str, FieldComments]:
-    """{field: its comments} of a class, without those of its parents.
+    """{field: its comments} of a class, without its parents.
 
-    Empty where there is no source, such as for a class that was typed at a prompt.
+    Empty if there is no source, as for a class typed at a prompt.
     """
     try:
         source = textwrap.dedent(inspect.getsource(config_class))
@@ -134,10 +134,10 @@ def read_field_comments(config_class: type) -> dict[str, FieldComments]:
 
 
 def comments_of_field(node: ast.AnnAssign, comments: dict[int, Comment]) -> FieldComments:
-    """The comments that belong to one field, which may take several lines."""
+    """The comments of one field, which may span several lines."""
     last_line = node.end_lineno or node.lineno
     beside = [comments[line].text for line in range(node.lineno, last_line + 1) if line in comments]
-    # A comment beside a field may go on below, further right than the fields.
+    # A comment beside a field may continue below, indented further than the fields.
     line = last_line + 1
     while line in comments and comments[line].alone and comments[line].column > node.col_offset:
         beside.append(comments[line].text)
@@ -151,23 +151,23 @@ def comments_of_field(node: ast.AnnAssign, comments: dict[int, Comment]) -> Fiel
 
 
 def as_heading(lines: Sequence[str]) -> str:
-    """The heading that a comment above a field is: one short line that is no sentence; or ""."""
+    """The comment above a field as heading, if it is one short line and not a sentence; else ""."""
     text = " ".join(lines).strip("-=# ")
     if len(lines) != 1 or len(text) > MAX_HEADING_LENGTH or text.endswith("."):
         return ""
     return text
 
 
-# ---- what --help says of an option ---------------------------------------------------------------
+# ---- the help text of an option ------------------------------------------------------------------
 
-# The word that stands for a value of a type.
+# Placeholder for values of a type.
 VALUE_WORDS = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
 MAX_DEFAULT_LENGTH = 60
 DRY_RUN = ("--dry_run", "check options, data and memory, print the plan, then stop")
 
 
 def value_word(hint: Any) -> str:
-    """What stands for the value of an option, such as NUMBER; "" if the annotation is unknown."""
+    """The placeholder for an option's value, such as NUMBER; "" if the annotation is unknown."""
     members = [member for member in unwrap(hint) if member is not type(None)]
     origins = [get_origin(member) or member for member in members]
     if any(origin in MAPPINGS for origin in origins):
@@ -187,7 +187,7 @@ def value_word(hint: Any) -> str:
 
 
 def unwrap(hint: Any) -> list[Any]:
-    """The members of an annotation, without any metadata."""
+    """The members of an annotation, without metadata."""
     members = []
     for member in plain_types(hint):
         if get_origin(member) is Annotated:
@@ -198,7 +198,7 @@ def unwrap(hint: Any) -> list[Any]:
 
 
 def allowed_values(hint: Any) -> str:
-    """The values that a Literal allows, also as the items of a list; "" for other annotations."""
+    """The values allowed by a Literal, or by a list of Literals; "" for other annotations."""
     for member in unwrap(hint):
         if get_origin(member) is Literal:
             return "one of " + ", ".join(map(str, get_args(member)))
@@ -209,7 +209,7 @@ def allowed_values(hint: Any) -> str:
 
 
 def bounds(hint: Any) -> str:
-    """The bounds of a number, such as "from 0 to below 1"; "" where they are obvious or absent."""
+    """The bounds of a number, such as "from 0 to below 1"; "" if they are obvious or absent."""
     if get_origin(hint) is not Annotated:
         parts = [bounds(member) for member in get_args(hint)]
         return next((part for part in parts if part), "")
@@ -223,7 +223,7 @@ def bounds(hint: Any) -> str:
             upper = f"below {rule.lt}"
         elif isinstance(rule, Le):
             upper = f"to {rule.le}"
-    # A count or a size: nobody expects it to be negative.
+    # A count or a size: its lower bound is obvious.
     if lower.startswith("from") and not upper:
         return ""
     if lower.startswith("from") and upper.startswith("below"):
@@ -232,12 +232,12 @@ def bounds(hint: Any) -> str:
 
 
 def shown_default(option: Field) -> str:
-    """The default of an option as one would write it; "" if it is empty or cannot be shown."""
+    """The default of an option as a user would write it; "" if it is empty or cannot be shown."""
     value = option.default
     if option.default_factory is not MISSING:
         try:
             value = option.default_factory()
-        except Exception:  # a factory of the author's, which may need what is not there yet
+        except Exception:  # a user-defined factory, which may fail at this point
             return ""
     if value is MISSING or value == "":
         return ""
@@ -252,7 +252,7 @@ def shown_default(option: Field) -> str:
 
 
 def describe_option(option: Field, hint: Any, comment: str) -> str:
-    """The help text of an option: its comment, what it allows, its default."""
+    """The help text of an option: its comment, allowed values and default."""
     default = shown_default(option)
     details = [allowed_values(hint), bounds(hint), f"default: {default}" if default else ""]
     details = [detail for detail in details if detail]
@@ -263,17 +263,17 @@ def describe_option(option: Field, hint: Any, comment: str) -> str:
 
 # ---- --help --------------------------------------------------------------------------------------
 
-COLUMN = 36  # where the help texts begin
+COLUMN = 36  # in which help texts begin
 MIN_WIDTH, MAX_WIDTH = 70, 110
 
 
 def option_help(config_class: Any, without: Collection[str] = ()) -> str:
-    """The options of a config class in groups: names, explanation, allowed values, default; those
-    of `without` are left out.
+    """The options of a config class in groups, with names, explanation, allowed values and default;
+    without the options in `without`.
 
-    The first group has those of `everyday`. The section comments between the fields are the
-    headings of the others, the options of the class itself before those of its parents. A field is
-    explained by `metadata={"help": ...}`, the comment beside it, or the comment above it.
+    The first group has the options in `everyday`. Section comments between the fields are the
+    headings of the other groups; options of the class itself come before those of its parents. A
+    field is explained by `metadata={"help": ...}`, the comment beside it, or the comment above it.
     """
     hints = read_hints(config_class)
     names = option_names(config_class)
@@ -303,7 +303,7 @@ def option_help(config_class: Any, without: Collection[str] = ()) -> str:
 
 
 def read_hints(config_class: Any) -> dict[str, Any]:
-    """The annotations of the fields; {} if one names what does not exist at runtime."""
+    """The annotations of the fields; {} if one cannot be resolved at runtime."""
     try:
         return get_type_hints(config_class, include_extras=True)
     except (NameError, TypeError):
@@ -311,7 +311,7 @@ def read_hints(config_class: Any) -> dict[str, Any]:
 
 
 def option_names(config_class: Any) -> dict[str, list[str]]:
-    """{field: the ways to write it, short ones first}."""
+    """{field: its spellings, short ones first}."""
     names: dict[str, list[str]] = {option.name: [] for option in fields(config_class)}
     for alias, name in config_class.aliases.items():
         if name in names:
@@ -326,17 +326,17 @@ def explain_fields(config_class: Any) -> dict[str, tuple[str, str]]:
     help_of = {option.name: option.metadata.get("help") for option in fields(config_class)}
     explained: dict[str, tuple[str, str]] = {}
     for cls in config_class.__mro__:
-        # `object`, and plain classes that only add methods.
+        # Skip `object` and plain classes that only add methods.
         if "__dataclass_fields__" not in vars(cls):
             continue
         heading = f"{cls.__name__.removesuffix('Config')} options"
         comments = read_field_comments(cls)
         for name in inspect.get_annotations(cls):
-            # A ClassVar is annotated too, and is no option.
+            # A ClassVar is annotated too, but is not an option.
             if name not in help_of:
                 continue
             comment = comments.get(name, FieldComments("", []))
-            # A comment above is a heading only where the field is explained without it.
+            # A comment above is a heading only if the field is explained without it.
             text = help_of[name] or comment.beside
             if text:
                 heading = as_heading(comment.above) or heading
@@ -355,7 +355,7 @@ def format_group(heading: str, lines: Sequence[tuple[str, str]]) -> str:
     formatted = [f"{heading}:"]
     for left, text in lines:
         start = f"  {left}"
-        # A long name has a line of its own.
+        # A long name gets its own line.
         if len(start) > COLUMN - 2:
             formatted.append(start)
             start = ""
@@ -375,14 +375,14 @@ def format_group(heading: str, lines: Sequence[tuple[str, str]]) -> str:
 def help_text(stage_class: Any, doc: str, arguments: Sequence[str]) -> str:
     """The docstring of a recipe and its options.
 
-    Of a page that stands for several recipes, such as rl.py, an option may choose the one to show:
+    If a recipe stands for several others, like rl.py, an option may choose the one to show:
     `--algorithm=grpo --help`.
     """
     others = [argument for argument in arguments if argument not in ("-h", "--help")]
     try:
         _, options = read_command_line(others)
     except ConfigError:
-        options = {}  # who asks for help may not know yet how options are written
+        options = {}  # show help even if the options are malformed
     if options:
         chosen, *_ = stage_class.resolve(options)
         if chosen is not stage_class:

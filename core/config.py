@@ -1,4 +1,4 @@
-"""Configuration: option types, and the checked dataclasses that the options of every recipe extend.
+"""Configuration: option types, and the validated dataclasses that every recipe's options extend.
 
 An option is a field of a dataclass, with a comment that `--help` shows. Its annotation decides how
 a value is read, whether it comes from the command line, from YAML or from Python (core/options.py):
@@ -32,7 +32,7 @@ from core.yaml_files import parse_yaml
 
 
 def split_names(value: Any) -> Any:
-    """The names in a text, which commas or spaces separate; None is an empty list."""
+    """The names in a text, separated by commas or spaces; None is an empty list."""
     if isinstance(value, str) and value.strip().startswith("["):
         return parse_yaml(value)
     if isinstance(value, str):
@@ -41,7 +41,7 @@ def split_names(value: Any) -> Any:
 
 
 def split_trackers(value: Any) -> Any:
-    """The names in a text, in small letters, where "none" is no tracker."""
+    """The names in a text, in lower case; "none" means no tracker."""
     names = split_names(value)
     if not isinstance(names, list):
         return names
@@ -50,7 +50,7 @@ def split_trackers(value: Any) -> Any:
 
 
 def read_layer_interval(value: Any) -> Any:
-    """A number, or a switch: true is every layer, false none."""
+    """A number, or a boolean: true means every layer, false none."""
     switches = {"true": 1, "yes": 1, "on": 1, "false": 0, "no": 0, "off": 0}
     return switches.get(str(value).lower(), value)
 
@@ -102,14 +102,14 @@ Optimizer = Annotated[
 ]
 Scheduler = Annotated[
     Literal["linear", "cosine", "polynomial", "constant", "constant_with_warmup"],
-    # It restarts after each of its cycles, of which there is one.
+    # There is only one cycle, so nothing restarts.
     Spellings({"cosine_with_restarts": "cosine"}),
 ]
 Level = Annotated[
     Literal["debug", "info", "warning", "error"],
     Spellings({"warn": "warning", "critical": "error"}),
 ]
-# None switches clipping off, as 0 does.
+# None disables clipping, like 0.
 GradientNorm = Annotated[float, Ge(0), Spellings({"none": 0.0, "null": 0.0})]
 
 # ---- options of every stage --------------------------------------------------------------------
@@ -117,20 +117,20 @@ GradientNorm = Annotated[float, Ge(0), Spellings({"none": 0.0, "null": 0.0})]
 
 @dataclass
 class StageConfig:
-    """Options of every stage, for your own to extend: `@dataclass class MyConfig(StageConfig)`."""
+    """Options of every stage. Extend it for your own: `@dataclass class MyConfig(StageConfig)`."""
 
     aliases: ClassVar[dict[str, str]] = {}  # short names of options
     everyday: ClassVar[tuple[str, ...]] = ("output_dir",)  # options that --help shows first
-    quantized: ClassVar[Any] = False  # whether the weights are quantized: see ModelConfig
+    quantized: ClassVar[Any] = False  # whether the weights are quantized, see ModelConfig
 
     # the stage and its logs
     stage_name: str = ""  # name in logs and results; empty uses the recipe's name
     output_dir: Folder = "outputs"  # folder for the model, tokenizer, metrics and logs of the stage
     enabled: bool = True  # false skips the stage in a chain
-    save_intermediate: bool = True  # false saves no weights and hands the model on in memory
-    force: bool = False  # overwrite a finished result of other options; false: move it aside
+    save_intermediate: bool = True  # false saves no weights and passes the model on in memory
+    force: bool = False  # overwrite a finished result of other options; false moves it away
     seed: Natural = 42  # random seed of initialization, shuffling, splits and dropout
-    log_level: Level = "info"  # level of lines on the screen
+    log_level: Level = "info"  # minimum level of log lines on the screen
     report_to: Trackers = field(default_factory=list)  # experiment trackers
     use_wandb: bool = False  # same as report_to=wandb
     wandb_project: str | None = None  # Weights & Biases project
@@ -139,13 +139,13 @@ class StageConfig:
     def __post_init__(self):
         coerce_fields(self)
         self.notes_on_names: list[str] = []  # on options of other tools, see core/other_names.py
-        self.notes: list[str] = []  # on what has no effect; filled by `validate`
+        self.notes: list[str] = []  # on options without effect; filled by `validate`
 
     def note_unread(self, unread: bool, names: str, why: str, **like) -> None:
-        """If `unread`, note for each of the `names` that is not at its default that it has no
-        effect.
+        """If `unread`, add a note for each option in `names` that differs from its default: it has
+        no effect.
 
-        `like` are options that the defaults of others depend on.
+        `like` are options on which the defaults of others depend.
         """
         if not unread:
             return
@@ -155,9 +155,9 @@ class StageConfig:
                 self.notes.append(f"{name} has no effect {why}")
 
     def validate(self) -> None:
-        """Check the options together; raises ConfigError. Opens no file but a named checkpoint.
+        """Check the options together; raises ConfigError. Opens no file except a named checkpoint.
 
-        Afterwards `notes` says which options have no effect beside the others.
+        Afterwards `notes` says which options have no effect.
         """
         coerce_fields(self)  # a notebook may have assigned fields since
         self.notes = list(vars(self).get("notes_on_names", ()))
@@ -189,9 +189,9 @@ class ModelConfig(StageConfig):
     attn_implementation: str | None = None  # sdpa, eager, flash_attention_2; none: model's choice
     # prompt format such as "Q: {instruction}\nA: {response}"; none uses the chat template
     instruction_template: str | None = None
-    chat_template_path: str | None = None  # chat template: .jinja file, or a model that has it
+    chat_template_path: str | None = None  # chat template: .jinja file, or a model that has one
     eos_token: str | None = None  # token that ends a turn; none: the tokenizer's own
-    pad_token: str | None = None  # token of padding; none: the tokenizer's own
+    pad_token: str | None = None  # padding token; none: the tokenizer's own
     # quantization by bitsandbytes
     use_4bit: bool = False  # load the weights in 4 bits, for QLoRA (Dettmers et al. 2023)
     use_8bit: bool = False  # load the weights in 8 bits, LLM.int8 (Dettmers et al. 2022)
@@ -218,8 +218,7 @@ class ModelConfig(StageConfig):
             self.replace_float16()
 
     def replace_float16(self) -> None:
-        """Compute in float32 where float16 was asked for on a CPU, which has no arithmetic for
-        it."""
+        """Replace float16 by float32 on a CPU, which has no float16 arithmetic."""
         for name in ("torch_dtype", "bnb_4bit_compute_dtype"):
             if getattr(self, name) == "float16":
                 setattr(self, name, "float32")
@@ -240,7 +239,7 @@ class ModelConfig(StageConfig):
 
 
 def all_linear() -> list[str]:
-    """PEFT's word for every linear layer but the output layer."""
+    """PEFT's name for every linear layer except the output layer."""
     return ["all-linear"]
 
 
@@ -260,22 +259,22 @@ class TrainingConfig(ModelConfig):
     lora_bias: Literal["none", "all", "lora_only"] = "none"  # biases to train
     use_dora: bool = False  # weight-decomposed LoRA (Liu et al. 2024)
     use_rslora: bool = False  # scale by lora_alpha / sqrt(lora_r) (Kalajdzievski 2023)
-    # new tokens; their rows of the embeddings train, also beside an adapter
-    new_tokens: Names = field(default_factory=list)  # tokens to add, such as <step>,</step>
-    new_special_tokens: Names = field(default_factory=list)  # the same, left out of decoded text
+    # new tokens; their rows of the embeddings train even with an adapter
+    new_tokens: Names = field(default_factory=list)  # tokens to add, e.g. <step>,</step>
+    new_special_tokens: Names = field(default_factory=list)  # the same, omitted from decoded text
     # optimizer and schedule
     gradient_accumulation_steps: Count = 1  # micro-batches per optimizer step
-    learning_rate: Positive | None = None  # peak rate; none: 5e-4 for LoRA, 5e-5 else
+    learning_rate: Positive | None = None  # peak rate; none: 5e-4 for LoRA, else 5e-5
     weight_decay: NonNegative = 0.0  # decoupled weight decay of AdamW
     warmup_ratio: Share = 0.03  # fraction of steps used for warm-up
-    warmup_steps: Natural = 0  # steps used for warm-up; 0 goes by warmup_ratio
+    warmup_steps: Natural = 0  # steps used for warm-up; 0 uses warmup_ratio
     lr_scheduler_type: Scheduler = "cosine"  # learning-rate schedule after warm-up
     optim: Optimizer = "adamw_torch_fused"  # optimizer; 8-bit and paged: bitsandbytes
     max_grad_norm: GradientNorm = 1.0  # maximum gradient norm; 0 disables clipping
     gradient_checkpointing: LayerInterval = 0  # recompute every Nth layer; true is every layer
     # checkpoints
     save_total_limit: Count | None = 2  # number of checkpoints to keep; none: all
-    resume_from_checkpoint: Switch = True  # true: newest intact; false: start over; or a folder
+    resume_from_checkpoint: Switch = True  # true: newest intact one; false: start over; or a folder
 
     def __post_init__(self):
         super().__post_init__()
@@ -316,7 +315,7 @@ class TrainingConfig(ModelConfig):
             )
 
     def check_precision(self) -> None:
-        """Refuse combinations that do not work; raises ConfigError."""
+        """Raise ConfigError for combinations that do not work."""
         if self.use_dora and self.use_8bit and default_device().type == "cpu":
             raise ConfigError("use_dora and use_8bit do not go together on a CPU; use_4bit does")
         if self.torch_dtype == "float16" and not self.lora_r:
@@ -328,7 +327,7 @@ class TrainingConfig(ModelConfig):
     def weight_dtype(self) -> torch.dtype:
         """Precision in which the weights are stored.
 
-        Frozen weights have the compute dtype. Weights that train are float32 under autocast, since
+        Frozen weights have the compute dtype. Trained weights are float32 under autocast, because
         small updates vanish in 16 bits, unless torch_dtype names another precision.
         """
         if self.torch_dtype == "auto" and not self.lora_r:
@@ -338,20 +337,20 @@ class TrainingConfig(ModelConfig):
 
 @dataclass
 class DataConfig(StageConfig):
-    """Options of every stage that reads one data set, which the alias `data` names."""
+    """Options of every stage that reads data, from the option with the alias `data`."""
 
     formats: ClassVar[Mapping[str, Sequence[str]]] = {}  # {format: its columns}, of the recipe
 
     # data
     dataset_config_name: str | None = None  # configuration of a hub data set
     auto_detect_format: bool = True  # false refuses to guess the format without dataset_format
-    dataset_format: str = "auto"  # meaning of the columns, by name; auto goes by the column names
-    # the data's columns by their names in a format, such as {prompt: customer_message, response:
-    # agent_reply}; {context: null} leaves out a column that is not needed
+    dataset_format: str = "auto"  # name of the data's format; auto detects it from the columns
+    # the data's columns by their names in a format, e.g. {prompt: customer_message, response:
+    # agent_reply}; {context: null} drops a column that is not needed
     columns: ColumnNames = field(default_factory=dict)
 
     def data_sources(self) -> list[DataSource]:
-        """The data sets to read; raises ConfigError for an entry that is none."""
+        """The data sets to read; raises ConfigError for an invalid entry."""
         value = getattr(self, self.aliases["data"])
         return list_sources(value, self.columns, self.dataset_format, self.dataset_config_name)
 
@@ -373,7 +372,7 @@ class DataConfig(StageConfig):
 
 @dataclass
 class FitConfig(DataConfig, TrainingConfig):
-    """Options of every stage that trains by `fit` on one data set."""
+    """Options of every stage that trains with `fit`."""
 
     aliases: ClassVar[dict[str, str]] = TrainingConfig.aliases | {"data": "dataset_name_or_path"}
     everyday: ClassVar[tuple[str, ...]] = (
@@ -388,11 +387,11 @@ class FitConfig(DataConfig, TrainingConfig):
 
     # training and evaluation
     validation_split: Share = 0.05  # fraction of rows held out for evaluation
-    streaming: bool = False  # read only the rows that max_steps takes, of data of any size
+    streaming: bool = False  # read only as many rows as max_steps needs, from data of any size
     num_train_epochs: Positive = 1.0  # passes over the training data
-    max_steps: Natural = 0  # stop after N optimizer steps; 0 goes by num_train_epochs
+    max_steps: Natural = 0  # stop after N optimizer steps; 0 uses num_train_epochs
     per_device_train_batch_size: Count = 8  # rows per device in a micro-batch
-    per_device_eval_batch_size: Count = 8  # rows per device in a batch of evaluation
+    per_device_eval_batch_size: Count = 8  # rows per device in an evaluation batch
     logging_steps: Count = 1  # log metrics every N steps
     eval_steps: Natural = 0  # evaluate every N steps; 0 evaluates only before and after training
     early_stopping_patience: Natural = 0  # stop after N evaluations without improvement; 0: never

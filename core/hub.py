@@ -1,4 +1,4 @@
-"""Where a model and its tokenizer are: a folder, an adapter on a base, the hub, a .gguf file."""
+"""Find a model and its tokenizer: a folder, an adapter on a base, the hub, or a .gguf file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from core.files import cached_folder
 from core.model_config import check_model_config, read_stop_tokens
 from core.recipe_files import is_link
 
-FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".gguf", ".txt")  # no hub name ends so
+FILE_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".gguf", ".txt")  # never of hub names
 TEXT_FILES = ("*.json", "*.jinja", "*.model", "*.txt")  # configuration and tokenizer
 WEIGHT_FILES = ("model*.safetensors", "adapter_model.safetensors")
 CODE_FILES = ("*.py",)
@@ -31,10 +31,10 @@ CODE_FILES = ("*.py",)
 
 
 def hub_is_reachable(kind: str, name: str) -> bool:
-    """Whether the hub answers within five seconds; its own client would retry for half a minute.
+    """Whether the hub answers within five seconds; its client would retry for half a minute.
 
-    Raises ConfigError if `name` can only be a path, since then the file or folder is missing.
-    `kind` is what the name stands for in the message.
+    Raises ConfigError if `name` can only be a path, because then the file or folder is missing.
+    `kind` says in the message what the name stands for.
     """
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_like_path or Path(name).suffix in FILE_SUFFIXES:
@@ -52,7 +52,7 @@ def hub_is_reachable(kind: str, name: str) -> bool:
 
 
 def download_model(name: str, config: ModelConfig, weights: bool) -> Path:
-    """The local folder of a model on the hub, downloaded where needed. Raises ConfigError."""
+    """The local folder of a model from the hub, downloaded if needed. Raises ConfigError."""
     from huggingface_hub import snapshot_download
 
     patterns = [*TEXT_FILES]
@@ -62,7 +62,7 @@ def download_model(name: str, config: ModelConfig, weights: bool) -> Path:
         patterns += CODE_FILES
     online = hub_is_reachable("model", name)
     reason = "the hub answers" if online else "the hub cannot be reached"
-    # Offline, a model that was downloaded earlier is still in the cache.
+    # When offline, use the cache, which may have the model.
     with as_config_error(f"model {name}: no such folder, and {reason}"):
         folder = snapshot_download(
             name,
@@ -78,7 +78,7 @@ def download_model(name: str, config: ModelConfig, weights: bool) -> Path:
 
 
 def find_model(name: str, config: ModelConfig, weights: bool = True) -> Path:
-    """The folder of a model: a local one, one from the hub, or the conversion of a .gguf file.
+    """The folder of a model: local, from the hub, or converted from a .gguf file.
 
     Without `weights` no weights are downloaded or converted; then the result may be the .gguf file.
     Raises ConfigError if there is no such model.
@@ -106,7 +106,7 @@ def find_model_parts(config: ModelConfig, weights: bool = True) -> tuple[Path, P
         return folder, None, folder
     with as_config_error(f"model {config.model_name_or_path} cannot be loaded"):
         base_name = json.loads(adapter_config.read_text())["base_model_name_or_path"]
-        # `revision` is that of the adapter.
+        # `revision` belongs to the adapter.
         base = find_model(base_name, replace(config, revision=None), weights)
         check_weight_index(base)
     tokenizer = folder if (folder / "tokenizer_config.json").exists() else base
@@ -114,7 +114,7 @@ def find_model_parts(config: ModelConfig, weights: bool = True) -> tuple[Path, P
 
 
 def check_weight_index(folder: Path) -> None:
-    """Raise ConfigError for an index of weights that names a file outside of the model's folder."""
+    """Raise ConfigError if a weight index names a file outside of the model's folder."""
     for index in folder.glob("*.safetensors.index.json"):
         with as_config_error(f"{index} is no index of weights"):
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -127,15 +127,15 @@ def check_weight_index(folder: Path) -> None:
 
 
 def check_model(name: str | None) -> None:
-    """Raise ConfigError if another model that a stage names does not exist.
+    """Raise ConfigError if another model named in a stage's options does not exist.
 
-    stage:NAME stands for what an earlier stage of the chain will leave.
+    stage:NAME, the result of an earlier stage of the chain, is not checked.
     """
     if name and not is_link(name):
         find_model(name, ModelConfig(model_name_or_path=name), weights=False)
 
 
-# ---- all but the weights -------------------------------------------------------------------------
+# ---- everything except the weights ---------------------------------------------------------------
 
 
 def load_tokenizer(config: ModelConfig) -> tuple:
@@ -156,7 +156,7 @@ def load_tokenizer(config: ModelConfig) -> tuple:
 
 
 def load_part(auto_class: Any, path: Path, config: ModelConfig):
-    """`auto_class.from_pretrained` of a folder or of a .gguf file."""
+    """`auto_class.from_pretrained` for a folder or a .gguf file."""
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if path.is_file():
         return auto_class.from_pretrained(path.parent, gguf_file=path.name, **options)
@@ -177,13 +177,13 @@ def load_skeleton(config: ModelConfig) -> tuple:
 
 
 def find_gguf(path: Path) -> Path | None:
-    """The .gguf file at `path`, or at that path in an installed package; None if there is none."""
+    """The .gguf file at `path`, or at that path in an installed package; None if none exists."""
     if path.is_file():
         return path
     package_name = path.parts[0]
     if not package_name.isidentifier():
         return None
-    # find_spec imports nothing: the package may depend on libraries that are not installed.
+    # find_spec does not import the package, which may need libraries that are not installed.
     package = importlib.util.find_spec(package_name)
     if package is None or package.submodule_search_locations is None:
         return None
@@ -195,7 +195,7 @@ def find_gguf(path: Path) -> Path | None:
 
 
 def find_converted(file: Path, weights: bool) -> Path:
-    """The folder of a .gguf file's conversion; without `weights` the file, if not yet converted."""
+    """The folder with a .gguf file converted; without `weights`, the file if not yet converted."""
 
     def build(folder: Path) -> None:
         convert_gguf(file, folder)
@@ -211,7 +211,7 @@ def silent_stderr() -> Iterator[None]:
 
 
 def convert_gguf(file: Path, folder: Path) -> None:
-    """Write the model and the tokenizer of a .gguf file as float32 safetensors into `folder`."""
+    """Write the model (float32 safetensors) and the tokenizer of a .gguf file to `folder`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with silent_stderr():
@@ -219,7 +219,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
             file.parent, gguf_file=file.name, dtype=torch.float32
         )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    # The weights are dequantized by now, but save_pretrained would still go by this field.
+    # The weights are dequantized now, but save_pretrained would still use this field.
     del model.config.quantization_config
     plain_model = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
     plain_model.load_state_dict(model.state_dict())

@@ -1,10 +1,10 @@
-"""From what a user writes to the values of options: names, spellings, types, and what is wrong.
+"""Convert what a user writes to option values: names, spellings, types, and error messages.
 
     merge_sources   options from several places, under the names of the config's fields
     check_options   their names and values, all at once
     coerce_fields   the values of one dataclass, by the annotations
 
-An annotation decides what a text means. Beside that, what other tools write is understood: None,
+An annotation decides what a text means. The conventions of other tools are understood too: None,
 `none` or -1 for a default, capitals, and the names in core/other_names.py.
 """
 
@@ -45,7 +45,7 @@ class Spellings:
 def plain_types(hint: Any) -> Iterator[Any]:
     """The members of an annotation: `Annotated[list[int], ...] | None` gives list[int] and None.
 
-    A member that brings its own reader of text (such as Names) comes with its annotation.
+    A member with its own parser of text, such as Names, keeps its annotation.
     """
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
@@ -58,7 +58,7 @@ def plain_types(hint: Any) -> Iterator[Any]:
 
 
 def choices_of(members: list[Any]) -> list[Any]:
-    """The values that a Literal among the members allows."""
+    """The values allowed by the Literals among the members."""
     choices = []
     for member in members:
         if get_origin(member) is Literal:
@@ -67,7 +67,7 @@ def choices_of(members: list[Any]) -> list[Any]:
 
 
 def spellings_of(hint: Any) -> Mapping[str, Any]:
-    """{other spelling in small letters: the value that it stands for} of an annotation."""
+    """{other spelling in lower case: the value that it stands for} of an annotation."""
     for mark in getattr(hint, "__metadata__", ()):
         if isinstance(mark, Spellings):
             return mark.values
@@ -75,7 +75,7 @@ def spellings_of(hint: Any) -> Mapping[str, Any]:
 
 
 def smallest_is_0(hint: Any) -> bool:
-    """Whether an annotation is a number from 0 on."""
+    """Whether an annotation is a number with minimum 0."""
     return get_origin(hint) is Annotated and Ge(0) in hint.__metadata__
 
 
@@ -90,15 +90,16 @@ def default_of(option: Field) -> Any:
 
 
 def read_value(hint: Any, option: Field, value: Any) -> Any:
-    """`value` as the annotation `hint` takes it: the default that it stands for, one of the choices
-    in other letters, or the None, list or mapping that a text means. Else as it is."""
+    """`value` in the form that the annotation `hint` expects: the default that it stands for, a
+    choice in its own capitalization, or the None, list or mapping that a text means. Else
+    unchanged."""
     members = list(plain_types(hint))
     choices = choices_of(members)
     spellings = spellings_of(hint)
     if str(value).lower() in spellings:
         return spellings[str(value).lower()]
     if str(value).lower() == "false" and str not in members:
-        value = False  # which the command line hands over as text
+        value = False  # text from the command line
     if means_nothing(members, choices, value):
         value = None
     if means_default(hint, members, option, value):
@@ -114,9 +115,9 @@ def read_value(hint: Any, option: Field, value: Any) -> Any:
 
 
 def means_nothing(members: list[Any], choices: list[Any], value: Any) -> bool:
-    """Whether a value is a word for None, or false where the option is no switch.
+    """Whether a value is a word for None, or is false although the option is not a boolean.
 
-    An option may list "none" among its choices, and then it means that choice.
+    If an option has "none" among its choices, it means that choice.
     """
     if bool in members or value in choices:
         return value in NOTHING and str in members and bool in members
@@ -124,14 +125,14 @@ def means_nothing(members: list[Any], choices: list[Any], value: Any) -> bool:
     is_plain_text = str in members and type(None) not in members
     if is_word:
         return not is_plain_text
-    # For a number, false is 0, which its bounds may refuse.
+    # For a number, false is 0, which may be out of bounds.
     is_number = int in members or float in members
     return value is False and not is_number
 
 
 def means_default(hint: Any, members: list[Any], option: Field, value: Any) -> bool:
-    """Whether a value that the annotation does not take stands for the default, as in other tools:
-    None for no choice, and -1 where 0 switches something off."""
+    """Whether a value that the annotation does not allow stands for the default, as in other tools:
+    None if nothing is chosen, and -1 if 0 disables something."""
     default = default_of(option)
     if default is MISSING:
         return False
@@ -141,8 +142,9 @@ def means_default(hint: Any, members: list[Any], option: Field, value: Any) -> b
 
 
 def read_container(members: list[Any], value: str) -> Any:
-    """A text as the list or mapping that is among the members of an annotation, else as it is."""
-    # YAML's own forms are read as YAML; a plain list may also be written a,b,c.
+    """Parse a text as the list or mapping among the members of an annotation; else return it
+    unchanged."""
+    # YAML syntax is parsed as YAML; a plain list may also be written a,b,c.
     origins = [get_origin(member) or member for member in members]
     if any(origin in MAPPINGS for origin in origins):
         return parse_yaml(value) or {}
@@ -159,7 +161,7 @@ def read_container(members: list[Any], value: str) -> Any:
 
 @functools.cache
 def field_readers(config_class: type) -> dict[str, TypeAdapter]:
-    """{field: what validates and converts its values}, by the annotations of a dataclass."""
+    """{field: validator and converter of its values}, by the annotations of a dataclass."""
     hints = get_type_hints(config_class, include_extras=True)
     readers = {}
     for option in fields(config_class):
@@ -171,7 +173,7 @@ def field_readers(config_class: type) -> dict[str, TypeAdapter]:
 
 
 def check_values(config_class: type, values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """({field: its value}, what is wrong with the others), by the annotations of a dataclass."""
+    """({field: converted value}, problems with the others), by the annotations of a dataclass."""
     readers = field_readers(config_class)
     converted, problems = {}, []
     for name, value in values.items():
@@ -179,7 +181,7 @@ def check_values(config_class: type, values: Mapping[str, Any]) -> tuple[dict[st
             converted[name] = readers[name].validate_python(value)
         except ValidationError as error:
             message = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
-            # A secret may have been given to the wrong option, such as use_auth_token.
+            # A secret may have been given to the wrong option, for example use_auth_token.
             shown = "" if SECRET_NAMES.search(name) else f"={value!r}"
             problems.append(f"{name}{shown}: {message[:1].lower()}{message[1:]}")
     return converted, problems
@@ -188,9 +190,8 @@ def check_values(config_class: type, values: Mapping[str, Any]) -> tuple[dict[st
 def coerce_fields(config: Any) -> None:
     """Convert every field of a dataclass to its annotation ("2e-4" to 0.0002), in place.
 
-    Raises ConfigError naming the fields. pydantic's own dataclasses would do this by themselves,
-    but only in classes decorated by pydantic: a recipe's author writes the decorator of the
-    standard library, and is checked as well.
+    Raises ConfigError naming the fields. pydantic's dataclasses would do this too, but only for
+    classes with pydantic's decorator: recipes use the decorator of the standard library.
     """
     names = [option.name for option in fields(config)]
     values = {name: getattr(config, name) for name in names}
@@ -205,7 +206,8 @@ def coerce_fields(config: Any) -> None:
 
 
 def resolve_names(config_class: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` by field names. Raises ConfigError for unknown names, and for two names of one."""
+    """`values` by field name. Raises ConfigError for unknown names, and for two names of one
+    field."""
     replaced, problems, _ = merge_sources(config_class, [values])
     problems += unknown_names(config_class, replaced)
     if problems:
@@ -216,13 +218,13 @@ def resolve_names(config_class: Any, values: Mapping[str, Any]) -> dict[str, Any
 def merge_sources(
     config_class: Any, sources: Sequence[Mapping[str, Any]]
 ) -> tuple[dict[str, Any], list[str], list[str]]:
-    """(options by field names, what is wrong, notes on what has no effect) of several sources, of
-    which later ones win. Unknown names are kept as they are."""
+    """Merge several sources, later ones winning: (options by field name, problems, notes on options
+    without effect). Unknown names are kept unchanged."""
     merged: dict[str, Any] = {}
     problems: list[str] = []
     notes: list[str] = []
     for source in sources:
-        # Per source: an alias in one and the name in another are not a mistake, the later one wins.
+        # Per source: an alias in one and the name in another are valid, and the later one wins.
         values, wrong, without_effect = translate(config_class, source)
         merged |= values
         problems += wrong
@@ -231,7 +233,7 @@ def merge_sources(
 
 
 def unknown_names(config_class: Any, values: Mapping[str, Any]) -> list[str]:
-    """A sentence on each name that is no option, with the nearest one."""
+    """A message for each name that is not an option, with the nearest one."""
     names = {option.name for option in fields(config_class)}
     known = names | set(config_class.aliases)
     sentences = []
@@ -247,7 +249,7 @@ def unknown_names(config_class: Any, values: Mapping[str, Any]) -> list[str]:
 
 
 def check_options(config_class: Any, values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """(checked values by field names, what is wrong with the others), names and values together."""
+    """(checked values by field name, problems with the others): checks names and values."""
     names = {option.name for option in fields(config_class)}
     known = {name: value for name, value in values.items() if name in names}
     converted, problems = check_values(config_class, known)

@@ -1,4 +1,4 @@
-"""Names that options have elsewhere: in transformers, in TRL, and in older configuration files."""
+"""Names of options in other tools: in transformers, in TRL, and in older configuration files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-# Name elsewhere: the option here. A name of the config's own comes first.
+# Name elsewhere -> option here. A name that the config itself has takes precedence.
 OTHER_NAMES = {
     "model_name": "model_name_or_path",
     "pretrained_model_name_or_path": "model_name_or_path",
@@ -29,10 +29,10 @@ OTHER_NAMES = {
     "hub_private_repo": "hub_private",
 }
 
-# A stage of older files: the recipe.
+# Stage in older files -> recipe.
 OTHER_STAGES = {"trl_sft": "sft"}
 
-# A switch elsewhere: the option and the value that it stands for here where it is on.
+# Switch elsewhere -> (option, value) that it means here if it is on.
 SWITCHES = {
     "bf16": ("torch_dtype", "bfloat16"),
     "fp16": ("torch_dtype", "float16"),
@@ -42,7 +42,7 @@ ON = ("true", "1", "yes", "on")
 NOTHING = ("none", "null", "false", "")
 OFF = (*NOTHING, "0", "no", "off")
 
-# How completions are sampled, which has one option where a config has it: {name: the name in it}.
+# Sampling options, which configs have as one option: {name elsewhere: key in SAMPLING}.
 SAMPLING = "generation_kwargs"
 SAMPLING_NAMES = {
     "max_new_tokens": "max_new_tokens",
@@ -52,8 +52,8 @@ SAMPLING_NAMES = {
     "top_p": "top_p",
 }
 
-# The column of a plain text elsewhere: {text: column} of `columns` here. Its default "text" stands
-# in files whatever the format of the data is.
+# The column of plain text elsewhere: {text: column} in `columns` here. Its default "text" is in
+# files with any data format.
 TEXT_COLUMN = "dataset_text_field"
 
 
@@ -61,8 +61,8 @@ TEXT_COLUMN = "dataset_text_field"
 class NotHere:
     """An option of other tools that no config here has."""
 
-    why: str  # what is done instead, or how to have it
-    harmless: Sequence[str] | None = OFF  # values that ask for nothing else; None: all
+    why: str  # what happens instead, or how to achieve it
+    harmless: Sequence[str] | None = OFF  # values that change nothing; None: all
 
 
 ALWAYS = "the answers are learnt, and only they"
@@ -101,9 +101,9 @@ NOT_HERE = {
 def translate(
     config_class: Any, values: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str], list[str]]:
-    """(values under the names of the config's fields, what is wrong, notes on what has no effect).
+    """(values by field name of the config, problems, notes on options without effect).
 
-    Names that are known nowhere are kept as they are.
+    Unknown names are kept unchanged.
     """
     own_names = {option.name for option in fields(config_class)}
     replaced: dict[str, Any] = {}
@@ -129,7 +129,7 @@ def translate(
         if name not in own_names:
             name = key
         if name in replaced:
-            # One that is null or false asks for nothing beside the other.
+            # A null or false value does not conflict with the other one.
             if written(value) in NOTHING:
                 continue
             if written(replaced[name]) not in (*NOTHING, written(value)):
@@ -141,7 +141,7 @@ def translate(
 def judge_foreign(
     name: str, value: Any, option: NotHere, problems: list[str], notes: list[str]
 ) -> None:
-    """A note on an option that no config has, or a problem if its value asks for something."""
+    """Add a note on an option that no config has, or a problem if its value is not harmless."""
     if option.harmless is None or written(value) in option.harmless:
         notes.append(f"{name} has no effect: {option.why}")
     else:

@@ -1,7 +1,7 @@
-"""Rows of preferences: to pairs or single answers, to tokens, and how often the right answer wins.
+"""Preference data: convert rows to pairs or single answers, and these to tokens; and accuracies.
 
-A pair is {"prompt", "chosen", "rejected"}, a single answer {"prompt", "completion", "label"}. These
-are lists of messages, except the label, which is true where the answer is desirable.
+A pair is {"prompt", "chosen", "rejected"}, a single answer {"prompt", "completion", "label"}. The
+values are lists of messages, except the label, which is true if the answer is desirable.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from core.runtime import logger
 from core.statistics import Z_95, wilson_interval
 from core.work import Work
 
-# Name of a format: the columns it needs. Where several fit, the one with more columns is used.
+# Format name -> columns it needs. If several formats fit, the one with the most columns is used.
 PAIR_FORMATS = {
     "prompt-chosen-rejected": ["prompt", "chosen", "rejected"],
     "chosen-rejected": ["chosen", "rejected"],
@@ -36,7 +36,7 @@ PAIR_FORMATS = {
 }
 UNPAIRED_FORMATS = {"unpaired": ["prompt", "completion", "label"]}
 
-# Columns that join the prompt of a format if the data has them, beside CONTEXT_COLUMNS.
+# Columns that are added to a format's prompt if the data has them, besides CONTEXT_COLUMNS.
 PROMPT_COLUMNS = {
     "instruction-chosen-rejected": ["input"],
     "instruction-preferred-rejected": ["input"],
@@ -56,8 +56,8 @@ LABELS = {"true": True, "1": True, "false": False, "0": False}
 def to_pair(row: dict, form: str) -> dict:
     """Convert a row to a pair; raises RowError if it shows no preference between two answers.
 
-    Answers may be texts, messages, or whole conversations that repeat the prompt. The prompt of the
-    pair is what both conversations begin with.
+    Answers may be texts, messages, or whole conversations that repeat the prompt. The pair's prompt
+    is the common beginning of both conversations.
     """
     columns = [column for column in PAIR_FORMATS[form] if column != "preference"]
     *prompt_columns, chosen_column, rejected_column = columns
@@ -67,7 +67,7 @@ def to_pair(row: dict, form: str) -> dict:
 
     chosen = as_conversation(prompt, row[chosen_column])
     rejected = as_conversation(prompt, row[rejected_column])
-    # A system message of the prompt, for example, must not get lost.
+    # For example, a system message in the prompt must not get lost.
     if not texts_of(prompt) <= texts_of(chosen) & texts_of(rejected):
         raise RowError("whose prompt is not in its answers, which are whole conversations")
     if chosen == rejected:
@@ -104,14 +104,14 @@ def prefers_second(row: dict, first_column: str, second_column: str) -> bool:
     valid = f"1, 2, a, b, {first_column}, {second_column}"
     reason = f"whose preference is {row['preference']!r}, not one of {valid}"
     if preference == "0":
-        # In data coded by 0 and 1, a 1 is the second answer: if only the rows of 0 were left out,
-        # all others would be read the wrong way round.
+        # In data with codes 0 and 1, a 1 is the second answer: leaving out only the rows with 0
+        # would invert all others.
         raise ConfigError(f"a row {reason}; write 1 for the first and 2 for the second answer")
     raise RowError(reason)
 
 
 def as_code(value) -> str:
-    """A preference or label as lower-case text; a column of numbers may hold 1.0 for 1."""
+    """A preference or label as lower-case text; numeric columns may have 1.0 for 1."""
     text = str(value).lower()
     return text.removesuffix(".0")
 
@@ -120,7 +120,7 @@ def as_conversation(prompt: list[dict], answer) -> list[dict]:
     """Prompt and answer as one conversation, whether or not the answer repeats the prompt."""
     messages = as_messages(answer, "assistant")
     for message in messages:
-        message.pop("train", None)  # a mark for SFT: here the answers are what differs
+        message.pop("train", None)  # only for SFT; here the answers are where conversations differ
     if messages[0]["role"] == "assistant":
         return prompt + messages
     return messages
@@ -153,7 +153,7 @@ def to_single(row: dict) -> dict:
 
 
 def to_preference(row: dict, form: str) -> dict:
-    """`to_single` of a row in one of UNPAIRED_FORMATS, `to_pair` of any other."""
+    """`to_single` for a row in one of UNPAIRED_FORMATS, else `to_pair`."""
     if form in UNPAIRED_FORMATS:
         return to_single(row)
     return to_pair(row, form)
@@ -170,12 +170,12 @@ def split_pairs(pairs: list[dict]) -> list[dict]:
 
 
 def add_mismatched_answers(rows: list[dict]) -> list[dict]:
-    """Give each row of KTO an answer to another prompt as "mismatched", to estimate z0 from."""
+    """Give each KTO row an answer to another prompt as "mismatched", for estimating z0."""
 
     def prompt_of(row: dict) -> str:
         return str(row["prompt"])
 
-    # Rows of one prompt become neighbours: a shift by the largest group leads out of every group.
+    # With rows sorted by prompt, a shift by the largest group size leads out of every group.
     rows = sorted(rows, key=prompt_of)
     group_sizes = Counter(map(prompt_of, rows))
     shift = max(group_sizes.values())
@@ -202,7 +202,7 @@ def first_prompts(rows: list[dict], count: int) -> list[dict]:
 
 
 def to_sample(row: dict) -> dict[str, str]:
-    """The last message of a prompt, and the first of each answer to it, for samples.jsonl."""
+    """The last message of a prompt and the first message of each answer, for samples.jsonl."""
     sample = {"prompt": row["prompt"][-1]["content"]}
     for name in ("chosen", "rejected"):
         if name in row:
@@ -218,8 +218,8 @@ def encode_answers(
 ) -> tuple[list[int], list[tuple[list[int], list[int]]]]:
     """Tokenize a prompt and answers to it: (prompt ids (P,), [(ids, labels) of each answer]).
 
-    Labels are IGNORE where the assistant does not speak. Answers within the prompt are not targets.
-    Raises RowError if an answer has several turns that do not go on from each other.
+    Labels are IGNORE at tokens that the assistant does not write. Answers within the prompt are not
+    targets. Raises RowError if an answer has several turns that do not continue each other.
     """
     encoded_answers = []
     for answer in answers:
@@ -237,10 +237,10 @@ def encode_answers(
 def truncate_answers(
     prompt: list[int], answers: list[tuple[list[int], list[int]]], tokenizer, config
 ) -> dict:
-    """Fit a result of `encode_answers` into `max_prompt_length` and `max_seq_length` of `config`.
+    """Truncate a result of `encode_answers` to `max_prompt_length` and `max_seq_length`.
 
-    Returns {"prompt", "answers", "labels", "cut"}: whether the prompt and each answer were cut.
-    Raises RowError if the prompt leaves no room for an answer.
+    Returns {"prompt", "answers", "labels", "cut"}; "cut" says whether the prompt and each answer
+    were truncated. Raises RowError if the prompt leaves no room for an answer.
     """
     short_prompt = truncate_prompt(prompt, tokenizer, config)
     max_length = config.max_seq_length - len(short_prompt)
@@ -261,13 +261,13 @@ def truncate_answers(
 
 
 def truncate_prompt(ids: list[int], tokenizer, config) -> list[int]:
-    """At most `max_prompt_length` tokens of a prompt, without those on `truncation_side`."""
+    """Truncate a prompt to `max_prompt_length` tokens, on the side `truncation_side`."""
     max_length = config.max_prompt_length or len(ids)
     if len(ids) <= max_length:
         return ids
     if config.truncation_side == "right":
         return ids[:max_length]
-    # BOS stays where a prompt begins with it: models rely on their first token.
+    # If the prompt begins with BOS, keep it: models rely on their first token.
     bos = []
     if ids[0] == tokenizer.bos_token_id:
         bos = ids[:1]
@@ -276,7 +276,7 @@ def truncate_prompt(ids: list[int], tokenizer, config) -> list[int]:
 
 
 def count_truncated(encoded: list[dict], name: str) -> None:
-    """Warn about rows of `truncate_answers` that were cut."""
+    """Warn about rows that `truncate_answers` has cut."""
     num_cut = torch.tensor([row["cut"] for row in encoded]).sum(0)  # (3,)
     if num_cut.any():
         logger.warning(
@@ -294,14 +294,14 @@ def count_truncated(encoded: list[dict], name: str) -> None:
 def compute_in_batches(
     compute: Callable[[list], Tensor], rows: list[dict], batch_size: int, device: torch.device
 ) -> Tensor:
-    """`compute(rows)` over all rows, (len(rows), ...); each process takes some of the batches."""
+    """`compute(rows)` for all rows, (len(rows), ...), with the batches split over processes."""
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
     def num_tokens(index: int) -> int:
         return len(rows[index]["input_ids"])
 
-    # By length, so that batches need little padding.
+    # Sorted by length, so that batches need little padding.
     order = sorted(range(len(rows)), key=num_tokens)
     starts = range(0, len(rows), batch_size)
     process = PartialState(cpu=device.type == "cpu")
@@ -319,7 +319,7 @@ def compute_in_batches(
 
 
 def estimate_pairs(config: Any, work: Work) -> Work:
-    """What a training on pairs computes, from that on their longer answers alone (a dry run)."""
+    """The work of training on pairs, from the work on only their longer answers (a dry run)."""
     answer_share = work.share_scored
     if config.share_prompt:
         # Both answers are in one sequence, after their prompt.
@@ -337,7 +337,7 @@ def estimate_pairs(config: Any, work: Work) -> Work:
 
 
 def pair_accuracy(margins: Tensor) -> Tensor:
-    """Fraction of margins (B,) above 0; a tie counts half."""
+    """Fraction of margins (B,) above 0; a tie counts as half."""
     wins = (margins > 0).float().mean()
     ties = (margins == 0).float().mean()
     return wins + ties / 2

@@ -20,7 +20,7 @@ from core.llm_client import LLMClient, LLMClientConfig
 from core.runtime import logger
 from core.sampling import SAMPLING_DEFAULTS, check_sampling
 
-# How the teacher writes, unless generation_kwargs say otherwise.
+# How the teacher samples, unless generation_kwargs override it.
 TEACHER_SAMPLING = SAMPLING_DEFAULTS | {"max_new_tokens": 256, "temperature": 0.7}
 # Part of the key of every recorded call: answers to other versions of the prompts are not reused.
 PROMPT_VERSION = "1"
@@ -29,7 +29,7 @@ ANSWER_CHECKS = {
     "exact": f"{verifiers.__file__}:exact",
 }
 ANSWER_MARKER = "####"  # what the teacher writes before its final answer
-# Words around a final answer that are no steps to it.
+# Words around a final answer that are not reasoning steps.
 FILLER_WORDS = {"a", "answer", "final", "hence", "is", "it", "result", "so", "the", "therefore"}
 SIMILARITY_CUTOFF = 0.7  # new questions whose words are this similar to a known one are dropped
 
@@ -42,18 +42,18 @@ class TeacherConfig(LLMClientConfig):
     teacher_model_path: str = ""  # folder, hub name, .gguf file, stage:NAME, or name on a server
     # local: a model run here; api: any server with the protocol of OpenAI
     teacher_model_type: Literal["local", "api", "openai", "anthropic"] = "local"
-    teacher_base_url: str | None = None  # URL of the server, such as http://localhost:8000/v1
+    teacher_base_url: str | None = None  # URL of the server, e.g. http://localhost:8000/v1
     teacher_api_key: str | None = None  # name of the environment variable that holds the key
     num_rationales: Count = 4  # chains of thought sampled for each question
     # sampling of the teacher, any of {max_new_tokens: 256, temperature: 0.7, top_k: 0, top_p: 1}
     generation_kwargs: Options = field(default_factory=dict)
     answer_check: Literal["numeric", "exact"] = "numeric"  # compare answers as numbers or as text
     # what is learned: the steps in the answer, the model's reasoning before it, or both; auto: the
-    # steps, and the reasoning where the answer has none
+    # steps, or the reasoning if the answer has none
     rationale_source: Literal["auto", "answer", "reasoning", "both"] = "auto"
-    # keep the rows of these types; without a column reasoning_type, ask the teacher for them
+    # keep only rows of these types; without a column reasoning_type, ask the teacher for them
     reasoning_types: Names = field(default_factory=list)
-    generate_synthetic_data: bool = False  # let the teacher write new questions as well
+    generate_synthetic_data: bool = False  # let the teacher write new questions too
     num_synthetic_examples: Natural = 100  # number of new questions
 
     def validate(self) -> None:
@@ -72,7 +72,7 @@ class TeacherConfig(LLMClientConfig):
 
 
 def as_prompt(question: str, system: str | None = None) -> list[dict]:
-    """The messages that ask a question, after the system text of its row if there is one."""
+    """The messages that ask a question, after the row's system prompt if there is one."""
     messages = [{"role": "user", "content": question}]
     if system:
         messages.insert(0, {"role": "system", "content": system})
@@ -103,7 +103,7 @@ def question_prompt(examples: list[str]) -> list[dict]:
 
 
 def strip_or_none(text: str) -> str | None:
-    """The text without white space around it; None where nothing is left."""
+    """The text without surrounding white space; None if nothing is left."""
     return text.strip() or None
 
 
@@ -111,13 +111,13 @@ def strip_or_none(text: str) -> str | None:
 
 
 def final_answer(text: str, marker: str = ANSWER_MARKER) -> str:
-    """The text after the last marker, or all of it where there is no marker."""
+    """The text after the last marker, or all of it if there is no marker."""
     return text.rpartition(marker)[2].strip()
 
 
 def canonical_answers(prompts: list, completions: list[str], **_) -> list[str | None]:
-    """The number or formula that each completion ends with, in one notation, so that equal answers
-    are equal texts; None without one. Parsing may hang: call it by `Subprocess`."""
+    """The number or formula that each completion ends with, in a canonical notation, so that equal
+    answers are equal texts; None if there is none. Parsing may hang: call it via `Subprocess`."""
     return [canonical_answer(text) for text in completions]
 
 
@@ -136,13 +136,13 @@ def canonical_answer(text: str) -> str | None:
 
 @functools.cache
 def shared_process(function: str) -> AnswerChecker:
-    """The one process that runs `function` for all comparisons: starting one takes seconds."""
+    """A process that runs `function` for all comparisons, because starting one takes seconds."""
     return AnswerChecker(function)
 
 
 def check_answers(config: TeacherConfig, texts: list[str], answers: list[str]) -> list:
-    """For each final answer 1.0 (right) or 0.0 (wrong); None where the comparison failed or took
-    too long."""
+    """For each final answer 1.0 (right) or 0.0 (wrong); None if the comparison failed or took too
+    long."""
     check = shared_process(ANSWER_CHECKS[config.answer_check])
     return [
         check.verdict(text, answer=[answer]) for text, answer in zip(texts, answers, strict=True)
@@ -163,7 +163,7 @@ def majority_vote(answers: Sequence[str | None]) -> str | None:
 
 
 def vote_on_answer(config: TeacherConfig, chains: list[str]) -> str | None:
-    """The answer that most chains agree on, as the first of them spells it."""
+    """The answer that most chains agree on, as the first of them writes it."""
     if config.answer_check == "exact":
         answers = [final_answer(chain) for chain in chains]
     else:
@@ -172,7 +172,7 @@ def vote_on_answer(config: TeacherConfig, chains: list[str]) -> str | None:
     winner = majority_vote(answers)
     if winner is None:
         return None
-    # The student learns the answer as it was written, not the notation made for comparing.
+    # The student learns the answer as written, not the canonical notation.
     chain = chains[answers.index(winner)]
     return find_marked_answer(chain) or final_answer(chain)
 
@@ -183,9 +183,9 @@ def vote_on_answer(config: TeacherConfig, chains: list[str]) -> str | None:
 def write_questions(
     config: TeacherConfig, teacher: LLMClient, seeds: list[str], held_out: list[str]
 ) -> list[dict]:
-    """New questions by the teacher, who sees three of the seeds for each (Wang et al. 2023,
-    "Self-Instruct"). Near repetitions of each other, of seeds and of held-out questions are
-    dropped. Stops early after asking three times as often as there are questions to write."""
+    """New questions by the teacher, which sees three of the seeds for each (Wang et al. 2023,
+    "Self-Instruct"). Near duplicates of each other, of seeds and of held-out questions are dropped.
+    Stops early after three times as many requests as questions to write."""
     wanted = config.num_synthetic_examples
     sampling = TEACHER_SAMPLING | config.generation_kwargs | {"temperature": 1.0}
     known_questions = [text.lower().split() for text in (*seeds, *held_out)]
@@ -195,7 +195,7 @@ def write_questions(
         first = counts["asked"]
         requests = []
         for number in range(first, first + wanted - len(questions)):
-            # The examples depend on the number alone: a run that continues asks the same again.
+            # The examples depend only on the number, so that a resumed run asks the same again.
             generator = random.Random(config.seed * 1_000_003 + number)
             examples = generator.sample(seeds, min(3, len(seeds)))
             requests.append((question_prompt(examples), number))
@@ -228,7 +228,7 @@ def write_questions(
 def ask_for_chains(
     config: TeacherConfig, teacher: LLMClient, rows: list[dict]
 ) -> list[list[Answer]]:
-    """For each row the answers that the teacher writes, at most `num_rationales`."""
+    """The answers that the teacher writes to each row, at most `num_rationales`."""
     requests = []
     names = []
     for row in rows:
@@ -253,7 +253,7 @@ def ask_for_chains(
 
 
 def steps_in(text: str, answer: str) -> str:
-    """The steps before the final answer of a text; "" where the answer stands alone."""
+    """The steps before the final answer of a text; "" if there is only the answer."""
     before, marker, _ = text.rpartition(ANSWER_MARKER)
     if marker:
         # The marker may be in bold, which leaves a line of stars.
@@ -266,19 +266,19 @@ def steps_in(text: str, answer: str) -> str:
 
 
 def is_answer_alone(text: str, answer: str) -> bool:
-    """Whether a text says no more than its answer: 7, \\boxed{7}, <answer>7</answer>, The answer is
+    """Whether a text has nothing but its answer: 7, \\boxed{7}, <answer>7</answer>, The answer is
     7."""
     if "=" in text:
         return False
     text = re.sub(r"<[^<>]*>|\\[a-zA-Z]+", " ", text).lower()
     words = re.findall(r"[^\W\d_]+", text.replace(answer.lower(), " "))
-    # An answer may be spelled in another way: 1,000 or 1000.
+    # An answer may be written differently: 1,000 or 1000.
     numbers = re.findall(r"\d[\d.,]*", text)
     return len(numbers) <= 1 and not set(words) - FILLER_WORDS
 
 
 def rationale_of(config: TeacherConfig, answer: Answer, final: str) -> str:
-    """What the student learns of an answer whose final answer is right; "" if it has no steps."""
+    """What the student learns from a right answer; "" if it has no steps."""
     steps = steps_in(answer.text, final)
     if config.rationale_source == "answer":
         return steps
@@ -290,9 +290,9 @@ def rationale_of(config: TeacherConfig, answer: Answer, final: str) -> str:
 
 
 def distinct_chains(chains: list[str]) -> list[str]:
-    """The chains without repetitions that differ in case or white space alone."""
+    """The chains without duplicates that differ only in case or white space."""
     distinct: dict[str, str] = {}
-    # Backwards, so that the first spelling of several equal ones stays.
+    # Backwards, so that the first of several equal chains is kept.
     for chain in reversed(chains):
         normalized = " ".join(chain.lower().split())
         distinct[normalized] = chain
@@ -300,8 +300,8 @@ def distinct_chains(chains: list[str]) -> list[str]:
 
 
 def collect_rationales(config: TeacherConfig, teacher: LLMClient, rows: list[dict]) -> list[dict]:
-    """Rows {"question", "rationale", "answer", ...}: those that have a rationale as they are, then
-    one for each distinct chain of the teacher whose final answer is right."""
+    """Rows {"question", "rationale", "answer", ...}: first those that have a rationale already,
+    then one for each distinct chain of the teacher whose final answer is right."""
     # Ready rationales are trusted: their answers are not checked.
     collected = [row for row in rows if row["rationale"]]
     open_rows = [row for row in rows if not row["rationale"]]
@@ -311,7 +311,7 @@ def collect_rationales(config: TeacherConfig, teacher: LLMClient, rows: list[dic
     counts: Counter[str] = Counter()
     answers_by_row = ask_for_chains(config, teacher, open_rows)
     for row, answers in zip(open_rows, answers_by_row, strict=True):
-        # What the token limit ended may have lost a part of its final answer.
+        # An answer cut off by the token limit may have lost a part of its final answer.
         finished = [answer for answer in answers if not answer.was_cut]
         chains = [answer.text for answer in finished]
         counts["chains"] += len(answers)
@@ -359,7 +359,7 @@ def collect_rationales(config: TeacherConfig, teacher: LLMClient, rows: list[dic
 
 
 def why_nothing_is_learned(counts: Counter) -> str:
-    """One sentence on chains of which none is usable, and what to do."""
+    """Why no chain is usable, and the remedy, in one sentence."""
     if counts["right"]:
         return (
             f"nothing to learn from: {counts['right']} answers are right, but without the steps to "

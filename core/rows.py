@@ -1,4 +1,4 @@
-"""Rows of a data set: convert them, count those that cannot be used, tell what they ask."""
+"""Rows of a data set: convert them, count unusable ones, identify their prompts."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from core.tables import Table, without_padding
 MAX_PLACES = 3  # rows that a message names for each reason
 
 
-# -- rows that can be used ---------------------------------------------------------------------
+# -- usable rows -------------------------------------------------------------------------------
 
 
 @dataclass
 class RowCount:
-    """How many rows can be used, and those that cannot, by reason."""
+    """The number of usable rows, and the unusable ones by reason."""
 
     num_usable: int = 0
-    places: dict[str, list[str]] = field(default_factory=dict)  # reason: where each row stands
+    places: dict[str, list[str]] = field(default_factory=dict)  # reason -> places of the rows
 
     def leave_out(self, reason: str, place: str = "") -> None:
         self.places.setdefault(reason, []).append(place)
@@ -34,7 +34,7 @@ class RowCount:
         return sum(map(len, self.places.values()))
 
     def summary(self) -> str:
-        """The reasons, such as: 2 broken JSON (lines 7, 19); 1 without an answer (line 3)."""
+        """The reasons, for example: 2 broken JSON (lines 7, 19); 1 without an answer (line 3)."""
         by_count = sorted(self.places.items(), key=lambda item: -len(item[1]))
         return "; ".join(
             f"{len(places)} {reason}{describe_places(places)}" for reason, places in by_count
@@ -42,7 +42,7 @@ class RowCount:
 
 
 def describe_places(places: Sequence[str]) -> str:
-    """The places in brackets: (lines 7, 19, 30, ...); "" where none is known."""
+    """The places in brackets: (lines 7, 19, 30, ...); "" if none is known."""
     known = [place for place in places if place]
     if not known:
         return ""
@@ -61,7 +61,7 @@ def describe_places(places: Sequence[str]) -> str:
 def usable_rows(rows: Iterable, convert: Callable, what: str, warn: bool = True) -> list:
     """`[convert(row) for row in rows]`, without the rows for which it raises RowError.
 
-    A row may come as a Record, which says where it stands. The reasons are counted, and with `warn`
+    A row may be a Record, which knows its place in a file. The reasons are counted, and with `warn`
     logged as "`what`: 3 of 40 rows left out: ...". Raises ConfigError if no row is usable, or fewer
     than are left out.
     """
@@ -72,7 +72,7 @@ def usable_rows(rows: Iterable, convert: Callable, what: str, warn: bool = True)
 
 
 def convert_rows(rows: Iterable, convert: Callable, count: RowCount) -> Iterator:
-    """The converted rows; these, and those that raise RowError, are counted in `count`."""
+    """Yield the converted rows; counts them and those that raise RowError in `count`."""
     for row in rows:
         place, problem = "", ""
         if isinstance(row, Record):
@@ -90,7 +90,7 @@ def convert_rows(rows: Iterable, convert: Callable, count: RowCount) -> Iterator
 
 
 def report_left_out(count: RowCount, what: str, warn: bool = True) -> None:
-    """Log what was left out; raises ConfigError if it is more than what is used, or all."""
+    """Log the rows left out; raises ConfigError if they outnumber the usable ones, or are all."""
     summary = count.summary()
     usable, left_out = count.num_usable, count.num_left_out
     if usable < max(1, left_out):
@@ -104,9 +104,9 @@ def report_left_out(count: RowCount, what: str, warn: bool = True) -> None:
 
 
 class RowReader:
-    """Gives the rows of a table the column names that its format knows.
+    """Renames the columns of a table's rows to those of its format.
 
-    Raises ConfigError for columns that do not say what the rows mean.
+    Raises ConfigError if the meaning of the columns is unclear.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class RowReader:
         self.passes_on = passes_on
         known = known_columns(formats, optional)
         if passes_on:
-            known.add("answer")  # of the rewards that the project has
+            known.add("answer")  # read by built-in rewards
         try:
             self.names = rename_columns(table.columns, source.columns, known, passes_on)
             names_in_order = [self.names[column] for column in table.columns]
@@ -144,8 +144,8 @@ class RowReader:
         self.dropped = [column for column, name in self.names.items() if name is None]
 
     def prepare(self, row: dict) -> dict:
-        """The row by the names of its format, without the columns that are dropped."""
-        # The rows of a stream may lack columns of its first rows, or bring others.
+        """The row with the names of its format, without dropped columns."""
+        # Rows of a stream may lack columns of the first rows, or have others.
         if len(row) < len(self.names):
             row = {**dict.fromkeys(self.names), **row}
         if self.renamed:
@@ -168,11 +168,11 @@ class RowReader:
         log("%s", summary)
 
 
-# -- what a row asks ----------------------------------------------------------------------------
+# -- prompts of rows ----------------------------------------------------------------------------
 
 
 def prompt_key(row) -> str:
-    """A text that is the same for rows that ask the same, but for white space around texts, which
+    """A text that is equal for rows with the same prompt, ignoring white space around texts, which
     chat templates trim."""
     return json_key(stripped(prompt_of(row)))
 
@@ -189,7 +189,8 @@ def stripped(value):
 
 
 def prompt_of(row):
-    """What a converted row asks: a chat without its end, a prompt, a question, or the whole row."""
+    """The prompt of a converted row: a chat without its last message, a prompt, a question, or else
+    the whole row."""
     if isinstance(row, list):
         return row[:-1]
     if isinstance(row, dict):
@@ -198,5 +199,5 @@ def prompt_of(row):
 
 
 def json_key(value) -> str:
-    """A text that is the same for equal values."""
+    """A text that is equal for equal values."""
     return json.dumps(value, sort_keys=True, default=str)

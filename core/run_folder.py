@@ -1,6 +1,6 @@
-"""What the folder of a run says, however far it has come: its stages, their records, and alarms.
+"""Read the folder of a run, finished or in progress: its stages, their records, and alarms.
 
-A file may be missing, damaged, or half written by a run in progress; then it says nothing.
+Files that are missing, damaged, or half written by a run in progress are treated as empty.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from core.yaml_files import parse_yaml
 
 UNFINISHED = ("running", "interrupted", "failed")
-NEVER = "9"  # sorts after every time: whatever the folder has is of an older run
+NEVER = "9"  # sorts after every time: everything in the folder is from an older run
 
 
 @dataclass
@@ -29,11 +29,11 @@ class LogEntry:
 
 @dataclass
 class Stage:
-    """What the folder of a stage says."""
+    """The contents of a stage's folder."""
 
     name: str
     state: str  # done, running, interrupted, failed, waiting or skipped
-    since: str  # when it began; files from before are of an older run
+    since: str  # when it began; older files are from an earlier run
     metrics: dict[str, float]
     config: dict[str, Any]
     curves: list[dict[str, Any]]  # rows of metrics.jsonl
@@ -46,12 +46,12 @@ def is_number(value: Any) -> bool:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file, with a mark for bytes that are no UTF-8; empty if there is no file."""
+    """The text of a file, with marks for invalid UTF-8; empty if there is no file."""
     return path.read_text("utf-8", "replace") if path.is_file() else ""
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """The mapping in a .json or .yaml file; empty if there is none, or a damaged one."""
+    """The mapping in a .json or .yaml file; empty if the file is missing or damaged."""
     text = read_text(path)
     try:
         value = parse_yaml(text) if path.suffix == ".yaml" else json.loads(text)
@@ -61,8 +61,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The mappings in a .jsonl file. A line that is damaged, such as the last one of a run in
-    progress, is skipped."""
+    """The mappings in a .jsonl file. Damaged lines, such as the last one of a run in progress, are
+    skipped."""
     rows = []
     for line in read_text(path).split("\n"):
         try:
@@ -95,8 +95,7 @@ def read_stage(
     metrics: Mapping[str, Any] | None = None,
     since: str = "",
 ) -> Stage:
-    """What a stage's folder says; what it has from before `since`, when the stage began, is of an
-    older run."""
+    """Read a stage's folder, ignoring files from before `since`, when the stage began."""
     record = read_mapping(folder / "stage.json")
     # Times are compared as text: the log has 2026-11-28 13:05:09, stage.json
     # 2026-11-28T13:05:09+0000.
@@ -105,14 +104,14 @@ def read_stage(
         record = {}
     metrics = record.get("metrics") or metrics or {}
     numbers = {name: value for name, value in metrics.items() if is_number(value)}
-    # A stage outside a chain has no entry that says when it began.
+    # A stage outside a chain has no log entry with its start time.
     if record and finished and not since:
         took = timedelta(seconds=2 + numbers.get("seconds", 0))
         since = str(datetime.fromisoformat(finished[:19]) - took)
 
     def rows_of(file_name: str) -> list[dict[str, Any]]:
         path = folder / file_name
-        # Beside a valid stage.json every file is of the same run; without one its date decides.
+        # With a valid stage.json all files are from the same run; else the file's date decides.
         if not record and path.exists():
             changed = datetime.fromtimestamp(path.stat().st_mtime)
             if str(changed) < since:
@@ -149,17 +148,17 @@ def metrics_so_far(curves: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def read_run(folder: Path) -> tuple[list[Stage], list[LogEntry], str]:
     """(stages, alarms, command) of the run in a folder. Raises ValueError if there is none.
 
-    A stage's own command stays in its lineage where it is another one than that of the run.
+    A stage's lineage keeps its own command only if it differs from that of the run.
     """
     chain = read_mapping(folder / "pipeline.json")
     of_a_stage = ("stage.json", "metrics.jsonl", "training.log")
-    # The log alone is enough: a run that has just begun has no other file.
+    # The log is enough: a run that has just started has no other file.
     if not chain and not any((folder / name).exists() for name in of_a_stage):
         raise ValueError(
             f"{folder}: no run here, neither pipeline.json nor {', '.join(of_a_stage)}"
         )
     log = read_log(folder / ("pipeline_training.log" if chain else "training.log"))
-    # The folder of a single stage is read like a chain of one stage that has no name.
+    # The folder of a single stage is read like a chain of one unnamed stage.
     failed = bool(log) and log[-1].level == "ERROR"
     default_state = {"failed" if failed else "running": ""}
     states = {name: state for state, name in chain.get("state", default_state).items()}
@@ -184,7 +183,7 @@ def read_run(folder: Path) -> tuple[list[Stage], list[LogEntry], str]:
         stage = read_stage(folder / name, label, state, config, metrics, since)
         stages.append(stage)
         stages += read_contained_stages(folder / name, stage, log)
-    # A log is appended to over all runs in a folder: older alarms are not of this one.
+    # The log is appended to by all runs in a folder; older alarms belong to earlier runs.
     first = min(stage.since for stage in stages)
     alarms = [entry for entry in log if entry.level in ("WARNING", "ERROR") and entry.time >= first]
     made_by = chain or stages[0].lineage
@@ -196,7 +195,7 @@ def read_run(folder: Path) -> tuple[list[Stage], list[LogEntry], str]:
 
 
 def start_times(log: Sequence[LogEntry]) -> dict[str, str]:
-    """{folder of a stage: when it began last}, from entries such as `2/4 02_dpo`."""
+    """{folder of a stage: its last start time}, from entries such as `2/4 02_dpo`."""
     times = {}
     for entry in log:
         begins = re.fullmatch(r"\d+/\d+ (\S+)", entry.message)
@@ -206,16 +205,15 @@ def start_times(log: Sequence[LogEntry]) -> dict[str, str]:
 
 
 def read_contained_stages(folder: Path, stage: Stage, log: Sequence[LogEntry]) -> list[Stage]:
-    """The recipes that ran as parts of a stage, as in rlaif, each in a folder inside that of the
-    stage."""
+    """The recipes that ran as parts of a stage, as in rlaif, each in a subfolder of the stage's
+    folder."""
     parts = []
     for path in sorted(folder.glob("*/metrics.jsonl")):
         name = path.parent.name
-        if name.startswith("previous."):  # results that were laid aside
+        if name.startswith("previous."):  # results of earlier runs
             continue
         reused = any(f"{name} is finished already" in entry.message for entry in log)
-        # A part that an earlier try finished is older than the stage, and belongs to it all the
-        # same.
+        # A part that an earlier attempt finished is older than the stage, but belongs to it.
         since = "" if reused else stage.since
         part = read_stage(path.parent, f"{stage.name}/{name}", stage.state, since=since)
         if part.lineage or stage.state in UNFINISHED:

@@ -1,4 +1,4 @@
-"""Device, precision, processes, signals, logging and memory of the running program."""
+"""Device, precision, processes, signals, logging and memory of the running process."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from core.screen import SafeFormatter, clear_open_line, new_screen_handler
 
 logger = logging.getLogger("recipes")
 
-# Warnings about things that are intended here: PEFT's about gradient checkpointing, and PyTorch's
-# about the synchronization checks around CUDA graphs.
+# Warnings about intended behaviour: PEFT's about gradient checkpointing, and PyTorch's about the
+# synchronization checks around CUDA graphs.
 warnings.filterwarnings("ignore", ".*is_gradient_checkpointing|Synchronization debug mode")
-# These warn at every layer of every step: of kernels that are not needed, and of timeouts that
+# Loggers that warn all the time, of kernels that are not needed, and of disabled timeouts, which
 # `Subprocess` enforces itself.
 NOISY_LOGGERS = ("bitsandbytes.autograd", "bitsandbytes.backends.cpu.ops", "math_verify")
 for logger_name in NOISY_LOGGERS:
     logging.getLogger(logger_name).setLevel(logging.ERROR)
 
 EXIT_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# Whether a `deferred_signals` is active: an inner one leaves the signals to it.
+# Whether a `deferred_signals` is active; an inner one leaves signals to it.
 is_deferring = False
 
 
@@ -42,11 +42,11 @@ is_deferring = False
 
 
 def configure_allocator() -> None:
-    """On Linux: large tensors on huge pages, returned to the system as soon as they are freed.
+    """On Linux, put large tensors on huge pages, and return them to the system when freed.
 
-    glibc would raise its mmap threshold with every large block it frees, and keep the holes. The
-    heap grows in steps of 128 MB, so that it has huge pages too. THP_MEM_ALLOC_ENABLE=0 in the
-    environment leaves the allocator as it is.
+    By default glibc raises its mmap threshold whenever a large block is freed, and keeps the holes.
+    The heap grows in steps of 128 MB, so that it gets huge pages too. THP_MEM_ALLOC_ENABLE=0 in the
+    environment leaves the allocator unchanged.
     """
     # mallopt's option numbers, from malloc.h.
     trim_threshold, top_pad, mmap_threshold = -1, -2, -3
@@ -76,8 +76,8 @@ def peak_memory() -> dict[str, float]:
 
 @contextlib.contextmanager
 def memory_limit(gigabytes: float) -> Iterator[None]:
-    """Raise MemoryError inside a block that takes so much more memory. Linux alone has the limit,
-    and it is that of all threads."""
+    """Raise MemoryError in the block if the process takes this much more memory. Only on Linux; the
+    limit applies to all threads."""
     if sys.platform != "linux":
         yield
         return
@@ -113,7 +113,7 @@ def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str,
 
 
 def compute_dtype(precision: str) -> torch.dtype:
-    """The dtype of a Precision. "auto" is the fast one of the GPU, and float32 on CPU and MPS."""
+    """The dtype of a Precision. "auto" is the GPU's fast 16-bit type; float32 on CPU and MPS."""
     if precision != "auto":
         return getattr(torch, precision)
     if not torch.cuda.is_available():
@@ -125,7 +125,7 @@ def compute_dtype(precision: str) -> torch.dtype:
 
 
 def suggest_bfloat16(precision: str) -> None:
-    """Log that a CPU is faster in bfloat16 than in the float32 of "auto", if it is."""
+    """Log a hint if the CPU is faster in bfloat16 than in float32, the choice of "auto"."""
     if default_device().type != "cpu" or precision != "auto":
         return
     if torch.cpu.get_capabilities().get("amx_bf16"):
@@ -136,7 +136,7 @@ def suggest_bfloat16(precision: str) -> None:
 
 
 def is_main_process() -> bool:
-    """True in the one process that writes and logs, also under `accelerate launch`."""
+    """True in the process that writes and logs; under `accelerate launch` this is rank 0."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
@@ -151,7 +151,7 @@ def wait_for_everyone() -> None:
 
 
 def is_sharded() -> bool:
-    """Whether each process holds only a part of the model: launched with FSDP or DeepSpeed."""
+    """Whether each process has only a part of the model, launched with FSDP or DeepSpeed."""
     variables = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
     return any(os.environ.get(variable, "").lower() == "true" for variable in variables)
 
@@ -166,7 +166,7 @@ def close_process_group() -> None:
 
 
 def exit_on_signals() -> None:
-    """SIGINT and SIGTERM end the program with status 130 and 143 (see also `deferred_signals`)."""
+    """Make SIGINT and SIGTERM exit with status 130 and 143 (see also `deferred_signals`)."""
 
     def exit_now(number, frame):
         name = signal.Signals(number).name
@@ -183,11 +183,11 @@ def exit_on_signals() -> None:
 def deferred_signals(
     action: str = "saving a checkpoint after this step, then exiting",
 ) -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in the list that is yielded, so that a loop can save first.
+    """Collect SIGINT and SIGTERM in the yielded list, so that a loop can save first.
 
-    After the block the program ends with status 130 or 143 if there was a signal. A second signal
-    ends it at once. `action` is what the loop does after a signal, for the log. Inside another
-    block the list stays empty: the outer loop decides when to stop.
+    If there was a signal, the program exits after the block with status 130 or 143. A second signal
+    ends it at once. `action`, for the log, is what the loop does after a signal. Inside another
+    such block the list stays empty: the outer loop decides when to stop.
     """
     global is_deferring
     received: list[int] = []
@@ -204,7 +204,7 @@ def deferred_signals(
         )
 
     previous_handlers = {}
-    # Python allows signal handlers in the main thread alone.
+    # Python allows signal handlers only in the main thread.
     if threading.current_thread() is threading.main_thread():
         for number in EXIT_SIGNALS:
             previous_handlers[number] = signal.signal(number, defer)
@@ -222,9 +222,9 @@ def deferred_signals(
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError inside a block of Python code that has taken so much processor time.
+    """Raise TimeoutError in the block, which must be Python code, after this much processor time.
 
-    Where Python has no such signals, outside of the main thread and on Windows, there is no limit.
+    There is no limit outside the main thread and on Windows, where Python has no such signals.
     """
     in_main_thread = threading.current_thread() is threading.main_thread()
     if not in_main_thread or not hasattr(signal, "setitimer"):
@@ -244,11 +244,11 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def any_process_stopped(accelerator: Any, signals: list[int]) -> bool:
-    """Whether a signal came to any process: all of them save and end together.
+    """Whether any process received a signal, so that all of them save and exit together.
 
-    `signals` is the list of `deferred_signals`, which then has one in every process.
+    `signals` is the list from `deferred_signals`; afterwards it has a signal in every process.
     """
-    # A launcher may signal one process alone; the others would wait for it at the next sum.
+    # A launcher may signal only one process; the others would wait for it in the next collective.
     count = torch.tensor(len(signals), device=accelerator.device)
     if not accelerator.reduce(count, "sum"):
         return False
@@ -264,7 +264,7 @@ warn_once = functools.cache(logger.warning)
 
 
 def warn_together(what: str, notes: Sequence[str]) -> None:
-    """All `notes` in one warning; none without notes."""
+    """Log all `notes` in one warning; nothing without notes."""
     if len(notes) == 1:
         logger.warning("%s: %s", what, notes[0])
     elif notes:
@@ -274,14 +274,14 @@ def warn_together(what: str, notes: Sequence[str]) -> None:
 def start_logging(level: str, path: Path | None = None) -> contextlib.ExitStack:
     """Log to the screen, and to the file at `path`, until the returned stack is closed.
 
-    The screen gets this project's lines from `level` on, without decoration. The file gets all
-    levels, and what libraries log and warn. Only the main process logs. Raises ConfigError if the
-    file cannot be written.
+    The screen gets this project's messages from `level` up, as plain text. The file gets all
+    levels, and also log messages and warnings of libraries. Only the main process logs. Raises
+    ConfigError if the file cannot be written.
     """
     import transformers
 
     stack = contextlib.ExitStack()
-    # Without any handler on the root, Python would print the libraries' warnings.
+    # Without any handler on the root logger, Python would print the libraries' warnings.
     file_handler: logging.Handler = logging.NullHandler()
     if is_main_process() and path:
         with as_config_error(f"output_dir={path.parent} cannot be written to"):
@@ -290,14 +290,14 @@ def start_logging(level: str, path: Path | None = None) -> contextlib.ExitStack:
         layout = "%(asctime)s %(levelname)s %(name)s: %(message)s"
         file_handler.setFormatter(SafeFormatter(layout))
     add_handler(stack, logging.getLogger(), file_handler)
-    # In a chain, the chain has set up the screen for its stages.
+    # In a chain, the screen handler has been set up already.
     if is_main_process() and not logger.handlers:
         screen_handler = new_screen_handler()
         screen_handler.setLevel(level.upper())
         add_handler(stack, logger, screen_handler)
 
     logger.setLevel(logging.DEBUG)
-    logging.raiseExceptions = False  # a full disk is reported once, by the code that fails
+    logging.raiseExceptions = False  # the code that fails reports a full disk, once
     logging.captureWarnings(True)
     stack.callback(logging.captureWarnings, False)
     transformers.utils.logging.disable_default_handler()
@@ -309,7 +309,7 @@ def start_logging(level: str, path: Path | None = None) -> contextlib.ExitStack:
 def add_handler(
     stack: contextlib.ExitStack, target: logging.Logger, handler: logging.Handler
 ) -> None:
-    """Add `handler` to `target`; remove and close it when the stack is closed."""
+    """Add `handler` to `target`, to be removed and closed with the stack."""
     target.addHandler(handler)
     stack.callback(handler.close)
     stack.callback(target.removeHandler, handler)

@@ -1,7 +1,7 @@
-"""What a person sees while something takes long.
+"""Progress on the screen.
 
-On a terminal the line of a step takes the place of the one before it, in a notebook too. In a file
-or a pipe, the lines of steps come every few seconds at most; metrics.jsonl has all of them.
+On a terminal and in a notebook, the line of a step replaces the previous one. In a file or a pipe,
+lines of steps are written at most every few seconds; metrics.jsonl has all of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 SECONDS_BETWEEN_LINES = 5.0
 CLEAR_LINE = "\r\x1b[2K"
-# What a model wrote may have control characters, which move the cursor, clear or recolour the
+# Text of a model may contain control characters, which move the cursor, clear or recolour the
 # screen, and marks that reverse the order of letters. Tabs and line feeds are harmless.
 CONTROL_CODES = (
     *range(0x00, 0x09),
@@ -31,18 +31,18 @@ CONTROL_SIGNS = {code: chr(code).encode("unicode_escape").decode() for code in C
 
 
 def show_controls(text: str) -> str:
-    """The text with its control characters written out, such as \\x1b."""
+    """The text with control characters escaped, such as \\x1b."""
     return text.translate(CONTROL_SIGNS)
 
 
 def shorten(text: str, length: int = 160) -> str:
-    """The text on one line, at most `length` characters of it."""
+    """The text on one line, cut to `length` characters."""
     one_line = " ".join(text.split())
     return one_line[:length]
 
 
 class SafeFormatter(logging.Formatter):
-    """Whatever text gets into the log, a terminal shows it and does nothing else."""
+    """Escapes control characters, so that logged text cannot control a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         return show_controls(super().format(record))
@@ -50,9 +50,9 @@ class SafeFormatter(logging.Formatter):
 
 class ScreenHandler(logging.StreamHandler):
     """Records of steps have a true attribute `is_step`; `stays` marks those that are always shown,
-    such as the first and the last one, and evaluations."""
+    such as the last one and evaluations."""
 
-    has_open_line = False  # the cursor is behind a line that will be replaced
+    has_open_line = False  # whether the cursor is after a line that will be replaced
     last_shown = -math.inf  # time.monotonic() of the last line of a step
 
     @property
@@ -61,7 +61,7 @@ class ScreenHandler(logging.StreamHandler):
 
     def emit(self, record: logging.LogRecord) -> None:
         passes = getattr(record, "is_step", False) and not getattr(record, "stays", False)
-        # A step that passes is replaced by the next one, or is one of too many.
+        # A step that passes is replaced by the next one, or may be skipped.
         if passes and self.is_terminal:
             self.show_line(self.format(record))
         elif not passes:
@@ -72,15 +72,15 @@ class ScreenHandler(logging.StreamHandler):
             super().emit(record)
 
     def show_line(self, text: str) -> None:
-        """Show a line until the next one takes its place."""
-        # A line that wraps could not be cleared as a whole.
+        """Show a line until the next one replaces it."""
+        # A wrapped line could not be cleared completely.
         width = shutil.get_terminal_size().columns
         self.stream.write(CLEAR_LINE + text[: width - 1])
         self.flush()
         self.has_open_line = True
 
     def close(self) -> None:
-        # What comes next, such as the prompt of a shell, begins a line of its own.
+        # Start a new line for what comes next, such as a shell prompt.
         if self.has_open_line:
             self.stream.write("\n")
             self.has_open_line = False
@@ -93,11 +93,11 @@ class ScreenHandler(logging.StreamHandler):
 
 
 class NotebookHandler(logging.StreamHandler):
-    """The screen in a notebook. After any other line, the lines of steps begin a new output."""
+    """The screen in a notebook. After any other line, lines of steps start a new output."""
 
     step_output: Any = None  # IPython's handle of the output that shows the last step
     last_shown = -math.inf  # time.monotonic() of the last update
-    waiting: logging.LogRecord | None = None  # the newest step, if it is not shown yet
+    waiting: logging.LogRecord | None = None  # the newest step, if not shown yet
 
     def emit(self, record: logging.LogRecord) -> None:
         if not getattr(record, "is_step", False):
@@ -106,7 +106,7 @@ class NotebookHandler(logging.StreamHandler):
             self.step_output = None
             super().emit(record)
             return
-        # Every update is a message to the browser, and a step may take a millisecond.
+        # Each update is a message to the browser, and a step may take only a millisecond.
         is_due = time.monotonic() - self.last_shown >= 1.0
         if is_due or getattr(record, "stays", False):
             self.show(record)
@@ -125,7 +125,7 @@ class NotebookHandler(logging.StreamHandler):
 
 
 def in_notebook() -> bool:
-    """Whether this program is the kernel of a Jupyter or Colab notebook."""
+    """Whether this process is the kernel of a Jupyter or Colab notebook."""
     if "IPython" not in sys.modules:
         return False
     shell = sys.modules["IPython"].get_ipython()
@@ -138,11 +138,11 @@ def new_screen_handler() -> logging.Handler:
     return handler
 
 
-# -- what logs nothing by itself -------------------------------------------------------------------
+# -- progress without log records ------------------------------------------------------------------
 
 
 def find_terminal() -> ScreenHandler | None:
-    """The handler that shows this project's lines on a terminal, if there is one."""
+    """The handler that shows this project's log on a terminal, if there is one."""
     for handler in logging.getLogger("recipes").handlers:
         if isinstance(handler, ScreenHandler) and handler.is_terminal:
             return handler
@@ -150,7 +150,7 @@ def find_terminal() -> ScreenHandler | None:
 
 
 def clear_open_line() -> None:
-    """To be called before something else is printed."""
+    """Call this before printing anything else."""
     terminal = find_terminal()
     if terminal is not None:
         terminal.clear_line()
@@ -158,7 +158,7 @@ def clear_open_line() -> None:
 
 
 def show_count(what: str, done: int, total: int) -> None:
-    """On a terminal, show how much of something is done."""
+    """On a terminal, show a progress count."""
     terminal = find_terminal()
     if terminal is not None:
         terminal.show_line(f"{what}  {done}/{total}")
@@ -166,7 +166,7 @@ def show_count(what: str, done: int, total: int) -> None:
 
 @contextlib.contextmanager
 def busy(what: str) -> Iterator[None]:
-    """On a terminal, show for how long something has been going on. Also a decorator."""
+    """On a terminal, show how long the block has been running. Also a decorator."""
     terminal = find_terminal()
     if terminal is None:
         yield
@@ -174,11 +174,11 @@ def busy(what: str) -> Iterator[None]:
     began, has_ended = time.monotonic(), threading.Event()
 
     def show() -> None:
-        # What takes less than a second is not worth a line.
+        # Nothing is shown in the first second.
         while not has_ended.wait(1.0):
             terminal.show_line(f"{what}  {clock(time.monotonic() - began)}")
 
-    # A daemon, so that it never keeps a program alive that is being ended.
+    # A daemon thread, so that it never keeps an exiting program alive.
     thread = threading.Thread(target=show, daemon=True)
     thread.start()
     try:
@@ -190,7 +190,7 @@ def busy(what: str) -> Iterator[None]:
 
 
 class Pace:
-    """How long a loop has taken, and how long it will."""
+    """The elapsed and the remaining time of a loop."""
 
     def __init__(self, steps_done: int = 0):
         self.began = time.monotonic()
@@ -204,7 +204,7 @@ class Pace:
             return ""
         if step == steps:
             return f"{clock(elapsed)} elapsed"
-        # Steps from before an interruption took no time of this process.
+        # Only steps of this process count, not those before an interruption.
         left = elapsed / done * (steps - step)
         return f"{clock(elapsed)} elapsed, {clock(left)} left"
 
@@ -219,7 +219,7 @@ def clock(seconds: float) -> str:
 
 
 def format_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text in aligned columns, below a head and a rule."""
+    """A text table with aligned columns, a head and a rule."""
     columns = zip(head, *rows, strict=True)
     widths = [max(map(len, column)) for column in columns]
     rule = ["-" * width for width in widths]

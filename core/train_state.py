@@ -1,14 +1,14 @@
-"""Checkpoints of a training: what a run needs to go on exactly, as safetensors and JSON.
+"""Training checkpoints: what a run needs to continue exactly, as safetensors and JSON.
 
 OUT/checkpoints/checkpoint-N has
 
-    weights.safetensors     all that trains; with LoRA this is the adapter alone
-    optimizer.safetensors   the optimizer's state
-    random-R.safetensors    the random numbers of process R
-    state.json              what else the caller keeps
+    weights.safetensors     trained weights; with LoRA only the adapter
+    optimizer.safetensors   optimizer state
+    random-R.safetensors    random state of process R
+    state.json              further state of the caller
     options.json, circumstances.json, manifest.json    see core/checkpoints.py
 
-Where weights are sharded, each process R above 0 writes its part to weights-R and optimizer-R.
+If weights are sharded, each process R above 0 writes its part to weights-R and optimizer-R.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ def save_checkpoint(
     is_end: bool = False,
 ) -> None:
     """Write checkpoint-STEP; keep the newest `save_total_limit` checkpoints, or all if it is None,
-    and that of the best step. All processes call it. At the end of a training the optimizer's state
-    is left out.
+    and that of the best step. All processes must call this. With `is_end`, at the end of training,
+    the optimizer state is left out.
     """
     with new_checkpoint(config, step) as folder:
-        # Whole weights are the same in every process: one of them writes.
+        # Unsharded weights are the same in all processes, so one of them writes.
         if is_main_process() or is_sharded():
             zero3 = zero3_optimizer(optimizer)
             weights = flat_weights(zero3) if zero3 else by_number(parameters)
@@ -65,17 +65,17 @@ def save_checkpoint(
         if is_main_process():
             write_json(folder / "state.json", {"format": CHECKPOINT_FORMAT, **state})
     if is_main_process() and config.save_total_limit is not None:
-        # The end of a training comes on top: it is there only until the stage is recorded.
+        # The last checkpoint does not count: it is kept only until the stage is recorded.
         limit = config.save_total_limit + is_end
         remove_old_checkpoints(config, limit, step, best_step)
 
 
 def remove_old_checkpoints(config: TrainingConfig, limit: int, step: int, best_step: int) -> None:
-    """Delete all but the newest `limit` checkpoints up to `step`, that of the best step, and the
-    one that the options name.
+    """Delete all but the newest `limit` checkpoints up to `step`, the one of the best step, and the
+    one named in the options.
 
-    Those of later steps are damaged ones that were skipped, or of the time before a run went on
-    from the middle: they stay until their step is saved anew, and do not count as newest.
+    Checkpoints of later steps are damaged and were skipped, or are from before the run was resumed
+    at an earlier step. They stay until their step is saved again, and do not count as newest.
     """
     folders = newest_first(Path(config.output_dir, "checkpoints"))
     named = config.resume_from_checkpoint
@@ -88,18 +88,18 @@ def remove_old_checkpoints(config: TrainingConfig, limit: int, step: int, best_s
 
 @contextlib.contextmanager
 def new_checkpoint(config: TrainingConfig, step: int) -> Iterator[Path]:
-    """Yield a folder into which all processes write. After the block it is sealed and renamed to
-    checkpoint-STEP: a crash leaves the older checkpoints as they are."""
+    """Yield a folder for all processes to write to. After the block it is sealed and renamed to
+    checkpoint-STEP, so that a crash leaves older checkpoints intact."""
     checkpoints = Path(config.output_dir, "checkpoints")
     name = f"checkpoint-{step}"
     aside = checkpoints / ".saving"
     if is_main_process():
-        # What an earlier crash has left.
+        # Left by an earlier crash.
         shutil.rmtree(aside, ignore_errors=True)
         (aside / name).mkdir(parents=True)
-    wait_for_everyone()  # the folder is there
+    wait_for_everyone()  # until the folder exists
     yield aside / name
-    wait_for_everyone()  # all files are written
+    wait_for_everyone()  # until all files are written
     if is_main_process():
         seal_checkpoint(aside / name, config)
         if os.path.lexists(checkpoints / name):
@@ -114,7 +114,7 @@ def rank() -> int:
 
 
 def shard_file(folder: Path, name: str) -> Path:
-    """The file of this process: its own part where weights are sharded, else that of all."""
+    """The file of this process: its own part if weights are sharded, else the common file."""
     suffix = f"-{rank()}" if is_sharded() and rank() else ""
     return folder / f"{name}{suffix}.safetensors"
 
@@ -124,7 +124,7 @@ def random_file(folder: Path) -> Path:
 
 
 def write_tensors(path: Path, entries: Mapping[str, Any]) -> None:
-    """Write tensors, and numbers beside them, to a safetensors file."""
+    """Write tensors and numbers to a safetensors file."""
     from safetensors.torch import save_file
 
     tensors, numbers = {}, {}
@@ -138,7 +138,7 @@ def write_tensors(path: Path, entries: Mapping[str, Any]) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
-    """What `write_tensors` wrote."""
+    """Read what `write_tensors` wrote."""
     from safetensors import safe_open
 
     entries = {}
@@ -150,7 +150,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's part of a tensor that FSDP2 has sharded; others are whole."""
+    """This process's part of a tensor sharded by FSDP2; other tensors unchanged."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
@@ -161,7 +161,7 @@ def by_number(parameters: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
 def flat_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """{"<parameter>.<name>": tensor or number}.
 
-    8-bit optimizers nest dictionaries in their states: nested entries are lifted one level.
+    8-bit optimizers have nested dictionaries in their states; these are flattened by one level.
     """
     zero3 = zero3_optimizer(optimizer)
     states = optimizer_states(zero3) if zero3 else optimizer.state_dict()["state"]
@@ -177,7 +177,7 @@ def flat_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def random_states() -> dict[str, torch.Tensor]:
-    """The states of torch's generators, on the CPU and on this process's GPU."""
+    """The states of torch's random generators on the CPU and on this process's GPU."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
@@ -190,9 +190,9 @@ def random_states() -> dict[str, torch.Tensor]:
 def load_checkpoint(
     folder: Path, parameters: Sequence[torch.Tensor], optimizer: torch.optim.Optimizer, steps: int
 ) -> dict[str, Any]:
-    """Set weights, optimizer and random numbers in place; returns what state.json has.
+    """Restore weights, optimizer and random state in place; returns the content of state.json.
 
-    Raises ConfigError if `steps` go on beyond the end of the training that it was written at.
+    Raises ConfigError if the checkpoint is from the end of a training and `steps` is larger.
     """
     load_weights(folder, parameters, optimizer)
     if shard_file(folder, "optimizer").exists():
@@ -201,7 +201,7 @@ def load_checkpoint(
         raise ConfigError(
             f"{folder} is the end of a training, without its optimizer; give an earlier checkpoint"
         )
-    # Last of all: loading may have drawn random numbers.
+    # Last, because loading may have drawn random numbers.
     states = read_tensors(random_file(folder))
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
@@ -213,7 +213,7 @@ def load_checkpoint(
 def load_weights(
     folder: Path, parameters: Sequence[torch.Tensor], optimizer: torch.optim.Optimizer
 ) -> None:
-    """Set all that trains, in place."""
+    """Restore all trained weights in place."""
     weights = read_tensors(shard_file(folder, "weights"))
     zero3 = zero3_optimizer(optimizer)
     if zero3:
@@ -224,7 +224,7 @@ def load_weights(
 
 
 def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Set the state of the optimizer, which comes from the same parameters in the same order."""
+    """Restore the optimizer state, which was saved for the same parameters in the same order."""
     states: dict[int, dict[str, Any]] = {}
     for key, value in read_tensors(shard_file(folder, "optimizer")).items():
         number, name = key.split(".", 1)
@@ -239,14 +239,14 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
     for n, state in states.items():
         for name, value in state.items():
             state[name] = as_shard_of(parameters[n], value)
-    # Learning rates and weight decay are those of the present options, not of the checkpoint.
+    # Learning rates and weight decay come from the current options, not from the checkpoint.
     param_groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": states, "param_groups": param_groups})
 
 
 def as_shard_of(parameter: Any, value: Any) -> Any:
-    """A local part as the sharded tensor that it is a part of, if `parameter` is sharded so."""
-    # Numbers, such as the count of steps, are whole everywhere.
+    """Wrap a local part as a sharded tensor like `parameter`, if that is sharded."""
+    # Numbers, such as the step count, are not sharded.
     is_number = not torch.is_tensor(value) or not value.dim()
     if is_number or not hasattr(parameter, "to_local"):
         return value
