@@ -1,1 +1,1 @@
-"""What the recipes build on, one subject a file. Nothing here imports common.py or a recipe."""
+"""What the recipes build on, one topic per file. Nothing here imports common.py or a recipe."""

@@ -1,4 +1,4 @@
-"""accelerate's Accelerator for a run: its processes, its precision, its experiment trackers."""
+"""accelerate's Accelerator for a run: processes, precision, experiment trackers."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from core.runtime import default_device
 
 
 def start_accelerator(config: TrainingConfig, mixed_precision: str, shards: bool) -> Any:
-    """A new Accelerator, whatever the stage before had.
+    """A new Accelerator, independent of the previous stage's.
 
-    With `shards` it spreads the model over the processes if the launch file says so; without, every
-    process holds the whole model under any launch file.
+    With `shards` it shards the model over the processes if the launch file says so; without, every
+    process holds the whole model with any launch file.
     """
     from accelerate import Accelerator, PartialState
     from accelerate.state import AcceleratorState
 
-    # The state is global: it has precision and kind of processes of the stage before.
+    # The state is global, with precision and distributed type of the previous stage.
     AcceleratorState._reset_state(reset_partial_state=True)
     on_cpu = default_device().type == "cpu"
     if on_cpu:
@@ -27,7 +27,7 @@ def start_accelerator(config: TrainingConfig, mixed_precision: str, shards: bool
     PartialState(cpu=on_cpu)
     accelerator = Accelerator(
         mixed_precision=mixed_precision,
-        # Given here too, it would keep accelerate from sharding on a CPU.
+        # cpu=True would prevent accelerate from sharding on a CPU.
         cpu=on_cpu and not shards,
         log_with=config.report_to or None,
         project_dir=config.output_dir,
@@ -42,7 +42,7 @@ def start_accelerator(config: TrainingConfig, mixed_precision: str, shards: bool
 
 
 def finish_trackers(accelerator: Any) -> None:
-    """End them, or the steps of the next stage would go into the run of this one."""
-    # Not by accelerator.end_training(), which would end the process group too.
+    """Finish the trackers, so that the next stage does not log into this stage's run."""
+    # accelerator.end_training() would also destroy the process group.
     for tracker in accelerator.trackers:
         tracker.finish()

@@ -1,6 +1,6 @@
 """Which weights train: all of them, or a LoRA adapter (Hu et al. 2021) on the linear layers.
 
-"all-linear" is every matrix inside the language model but its embeddings and its output layer: the
+"all-linear" means every matrix inside the language model except embeddings and output layer: the
 linear layers, Conv1D, and the experts of a mixture, which are parameters (experts, in, out).
 """
 
@@ -16,8 +16,8 @@ from core.errors import ConfigError
 from core.new_tokens import trainable_rows
 from core.runtime import logger
 
-# Layers whose weights are read directly, by kernels or by the model itself, so that an adapter on
-# them would have no effect: {type of the model: their names}.
+# {model type: layers whose weights are read directly, by kernels or by the model itself, so that an
+# adapter on them would have no effect}.
 READ_DIRECTLY = dict.fromkeys(("mamba2", "falcon_h1", "nemotron_h"), ("out_proj",)) | {
     "mamba": ("x_proj", "dt_proj", "out_proj"),
     "falcon_mamba": ("x_proj", "dt_proj", "out_proj"),
@@ -30,10 +30,10 @@ READ_DIRECTLY = dict.fromkeys(("mamba2", "falcon_h1", "nemotron_h"), ("out_proj"
 def add_adapter(
     model, config: TrainingConfig, task: str = "CAUSAL_LM", new_ids: Sequence[int] = ()
 ):
-    """`model` with a fresh adapter, which alone trains, beside the rows `new_ids` of embeddings.
+    """`model` with a new adapter; only it and the rows `new_ids` of the embeddings train.
 
-    If lora_r is 0, all weights train, but for those of another modality. Raises ConfigError for
-    targets that the model does not have or an adapter cannot have.
+    If lora_r is 0, all weights train, except those of another modality. Raises ConfigError for
+    targets that the model does not have or that cannot have an adapter.
     """
     if not config.lora_r:
         model.requires_grad_(True)
@@ -63,12 +63,12 @@ def add_adapter(
     experts = [name for name, weight in matrices.items() if weight.dim() == 3]
     targets: dict[str, Any] = {"target_modules": "all-linear", "exclude_modules": excluded or None}
     adapted = wrap(model, LoraConfig(**options, **targets, target_parameters=experts or None))
-    # PEFT takes some names, such as gate_proj, for those of experts alone.
+    # PEFT treats some names, such as gate_proj, as names of experts only.
     reached = adapted_weights(adapted)
     left = []
     for name, weight in matrices.items():
         is_wanted = name.removesuffix(".weight") not in excluded
-        # What is quantized takes an adapter as a layer, not as a parameter.
+        # Quantized weights take an adapter on the layer, not on the parameter.
         if is_wanted and id(weight) not in reached and weight.is_floating_point():
             left.append(name)
     if left:
@@ -78,7 +78,7 @@ def add_adapter(
 
 
 def wrap(model, lora):
-    """`get_peft_model`; raises ConfigError for what PEFT refuses."""
+    """`get_peft_model`; raises ConfigError if PEFT refuses."""
     from peft import get_peft_model
     from peft.tuners.trainable_tokens import TrainableTokensLayer
 
@@ -94,14 +94,14 @@ def wrap(model, lora):
 
 
 def is_linear(module) -> bool:
-    """Whether a module is a matrix product: a linear layer, also a quantized one, or a Conv1D."""
+    """Whether a module is a matrix product: a linear layer, quantized or not, or a Conv1D."""
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, torch.nn.Linear | Conv1D)
 
 
 def other_modalities(model) -> list[torch.nn.Parameter]:
-    """The weights that texts do not pass, such as those of a vision tower."""
+    """The weights that are not used for text, such as those of a vision tower."""
     if model.config.get_text_config() is model.config:
         return []
     inside = {id(weight) for weight in model.get_decoder().parameters()}
@@ -109,7 +109,7 @@ def other_modalities(model) -> list[torch.nn.Parameter]:
 
 
 def matrices_of(model) -> dict[str, torch.nn.Parameter]:
-    """{name: weight} of all linear layers and experts that texts pass, but the output layer."""
+    """{name: weight} of all linear layers and experts used for text, except the output layer."""
     outside = {id(weight) for weight in other_modalities(model)}
     output_layer = model.get_output_embeddings()
     matrices = {}
@@ -127,7 +127,7 @@ def matrices_of(model) -> dict[str, torch.nn.Parameter]:
 
 def layers_without_adapter(model) -> list[str]:
     """The linear layers that "all-linear" leaves out: those of another modality, those that return
-    more than a product, and those that a kernel reads directly."""
+    more than a product, and those whose weights are read directly."""
     outside = {id(weight) for weight in other_modalities(model)}
     direct = READ_DIRECTLY.get(model.config.model_type, ())
     names = []
@@ -140,7 +140,7 @@ def layers_without_adapter(model) -> list[str]:
 
 
 def adapted_weights(model) -> set[int]:
-    """The ids of the weights that the adapter of a PEFT model reaches."""
+    """The ids of the weights that the adapter of a PEFT model adapts."""
     from peft.tuners.lora import LoraLayer
 
     reached = set()
@@ -152,7 +152,7 @@ def adapted_weights(model) -> set[int]:
 
 
 def share_adapted(model) -> float:
-    """Log and return which share of the weights of `matrices_of` an adapter reaches."""
+    """Log and return the fraction of the weights in `matrices_of` that an adapter adapts."""
     reached = adapted_weights(model)
     matrices = matrices_of(model.get_base_model()).values()
     total = sum(weight.numel() for weight in matrices)
@@ -163,7 +163,7 @@ def share_adapted(model) -> float:
 
 
 def named_targets(model, targets: Sequence[str]) -> dict[str, Any]:
-    """The options of LoraConfig for names that the user gave: of layers, or of experts' parameters.
+    """LoraConfig options for names given by the user, of layers or of experts' parameters.
 
     Raises ConfigError for a name that the model does not have, and for tied embeddings."""
     layers = {name.split(".")[-1] for name, module in model.named_modules() if is_linear(module)}

@@ -1,18 +1,18 @@
-"""Attention where a CPU trains in bfloat16."""
+"""Attention for training in bfloat16 on a CPU."""
 
 from __future__ import annotations
 
 import torch
 
-SHORT = 192  # sequences of fewer positions are short
+SHORT = 192  # sequences with fewer positions are short
 
 
 def train_short_sequences_in_float32() -> None:
-    """Make transformers' "sdpa" attention compute short sequences in float32 where a CPU trains in
-    bfloat16.
+    """Make transformers' "sdpa" attention compute short sequences in float32 when training in
+    bfloat16 on a CPU.
 
-    The backward pass of torch's kernel takes three times as long in bfloat16 for them, and the
-    conversion of queries, keys and values less than that.
+    For them the backward pass of torch's kernel takes three times as long in bfloat16, which is
+    more than the conversion of queries, keys and values costs.
     """
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward

@@ -1,4 +1,4 @@
-"""Curves as charts of an SVG: from points to positions, round numbers at the axes, line styles."""
+"""Curves as SVG charts: positions of points, axes with round numbers, line styles."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-LEFT, RIGHT, TOP, BOTTOM = 44, 320, 10, 146  # the plot inside a chart of 340 by 170
-MAX_POINTS = 100  # groups of neighbouring points in a curve
-# Numbers without a common divisor: the first 30 lines of a chart all differ.
+LEFT, RIGHT, TOP, BOTTOM = 44, 320, 10, 146  # plot area in a chart of 340 by 170
+MAX_POINTS = 100  # maximum groups of neighbouring points in a curve
+# Coprime, so that the first 30 lines of a chart all differ.
 NUM_COLOURS, NUM_DASHES = 6, 5
 
 Point = tuple[float, float]  # (step, value)
@@ -17,14 +17,14 @@ Point = tuple[float, float]  # (step, value)
 @dataclass
 class Line:
     name: str
-    number: int  # chooses its colour and its dashes
-    is_evaluation: bool  # few points, each of which is marked
+    number: int  # selects colour and dashes
+    is_evaluation: bool  # few points, each with a marker
     points: list[Point]
     positions: list[tuple[str, str]] = field(default_factory=list)  # (x, y) in the chart
 
     @property
     def look(self) -> str:
-        """Classes of the style sheet. Lines differ in more than colour, for whom sees none."""
+        """CSS classes. Lines differ by dashes too, for people who cannot distinguish colours."""
         return f"c{self.number % NUM_COLOURS} d{self.number % NUM_DASHES}"
 
     @property
@@ -42,7 +42,7 @@ class Chart:
 
 
 def build_chart(title: str, notes: list[tuple[str, str]], lines: list[Line]) -> Chart:
-    """Lines with their positions in the chart, and round numbers at the axes."""
+    """A chart of lines with their positions, and axes with round numbers."""
     steps, values = [], []
     for line in lines:
         steps += [step for step, _ in line.points]
@@ -73,8 +73,8 @@ def build_chart(title: str, notes: list[tuple[str, str]], lines: list[Line]) -> 
 
 
 def thin_out(points: Sequence[Point]) -> list[Point]:
-    """Of a long curve the lowest and the highest of every few neighbours, so that no spike is
-    lost."""
+    """The lowest and the highest point in each group of neighbours of a long curve, so that no
+    spike is lost."""
     size = math.ceil(len(points) / MAX_POINTS)
     visible: list[Point] = []
     for start in range(0, len(points), size):
@@ -90,8 +90,8 @@ def value_of(point: Point) -> float:
 
 
 def round_numbers(low: float, high: float) -> list[float]:
-    """Round numbers from below `low` to above `high`, 1, 2 or 5 times a power of ten apart, at most
-    about five."""
+    """At most about five round numbers from below `low` to above `high`, spaced by 1, 2 or 5 times
+    a power of ten."""
     span = (high - low) or abs(low) or 1
     smallest = span / 4.1
     power = 10.0 ** math.floor(math.log10(smallest))

@@ -1,4 +1,4 @@
-"""The command that a run was started by, to be shown and repeated."""
+"""The command that started a run, to be shown and repeated."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 
 
 def started_by() -> str:
-    """The command of this process, quoted for a shell, its secrets masked.
+    """The command of this process, quoted for a shell, with secrets masked.
 
-    Empty in a notebook or at a prompt, where no command repeats what was done.
+    Empty in a notebook or at a prompt, where no command would repeat the run.
     """
     main_file = getattr(sys.modules["__main__"], "__file__", None)
     if main_file is None or not sys.argv or not sys.argv[0]:
@@ -32,9 +32,9 @@ def started_by() -> str:
 
 
 def mask_secrets(arguments: Sequence[str]) -> list[str]:
-    """The arguments with the value of each option replaced whose name is that of a secret.
+    """The arguments, with the values of options that are named like secrets masked.
 
-    The name may be that of the option, or one in a mapping: --model_kwargs='{api_key: ...}'.
+    The name may be that of the option or a key in a mapping: --model_kwargs='{api_key: ...}'.
     """
     masked = []
     value_is_secret = False

@@ -1,4 +1,4 @@
-"""The errors that a user can cause and resolve, and how messages name the nearest valid option."""
+"""Errors that a user can cause and correct, and suggestions of the nearest valid name."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Iterable, Iterator
 from core.screen import show_controls
 
 MAX_REASON_LENGTH = 400  # characters of a library's message
-MAX_NAMES_LISTED = 25  # more names than this are for --help to list
+MAX_NAMES_LISTED = 25  # if there are more names, refer to --help
 
 
 class ConfigError(ValueError):
-    """Invalid user input: one problem or several. Each is a sentence that stands alone, then the
-    remedy. What they quote of the input, a terminal shows and does nothing else."""
+    """Invalid user input: one or several problems, each a self-contained sentence and a remedy.
+    Control characters in quoted input are escaped."""
 
     def __init__(self, *problems: str):
         problems = tuple(show_controls(str(problem)) for problem in problems)
@@ -24,12 +24,12 @@ class ConfigError(ValueError):
 
 
 class RowError(ValueError):
-    """A row of data that cannot be used. The row is left out; its reason is counted and logged."""
+    """An unusable row of data. The row is left out, and the reason is counted and logged."""
 
 
 @contextlib.contextmanager
 def as_config_error(what: str, kind: type[Exception] = Exception) -> Iterator[None]:
-    """Turn any exception of a `kind`, which is about the user's input, into a ConfigError that
+    """Convert exceptions of a `kind`, which are about the user's input, to a ConfigError that
     begins with `what`."""
     try:
         yield
@@ -43,15 +43,15 @@ def as_config_error(what: str, kind: type[Exception] = Exception) -> Iterator[No
 
 
 def nearest_name(name: str, valid: Iterable[str]) -> str | None:
-    """The valid name that is really near, if there is one."""
-    # In a long name a cutoff of 0.6 finds other words; in a short one it is one wrong letter.
+    """The most similar valid name, if there is a similar one."""
+    # For long names a cutoff of 0.6 finds unrelated words; for short ones it is one wrong letter.
     cutoff = 0.75 if len(str(name)) > 4 else 0.6
     nearest = difflib.get_close_matches(str(name), sorted(valid), n=1, cutoff=cutoff)
     return nearest[0] if nearest else None
 
 
 def unknown_name(kind: str, name: str, valid: Iterable[str]) -> str:
-    """One sentence on an unknown name, with the nearest valid one if one is really near."""
+    """One sentence on an unknown name, with the nearest valid one if there is a similar one."""
     candidates = sorted(valid)
     nearest = nearest_name(name, candidates)
     if nearest:

@@ -1,4 +1,4 @@
-"""Atomic writing, digests, caches and disk space: a reader or a crash never meets half a file."""
+"""Atomic writing, digests, caches and disk space."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from core.errors import ConfigError
 from core.runtime import is_main_process, logger, wait_for_everyone
 from core.screen import busy
 
-# Raised with every change to what a checkpoint holds that older code cannot read.
+# Increased when checkpoints change so that older code cannot read them.
 CHECKPOINT_FORMAT = 1
-# Files that every checkpoint has, beside those of the optimizer and of further processes.
+# Files in every checkpoint, besides those of the optimizer and of further processes.
 ALWAYS_IN_CHECKPOINT = ("options.json", "state.json", "weights.safetensors", "random-0.safetensors")
 
 # ---- digests and disk space ----------------------------------------------------------------------
@@ -34,7 +34,7 @@ def file_digest(path: Path) -> str:
 
 
 def find_damage(folder: Path) -> str:
-    """What is wrong with the checkpoint in `folder`, by its manifest of digests; "" if intact."""
+    """What is wrong with the checkpoint in `folder`, according to its manifest; "" if intact."""
     if not folder.is_dir():
         return "it is no folder"
     try:
@@ -60,8 +60,8 @@ def find_damage(folder: Path) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, str]:
-    """{name of a file: its SHA-256} of a checkpoint. Raises OSError, and ValueError for anything
-    else."""
+    """{file name: SHA-256} from the manifest of a checkpoint. Raises OSError if it cannot be read,
+    ValueError if it has another content."""
     digests = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     if not isinstance(digests, dict) or not all(isinstance(key, str) for key in digests.values()):
         raise ValueError("no mapping of names to digests")
@@ -69,7 +69,7 @@ def read_manifest(folder: Path) -> dict[str, str]:
 
 
 def sealed_files(folder: Path) -> list[str]:
-    """The names of the files that the manifest of a checkpoint has; none if it is damaged."""
+    """The names of the files in a checkpoint's manifest; none if it is damaged."""
     try:
         return list(read_manifest(folder))
     except (OSError, ValueError):
@@ -77,7 +77,7 @@ def sealed_files(folder: Path) -> list[str]:
 
 
 def check_disk_space(folder: str, needed: float) -> None:
-    """Raise ConfigError if the disk of `folder` has less than `needed` bytes free."""
+    """Raise ConfigError if the disk of `folder` has fewer than `needed` bytes free."""
     path = Path(folder).absolute()
     # The folder itself may not have been created yet.
     existing = next(parent for parent in (path, *path.parents) if parent.exists())
@@ -94,12 +94,12 @@ def check_disk_space(folder: str, needed: float) -> None:
 
 
 def unfinished_name(path: Path) -> Path:
-    """Where this process writes what will be `path`."""
+    """The temporary path at which this process writes what becomes `path`."""
     return path.with_name(f".{path.name}.{os.getpid()}.unfinished")
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Delete what killed processes have left half-written in a folder; no other may write there."""
+    """Delete half-written files of killed processes in a folder; nobody else may write there."""
     for path in folder.glob(".*.unfinished"):
         if not re.fullmatch(r"\..+\.\d+\.unfinished", path.name):
             continue
@@ -110,16 +110,16 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def has_weights(folder: str | Path | None) -> bool:
-    """Whether there are the weights of a model in a folder."""
+    """Whether a folder has the weights of a model."""
     return bool(folder) and any(Path(folder).glob("model*.safetensors"))
 
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder, which becomes `folder` if the block ends without an error; there
-    must be none yet, or an empty one."""
+    """Yield a temporary folder, which becomes `folder` if the block ends without an error.
+    `folder` must not exist yet, or be empty."""
     temporary = unfinished_name(folder)
-    # A process with the same number may have been killed here, as in a container started anew.
+    # A killed process may have had the same number, for example in a restarted container.
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -131,7 +131,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_writer(path: Path) -> Iterator[TextIO]:
-    """Yield a text file that replaces `path` at the end, once all of it is on the disk."""
+    """Yield a text file that replaces `path` once it has been synced to disk."""
     temporary = unfinished_name(path)
     with open(temporary, "w", encoding="utf-8") as file:
         yield file
@@ -141,7 +141,7 @@ def atomic_writer(path: Path) -> Iterator[TextIO]:
 
 
 def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
-    """Write one JSON object a line, atomically."""
+    """Write one JSON object per line, atomically."""
     with atomic_writer(path) as file:
         for row in rows:
             line = json.dumps(row, ensure_ascii=False, default=number_or_text)
@@ -149,14 +149,14 @@ def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """The objects of a file with one JSON object a line."""
-    # Lines of bytes: splitting text would also split inside a value, at U+2028.
+    """The objects in a file with one JSON object per line."""
+    # Split bytes, because splitting text would also split inside values, at U+2028.
     lines = path.read_bytes().splitlines()
     return [json.loads(line) for line in lines]
 
 
 def number_or_text(value: Any) -> float | str:
-    """A number of NumPy or PyTorch as a float, anything else that JSON does not know as text."""
+    """Convert numbers of NumPy or PyTorch to float, and other non-JSON values to text."""
     if not hasattr(value, "__float__"):
         return str(value)
     try:
@@ -171,10 +171,10 @@ def write_json(path: Path, value: Any) -> None:
         json.dump(value, file, indent=2, ensure_ascii=False, default=number_or_text)
 
 
-# ---- results of one process that all of them read ------------------------------------------------
+# ---- results of one process for all processes ----------------------------------------------------
 #
-# The others wait for the file to appear: a barrier of torch.distributed would time out while one
-# process converts a model or asks a server for an hour.
+# The others wait for the file to appear: a barrier of torch.distributed would time out if one
+# process converts a model or queries a server for an hour.
 
 
 def wait_for_path(path: Path) -> None:
@@ -188,8 +188,8 @@ def cached_folder(
 ) -> Path | None:
     """The cached folder for the content of `files`; `build(folder)` fills it the first time.
 
-    `how` names what else the result depends on, `kind` what is done, for the log. Without `build`
-    the result is None where there is no such folder yet.
+    `how` has what else the result depends on; `kind` says what is done, for the log. Without
+    `build`, returns None if the folder does not exist yet.
     """
     content = hashlib.sha256()
     for file in files:
@@ -205,7 +205,7 @@ def cached_folder(
     shown = str(folder).replace(str(Path.home()), "~")
     logger.info("%s %s once, cached in %s", kind, files[0].name, shown)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # One process of each machine builds; other programs on it wait.
+    # One process per machine builds the folder; other programs there wait for the lock.
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         with busy(f"{kind} {files[0].name}"), FileLock(f"{folder}.lock"):
             if not folder.exists():
@@ -216,10 +216,10 @@ def cached_folder(
 
 
 def rows_from_main_process(path: Path, make: Callable[[], list[dict]]) -> list[dict]:
-    """The rows of `make()`, which the main process calls; they are written to `path` for all."""
+    """The rows of `make()`, called by the main process and shared with the others in `path`."""
     if is_main_process():
         path.unlink(missing_ok=True)
-    wait_for_everyone()  # nobody may read the file of an earlier run
+    wait_for_everyone()  # so that nobody reads the file of an earlier run
     if is_main_process():
         write_jsonl(path, make())
     wait_for_path(path)

@@ -1,6 +1,6 @@
-"""Where a text gives its final answer: after its thinking, in a tag, in a box, or after a marker.
+"""Find the final answer in a text: after its thinking, in a tag, in a box, or after a marker.
 
-Of several places the last one counts. Nothing inside a thinking block is ever an answer.
+If there are several, the last one counts. Nothing inside a thinking block is ever an answer.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 # -- thinking --------------------------------------------------------------------------------------
 
 THINKING_TAG = r"(?:seed:)?(?:think|thinking|thoughts?|reasoning|scratchpad)"
-# (start, end) of a thinking block in the answers of different models.
+# (start, end) of a thinking block in answers of various models.
 THINKING_BLOCKS = (
     (rf"(?i:<\s*{THINKING_TAG}\s*>)", rf"(?i:<\s*/\s*{THINKING_TAG}\s*>)"),
     (r"\[THINK\]", r"\[/THINK\]"),  # Mistral
@@ -25,15 +25,15 @@ THINKING_BORDER = re.compile(f"(?P<start>{THINKING_STARTS})|(?P<end>{THINKING_EN
 
 
 def opens_thinking(prompt: str) -> bool:
-    """Whether a prompt ends inside a thinking block: some chat templates write <think> themselves,
-    and the model's answer has only the end of the block."""
+    """Whether a prompt ends inside a thinking block: some chat templates write <think>, and the
+    model's answer has only the end of the block."""
     borders = list(THINKING_BORDER.finditer(prompt))
     return bool(borders) and borders[-1]["start"] is not None
 
 
 def split_thinking(text: str) -> tuple[list[str], list[str]]:
-    """(the parts of a text inside of thinking blocks, those outside of them). The start of the
-    first block may be missing, and so may the end of the last one, in an answer that was cut."""
+    """(parts of a text inside thinking blocks, parts outside). The start of the first block may be
+    missing, and so may the end of the last block, in an answer that was cut off."""
     inside: list[str] = []
     outside: list[str] = []
     position = 0
@@ -56,9 +56,9 @@ def split_thinking(text: str) -> tuple[list[str], list[str]]:
 
 
 def without_thinking(text: str) -> str:
-    """The text outside of thinking blocks."""
+    """The text outside thinking blocks."""
     _, outside = split_thinking(text)
-    # What stood on both sides of a block is not one word, or one number.
+    # Text before and after a block must not merge into one word or number.
     return "\n".join(outside).strip()
 
 
@@ -94,20 +94,20 @@ NUMBER_OR_FORMULA = re.compile(
 NUMBERED_HEADING = re.compile(r"\d+[.)]\s+[^\W\d_]")  # 2. Add them
 FORMULA_IN_DOLLARS = re.compile(r"\$\$?[^$]+\$\$?|\\\(.+?\\\)|\\\[.+?\\\]")
 WORD = re.compile(r"(?<!\\)\b(?!and\b|or\b)[^\W\d_]{2,}")
-# What is left of 18\text{ cm} before its word.
+# The part of 18\text{ cm} before its word.
 UNCLOSED_COMMAND = re.compile(r"\\[a-z]+\{\s*$")
 
 
 def find_final_answer(text: str) -> str:
-    """The marked answer of a text; without one, the whole text except its thinking. It is empty if
-    the text ends while the model is thinking."""
-    # math-verify prefers a number after this word, also in "the answer is the sum of 9 and 9".
+    """The marked answer of a text; without one, the whole text except its thinking. Empty if the
+    text ends inside a thinking block."""
+    # math-verify prefers a number after this word, even in "the answer is the sum of 9 and 9".
     return find_marked_answer(text) or ANSWER_WORD.sub("", last_section(text))
 
 
 def find_marked_answer(text: str) -> str:
-    r"""The content of the last answer tag or, without one, the last of: what is in \boxed{}, after
-    ####, after "Answer:" or "the answer is". Empty if a text has none of them."""
+    r"""The content of the last answer tag or, without one, the last answer in \boxed{}, after ####,
+    after "Answer:" or after "the answer is". Empty if a text has none of them."""
     text = without_thinking(text)
     tagged = [match[2].strip() for match in ANSWER_TAG.finditer(text) if match[2].strip()]
     if tagged:
@@ -138,8 +138,8 @@ def split_at_last_box(text: str) -> tuple[str | None, str]:
 
 
 def end_of_braces(text: str, start: int) -> int:
-    """The position of the brace that closes the one before `start`; the length of the text if none
-    does."""
+    """The position of the brace that closes the one before `start`; the length of the text if it is
+    not closed."""
     depth = 1
     for brace in BRACE.finditer(text, start):
         depth += 1 if brace[0] == "{" else -1
@@ -160,7 +160,7 @@ def find_marked(text: str) -> str:
 
 
 def leading_formula(text: str) -> str:
-    """The number or formula that the first line of a text begins with, without the words after it;
+    """The number or formula at the beginning of a text's first line, without the words after it;
     empty if the line begins with words."""
     line = text.strip().partition("\n")[0]
     line = line[LEAD_IN.match(line).end() :]
@@ -176,5 +176,5 @@ def leading_formula(text: str) -> str:
 
 
 def last_section(text: str) -> str:
-    """What follows the last #### of a text without its thinking; all of it without any."""
+    """The text after the last ####, without thinking; all of it if there is no ####."""
     return without_thinking(text).rpartition("####")[2].strip()

@@ -1,4 +1,4 @@
-"""Functions called in a process of their own, which is killed when they take too long."""
+"""Functions called in a separate process, which is killed if they take too long."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from core.runtime import logger
 
 ROOT = str(Path(__file__).parents[1])
 START_SECONDS = 300  # a function's file may import torch on a slow disk
-ANSWER_SECONDS = 5.0  # to compare one answer, which takes milliseconds unless it takes forever
-# Not run as a script or by -m: the first would put core/ on the path, where statistics.py hides the
-# standard library's, the second would need another working directory than the user's.
+ANSWER_SECONDS = 5.0  # to compare one answer, which takes milliseconds unless it hangs
+# Not run as a script, which would put core/ on the path, where statistics.py shadows the standard
+# library's; nor with -m, which would need a working directory other than the user's.
 SERVE = (
     "import sys; sys.path.insert(0, sys.argv[1]); "
     f"from {function_server.__name__} import serve; serve(*sys.argv[2:])"
@@ -33,12 +33,12 @@ class ProcessDied(RuntimeError):
 
 
 class Subprocess:
-    """`path/to/file.py:function`, called in a process of its own.
+    """`path/to/file.py:function`, called in a separate process.
 
-    The process is killed when a call takes more than `timeout` seconds: verifiers hang on answers
-    that nobody expected. Arguments and results travel as JSON; core/reward_calls.py says how the
-    function gets them. A call raises TimeoutError, or RuntimeError with the function's own error;
-    the next call starts a new process."""
+    The process is killed if a call takes more than `timeout` seconds: verifiers hang on unexpected
+    answers. Arguments and results are sent as JSON; core/reward_calls.py passes them to the
+    function. A call raises TimeoutError, or RuntimeError with the function's own error; the next
+    call starts a new process if this one has ended."""
 
     def __init__(self, spec: str, timeout: float):
         self.spec = spec
@@ -51,16 +51,16 @@ class Subprocess:
         try:
             return self.request("call", self.timeout, prompts, completions, columns)
         except ProcessDied:
-            # Killed between two calls, perhaps for want of memory: a new one gets the same call.
+            # It was killed between calls, perhaps for lack of memory: retry in a new process.
             return self.request("call", self.timeout, prompts, completions, columns)
 
     def missing_arguments(self, prompt: list, columns: dict[str, Any]) -> list[str]:
-        """The parameters of the function that a row with these columns has no value for."""
+        """The function's parameters for which a row with these columns has no value."""
         lists = {name: [value] for name, value in columns.items()}
         return self.request("missing", START_SECONDS, [prompt], [""], lists)
 
     def request(self, method: str, timeout: float, *arguments) -> Any:
-        """The result of a method of the process (core/function_server.py)."""
+        """Call a method of the process (core/function_server.py) and return its result."""
         self.start()
         line = json.dumps([method, *arguments], default=str) + "\n"
         try:
@@ -76,8 +76,8 @@ class Subprocess:
         if self.process is not None:
             return
         path, _, name = self.spec.rpartition(":")
-        # A session of its own: Ctrl-C in the terminal is for the trainer alone, which stops this
-        # process.
+        # In a session of its own, so that Ctrl-C in the terminal reaches only the trainer, which
+        # then stops this process.
         self.process = subprocess.Popen(
             [sys.executable, "-c", SERVE, ROOT, os.path.expanduser(path), name],
             stdin=subprocess.PIPE,
@@ -96,7 +96,7 @@ class Subprocess:
         except FutureTimeout:
             self.stop()
             raise TimeoutError(f"no answer within {timeout:g} s") from None
-        # An empty line is the end of the stream.
+        # "" means the end of the stream.
         if not line:
             raise self.death()
         answer = json.loads(line)
@@ -111,8 +111,7 @@ class Subprocess:
         return ProcessDied(f"the process died (exit code {process.returncode})")
 
     def verdict(self, text: str, **columns) -> Any:
-        """What the function returns for one text; None, with a warning, if it fails or takes too
-        long."""
+        """The function's result for one text; None, with a warning, if it fails or times out."""
         try:
             verdicts = self([None], [text], **columns)
             return verdicts[0]
@@ -121,10 +120,10 @@ class Subprocess:
             return None
 
     def stop(self) -> None:
-        """End the process and what it has started; the next call starts another."""
+        """Kill the process and its children; the next call starts a new one."""
         if self.process is None:
             return
-        # Its session is its process group.
+        # The process leads its session, and so its process group.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.communicate()
@@ -132,8 +131,8 @@ class Subprocess:
 
 
 class AnswerChecker(Subprocess):
-    """A verifier of ours that compares answers, one at a time: one that it does not decide within
-    `timeout` seconds has no verdict, and the others of its batch have theirs."""
+    """A built-in verifier that compares answers one at a time: an answer that takes more than
+    `timeout` seconds has no verdict, without affecting the rest of the batch."""
 
     def __init__(self, spec: str, timeout: float = ANSWER_SECONDS):
         super().__init__(spec, timeout)

@@ -1,4 +1,4 @@
-"""The process that `Subprocess` starts. It imports nothing slow, so that it starts at once."""
+"""The process that `Subprocess` starts. It imports nothing slow, so that it starts quickly."""
 
 import importlib.util
 import json
@@ -14,14 +14,14 @@ from core.reward_calls import RewardCall, to_plain
 
 def serve(path: str, name: str) -> None:
     """The other side of `Subprocess`: answer each line on stdin, [method, prompts, completions,
-    columns], by a line on stdout."""
+    columns], with a line on stdout."""
     requests = os.fdopen(os.dup(0), encoding="utf-8")
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    # What the function prints, or a C library under it, is not an answer: it goes to stderr. What
-    # it reads, or a program that it starts, is not a request.
+    # Output of the function, or of a C library, must not mix with answers: send it to stderr. The
+    # function, or a program that it starts, must not read requests: give it an empty stdin.
     os.dup2(2, 1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    # It warns that its timeouts are off: this process is killed from outside if it takes long.
+    # It would warn that its timeouts are off; instead, this process is killed if it takes too long.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     try:
         call = RewardCall(load_function(path, name))
@@ -41,9 +41,9 @@ def serve(path: str, name: str) -> None:
 
 
 def load_function(path: str, name: str) -> Callable:
-    """The function `name` of the file at `path`."""
-    # Modules beside the file are found, as they are by `python path`. Our own verifiers need none,
-    # and core/statistics.py would hide the standard library's.
+    """The function `name` in the file at `path`."""
+    # Make modules beside the file importable, as with `python path`. Our own verifiers need none,
+    # and core/statistics.py would shadow the standard library's.
     folder = Path(path).resolve().parent
     if folder != Path(__file__).resolve().parent:
         sys.path.insert(0, str(folder))

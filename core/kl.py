@@ -1,6 +1,6 @@
-"""KL divergence from the reference: its estimators, its use as a loss, the controller of beta.
+"""KL divergence from the reference: estimators, their use as a loss, the controller of beta.
 
-All are of KL(pi || pi_ref) at single tokens, from the log-probabilities of tokens that pi sampled.
+All estimate KL(pi || pi_ref) at single tokens, from log-probabilities of tokens sampled from pi.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ import torch
 
 from core.rollout import Policy, Rollout, completion_outputs
 
-# -- estimators: what each is good for ------------------------------------------------------------
-# In the reward, k1 gives the true gradient of the KL. In the loss, k2 does; k1's own gradient is 0
-# on average, and k3's is that of the reverse KL, so both need the importance ratio (`kl_loss`). As
-# a figure to look at, k3 is the calmest: it is unbiased and never negative.
+# -- estimators -----------------------------------------------------------------------------------
+# In the reward, k1 gives the true gradient of the KL. In the loss, k2 does; the gradient of k1 is 0
+# on average, and that of k3 belongs to the reverse KL, so both need the importance ratio
+# (`kl_loss`). As a metric, k3 is best: it is unbiased, never negative and has low variance.
 
 
 def k1(logps: torch.Tensor, ref_logps: torch.Tensor) -> torch.Tensor:
-    """log pi/pi_ref: unbiased, of high variance (Schulman 2020, "Approximating KL Divergence")."""
+    """log pi/pi_ref: unbiased, high variance (Schulman 2020, "Approximating KL Divergence")."""
     return logps - ref_logps
 
 
@@ -47,11 +47,11 @@ def kl_loss(
 ) -> torch.Tensor:
     """An estimate whose gradient is that of KL(pi || pi_ref) at each token.
 
-    k2 has this gradient as it is. k1 and k3 have others: multiplied by pi/pi_old, which turns means
-    over pi_old into means over pi, they have it too (DeepSeek-AI 2025, "DeepSeek-V3.2", section
-    3.1). |k1| is no estimate of the KL, nor is its gradient. Without `old_logps` the tokens were
-    sampled by pi itself. What a token does to the KL of later tokens is not part of it, unlike with
-    the KL in the reward.
+    k2 has this gradient itself. k1 and k3 have it after multiplication by pi/pi_old, which turns
+    means over pi_old into means over pi (DeepSeek-AI 2025, "DeepSeek-V3.2", section 3.1). |k1| is
+    not an estimate of the KL, and its gradient is not one either. Without `old_logps`, the tokens
+    were sampled from pi itself. A token's effect on the KL of later tokens is not included, unlike
+    with the KL in the reward.
     """
     if name not in ("kl", "k3"):
         return ESTIMATORS[name](logps, ref_logps)
@@ -62,7 +62,7 @@ def kl_loss(
 
 
 def exact_kl(log_probs: torch.Tensor, ref_log_probs: torch.Tensor) -> torch.Tensor:
-    """(N,): KL(pi || pi_ref) of whole distributions, given as log-probabilities (N, V)."""
+    """(N,): KL(pi || pi_ref) of full distributions, given as log-probabilities (N, V)."""
     log_ratios = log_probs - ref_log_probs
     return (log_probs.exp() * log_ratios).sum(-1)
 
@@ -75,8 +75,8 @@ def completion_kl(rollout: Rollout) -> torch.Tensor:
 def next_kl_coef(kl_coef: float, kl: float, target: float, share: float) -> float:
     """The next beta: beta (1 + clip(kl / target - 1, -0.2, 0.2) share).
 
-    Ziegler et al. 2019, section 2.2. `share` is the number of completions of a step over the
-    horizon, at most 1.
+    Ziegler et al. 2019, section 2.2. `share` is the number of completions per step divided by the
+    horizon, and at most 1 is used.
     """
     error = kl / target - 1
     clipped_error = min(max(error, -0.2), 0.2)
@@ -84,11 +84,12 @@ def next_kl_coef(kl_coef: float, kl: float, target: float, share: float) -> floa
     return kl_coef * (1 + change)
 
 
-# -- the penalty, as the options of RLConfig say ---------------------------------------------------
+# -- the penalty, by the options of RLConfig -------------------------------------------------------
 
 
 def kl_in_rewards(policy: Policy, rollout: Rollout) -> torch.Tensor:
-    """(B, T): the estimate at each token, beta times of which its reward loses; 0 if kl_in=loss."""
+    """(B, T): the estimate at each token, to be subtracted from the reward beta times; 0 if
+    kl_in=loss."""
     config = policy.config
     if not config.init_kl_coef or config.kl_in != "reward":
         return torch.zeros_like(rollout.used)
@@ -98,9 +99,9 @@ def kl_in_rewards(policy: Policy, rollout: Rollout) -> torch.Tensor:
 def kl_in_loss(
     policy: Policy, batch: Rollout, logps: torch.Tensor, log_probs: torch.Tensor | None
 ) -> torch.Tensor:
-    """(b, T): the KL of each token, to be added to its loss beta times; 0 if kl_in=reward.
+    """(b, T): the KL at each token, to be added to its loss beta times; 0 if kl_in=reward.
 
-    `logps` (b, T) and, for kl_penalty=full, `log_probs` (N, V) are the policy's, with their graph.
+    `logps` (b, T) and, for kl_penalty=full, `log_probs` (N, V) are the policy's, with gradients.
     """
     config = policy.config
     if not config.init_kl_coef or config.kl_in != "loss":
@@ -114,6 +115,6 @@ def kl_in_loss(
 
 
 def loss_needs_log_probs(config) -> bool:
-    """Whether the loss of ppo, a2c or grpo reads whole distributions over the vocabulary."""
+    """Whether the loss of ppo, a2c or grpo needs full distributions over the vocabulary."""
     exact = config.kl_in == "loss" and config.kl_penalty == "full" and config.init_kl_coef > 0
     return exact or config.entropy_coef > 0

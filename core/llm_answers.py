@@ -1,4 +1,4 @@
-"""How the answer of another model is read: its text, its reasoning, its usage, and what is odd."""
+"""Parse the answers of other models: text, reasoning, usage, and anything unusual."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from typing import Any, NamedTuple
 
 from core.final_answers import split_thinking
 
-# What reading the body of something other than an answer raises: half an answer, a proxy's page.
+# Exceptions from parsing a body that is not an answer: half an answer, a proxy's error page.
 NOT_AN_ANSWER = (ValueError, LookupError, TypeError, AttributeError)
 
-# The date or version that a server adds to the name of a model: gpt-4.1-mini-2025-04-14.
+# The date or version that a server appends to a model's name: gpt-4.1-mini-2025-04-14.
 VERSION_SUFFIX = re.compile(r"(-latest|-\d{3,}[\d.-]*|@.*)$")
 
 
 class Answer(NamedTuple):
-    """An answer, without what the model thought before it."""
+    """An answer, with the reasoning separated from the text."""
 
     text: str
     reasoning: str  # "" if there is none
-    was_cut: bool  # the token limit ended it
+    was_cut: bool  # whether the token limit cut it off
 
 
 # -- from a server ---------------------------------------------------------------------------------
 
 
 def parse_completion(body: str, mask: Callable[[str], str] = str) -> dict:
-    """What is kept of a chat completion; raises one of NOT_AN_ANSWER if `body` is none.
+    """What to record of a chat completion; raises one of NOT_AN_ANSWER if `body` is none.
 
-    {"text", "reasoning", "refusal", "tokens_in", "tokens_out", "finish", "model", "usage_missing"},
-    of which all but text and tokens only where they say something. A completion with usage is
+    {"text", "reasoning", "refusal", "tokens_in", "tokens_out", "finish", "model", "usage_missing"};
+    all except text and tokens are omitted if they are not informative. A completion with usage is
     charged for, so it is an answer even without a text; then "text" is None. `mask` hides the
     key."""
     completion = json.loads(body)
@@ -59,7 +59,7 @@ def parse_completion(body: str, mask: Callable[[str], str] = str) -> dict:
     if isinstance(message.get("refusal"), str) and message["refusal"]:
         answer["refusal"] = mask(writable(message["refusal"]))
     answer |= read_usage(completion.get("usage"), has_text=bool(text or reasoning))
-    # "stop" is the rule, and says nothing.
+    # "stop" is the normal case, and omitted.
     finish = choice.get("finish_reason")
     if isinstance(finish, str) and finish != "stop":
         answer["finish"] = mask(writable(finish))
@@ -69,8 +69,8 @@ def parse_completion(body: str, mask: Callable[[str], str] = str) -> dict:
 
 
 def split_content(content: Any) -> tuple[str | None, str]:
-    """(text, reasoning) of a message's content: a text, or a list of parts, of which those of type
-    "text" have a text and those of type "thinking" the reasoning."""
+    """(text, reasoning) of a message's content: a text, or a list of parts of type "text", with
+    text, and "thinking", with reasoning."""
     parts = content if isinstance(content, list) else [{"text": content}]
     texts = []
     thoughts = []
@@ -94,12 +94,12 @@ def writable(text: str) -> str:
 
 
 def read_usage(usage: Any, has_text: bool) -> dict:
-    """{"tokens_in", "tokens_out"} of a completion's usage; with "usage_missing" where a number is
-    missing or cannot be true, so that its cost is estimated instead."""
+    """{"tokens_in", "tokens_out"} from a completion's usage; with "usage_missing" if a number is
+    missing or impossible, so that its cost is estimated instead."""
     counts = usage if isinstance(usage, Mapping) else {}
     tokens_in = counts.get("prompt_tokens")
     tokens_out = counts.get("completion_tokens")
-    # No prompt has no tokens, and no text either.
+    # Neither a prompt nor a text can have 0 tokens.
     is_known = is_count(tokens_in, 1) and is_count(tokens_out, 1 if has_text else 0)
     tokens = {
         "tokens_in": tokens_in if is_count(tokens_in, 0) else 0,
@@ -113,8 +113,8 @@ def is_count(value: Any, smallest: int) -> bool:
 
 
 def is_same_model(wanted: str, answering: str) -> bool:
-    """Whether a server's name for the model that answers is that of the one that was asked for, up
-    to its organization, its date or version, and capitals."""
+    """Whether the name of the answering model matches the requested one, ignoring organization,
+    date or version, and case."""
     return base_name(wanted) == base_name(answering)
 
 
@@ -123,11 +123,12 @@ def base_name(model: str) -> str:
     return VERSION_SUFFIX.sub("", name)
 
 
-# -- kept answers ----------------------------------------------------------------------------------
+# -- recorded answers ------------------------------------------------------------------------------
 
 
 def read_answer(kept: Mapping) -> Answer | None:
-    """The answer of a line of OUT/calls.jsonl; None if it has no text, or a filter ended it."""
+    """The answer in a line of OUT/calls.jsonl; None if it has no text, or a content filter cut it
+    off."""
     if kept["text"] is None or kept.get("finish") == "content_filter":
         return None
     thoughts, parts = split_thinking(kept["text"])
@@ -143,7 +144,7 @@ def was_cut(kept: Mapping) -> bool:
     return kept.get("finish") in ("length", "max_tokens")
 
 
-# What a question needs of its answer. An answer is None where there is none.
+# What different questions use of an answer. The functions return None if it is unusable.
 
 
 def whole_text(answer: Answer) -> str | None:
@@ -151,12 +152,12 @@ def whole_text(answer: Answer) -> str | None:
 
 
 def finished_text(answer: Answer) -> str | None:
-    """The text; None if the token limit ended it."""
+    """The text; None if the token limit cut it off."""
     return None if answer.was_cut else answer.text
 
 
 def finished_lines(answer: Answer) -> str | None:
-    """The text; if the token limit ended it, without its last line: a 10 may have become a 1."""
+    """The text, without its last line if the token limit cut it off: a 10 may have become a 1."""
     return answer.text.rpartition("\n")[0] if answer.was_cut else answer.text
 
 

@@ -1,6 +1,6 @@
-"""What each metric means, in a phrase, which direction is good, and how its values are written.
+"""The meaning of each metric in a phrase, which direction is better, and number formatting.
 
-report.py shows it. docs/metrics.md says it in full; a test compares the names of the two.
+report.py shows it. docs/metrics.md has full definitions; a test compares the names in both.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class Metric:
         return f"{self.meaning}; {self.better} is better" if self.better else self.meaning
 
 
-# Words in the names: NAME is a reward, TASK a file or task of eval_reasoning_tasks, N a round, x
-# another metric, and ... who is asked.
+# Placeholders in names: NAME is a reward, TASK a file or task in eval_reasoning_tasks, N a round, x
+# another metric, and ... one of ASKED.
 METRICS = {
     # every training
     "step": Metric("optimizer steps done; in RL, rollouts"),
@@ -117,7 +117,7 @@ REWARDS_WITHOUT_OPTION = ("feedback", "reward_model")
 
 
 def find_metric(name: str, options: Mapping[str, Any]) -> Metric | None:
-    """The metric of a name that a stage with these options logs; None if it is unknown."""
+    """The metric with this name, logged by a stage with these options; None if it is unknown."""
     if name in METRICS:
         return METRICS[name]
     if name.startswith("eval_"):
@@ -138,7 +138,8 @@ def extended(metric: Metric | None, meaning: str) -> Metric | None:
 
 
 def family_name(name: str, options: Mapping[str, Any]) -> str:
-    """The name in METRICS of one of many: reward_NAME of reward_length; `name` itself if none."""
+    """The name in METRICS for a metric of a family, such as reward_NAME for reward_length; `name`
+    itself if it belongs to none."""
     for word in ASKED:
         if name.startswith(f"{word}_"):
             return "..." + name.removeprefix(word)
@@ -174,8 +175,7 @@ def judge_change(metric: Metric | None, old: float, new: float) -> str:
 
 
 def find_best(metric: Metric | None, values: Sequence[float | None]) -> list[int]:
-    """The indices of the best of several values: none where no direction is better, or all are
-    equal."""
+    """The indices of the best values; none if no direction is better, or if all are equal."""
     if metric is None or not metric.better:
         return []
     known = [value for value in values if value is not None and math.isfinite(value)]
@@ -193,7 +193,8 @@ def find_best(metric: Metric | None, values: Sequence[float | None]) -> list[int
 
 
 def format_number(value: float | None) -> str:
-    """Three significant digits. Digits before the point all stay, and counts are exact."""
+    """Format with three significant digits. All digits before the point are kept, and counts are
+    exact."""
     if value is None:
         return "–"
     size = abs(value)

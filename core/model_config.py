@@ -1,5 +1,4 @@
-"""What the configuration files of a model say: whether a recipe can train it, how many tokens it
-takes, where it stops."""
+"""Configuration of models: whether a recipe can train them, context length, stop tokens."""
 
 from __future__ import annotations
 
@@ -13,12 +12,12 @@ from core.config import ModelConfig, TrainingConfig
 from core.errors import ConfigError, as_config_error
 from core.runtime import logger
 
-# Mamba computes with the weights of a layer directly; Falcon's linear layers are of another class.
+# Mamba uses the weights of layers directly; Falcon's linear layers have a class of their own.
 NOT_QUANTIZED = {"mamba", "falcon_mamba", "falcon"}
 
 
 def read_stop_tokens(folder: Path) -> list[int]:
-    """The ids of the tokens at which generation ends, by the model's generation_config.json."""
+    """The ids of tokens that end generation, from the model's generation_config.json."""
     file = folder / "generation_config.json"
     if not file.is_file():
         return []
@@ -31,8 +30,8 @@ def read_stop_tokens(folder: Path) -> list[int]:
 def check_model_config(
     config: ModelConfig, tokenizer, model_config, may_grow: bool = False
 ) -> None:
-    """Raise ConfigError for a model that no recipe can train. With an adapter, or new tokens, its
-    embeddings `may_grow` to those of the tokenizer."""
+    """Raise ConfigError for a model that no recipe can train. With an adapter or new tokens, its
+    embeddings `may_grow` to the size of the tokenizer."""
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_MASKED_LM_MAPPING,
@@ -40,13 +39,13 @@ def check_model_config(
     )
 
     name, kind = config.model_name_or_path, model_config.model_type
-    # Of some, transformers would load the decoder alone.
+    # For some encoder-decoders, transformers would load only the decoder.
     is_half = type(model_config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
     if model_config.is_encoder_decoder or is_half:
         raise ConfigError(
             f"model {name} ({kind}) is an encoder and a decoder; give a decoder-only language model"
         )
-    # A model that brings its own code is not in the mapping. Some encoders are, to be decoders.
+    # A model with its own code is not in the mapping. Some encoders are, for use as decoders.
     brings_code = bool(getattr(model_config, "auto_map", None))
     writes_text = type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING
     fills_gaps = type(model_config) in MODEL_FOR_MASKED_LM_MAPPING
@@ -70,7 +69,7 @@ def check_model_config(
 
 
 def set_generation_config(model, tokenizer, name: str) -> None:
-    """Let generation stop at the token that ends a turn, and make the options valid: many published
+    """Make generation stop at the token that ends a turn, and make the config valid: many published
     models have a temperature without do_sample, which could not be saved after training."""
     generation = model.generation_config
     generation.update(eos_token_id=stop_tokens(tokenizer), pad_token_id=tokenizer.pad_token_id)
@@ -88,7 +87,7 @@ def set_generation_config(model, tokenizer, name: str) -> None:
 
 
 def check_can_score(model_config) -> None:
-    """Raise ConfigError for a model that transformers has no form of with one score."""
+    """Raise ConfigError for a model that transformers has no sequence classifier for."""
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
     if type(model_config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
@@ -99,8 +98,8 @@ def check_can_score(model_config) -> None:
 
 
 def check_attention(config: ModelConfig, skeleton) -> None:
-    """Raise ConfigError where the attention that an option names is not installed, or is none of
-    this model's. `skeleton` is the model on the meta device."""
+    """Raise ConfigError if the attention implementation in the options is not installed, or not
+    supported by this model. `skeleton` is the model on the meta device."""
     if config.attn_implementation is None:
         return
     with as_config_error(f"attn_implementation={config.attn_implementation}"):
@@ -108,6 +107,6 @@ def check_attention(config: ModelConfig, skeleton) -> None:
 
 
 def context_length(model_config) -> int:
-    """The number of tokens that a model can take; sys.maxsize where it has no limit."""
+    """The number of tokens that a model can take; sys.maxsize if it has no limit."""
     text_config = model_config.get_text_config()
     return getattr(text_config, "max_position_embeddings", None) or sys.maxsize

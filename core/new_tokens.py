@@ -1,4 +1,4 @@
-"""Tokens that a tokenizer gets, and their rows in the embeddings."""
+"""New tokens of a tokenizer, and their rows in the embeddings."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from core.runtime import logger
 
 
 def add_new_tokens(tokenizer, config: ModelConfig) -> list[int]:
-    """Add the tokens that `new_tokens` and `new_special_tokens` name, in place; returns the ids of
-    those that the tokenizer did not have."""
+    """Add the tokens in `new_tokens` and `new_special_tokens` to the tokenizer, in place; returns
+    the ids of those that it did not have."""
     if not isinstance(config, TrainingConfig):
         return []
     known = len(tokenizer)
@@ -23,15 +23,15 @@ def add_new_tokens(tokenizer, config: ModelConfig) -> list[int]:
 
 
 def rows_to_start(model, tokenizer) -> list[int]:
-    """The ids of new tokens, and of those that the tokenizer had without rows in the embeddings."""
+    """The ids of new tokens, and of other tokens that have no row in the embeddings."""
     num_embeddings = model.get_input_embeddings().weight.shape[0]
     return sorted({*tokenizer.new_ids, *range(num_embeddings, len(tokenizer))})
 
 
 @torch.no_grad()
 def start_new_rows(model, ids: Sequence[int]) -> None:
-    """Give new tokens the mean of all rows before theirs, in the embeddings and the output layer,
-    in place. Some models have spare rows, others grow."""
+    """Initialize the rows of new tokens in embeddings and output layer, in place, to the mean of
+    all rows before theirs. Some models have spare rows; others are resized."""
     if not ids:
         return
     needed = ids[-1] + 1
@@ -47,7 +47,7 @@ def start_new_rows(model, ids: Sequence[int]) -> None:
 
 
 def trainable_rows(model, ids: Sequence[int]) -> dict[str, Any]:
-    """The options of LoraConfig with which the rows `ids` train beside an adapter."""
+    """LoraConfig options that make the rows `ids` train together with an adapter."""
     if not ids:
         return {}
     embeddings, output_layer = model.get_input_embeddings(), model.get_output_embeddings()

@@ -1,5 +1,5 @@
-"""Optimizers and learning-rate schedules, by the names that the options `optim` and
-`lr_scheduler_type` give them.
+"""Optimizers and learning-rate schedules, by their names in the options `optim` and
+`lr_scheduler_type`.
 """
 
 from __future__ import annotations
@@ -13,32 +13,32 @@ import torch
 from core.config import TrainingConfig
 
 ADAM_DEFAULTS: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}
-# Normalization weights and biases are not pulled towards 0.
+# Normalization weights and biases have no weight decay.
 NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(^|[._])norm($|\.)", re.IGNORECASE)
 
 
 def new_optimizer(
     config: TrainingConfig, model, groups: list[dict[str, Any]]
 ) -> torch.optim.Optimizer:
-    """The optimizer that `optim` names, over parameter groups with "lr" and "weight_decay"."""
+    """The optimizer named by `optim`, for parameter groups with "lr" and "weight_decay"."""
     if config.optim in ("adamw_8bit", "paged_adamw_8bit"):
         return new_8bit_optimizer(model, groups, is_paged=config.optim.startswith("paged"))
     if config.optim == "adafactor":
         from transformers.optimization import Adafactor
 
-        # The learning rate is that of the option, not one of its own.
+        # Use the learning rate of the option, not Adafactor's own.
         return Adafactor(groups, scale_parameter=False, relative_step=False)
     if config.optim == "sgd":
         return torch.optim.SGD(groups)
     if config.optim == "muon":
         return MuonWithAdamW(split_hidden_matrices(model, groups))
-    # None leaves the choice of the kernel to torch.
+    # With None, torch chooses the implementation.
     fused = True if config.optim == "adamw_torch_fused" else None
     return torch.optim.AdamW(groups, **ADAM_DEFAULTS, fused=fused)
 
 
 def new_8bit_optimizer(model, groups: list[dict[str, Any]], is_paged: bool):
-    """AdamW with its moments in 8 bits (Dettmers et al. 2022), but for those of embeddings."""
+    """AdamW with 8-bit moments (Dettmers et al. 2022), except those of embeddings."""
     import bitsandbytes
 
     # Moments of rare tokens are too uneven for 8 bits.
@@ -66,7 +66,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        # Sharding and loading replace the groups and the state of this optimizer.
+        # Sharding and loading replace this optimizer's groups and state.
         self.muon.param_groups = self.groups_of(True)
         self.adamw.param_groups = self.groups_of(False)
         for part in (self.muon, self.adamw):
@@ -75,8 +75,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 def split_hidden_matrices(model, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`groups`, each in two: "is_hidden" are the matrices inside `model`, without its embeddings
-    and its output layer."""
+    """Split each group in two: "is_hidden" are the matrices inside `model`, without embeddings and
+    output layer."""
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     at_the_ends = {id(weight) for end in ends if end is not None for weight in end.parameters()}
     inside = {id(weight) for weight in model.parameters() if weight.dim() == 2} - at_the_ends
@@ -89,7 +89,7 @@ def split_hidden_matrices(model, groups: list[dict[str, Any]]) -> list[dict[str,
 
 
 def decay_groups(config: TrainingConfig, model) -> list[dict[str, Any]]:
-    """The parameter groups of all that trains: matrices with weight decay, the rest without."""
+    """The parameter groups of all trained weights: matrices with weight decay, others without."""
     decayed, not_decayed = [], []
     norms = set()
     for module in model.modules():
@@ -110,11 +110,10 @@ def decay_groups(config: TrainingConfig, model) -> list[dict[str, Any]]:
 
 
 def schedule_factor(config: TrainingConfig, step: int, num_steps: int) -> float:
-    """What the learning rate of step 0, 1, ... is multiplied by; above 0 in every step.
+    """The factor of the learning rate at step 0, 1, ...; above 0 at every step.
 
-    Warm-up rises in equal parts to 1, which its last step has. From there "linear" and
-    "polynomial" fall in a straight line and "cosine" in half a wave, to reach 0 after the last
-    step.
+    Warm-up rises linearly and reaches 1 at its last step. After that, "linear" and "polynomial"
+    decay linearly and "cosine" by half a cosine wave, to 0 after the last step.
     """
     if config.lr_scheduler_type == "constant":
         return 1.0
@@ -133,7 +132,7 @@ def schedule_factor(config: TrainingConfig, step: int, num_steps: int) -> float:
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> float:
     """Set the rate of each group to `factor` times its peak; returns that of the first group."""
     for group in optimizer.param_groups:
-        # The first call finds the peak; what it sets is not taken for it later.
+        # The first call records the peak.
         group.setdefault("peak_lr", group["lr"])
         group["lr"] = group["peak_lr"] * factor
     return optimizer.param_groups[0]["lr"]

@@ -1,4 +1,4 @@
-"""The top level of a pipeline's YAML file, its older forms, and what runs after the chain."""
+"""The top level of a pipeline's YAML file, its older forms, and commands to run after the chain."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SHARED_OPTIONS = (
     "use_wandb",
     "wandb_project",
 )
-FLAT_STAGE = "sft"  # what a file without stages trains, as the first trainer of older files did
+FLAT_STAGE = "sft"  # the stage of a file without stages, as in older files
 
 
 @dataclass
@@ -46,14 +46,14 @@ class PipelineConfig:
         "cleanup_intermediate",
     )
 
-    # options handed to every stage
+    # options passed to every stage
     model_name_or_path: str = ""  # model of the first stage: hub name, folder or .gguf file
     revision: str | None = None  # branch, tag or commit of a hub name
     torch_dtype: Precision = "auto"  # precision of every stage
     trust_remote_code: bool = False  # run Python code that comes with the model
     use_auth_token: bool = False  # gated models: use the login of `hf auth login` or HF_TOKEN
     seed: Natural = 42  # random seed of every stage
-    log_level: Level = "info"  # level of the console output
+    log_level: Level = "info"  # minimum level of log lines on the screen
     report_to: Trackers = field(default_factory=list)  # experiment trackers of every stage
     use_wandb: bool = False  # same as report_to=wandb
     wandb_project: str | None = None  # Weights & Biases project
@@ -68,17 +68,17 @@ class PipelineConfig:
     from_stage: str | None = None  # rerun from this stage on; the stages before must be finished
     until: str | None = None  # stop after this stage
     force_restart: bool = False  # rerun all stages, finished or not
-    force: bool = False  # overwrite finished results of other options; false: move them aside
+    force: bool = False  # overwrite finished results of other options; false moves them away
     auto_resume: bool = True  # false is the same as force_restart
     enable_state_persistence: bool = True  # false is the same as force_restart; records are written
-    # for programs that run after the chain: it says by which command
-    hub_token: str | None = None  # refused: log in by `hf auth login` or set HF_TOKEN
-    push_to_hub: bool = False  # say how to upload the model
-    push_adapter_only: bool = False  # say how to upload the last adapter
+    # commands to run after the chain, only printed
+    hub_token: str | None = None  # refused: log in with `hf auth login` or set HF_TOKEN
+    push_to_hub: bool = False  # print the command to upload the model
+    push_adapter_only: bool = False  # print the command to upload the last adapter
     hub_repo_id: str | None = None  # repository for push_to_hub
     hub_private: bool = True  # make that repository private
     hub_commit_message: str | None = None  # commit message of the push
-    convert_to_gguf: bool = False  # say how to convert the model to a .gguf file
+    convert_to_gguf: bool = False  # print the command to convert the model to a .gguf file
     gguf_quantization: str | None = None  # quantization for convert_to_gguf
     gguf_output_path: str | None = None  # file for convert_to_gguf
 
@@ -89,8 +89,8 @@ class PipelineConfig:
 def nest_flat_form(
     values: Mapping[str, Any], overrides: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(values, overrides) of a file without stages, which has the options of one training at the
-    top level, in the form with stages; of another file as they are."""
+    """Convert (values, overrides) of a file without stages, with the options of one training at the
+    top level, to the form with stages. Those of other files are returned unchanged."""
     if "stages" in values or "stage_configs" in values or "stages" in overrides:
         return dict(values), dict(overrides)
     top, own = split_options(values)
@@ -103,7 +103,7 @@ def nest_flat_form(
 def split_by_stage(
     overrides: Mapping[str, Any],
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """(options of the top level, {stage: its options}) of options written name or stage.name."""
+    """Split options written as name or stage.name: (top-level options, {stage: its options})."""
     top_level: dict[str, Any] = {}
     per_stage: dict[str, dict[str, Any]] = {}
     for key, value in overrides.items():
@@ -116,8 +116,7 @@ def split_by_stage(
 
 
 def split_options(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(options of the top level by field names, the others); one that is written stage.option
-    stays as it is."""
+    """(top-level options by field name, other options); names like stage.option are unchanged."""
     merged, *_ = merge_sources(PipelineConfig, [values])
     names = {option.name for option in fields(PipelineConfig)}
     top = {name: value for name, value in merged.items() if name in names or "." in str(name)}
@@ -126,8 +125,8 @@ def split_options(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, 
 
 
 def commands_after(config: PipelineConfig) -> list[str]:
-    """The commands of other programs that publish or convert the final model, as the options ask.
-    Raises ConfigError for a secret among them."""
+    """Commands of other programs that publish or convert the final model, as the options request.
+    Raises ConfigError for a secret among the options."""
     final = f"{config.output_dir}/final"
     if config.hub_token:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Weights that bitsandbytes has quantized: what it left as it is, and the way back to floats."""
+"""Weights quantized by bitsandbytes: checking what was quantized, and dequantizing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from core.runtime import logger
 
 
 def check_quantized(model) -> None:
-    """Log what bitsandbytes has left as it is; raises ConfigError if that is everything."""
+    """Warn if most weights were not quantized; raises ConfigError if none were."""
     kind = model.config.model_type
     kept = quantized = 0
     for module in model.modules():
@@ -32,7 +32,7 @@ def check_quantized(model) -> None:
 
 
 def keep_training_mode(module) -> None:
-    """Make `module.train(mode)` and `module.eval()` change nothing."""
+    """Make `module.train(mode)` and `module.eval()` do nothing."""
 
     def train(mode: bool = True):
         return module
@@ -41,14 +41,14 @@ def keep_training_mode(module) -> None:
 
 
 def dequantize_base(model):
-    """A PEFT model of a quantized base as one of the same base in floating point."""
+    """A PEFT model with its quantized base converted to floating point."""
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
     adapter_weights = get_peft_model_state_dict(model)
     lora = model.peft_config["default"]
     base = model.unload().dequantize()
     restore_conv1d(base)
-    # dequantize() leaves these flags set, and save_pretrained and PEFT go by them.
+    # dequantize() leaves these flags set, and save_pretrained and PEFT read them.
     base.is_loaded_in_4bit = base.is_loaded_in_8bit = False
     linear = next(module for module in base.modules() if isinstance(module, torch.nn.Linear))
     cast_weights(base, linear.weight.dtype)
@@ -58,7 +58,7 @@ def dequantize_base(model):
 
 
 def restore_conv1d(model) -> None:
-    """Make those layers Conv1D again, in place, that quantizing has made linear layers of: in the
+    """Convert linear layers back to Conv1D, in place, if quantization has replaced Conv1D: in the
     files of such a model (GPT-2) the weights are (in, out)."""
     from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
@@ -76,7 +76,7 @@ def restore_conv1d(model) -> None:
 
 
 def cast_weights(model, dtype: torch.dtype):
-    """`model` with its weights in `dtype`; buffers, as rotary frequencies, keep their precision."""
+    """`model` with weights in `dtype`; buffers, such as rotary frequencies, are unchanged."""
     if not all(weight.is_floating_point() for weight in model.parameters()):
         raise ConfigError(
             "a quantized model cannot be handed over; give its folder, and use_4bit or use_8bit"

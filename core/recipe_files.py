@@ -1,4 +1,4 @@
-"""From the file of a recipe, and the options given for it, to a stage class and its config."""
+"""Load a recipe's stage class from its file, and make its config from options."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from core.errors import ConfigError, as_config_error
 from core.files import file_digest
 from core.options import check_options, merge_sources
 
-LINK = "stage:"  # an option written as stage:NAME stands for what the stage NAME leaves
+LINK = "stage:"  # an option value stage:NAME stands for the result of the stage NAME
 
 
 def load_recipe(path: Path, base_class: type) -> Any:
     """The one subclass of `base_class` that the file defines. Raises ConfigError if there is none
     or several."""
-    # The digest in the module's name makes a changed file, and a second file of the same name,
-    # another module.
+    # With a digest in its name, a changed file, or another file of the same name, becomes a
+    # separate module.
     identity = f"{path.resolve()} {file_digest(path)}"
     digest = hashlib.sha256(identity.encode()).hexdigest()
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}_{digest[:12]}", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
+    sys.modules[spec.name] = module  # dataclasses look up their module there
     with as_config_error(f"stage {path} cannot be imported"):
         spec.loader.exec_module(module)
-    # Classes that the recipe imports, such as BaseStage itself or a sibling's stage, do not count.
+    # Ignore classes that the recipe imports, such as BaseStage or another recipe's stage.
     classes = []
     for value in vars(module).values():
         is_stage = isinstance(value, type) and issubclass(value, base_class)
@@ -45,7 +45,7 @@ def load_recipe(path: Path, base_class: type) -> Any:
 
 
 def get_config_class(stage_class: Any) -> Any:
-    """`config_class` of a stage, or else the annotation of `config` on its `__init__`."""
+    """`config_class` of a stage, or else the annotation of `config` in its `__init__`."""
     if stage_class.config_class is not StageConfig:
         return stage_class.config_class
     return get_type_hints(stage_class.__init__).get("config", StageConfig)
@@ -54,16 +54,16 @@ def get_config_class(stage_class: Any) -> Any:
 def resolve_options(
     stage_class: Any, sources: Sequence[Mapping[str, Any]]
 ) -> tuple[Any, dict[str, Any], list[str]]:
-    """(stage class, options by field name, notes on what has no effect) of options from several
-    sources, of which later ones win.
+    """Merge options from several sources, later ones winning: (stage class, options by field name,
+    notes on options without effect).
 
-    A recipe such as `rl` chooses another stage by one of the options: its `resolve` takes that one
-    out. Raises one ConfigError for all unknown options, wrong values, and options that a source has
-    under two names.
+    A recipe such as `rl` chooses another stage by one of the options, which its `resolve` removes.
+    Raises one ConfigError for all unknown options, wrong values, and options given under two names
+    in one source.
     """
     given, problems, notes = merge_sources(get_config_class(stage_class), sources)
     stage_class, given, without_effect = stage_class.resolve(given)
-    # The class that was chosen may know more names.
+    # The chosen class may have more names.
     config_class = get_config_class(stage_class)
     given, *more = merge_sources(config_class, [given])
     values, mistakes = check_options(config_class, given)
@@ -91,12 +91,12 @@ def option_names(config_class: Any) -> set[str]:
 def select_options(
     options: Mapping[str, Any], config_classes: Mapping[str, Any], chosen: str | None, why: str
 ) -> tuple[dict[str, Any], list[str]]:
-    """(the options without those that only other recipes than the `chosen` one read, notes on
+    """(the options without those that only recipes other than the `chosen` one read, notes on
     these).
 
-    `config_classes` has the configs of the recipes that there are, by name. Older files may list
-    the options of all of them, so a default is left out without a word; a note on another value
-    says `why` it has no effect. What no recipe knows is kept: it is refused as a typo later.
+    `config_classes` has the configs of all recipes by name. Older files may list the options of all
+    of them, so default values are dropped silently; a note on any other value says `why` it has no
+    effect. Unknown options are kept, to be refused as typos later.
     """
     selected = {}
     notes = []
@@ -122,11 +122,11 @@ def is_default(config_class: Any, option: str, value) -> bool:
 
 
 def is_link(value: Any) -> bool:
-    """Whether the value of an option is written as stage:NAME."""
+    """Whether an option's value has the form stage:NAME."""
     return isinstance(value, str) and value.startswith(LINK)
 
 
 def find_links(config: StageConfig) -> dict[str, str]:
-    """{option: stage} of the options that are written as stage:NAME."""
+    """{option: stage} for the options with values of the form stage:NAME."""
     options = vars(config).items()
     return {name: value.removeprefix(LINK) for name, value in options if is_link(value)}

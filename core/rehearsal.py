@@ -1,4 +1,4 @@
-"""The end of a training, tried in small before it begins: merging, saving, space on the disk."""
+"""A rehearsal, before training, of what happens at its end: merging, saving, disk space."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from core.errors import as_config_error
 from core.files import check_disk_space, unfinished_name
 from core.runtime import is_main_process
 
-BYTES_OF_A_TRAINED_WEIGHT = 4  # it trains in float32
+BYTES_OF_A_TRAINED_WEIGHT = 4  # float32
 
 
 def rehearse_end(model, tokenizer, config: TrainingConfig) -> None:
-    """Raise ConfigError for what would fail when the trained `model` is merged and saved."""
+    """Raise ConfigError if merging or saving the trained `model` would fail."""
     if not config.save_intermediate or not is_main_process():
         return
     base = model.get_base_model() if hasattr(model, "peft_config") else model
@@ -27,12 +27,12 @@ def rehearse_end(model, tokenizer, config: TrainingConfig) -> None:
 
     with as_config_error("after training, the adapter could not be merged into the model"):
         for layer in adapted_layers(model):
-            # The copy is merged: taking a merge back would change the last bits of the weights.
+            # Merge a copy, because unmerging would change the last bits of the weights.
             copy.deepcopy(layer).merge(safe_merge=True)
 
     trial = unfinished_name(Path(config.output_dir, "trial"))
     try:
-        # Any other error, such as a full disk, is no mistake of the user's, and ends the stage too.
+        # Other errors, such as a full disk, are not the user's mistake, but fail the stage too.
         with as_config_error("after training, the model could not be saved", ValueError):
             base.config.save_pretrained(trial)
             if base.can_generate():

@@ -1,8 +1,8 @@
-"""Alarms of an RL run: what goes wrong in its rollouts, logged once each with a remedy.
+"""Alarms of an RL run: problems in its rollouts, each logged once with a remedy.
 
-No alarm goes by a single completion. It looks at the newest completions, those of one rollout or of
-as many as it takes, and is raised where their mean is beyond its threshold by more than chance:
-where the whole 95% interval is.
+No alarm depends on a single completion. It looks at the newest completions, from one rollout or
+from as many as needed, and is raised if their mean is beyond a threshold by more than chance: if
+the whole 95% interval is.
 """
 
 from __future__ import annotations
@@ -19,35 +19,35 @@ from core.rollout import Rollout
 from core.runtime import logger
 from core.statistics import Z_95, normal_interval, wilson_interval
 
-MIN_VALUES = 32  # on fewer, a normal interval would be too narrow
-MAX_KL = 2.0  # nats per completion, where target_kl is not set
-MAX_KL_FACTOR = 10  # a KL of so many times target_kl, or of MAX_KL, is an alarm
+MIN_VALUES = 32  # with fewer values, a normal interval would be too narrow
+MAX_KL = 2.0  # nats per completion, used if target_kl is not set
+MAX_KL_FACTOR = 10  # alarm above this multiple of target_kl, or of MAX_KL
 MIN_ENTROPY_SHARE = 0.1  # of the entropy of the first rollout
 NEARLY_ALL = 0.85  # share of completions, or of prompts, that counts as all of them
 
 
 class Alarms:
-    """The alarms raised in this process, and the newest values that they look at."""
+    """The alarms raised in this process, and the newest values for them."""
 
     def __init__(self):
         self.raised: set[str] = set()
         self.values: dict[str, list[float]] = {}
 
     def add(self, values: Mapping[str, Sequence[float]]) -> None:
-        """Keep the newest values of each name: those of a rollout, or MIN_VALUES if it has less."""
+        """Keep the newest values of each name: those of a rollout, but at least MIN_VALUES."""
         for name, new in values.items():
             count = max(len(new), MIN_VALUES)
             self.values[name] = [*self.values.get(name, []), *new][-count:]
 
     def warn(self, name: str, message: str) -> None:
-        """Log the alarm of that name, once."""
+        """Log the alarm with this name, but only once."""
         if name not in self.raised:
             self.raised.add(name)
             logger.warning(message)
 
 
 def raise_alarms(run: Any, values: Mapping[str, Sequence[float]]) -> None:
-    """Warn of what goes wrong in a Run (core/rl_run.py), whose next rollout has these `values`."""
+    """Add the `values` of a new rollout, and warn of problems in the Run (core/rl_run.py)."""
     run.alarms.add(values)
     newest = run.alarms.values
     warn_of_kl(run, newest.get("kl", []))
@@ -57,8 +57,8 @@ def raise_alarms(run: Any, values: Mapping[str, Sequence[float]]) -> None:
 
 
 def rollout_values(run: Any, rollout: Rollout) -> dict[str, list[float]]:
-    """What the alarms look at, over all processes: "cut", "entropy" (nats per token) and "kl"
-    (nats) of each completion, "equal" of each prompt. Without a verdict only "cut" is known."""
+    """Values for the alarms, over all processes: "cut", "entropy" (nats per token) and "kl" (nats)
+    for each completion, "equal" for each prompt. Without a verdict there is only "cut"."""
     gather = run.accelerator.gather
     num_tokens = rollout.used.sum(1)  # (B,), 0 without a verdict
     columns = {
@@ -77,7 +77,7 @@ def rollout_values(run: Any, rollout: Rollout) -> dict[str, list[float]]:
 
 
 def equal_rewards(groups: torch.Tensor) -> torch.Tensor:
-    """(P, G) -> (P,): whether all completions of a prompt did equally well, or badly. They carry no
+    """(P, G) -> (P,): whether all completions of a prompt have the same reward. They carry no
     signal for GRPO and RLOO."""
     deviations = (groups - groups.nanmean(1, keepdim=True)).nan_to_num()
     return deviations.abs().amax(1) < 1e-6
@@ -85,7 +85,7 @@ def equal_rewards(groups: torch.Tensor) -> torch.Tensor:
 
 def warn_of_kl(run: Any, values: Sequence[float]) -> None:
     limit = MAX_KL_FACTOR * (run.config.target_kl or MAX_KL)
-    # A few completions far out have a high mean, and an interval that is as wide.
+    # Outliers raise the mean, but widen the interval as well.
     if interval_of_mean(values)[0] > limit:
         run.alarms.warn(
             "kl",
@@ -127,9 +127,9 @@ def warn_of_cut_answers(run: Any, values: Sequence[float]) -> None:
 
 
 def interval_of_mean(values: Sequence[float]) -> tuple[float, float]:
-    """The 95% interval of the mean; without bounds while the values are too few to tell.
+    """The 95% interval of the mean; infinite if there are too few values.
 
-    Not Wilson's, which is too wide for values close to 0 that are not shares.
+    Not Wilson's, which is too wide for values close to 0 that are not fractions.
     """
     if len(values) < MIN_VALUES:
         return -math.inf, math.inf
@@ -137,7 +137,7 @@ def interval_of_mean(values: Sequence[float]) -> tuple[float, float]:
 
 
 def is_nearly_all(values: Sequence[float]) -> bool:
-    """Whether so many of the values, 0 and 1, are 1 that it is no chance: of 22 all."""
+    """Whether significantly more than NEARLY_ALL of the values, 0 and 1, are 1: all of 22, say."""
     if not values:
         return False
     low, _ = wilson_interval(statistics.fmean(values), len(values), Z_95)
@@ -145,7 +145,7 @@ def is_nearly_all(values: Sequence[float]) -> bool:
 
 
 def count_of(values: Sequence[float]) -> str:
-    """Such as "all of the last 64", or "62 of the last 64", for values of 0 and 1."""
+    """Text such as "all of the last 64" or "62 of the last 64", for values of 0 and 1."""
     count = round(sum(values))
     share = "all" if count == len(values) else str(count)
     return f"{share} of the last {len(values)}"

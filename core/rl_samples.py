@@ -1,11 +1,11 @@
-"""Answers of an RL run to read: samples.jsonl, and one of them on the screen.
+"""Sample answers of an RL run: samples.jsonl, and one of them on the screen.
 
-A line of samples.jsonl has "step", "kind", "prompt", "completion", "reward", with several rewards
-"reward_NAME" of each, "length" and "stopped", and the columns of the prompt's row. The kinds:
+A line of samples.jsonl has "step", "kind", "prompt", "completion", "reward", "reward_NAME" for each
+of several rewards, "length", "stopped", and the columns of the prompt's row. The kinds:
 
     held_out       greedy answer to a held-out prompt, at every evaluation
-    best, worst    of the sampled completions of a step those with the highest and the lowest
-                   reward, at evaluations and every 10th step
+    best, worst    the sampled completions of a step with the highest and the lowest reward, at
+                   evaluations and every 10th step
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ Answer = dict[str, Any]  # a line of samples.jsonl
 
 
 def reward_columns(run: Any) -> list[str]:
-    """What the parts of the reward are called in metrics.jsonl and samples.jsonl; none if there is
-    one alone."""
+    """Names of the rewards in metrics.jsonl and samples.jsonl; none if there is only one reward."""
     names = [f"reward_{Path(name).name}" for name in run.reward_functions]
     return names if len(names) > 1 else []
 
@@ -46,7 +45,7 @@ def describe_answers(
     rewards: torch.Tensor,  # (B, R)
     scores: torch.Tensor,  # (B,)
 ) -> list[Answer]:
-    """The lines of B answers, each to the prompt of its row; their kind is held_out."""
+    """The lines for B answers to the prompts of their rows, with kind held_out."""
     columns = reward_columns(run)
     totals = none_for_nan(scores.tolist())
     answers = []
@@ -55,7 +54,7 @@ def describe_answers(
         answer |= {"completion": texts[b], "reward": totals[b]}
         answer |= dict(zip(columns, none_for_nan(rewards[b].tolist()), strict=False))
         answer |= {"length": int(lengths[b]), "stopped": bool(stopped[b])}
-        # A column of the data never takes the place of a field above.
+        # A column of the data never replaces a field above.
         answers.append(answer | row["columns"] | answer)
     return answers
 
@@ -114,7 +113,7 @@ def evaluate(run: Any) -> dict[str, float]:
     from accelerate.utils import gather_object
 
     config, accelerator = run.config, run.accelerator
-    # Each process answers every n-th prompt; the answers come together for the figures.
+    # Each of n processes answers every n-th prompt; the answers are gathered for the metrics.
     own_rows = run.evaluation_rows[accelerator.process_index :: accelerator.num_processes]
     own_answers = []
     for start in range(0, len(own_rows), config.batch_size):
@@ -122,7 +121,7 @@ def evaluate(run: Any) -> dict[str, float]:
     answers = gather_object(own_answers)
     if is_main_process():
         write_answers(run, answers)
-        # The same prompt at every evaluation.
+        # This is the same prompt at every evaluation.
         show_answer(answers[0])
     metrics = {}
     for name in ("reward", "length", "stopped"):
@@ -147,7 +146,7 @@ def answer_greedily(run: Any, rows: list[dict]) -> list[Answer]:
 
 
 def show_answer(answer: Answer) -> None:
-    """Log a prompt, the answer to it and its reward, each on a line."""
+    """Log a prompt, its answer and the reward, one per line."""
     prompt = answer["prompt"][-1]["content"]
     shown = {
         "prompt": shorten(str(prompt)),

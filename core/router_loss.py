@@ -1,5 +1,5 @@
-"""The loss that keeps the experts of a mixture about equally busy (Fedus et al. 2021, equation 4),
-for models whose configuration asks for it by output_router_logits."""
+"""The load-balancing loss of mixtures of experts (Fedus et al. 2021, equation 4), for models whose
+configuration enables it by output_router_logits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from core.output_layer import unwrap_model
 
 
 def router_loss_weight(model) -> float:
-    """`router_aux_loss_coef` of the model's configuration; 0 where it computes no router loss."""
+    """`router_aux_loss_coef` from the model's configuration; 0 if it computes no router loss."""
     config = unwrap_model(model).config.get_text_config()
     if not getattr(config, "output_router_logits", False):
         return 0.0
@@ -22,7 +22,7 @@ def router_loss_weight(model) -> float:
 
 @contextlib.contextmanager
 def recorded_router_losses(model) -> Iterator[list[Tensor]]:
-    """The router losses () of all passes with gradient inside the context."""
+    """Record the router losses () of all passes with gradient in the block."""
     losses: list[Tensor] = []
 
     def record(module, inputs, output) -> None:

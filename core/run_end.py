@@ -1,4 +1,4 @@
-"""What a run says at its end: what it made, and the commands to go on with."""
+"""What a run prints at its end: its results, and commands to continue with."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ ROOT = Path(__file__).resolve().parents[1]
 # Formats of data that recipes/evaluate.py does not read.
 NOT_EVALUATED = ("text",)
 NUM_EVAL_SAMPLES = 100  # rows of the printed evaluation, which takes minutes
-# Configs whose options the evaluation has too, by name: an import would make the code of rewards
-# and judges a part of every recipe's.
+# Configs whose options the evaluation has too, by name: imports would make the code of rewards and
+# judges part of every recipe's fingerprint.
 TAKEN_OVER = ("DataConfig", "ScoringConfig", "JudgingConfig")
-# Options that the evaluation does not take over from the training, beside those of every stage: the
-# model is another one, and it is saved as it is, not quantized.
+# Options that the evaluation does not take over from training, besides those of every stage: it
+# loads another model, which is saved unquantized.
 NOT_TAKEN_OVER = (
     "model_name_or_path",
     "revision",
@@ -38,7 +38,7 @@ NOT_TAKEN_OVER = (
 
 
 def describe_end(stage: Any, result: Any) -> str:
-    """What a recipe on its own prints when it has succeeded."""
+    """What a recipe prints after success, when run on its own."""
     folder = stage.config.output_dir
     parts = [f"done: {folder}"]
     changes = list(before_and_after(result.metrics).items())
@@ -49,9 +49,9 @@ def describe_end(stage: Any, result: Any) -> str:
 
 
 def describe_next_steps(stage: Any, folder: str, model: str | None, start: str) -> str:
-    """Aligned lines: what was made, and the commands to look at it, to talk to it, to evaluate it.
+    """Aligned lines: the result, and commands to look at it, talk to it, and evaluate it.
 
-    `stage` made the model, which began as `start` and is in the folder `model` if it was saved.
+    `stage` made the model, which started as `start` and is in the folder `model` if it was saved.
     `folder` is that of the whole run: of the stage itself, or of a chain.
     """
     own_folder = stage.config.output_dir
@@ -80,10 +80,10 @@ def describe_next_steps(stage: Any, folder: str, model: str | None, start: str) 
 
 
 def describe_resumption(config: StageConfig) -> str:
-    """What the same command does after a stage has failed."""
+    """What the same command does when it is run again after a failure."""
     folder = Path(config.output_dir)
     checkpoints: list[Path] = []
-    # A stage may train in folders of its own in this one, as rlaif does.
+    # A stage may train in subfolders, as rlaif does.
     for place in folder.glob("**/checkpoints"):
         of_another_result = place.relative_to(folder).parts[0].startswith("previous.")
         if not of_another_result:
@@ -108,7 +108,7 @@ def script_command(script: str, *arguments: str) -> str:
 
 
 def recipe_command(name: str, options: Mapping[str, Any]) -> str:
-    """A command that runs a recipe, without the options that are empty."""
+    """A command that runs a recipe, without empty options."""
     arguments = []
     for option, value in options.items():
         if value not in (None, ""):
@@ -118,7 +118,7 @@ def recipe_command(name: str, options: Mapping[str, Any]) -> str:
 
 
 def report_line(folder: str) -> str:
-    """The report that a chain has written, or else the command that writes it."""
+    """The report that a chain has written, or else the command to write it."""
     page = Path(folder, "report.html")
     if Path(folder, "pipeline.json").exists() and page.exists():
         return shlex.quote(str(page))
@@ -126,13 +126,13 @@ def report_line(folder: str) -> str:
 
 
 def evaluation_command(stage: Any, folder: str, model: str, start: str) -> str:
-    """The command that compares the model with what it was, on the data that it was trained on."""
+    """The command that compares the model with its start, on the data that it was trained on."""
     config = stage.config
     options = {
         "model": model,
         "data": data_of(stage),
         "baseline": start,
-        # In a folder of its own: beside the run, whose records it would replace.
+        # Beside the run's folder, whose records it would otherwise replace.
         "output_dir": f"{Path(folder)}-evaluation",
         "num_eval_samples": NUM_EVAL_SAMPLES,
     }
@@ -158,12 +158,12 @@ def rl_command(stage: Any) -> str:
 
 
 def start_of(stage: Any) -> str:
-    """The model that a stage is configured to start from; empty if it loads none."""
+    """The model that a stage starts from, by its config; empty if it loads none."""
     return getattr(stage.config, "model_name_or_path", "")
 
 
 def data_of(stage: Any) -> Any:
-    """The data of a stage, as its option has it; None if it has no such option."""
+    """The value of a stage's data option; None if it has no such option."""
     option = stage.config.aliases.get("data")
     return getattr(stage.config, option) if option else None
 
@@ -178,8 +178,8 @@ def can_be_evaluated(stage: Any) -> bool:
 
 
 def options_taken_over(config: StageConfig) -> dict[str, Any]:
-    """Those that recipes/evaluate.py has too and that are not at their defaults: how model and data
-    are read, the rewards, the judge."""
+    """The options that recipes/evaluate.py has too and that differ from their defaults: how model
+    and data are read, the rewards, the judge."""
     names: set[str] = set()
     for config_class in type(config).__mro__:
         if config_class.__name__ in TAKEN_OVER:
@@ -195,7 +195,7 @@ def options_taken_over(config: StageConfig) -> dict[str, Any]:
 
 
 def as_text(value: Any) -> str:
-    """An option's value as the command line reads it: words with commas, the rest as YAML."""
+    """An option's value in command-line form: words separated by commas, anything else as YAML."""
     if isinstance(value, str):
         return value
     if isinstance(value, list):

@@ -1,5 +1,5 @@
-"""What a run logs at a step: a line in metrics.jsonl, and a shorter one on the screen; and what
-stays of its logs when it is resumed."""
+"""Log a step, with a line in metrics.jsonl and a shorter one on the screen, and truncate logs when
+a run is resumed."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from core.screen import Pace
 
 # Files of a run that grow line by line.
 LOG_FILES = ("metrics.jsonl", "samples.jsonl")
-# How a figure is shown on the screen; the others are shown as "name value", with four digits.
+# Formats of metrics on the screen; the others are shown as "name value" with four digits.
 SCREEN_FORMATS = {"learning_rate": "lr {:.2g}", "tokens_per_s": "{:,.0f} tokens/s"}
 
 
 def count_lines(folder: Path) -> dict[str, int]:
-    """The number of lines that each of LOG_FILES has."""
+    """The number of lines in each of LOG_FILES."""
     return {name: len(complete_lines(folder / name)) for name in LOG_FILES}
 
 
 def truncate_logs(folder: Path, counts: Mapping[str, int]) -> None:
-    """Keep so many lines of each of LOG_FILES, none of those that are not in `counts`.
+    """Truncate each of LOG_FILES to its number of lines in `counts`, or 0 if it is not there.
 
-    A resumed run writes again what the interrupted one wrote after its last checkpoint.
+    A resumed run writes again what the interrupted run wrote after its last checkpoint.
     """
     for name in LOG_FILES:
         lines = complete_lines(folder / name)
@@ -36,7 +36,7 @@ def truncate_logs(folder: Path, counts: Mapping[str, int]) -> None:
 
 
 def complete_lines(path: Path) -> list[str]:
-    """The lines of a file; the last one may be half-written, without its line break."""
+    """The lines of a file, without a half-written last line that has no line break."""
     if not path.exists():
         return []
     return re.findall(r".*\n", path.read_text(encoding="utf-8"))
@@ -50,7 +50,7 @@ def log_step(
     not_on_screen: str,
     pace: Pace | None = None,
 ) -> None:
-    """Append `logs` to metrics.jsonl, except NaN, which is no JSON, and show them without the names
+    """Append `logs` to metrics.jsonl, except NaN, which is not JSON, and show them, except names
     that match the regular expression `not_on_screen`."""
     known = {name: value for name, value in logs.items() if not math.isnan(value)}
     with open(folder / "metrics.jsonl", "a") as file:
@@ -65,7 +65,7 @@ def log_step(
         shown.append(pace.describe(step, steps))
     width = len(str(steps))
     is_evaluation = any(name.startswith("eval_") for name in logs)
-    # core/screen.py decides by these what a person sees.
+    # core/screen.py decides by these what to show.
     how = {"is_step": True, "stays": is_evaluation or step == steps}
     line = "  ".join(part for part in shown if part)
     logger.info(

@@ -1,4 +1,4 @@
-"""Held-out prompts answered before and after training: samples.jsonl, and what it adds up to."""
+"""Answers to held-out prompts before and after training: samples.jsonl and metrics."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from core.files import write_jsonl
 from core.runtime import is_main_process, logger
 from core.screen import shorten
 
-Answers = Sequence[tuple[str, bool]]  # (text, whether a stop token ended it), of `generate`
+Answers = Sequence[tuple[str, bool]]  # (text, whether it ended in a stop token), from `generate`
 
 
 @dataclass
@@ -38,9 +38,9 @@ def compare_answers(
 ) -> dict[str, float]:
     """Write samples.jsonl, log the first samples, and return metrics before and after training.
 
-    A sample is {"prompt"} and the answers in the data: {"expected"}, or {"chosen", "rejected"}. The
-    metrics are the fraction of answers that are exactly the expected or the chosen one, where there
-    is one, and of answers that stopped by themselves.
+    A sample is {"prompt"} with the answers in the data: {"expected"}, or {"chosen", "rejected"}.
+    The metrics are the fraction of answers that equal the expected or chosen one, if there is one,
+    and the fraction of answers that ended in a stop token.
     """
     if not samples or not is_main_process():
         return {}

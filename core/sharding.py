@@ -1,4 +1,4 @@
-"""A model that accelerate has prepared for several processes, and that same model as it was."""
+"""Undo accelerate's preparation of a model for several processes."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ import torch
 
 
 def undo_preparation(model) -> None:
-    """Take away what accelerate has set on `model`."""
-    # accelerate's autocast would stay in effect, and its mark would keep it from coming again.
+    """Remove the attributes that accelerate has set on `model`."""
+    # Otherwise accelerate's autocast would stay active, and its mark would prevent it from being
+    # set again.
     for name in {"forward", "_original_forward", "_is_accelerate_prepared"} & vars(model).keys():
         delattr(model, name)
 
 
 def copy_without_weights(model):
-    """A copy of `model` whose weights are on the meta device, but for quantized ones: these are no
-    floats, are shared with the copy, and are not sharded."""
-    # `deepcopy` takes from this what it finds under the id of an object.
+    """A copy of `model` with its weights on the meta device, except quantized ones, which are not
+    floats and not sharded: the copy shares them."""
+    # The memo of `deepcopy`: {id of an object: its replacement}.
     replacements: dict[int, Any] = {}
     for weight in model.parameters():
         replacement = weight
@@ -32,9 +33,9 @@ def copy_without_weights(model):
 
 
 def gather_sharded_weights(model, shell) -> None:
-    """Undo in place what FSDP2 or ZeRO-3 made of `model` since `shell`, its copy without weights:
-    every process has all weights, no module is wrapped, and what saves, merges or samples need not
-    know that they were sharded."""
+    """Undo in place what FSDP2 or ZeRO-3 did to `model`; `shell` is its copy without weights from
+    before. Afterwards every process has all weights and no module is wrapped, so that saving,
+    merging and sampling need not know about sharding."""
     from transformers.integrations import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()  # or the next model would be sharded while it is loaded
@@ -46,13 +47,13 @@ def gather_sharded_weights(model, shell) -> None:
             torch.utils.swap_tensors(target, weight)
         else:
             target.data = whole
-    # FSDP2 has given the model a class and hooks of its own.
+    # FSDP2 has changed the model's class and added hooks.
     model.__class__ = type(shell)
     model.__dict__ = vars(shell)
 
 
 def gathered(shard):
-    """A context in which a parameter that ZeRO-3 has split is whole; it leaves others alone."""
+    """A context in which a parameter split by ZeRO-3 is whole; no effect on other parameters."""
     if not hasattr(shard, "ds_id"):
         return contextlib.nullcontext()
     return importlib.import_module("deepspeed").zero.GatheredParameters(shard)

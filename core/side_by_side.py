@@ -1,4 +1,4 @@
-"""What models write, in columns on a terminal."""
+"""Texts of models side by side on a terminal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from core.screen import show_controls
 
 
 def print_side_by_side(headings: Sequence[str], texts: Sequence[str]) -> None:
-    """Print each text in a column of its own; together they are as wide as the terminal."""
+    """Print texts in columns that together span the terminal."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -16,6 +16,6 @@ def print_side_by_side(headings: Sequence[str], texts: Sequence[str]) -> None:
     table = Table(expand=True)
     for heading in headings:
         table.add_column(Text(show_controls(heading)), ratio=1, overflow="fold")
-    # `Text` is shown as it is, where a plain string may have marks of rich in it.
+    # `Text` is shown verbatim, while a plain string may contain rich markup.
     table.add_row(*(Text(show_controls(text.strip("\n"))) for text in texts))
     Console().print(table)

@@ -1,6 +1,6 @@
-"""Python files as a part of a fingerprint: what they say, and what they import.
+"""Python files as part of a fingerprint: digests of their code, and their imports.
 
-Comments, docstrings, positions and formatting are no part of what code says.
+Comments, docstrings, positions and formatting do not change a digest.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 CODE_FOLDERS = (ROOT, ROOT / "core", ROOT / "recipes")
 HAVE_DOCSTRINGS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-NOT_SAID = ("kind", "type_comment", "type_ignores")  # u"text" is "text"
+NOT_SAID = ("kind", "type_comment", "type_ignores")  # ignored: u"text" is "text"
 
 
-# -- what a file says -----------------------------------------------------------------------------
+# -- the digest of a file -------------------------------------------------------------------------
 
 
 @functools.cache
 def parse(source: bytes) -> ast.Module | None:
-    """The syntax tree of a file; None for one that is being edited and cannot be parsed."""
+    """The syntax tree of a file; None if it cannot be parsed, for example while being edited."""
     try:
         with warnings.catch_warnings(action="ignore"):
             return ast.parse(source)
@@ -34,7 +34,7 @@ def parse(source: bytes) -> ast.Module | None:
 
 @functools.cache
 def source_digest(source: bytes) -> str:
-    """A digest of what a Python file says. Of one that cannot be parsed, every byte counts."""
+    """A digest of the code in a Python file, or of all its bytes if it cannot be parsed."""
     tree = parse(source)
     if tree is None:
         return hashlib.sha256(source).hexdigest()
@@ -43,8 +43,8 @@ def source_digest(source: bytes) -> str:
 
 
 def node_text(node: ast.AST, with_docstrings: bool) -> str:
-    """A syntax tree as text, without positions. Unlike that of `ast.dump`, it is the same in all
-    versions of Python: what is empty is left out."""
+    """A syntax tree as text, without positions. Unlike `ast.dump` it omits empty fields, so that it
+    is the same in all versions of Python."""
     parts = [type(node).__name__]
     for name, value in ast.iter_fields(node):
         if name in NOT_SAID or value is None:
@@ -75,8 +75,8 @@ def is_docstring(node: ast.AST) -> bool:
 
 
 def reads_docstrings(tree: ast.Module) -> bool:
-    """Whether a file may use docstrings, such as those of its functions as prompts. A recipe hands
-    its own to `main`, for --help alone."""
+    """Whether a file may use docstrings, for example as prompts. The docstring that a recipe passes
+    to `main` does not count: it is only for --help."""
     for node in walk_without_main(tree):
         if isinstance(node, ast.Name) and node.id in ("__doc__", "getdoc"):
             return True
@@ -86,7 +86,7 @@ def reads_docstrings(tree: ast.Module) -> bool:
 
 
 def walk_without_main(node: ast.AST) -> Iterator[ast.AST]:
-    """The nodes of a tree, except for the arguments of a call main(...)."""
+    """Yield the nodes of a tree, except the arguments of a call main(...)."""
     yield node
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "main":
         return
@@ -94,18 +94,18 @@ def walk_without_main(node: ast.AST) -> Iterator[ast.AST]:
         yield from walk_without_main(child)
 
 
-# -- what a file imports ---------------------------------------------------------------------------
+# -- the imports of a file -------------------------------------------------------------------------
 
 
 @functools.cache
 def imported_names(source: bytes, package: str) -> tuple[str, ...]:
-    """The modules that a Python file of `package` imports, also inside its functions.
+    """The modules that a Python file of `package` imports, including inside functions.
 
     In `from a import b`, b may be a module or a name in a: both a and a.b are listed.
     """
     tree = parse(source)
     if tree is None:
-        # The file is being edited while a run goes on; its changed digest is what counts.
+        # The file is being edited during a run; its changed digest is enough.
         return ()
     names = []
     for node in ast.walk(tree):
@@ -122,7 +122,7 @@ def imported_names(source: bytes, package: str) -> tuple[str, ...]:
 
 
 def candidate_files(name: str, folder: Path) -> list[Path]:
-    """The files that a module may have in a folder: its own, or that of its package."""
+    """The possible files of a module in a folder: NAME.py, or NAME/__init__.py."""
     path = folder.joinpath(*name.split("."))
     return [Path(f"{path}.py"), path / "__init__.py"]
 
@@ -130,8 +130,8 @@ def candidate_files(name: str, folder: Path) -> list[Path]:
 def find_loaded_or_beside(name: str, home_folder: Path) -> Path | None:
     """The file of a module, if it is in a folder of the repository or in `home_folder`.
 
-    A module that an import inside a function has not loaded yet is looked up by its name, so that
-    a fingerprint does not depend on what ran before.
+    A module that has not been loaded yet, because it is imported inside a function, is looked up by
+    name, so that a fingerprint does not depend on what ran before.
     """
     module = sys.modules.get(name)
     if module is None:
@@ -140,7 +140,7 @@ def find_loaded_or_beside(name: str, home_folder: Path) -> Path | None:
     if not file:
         return None
     path = Path(file).resolve()
-    # Not what is installed: a package of the home folder is named by its path.
+    # Not installed packages: a package in the home folder is recognized by its path.
     is_own = path.parent in (*CODE_FOLDERS, home_folder)
     is_own = is_own or path in candidate_files(name, home_folder)
     return path if is_own and path.is_file() else None
@@ -156,8 +156,8 @@ def find_beside(name: str, folders: Iterable[Path]) -> Path | None:
 
 
 def find_code(names: Iterable[str], home_folder: Path) -> dict[str, Path]:
-    """{module: file} of the modules `names` of this process, and of all that they import, directly
-    or not."""
+    """{module: file} of the modules `names` in this process and of everything that they import,
+    directly or indirectly."""
 
     def find(name: str) -> tuple[Path | None, str]:
         package = getattr(sys.modules.get(name), "__package__", None) or name.rpartition(".")[0]
@@ -167,8 +167,8 @@ def find_code(names: Iterable[str], home_folder: Path) -> dict[str, Path]:
 
 
 def find_code_of_file(path: Path) -> dict[str, Path]:
-    """{module: file} of a Python file that a process of its own imports (core/function_server.py),
-    and of what it imports: from beside it, or from the repository."""
+    """{module: file} of a Python file that a separate process imports (core/function_server.py),
+    and of what it imports from its folder or the repository."""
     path = path.resolve()
     folders = [path.parent, ROOT]
 
@@ -183,10 +183,10 @@ def find_code_of_file(path: Path) -> dict[str, Path]:
 
 
 def follow_imports(names: Iterable[str], find) -> dict[str, Path]:
-    """{module: file} of the modules `names` and of what they import; `find(name)` returns the file
-    of a module, or None, and its package."""
+    """{module: file} of the modules `names` and of what they import; `find(name)` returns (file of
+    a module or None, its package)."""
     files: dict[str, Path] = {}
-    # Modules import each other: without this set a module would be read once for each path to it.
+    # Without this set, a module would be read once for each import path to it.
     seen = set()
     queue = list(names)
     while queue:
@@ -194,7 +194,7 @@ def follow_imports(names: Iterable[str], find) -> dict[str, Path]:
         if not name or name in seen:
             continue
         seen.add(name)
-        queue.append(name.rpartition(".")[0])  # Python runs the package of a module first
+        queue.append(name.rpartition(".")[0])  # Python imports the package of a module first
         path, package = find(name)
         if path is None:
             continue
@@ -204,14 +204,14 @@ def follow_imports(names: Iterable[str], find) -> dict[str, Path]:
 
 
 def named_digests(files: Iterable[Path], home_folder: Path) -> dict[str, str]:
-    """{name: digest of what it says} of Python files."""
+    """{name: digest of the code} of Python files."""
     digests = {shown_name(path, home_folder): source_digest(path.read_bytes()) for path in files}
     return dict(sorted(digests.items()))
 
 
 def shown_name(path: Path, home_folder: Path) -> str:
-    """What a file is called in a record: its path in the repository, or in `home_folder`. Two
-    folders may have a file of the same name."""
+    """The name of a file in a record: its path in the repository or in `home_folder`, because two
+    folders may have files of the same name."""
     for folder in (ROOT, home_folder):
         if path.is_relative_to(folder):
             return path.relative_to(folder).as_posix()

@@ -1,4 +1,4 @@
-"""The stages of a chain before any of them runs: built from the options and checked together."""
+"""The stages of a chain, built from the options and checked together before any of them runs."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ def recipe_names() -> list[str]:
 
 
 def short_name(folder: str) -> str:
-    """`sft` of the folder `02_sft`."""
+    """`sft` for the folder `02_sft`."""
     return folder.split("_", 1)[1]
 
 
 class StagePlan:
-    """The stages of a config, with the folders that they write into. Knows no algorithm."""
+    """The stages of a config, with the folders that they write to. Knows no algorithm."""
 
-    registry: ClassVar[dict[str, Any]] = {}  # {name: stage class} of those that are in no recipe
-    base_class: ClassVar[type]  # of every stage
+    registry: ClassVar[dict[str, Any]] = {}  # {name: stage class} of registered stages
+    base_class: ClassVar[type]  # of all stages
 
     @classmethod
     def register_stage(cls, name: str, stage_class: Any) -> None:
         """Make `name` usable in `stages`. The config class is the stage's `config_class`, or the
-        annotation of `config` on its `__init__`."""
+        annotation of `config` in its `__init__`."""
         cls.registry[name] = stage_class
 
     def __init__(
@@ -56,9 +56,9 @@ class StagePlan:
         problems: Sequence[str] = (),
         notes: Sequence[str] = (),
     ):
-        """`overrides`: options by stage name or folder that win over the config's; `declared`:
-        further stage names that `stage_configs` may have options of; `problems` and `notes`: on the
-        options of the top level. Raises one ConfigError for all mistakes in options."""
+        """`overrides` are options by stage name or folder, which win over the config's; `declared`
+        are further stage names that `stage_configs` may have options for; `problems` and `notes`
+        are on the top-level options. Raises one ConfigError for all mistakes in options."""
         self.config = config
         self.overrides = overrides or {}
         self.notes = list(notes)
@@ -81,8 +81,8 @@ class StagePlan:
         self.check_links()
 
     def check_option_owners(self, declared: Sequence[str]) -> None:
-        """Refuse options of stages that do not exist. Those of stages that do not run are listed in
-        `unused`."""
+        """Raise ConfigError for options of stages that do not exist. `unused` lists those of stages
+        that do not run."""
         here = {*self.folders, *map(short_name, self.folders)}
         known = {*here, *self.registry, *recipe_names(), *OTHER_STAGES}
         for number, name in enumerate(declared, 1):
@@ -97,7 +97,7 @@ class StagePlan:
         self.unused = sorted(self.config.stage_configs.keys() - here)
 
     def build_stages(self, problems: Sequence[str]) -> list[Any]:
-        """All stages. Raises one ConfigError for what is wrong in any of them, and `problems`."""
+        """Build all stages. Raises one ConfigError for all their problems, and for `problems`."""
         stages = []
         mistakes = []
         for name, folder in zip(self.config.stages, self.folders, strict=True):
@@ -111,13 +111,13 @@ class StagePlan:
         return stages
 
     def build_stage(self, name: str, folder: str) -> Any:
-        """The stage of a name, with its config: command line over stage over pipeline over
-        default."""
+        """Build a stage with its config. In order of precedence, options come from the command
+        line, the stage, the pipeline, and the defaults."""
         stage_class = self.find_class(name)
         label = short_name(folder)
         sources = []
         for by_stage in (self.config.stage_configs, self.overrides):
-            for key in (label, folder):  # what is written for 02_sft wins over what is for sft
+            for key in (label, folder):  # options of 02_sft win over options of sft
                 sources.append(by_stage.get(key) or {})
         stage_class, own, notes = resolve_options(stage_class, sources)
         if "output_dir" in own:
@@ -139,13 +139,13 @@ class StagePlan:
         defaults = {"stage_name": label, "output_dir": output_dir}
         stage = stage_class(make_config(config_class, defaults | shared | own, notes))
         stage.warns_of_options = False  # `check` does it for all stages together
-        if stage.config.enabled:  # of one that does not run, something may be missing
+        if stage.config.enabled:  # a disabled stage may be incomplete
             with as_config_error("its options", ValueError):
                 stage.validate_config()
         return stage
 
     def explain(self, problem: str) -> str:
-        """A problem with an option of the top level, with the stages that have such an option."""
+        """A problem with a top-level option, extended by the stages that have such an option."""
         name = re.match(r"unknown option '(\w+)'", problem)
         if name is None:
             return problem
@@ -170,7 +170,7 @@ class StagePlan:
         return load_recipe(path, self.base_class)
 
     def stage_positions(self) -> dict[str, int]:
-        """{name or folder: index among the enabled stages}; of two stages of one name the first."""
+        """{name or folder: index among the enabled stages}; a repeated name means the first one."""
         positions: dict[str, int] = {}
         for index, folder in enumerate(self.enabled):
             positions[folder] = index
@@ -178,7 +178,7 @@ class StagePlan:
         return positions
 
     def check_range(self) -> None:
-        """Refuse a from_stage or until that is no enabled stage, and a range that is empty."""
+        """Raise ConfigError if from_stage or until is not an enabled stage, or no stage is left."""
         first, last = self.config.from_stage, self.config.until
         for option, name in (("from_stage", first), ("until", last)):
             if name and name not in self.positions:
@@ -187,8 +187,8 @@ class StagePlan:
             raise ConfigError(f"until={last} comes before from_stage={first}: nothing would run")
 
     def check_hand_over(self) -> None:
-        """Refuse a stage that needs its input model on disk where the stage before saves none."""
-        on_disk = True  # whether a folder has the model that the next stage starts from
+        """Raise ConfigError if a stage needs its input model on disk but none is saved."""
+        on_disk = True  # whether the input model of the next stage is in a folder
         for folder, stage in self.enabled.items():
             if not on_disk and (stage.needs_folder or stage.config.quantized):
                 raise ConfigError(
@@ -199,8 +199,8 @@ class StagePlan:
                 on_disk = stage.config.save_intermediate
 
     def check_links(self) -> None:
-        """Refuse an option stage:NAME where no stage before has that name, or where it saves
-        nothing."""
+        """Raise ConfigError for an option stage:NAME if no earlier stage has that name, or if it
+        saves nothing."""
         for folder, stage in zip(self.folders, self.stages, strict=True):
             for option, name in find_links(stage.config).items():
                 target = self.last_stage_before(folder, name)
@@ -211,7 +211,7 @@ class StagePlan:
                     raise ConfigError(f"{link}: that stage has save_intermediate=false")
 
     def last_stage_before(self, folder: str, name: str) -> Any:
-        """The last enabled stage before `folder` that has that name or folder."""
+        """The last enabled stage before `folder` with that name or folder."""
         named = [
             stage
             for other, stage in self.enabled.items()

@@ -11,7 +11,7 @@ Z_95 = statistics.NormalDist().inv_cdf(0.975)  # standard errors to each side of
 
 def wilson_interval(mean: float, n: int, z: float) -> tuple[float, float]:
     """Wilson's score interval (Wilson 1927) of the mean of n values between 0 and 1."""
-    # The interval is centered between the mean and 1/2, which keeps it inside 0 and 1.
+    # The center is between the mean and 1/2, which keeps the interval inside 0 and 1.
     z_squared = z * z
     shift = z_squared / (2 * n)
     center = mean + shift
@@ -22,7 +22,7 @@ def wilson_interval(mean: float, n: int, z: float) -> tuple[float, float]:
     scale = 1 + z_squared / n
     low = (center - spread) / scale
     high = (center + spread) / scale
-    # Where all values are 0, or all are 1, that end is exact; rounding would move it.
+    # If all values are 0, or all are 1, that bound is exact, but rounding would move it.
     if mean <= 0:
         low = 0.0
     if mean >= 1:
@@ -32,7 +32,7 @@ def wilson_interval(mean: float, n: int, z: float) -> tuple[float, float]:
 
 def normal_interval(values: Sequence[float], z: float) -> tuple[float, float]:
     """The mean of `values` +- z standard errors; too narrow below about 30 values."""
-    # One value says nothing about the spread.
+    # One value has no standard deviation.
     if len(values) == 1:
         return -math.inf, math.inf
     mean = statistics.fmean(values)
@@ -43,9 +43,9 @@ def normal_interval(values: Sequence[float], z: float) -> tuple[float, float]:
 def confidence_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
     """(low, high) of the confidence interval of the mean of `values`.
 
-    If all values are between 0 and 1 it is Wilson's score interval (Wilson 1927), which is made for
-    values of 0 and 1 and is too wide, never too narrow, for values in between. Otherwise it is the
-    mean +- z standard errors.
+    If all values are between 0 and 1 it is Wilson's score interval (Wilson 1927), which is for
+    values of 0 and 1, and too wide rather than too narrow for values in between. Otherwise it is
+    the mean +- z standard errors.
     """
     z = statistics.NormalDist().inv_cdf((1 + confidence) / 2)
     if min(values) >= 0 and max(values) <= 1:

@@ -24,16 +24,16 @@ from core.runtime import logger
 
 @dataclass
 class Table:
-    """The records of a data set, all of its columns, and how its files are written."""
+    """The records of a data set, all its columns, and the form of its files."""
 
     records: Iterable[Record]
     columns: list[str]
     length: int
     written: str = ""  # such as "semicolon-separated, Windows-1252"
-    padded: frozenset[str] = frozenset()  # columns whose objects have the keys of all others too
+    padded: frozenset[str] = frozenset()  # columns whose objects all have the same keys, by padding
 
     def has_values(self, column: str) -> bool:
-        """Whether any row has a text, a list or an object in the column."""
+        """Whether any row has content in the column, by `has_content`."""
         return any(
             record.row is not None and has_content(record.row.get(column))
             for record in self.records
@@ -41,7 +41,7 @@ class Table:
 
 
 class ArrowRecords:
-    """The rows of a `datasets.Dataset` as records, read from the disk as they are needed."""
+    """The rows of a `datasets.Dataset` as records, read from disk on demand."""
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -52,7 +52,7 @@ class ArrowRecords:
 
 
 def has_content(value: Any) -> bool:
-    """Whether a value is a text, a list or an object that says something; a number is none."""
+    """Whether a value is a non-empty text, list or object; numbers do not count."""
     if isinstance(value, str):
         return bool(value.strip(" \t\r\n[]{}")) and not value.strip().isdigit()
     return isinstance(value, list | dict) and bool(value)
@@ -112,7 +112,7 @@ def check_local_path(path: str, local: Path, config_name: str | None) -> None:
 
 
 def check_hub_name(path: str, local: Path) -> None:
-    """Raise ConfigError if `path` is no name of a data set on the hub, or the hub is away."""
+    """Raise ConfigError if `path` cannot be a data set on the hub, or the hub is unreachable."""
     is_file_name = file_type(local) or local.suffix.lower() in (*REMEDIES, ".gz")
     if is_file_name:
         raise ConfigError(f"data {path}: no such file or folder")
@@ -123,16 +123,16 @@ def check_hub_name(path: str, local: Path) -> None:
 
 
 def warn_of_evaluation_files(path: str, files: Sequence[Path]) -> None:
-    """Warn of files of a folder that are not read."""
+    """Warn of files in a folder that are not read."""
     if files:
         names = ", ".join(file.name for file in files)
         logger.warning("data %s: not read, by name not for training: %s", path, names)
 
 
 def table_of_files(path: str, files: Sequence[Path]) -> Table:
-    """The rows of JSON or CSV files, with the columns of all of them; missing values are None.
+    """The rows of JSON or CSV files, with the columns of all files; missing values are None.
 
-    Raises ConfigError where a file does not show what its rows are.
+    Raises ConfigError if it is unclear what the rows of a file are.
     """
     records: list[Record] = []
     written: dict[str, None] = {}  # a set that keeps the order of the files
@@ -156,7 +156,7 @@ def table_of_files(path: str, files: Sequence[Path]) -> Table:
 
 
 def with_columns(record: Record, columns: Mapping[str, None]) -> Record:
-    """The record, with None in the columns that its row does not have."""
+    """The record, with None for columns that its row does not have."""
     if record.row is None or len(record.row) == len(columns):
         return record
     return record._replace(row={**columns, **record.row})
@@ -171,15 +171,14 @@ def table_of_dataset(dataset) -> Table:
 
 
 def is_plain_column(feature) -> bool:
-    """Whether the values of an Arrow column are stored as they were given."""
+    """Whether the values of an Arrow column are stored unchanged."""
     import datasets
 
     return isinstance(feature, datasets.Value | datasets.Json)
 
 
 def without_padding(value):
-    """A value of an Arrow table, whose objects have the keys of all others too, with None: without
-    these keys."""
+    """A value from an Arrow table, without the keys with None that Arrow adds to objects."""
     if isinstance(value, dict):
         return {key: without_padding(inner) for key, inner in value.items() if inner is not None}
     if isinstance(value, list):

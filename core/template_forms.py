@@ -1,7 +1,7 @@
-"""What chat templates expect of messages, and what they leave out of them.
+"""The forms of messages that chat templates expect, and checks for what templates leave out.
 
 template_forms                  messages  ->  the same in the forms that templates take
-check_context, check_answer     raise RowError for a part that the rendered text does not have
+check_context, check_answer     raise RowError for a part that is missing in the rendered text
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from core.messages import MARKS, REASONING_KEYS, as_json, reasoning_of
 
 
 def template_forms(messages: list[dict]) -> Iterator[list[dict]]:
-    """The messages as templates may expect them: they take the arguments of a tool call as objects
-    or as JSON text, and beside a call an empty text or None."""
+    """Yield the messages in the forms that templates may expect: arguments of tool calls as objects
+    or as JSON text, and an empty text or None as the content beside a call."""
     plain = []
     for message in messages:
         form = {key: message[key] for key in message if key not in (*MARKS, "tools")}
         if reasoning_of(message):
-            # Templates call it by one of these.
+            # Templates read it under one of these keys.
             form |= dict.fromkeys(REASONING_KEYS, reasoning_of(message))
         plain.append(form)
     yield plain
     yield from forms_of_tool_calls(plain)
-    # Templates of models that see pictures take lists of parts.
+    # Templates of vision models take lists of parts.
     yield [{**form, "content": [{"type": "text", "text": text_of(form)}]} for form in plain]
 
 
 def forms_of_tool_calls(messages: list[dict]) -> Iterator[list[dict]]:
-    """`messages` with tool calls as templates may expect them."""
+    """Yield `messages` with tool calls in the forms that templates may expect."""
     if not any("tool_calls" in message for message in messages):
         return
     for write_arguments, no_text in itertools.product((as_object, as_text), ("", None)):
@@ -39,8 +39,8 @@ def forms_of_tool_calls(messages: list[dict]) -> Iterator[list[dict]]:
 
 
 def form_of_tool_calls(message: dict, write_arguments: Callable, no_text: str | None) -> dict:
-    """A message with the arguments of its calls as `write_arguments` gives them, and `no_text`
-    where it has calls alone."""
+    """A message with the arguments of its calls converted by `write_arguments`, and with `no_text`
+    as content if it has only calls."""
     if "tool_calls" not in message:
         return message
     calls = []
@@ -76,7 +76,7 @@ def check_context(messages: list[dict], tools: list[dict] | None, context: str) 
     """Raise RowError if a text, a tool call or a tool is not in the rendered `context`."""
     rendered = without_spaces(context)
     for message in messages:
-        # Thoughts of earlier turns are not shown in use either, by many templates.
+        # Many templates drop thoughts of earlier turns, at inference too.
         text = text_of(message).split("</think>")[-1]
         if not is_rendered(text, rendered):
             raise RowError(f"whose {message['role']} message the chat template leaves out")
@@ -88,15 +88,15 @@ def check_context(messages: list[dict], tools: list[dict] | None, context: str) 
 
 
 def check_answer(message: dict, opening: Callable[[], str], target: str) -> None:
-    """Raise RowError if the template shortened an answer, such as by its reasoning. The generation
-    prompt, `opening()`, may have the beginning of it, such as "<think>"."""
+    """Raise RowError if the template dropped a part of an answer, such as its reasoning. The
+    generation prompt, `opening()`, may have the beginning of the answer, such as "<think>"."""
     content = text_of(message)
     rendered = without_spaces(target)
     if not is_rendered(content, rendered):
         rendered = without_spaces(opening() + target)
     if message["content"] is None and target.lstrip().startswith("None"):
         raise RowError("whose missing text the chat template writes as None")
-    # Where nothing is left at all, check_encoded_rows reports that for the whole data.
+    # If nothing is left at all, check_encoded_rows reports that for the whole data.
     if target.strip() and not is_rendered(content, rendered):
         raise RowError("whose answer the chat template shortens")
     if not is_rendered(reasoning_of(message), rendered):
@@ -109,7 +109,7 @@ def check_tool_calls(message: dict, rendered: str) -> None:
     for call in message.get("tool_calls", ()):
         function = call["function"]
         arguments = function["arguments"]
-        # As JSON text they must not be quoted once more.
+        # JSON text must not be quoted again.
         is_quoted = isinstance(arguments, str) and without_spaces(arguments) not in rendered
         values = [function["name"], *leaves(arguments)]
         if is_quoted or not all(is_rendered(str(value), rendered) for value in values):
@@ -117,8 +117,8 @@ def check_tool_calls(message: dict, rendered: str) -> None:
 
 
 def leaves(value) -> list:
-    """The texts and numbers inside a JSON value; of true, false and null templates write several
-    forms."""
+    """The texts and numbers inside a JSON value, without true, false and null, which templates
+    write in various forms."""
     if value is None or isinstance(value, bool):
         return []
     if not isinstance(value, dict | list):
@@ -133,7 +133,7 @@ def leaves(value) -> list:
 
 
 def is_rendered(text: str, rendered: str) -> bool:
-    """Whether `rendered`, without spaces, has the text, or the inside of it as a JSON string."""
+    """Whether `rendered`, without spaces, contains the text, verbatim or as in a JSON string."""
     in_json = json.dumps(text, ensure_ascii=False)[1:-1]
     in_ascii = json.dumps(text)[1:-1]
     return any(without_spaces(form) in rendered for form in (text, in_json, in_ascii))

@@ -1,13 +1,14 @@
 """A new vocabulary for a tokenizer, learned from texts by byte-level BPE.
 
-    check_tokenizer                      refuses what cannot be learned without loss
+    check_tokenizer                      refuses tokenizers that would lose characters
     learn_settings, rebuild_tokenizer    the same tokenizer with another vocabulary
-    check_new_tokenizer                  refuses one that reads text otherwise
-    renumber_model                       the new ids of the tokens that a model's options name
+    check_new_tokenizer                  refuses a tokenizer that changes text
+    renumber_model                       updates token ids in a model's options
 
-All else of the tokenizer stays: normalizer, pre-tokenizer, decoder, post-processor, chat template,
-and all added tokens, with new ids. transformers' `train_new_from_iterator` drops added tokens that
-are not special, such as <think>, and keeps old ids inside a sequence of post-processors.
+Everything else in the tokenizer stays: normalizer, pre-tokenizer, decoder, post-processor, chat
+template, and all added tokens, with new ids. transformers' `train_new_from_iterator` drops added
+tokens that are not special, such as <think>, and keeps old ids inside a sequence of
+post-processors.
 
 `settings` are the content of a tokenizer.json: {"added_tokens", "pre_tokenizer", "model", ...}.
 """
@@ -26,7 +27,7 @@ from core.files import write_json
 from core.screen import busy
 
 NUM_BYTES = 256  # the alphabet: no text is unknown
-# Options of generation that name tokens by ids in forms of their own.
+# Generation options that contain token ids in various forms.
 LISTS_OF_IDS = ("bad_words_ids", "begin_suppress_tokens", "sequence_bias", "suppress_tokens")
 
 
@@ -34,11 +35,11 @@ LISTS_OF_IDS = ("bad_words_ids", "begin_suppress_tokens", "sequence_bias", "supp
 
 
 def check_tokenizer(tokenizer, vocab_size: int, special_tokens: Sequence[str]) -> None:
-    """Raise ConfigError unless `tokenizer` is byte-level BPE, and all that is not learned fits into
+    """Raise ConfigError unless `tokenizer` is byte-level BPE, and bytes and added tokens fit into
     the new vocabulary."""
     settings = read_settings(tokenizer, special_tokens) if tokenizer.is_fast else {}
     is_bpe = bool(settings) and settings["model"]["type"] == "BPE"
-    # Splitting into bytes may be one of a sequence of steps.
+    # ByteLevel may be one of several pre-tokenizers.
     if not is_bpe or '"ByteLevel"' not in json.dumps(settings["pre_tokenizer"]):
         raise ConfigError(
             "the tokenizer of this model is not byte-level BPE, so a new vocabulary could lack "
@@ -54,7 +55,7 @@ def check_tokenizer(tokenizer, vocab_size: int, special_tokens: Sequence[str]) -
 
 
 def check_model(model) -> None:
-    """Raise ConfigError for a model that reads token ids where they would not be renumbered."""
+    """Raise ConfigError for a model that uses token ids that would not be renumbered."""
     text_config = model.config.get_text_config().to_dict()
     tables = [name for name, value in text_config.items() if "vocab_size" in name and value]
     tables.remove("vocab_size")
@@ -70,7 +71,7 @@ def check_model(model) -> None:
 
 
 def read_settings(tokenizer, special_tokens: Sequence[str] = ()) -> dict[str, Any]:
-    """The settings of a fast tokenizer, with further special tokens, which have no ids yet."""
+    """The settings of a fast tokenizer with further special tokens, which have no ids yet."""
     settings = json.loads(tokenizer.backend_tokenizer.to_str())
     known = {token["content"] for token in settings["added_tokens"]}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
@@ -81,7 +82,7 @@ def read_settings(tokenizer, special_tokens: Sequence[str] = ()) -> dict[str, An
 
 
 def renumber_post_processor(part: dict[str, Any] | None, ids: dict[str, int]) -> None:
-    """Renumber the tokens that are put around a text, in place."""
+    """Renumber the tokens that the post-processor puts around a text, in place."""
     if part is None:
         return
     for inner in part.get("processors", ()):  # of a sequence
@@ -101,7 +102,8 @@ def learn_settings(
     min_frequency: int,
     special_tokens: Sequence[str],
 ) -> dict[str, Any]:
-    """The settings of `tokenizer` with a vocabulary of `texts`, and further special tokens."""
+    """The settings of `tokenizer` with a vocabulary learned from `texts` and further special
+    tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     settings = read_settings(tokenizer, special_tokens)
@@ -128,13 +130,13 @@ def learn_settings(
 
 
 def rebuild_tokenizer(tokenizer, settings: dict[str, Any], model_config):
-    """`tokenizer` with other settings, as transformers will load it from a saved folder."""
+    """`tokenizer` with other settings, as transformers loads it from a saved folder."""
     from transformers import AutoTokenizer
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokenizer.save_pretrained(folder)
-        model_config.save_pretrained(folder)  # the model's type decides on the tokenizer's class
+        model_config.save_pretrained(folder)  # the model type decides the tokenizer class
         write_json(folder / "tokenizer.json", settings)
         loaded = AutoTokenizer.from_pretrained(folder)
     loaded.name_or_path = tokenizer.name_or_path
@@ -142,8 +144,8 @@ def rebuild_tokenizer(tokenizer, settings: dict[str, Any], model_config):
 
 
 def check_new_tokenizer(old, new, settings: dict[str, Any], texts: Sequence[str]) -> None:
-    """Raise ConfigError unless `new` has the tokens of its `settings`, puts the same ones around
-    texts as `old`, and gives texts back at least as well."""
+    """Raise ConfigError unless `new` has the tokens in its `settings`, puts the same tokens around
+    texts as `old`, and decodes texts at least as faithfully."""
     around_old = old.convert_ids_to_tokens(old("").input_ids)
     around_new = new.convert_ids_to_tokens(new("").input_ids)
     if new.get_vocab() != settings["model"]["vocab"] or around_new != around_old:
@@ -165,8 +167,8 @@ def check_new_tokenizer(old, new, settings: dict[str, Any], texts: Sequence[str]
 
 
 def new_ids_of(old_ids: Sequence[int], old_tokenizer, new_tokenizer) -> list[int]:
-    """The new ids of tokens, without numbers that are no token, such as -1. Raises ConfigError for
-    a token that is gone."""
+    """The new ids of tokens, without numbers that are not token ids, such as -1. Raises ConfigError
+    for a token that no longer exists."""
     vocabulary = new_tokenizer.get_vocab()
     ids = []
     for old_id in old_ids:
@@ -183,8 +185,8 @@ def new_ids_of(old_ids: Sequence[int], old_tokenizer, new_tokenizer) -> list[int
 
 
 def renumber_model(model, old_tokenizer, new_tokenizer) -> None:
-    """Give eos_token_id, pad_token_id and the like, in the options of `model` and of its
-    generation, the new ids of their tokens, in place; and the tokens where answers stop."""
+    """Update eos_token_id, pad_token_id and the like, in the configs of `model` and of generation,
+    and the stop tokens, to the new ids of their tokens, in place."""
     stops = getattr(old_tokenizer, "stops_of_the_model", ())
     new_tokenizer.stops_of_the_model = new_ids_of(stops, old_tokenizer, new_tokenizer)
     text_config = model.config.get_text_config()
@@ -197,7 +199,7 @@ def renumber_model(model, old_tokenizer, new_tokenizer) -> None:
             new_ids = new_ids_of(old_ids, old_tokenizer, new_tokenizer)
             single_id = new_ids[0] if new_ids else None
             changes.append((owner, name, new_ids if isinstance(value, list) else single_id))
-    # Only now, since a token may be gone: then the model stays as it was.
+    # Only now, so that the model is unchanged if a token no longer exists.
     for owner, name, new_value in changes:
         setattr(owner, name, new_value)
     embeddings = model.get_input_embeddings()

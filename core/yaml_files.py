@@ -1,4 +1,4 @@
-"""YAML 1.2, where 2e-4 is a number and `no` a word: read without building objects, and written."""
+"""Read and write YAML 1.2, where 2e-4 is a number and `no` a word, without building objects."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
 
 from core.errors import ConfigError, as_config_error
 
-# Ten lines of aliases of aliases can stand for terabytes. Written out, a file with aliases may have
-# so many characters, where a value counts ten more.
+# Maximum size of a file with its aliases expanded, in characters plus ten for each value. Ten lines
+# of aliases of aliases can expand to terabytes.
 MAX_EXPANDED_SIZE = 1_000_000
-MAX_DEPTH = 100  # values inside each other
+MAX_DEPTH = 100  # of nested values
 
 
 class Constructor(SafeConstructor):
-    """Refuses what would be huge, or endless, with its aliases written out."""
+    """Refuses documents that would be huge or infinite with their aliases expanded."""
 
     def construct_document(self, node: Node) -> Any:
         has_anchors = bool(self.composer.anchors)
@@ -36,10 +36,10 @@ class Constructor(SafeConstructor):
 
 
 def expanded_size(node: Node, sizes: dict[int, float]) -> float:
-    """The size of a node with its aliases written out. `sizes` has those of nodes by their id."""
+    """The size of a node with its aliases expanded. `sizes` caches the sizes of nodes by id."""
     if id(node) in sizes:
         return sizes[id(node)]
-    sizes[id(node)] = math.inf  # what contains itself has no end
+    sizes[id(node)] = math.inf  # for a node that contains itself
     size = 10.0
     if isinstance(node, ScalarNode):
         size += len(node.value)
@@ -52,11 +52,11 @@ def expanded_size(node: Node, sizes: dict[int, float]) -> float:
 
 
 class Representer(SafeRepresenter):
-    """Writes floats so that readers of YAML 1.1, such as PyYAML, take them for numbers too."""
+    """Writes floats so that YAML 1.1 readers, such as PyYAML, read them as numbers too."""
 
     def represent_float(self, data: float) -> Any:
         node = super().represent_float(data)
-        # YAML 1.1 takes 5e-05 for a text, and 5.0e-05 for a number.
+        # In YAML 1.1, 5e-05 is a text and 5.0e-05 a number.
         if "." not in node.value:
             node.value = node.value.replace("e", ".0e")
         return node
@@ -66,7 +66,7 @@ Representer.add_representer(float, Representer.represent_float)
 
 
 def make_yaml() -> Any:
-    # `safe` builds no objects of other types; only the pure Python reader knows YAML 1.2.
+    # `safe` builds only plain types; only the pure Python reader supports YAML 1.2.
     yaml: Any = YAML(typ="safe", pure=True)
     yaml.Constructor = Constructor
     yaml.max_depth = MAX_DEPTH
@@ -77,10 +77,10 @@ def make_yaml() -> Any:
 
 
 def describe_yaml_error(error: YAMLError) -> str:
-    """What is wrong, without the values around it: they may be secrets."""
-    # Errors of the characters have a reason, all others a problem.
+    """What is wrong, without the values around it, which may be secrets."""
+    # Character errors have a `reason`, all others a `problem`.
     problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "invalid syntax"
-    # The message goes on with both values of a duplicate key, and with the text after * or !.
+    # The message continues with both values of a duplicate key, or with the text after * or !.
     return re.split(r" with value | '|, if necessary", problem)[0]
 
 
@@ -99,7 +99,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def parse_yaml(value: Any) -> Any:
-    """A value written as YAML text; anything but text is returned as it is. Raises ValueError."""
+    """Parse YAML text; a value that is not text is returned unchanged. Raises ValueError."""
     if not isinstance(value, str):
         return value
     try:
@@ -109,14 +109,14 @@ def parse_yaml(value: Any) -> Any:
 
 
 def dump_yaml(values: Mapping[str, Any]) -> str:
-    """The text of a YAML file, keys in the order of the mapping."""
+    """A mapping as YAML text, with its keys in order."""
     stream = io.StringIO()
     make_yaml().dump(dict(values), stream)
     return stream.getvalue()
 
 
 def inline_yaml(text: str) -> str:
-    """A text as it has to be written inside {...} and [...]; quoted where it is not plain."""
+    """A text as it must be written inside {...} and [...], quoted unless it is plain."""
     is_plain = re.fullmatch(r"[^\W\d][\w .-]*(?<! )", text)
     if is_plain and parse_yaml(text) == text:
         return text
