@@ -185,7 +185,7 @@ class BaseStage:
         self, model=None, tokenizer=None, previous_result: StageResult | None = None
     ) -> StageResult:
         """Check, claim the folder, prepare, train, save, record. Raises ConfigError for what the
-        user can correct. Any other exception becomes a failed result; the log has its traceback."""
+        user can correct; any other exception becomes a failed result, its traceback in the log."""
         if previous_result and not previous_result.success:
             raise ConfigError(f"the stage before failed: {previous_result.error_message}")
         if model is not None and tokenizer is None:
@@ -203,7 +203,7 @@ class BaseStage:
                 self.cleanup_logging()
 
     def _run(self, model, tokenizer, previous_result: StageResult | None) -> StageResult:
-        """The steps of `execute`, with the folder locked and logging set up."""
+        """The steps of `execute`, in its lock and its log."""
         import transformers
 
         previous_folder = previous_result.model_path if previous_result else None
@@ -215,7 +215,7 @@ class BaseStage:
         self._claim_folder()
         self._check_rows(model, tokenizer, previous_folder)
 
-        # The result depends on the seed, not on what ran before.
+        # Whatever ran before, the same seed gives the same stage.
         transformers.set_seed(self.config.seed)
         try:
             model, tokenizer = self.prepare_model_and_tokenizer(model, tokenizer, previous_result)
@@ -227,15 +227,15 @@ class BaseStage:
             self._save_adapter(model, tokenizer)
             model = merge_adapter(model)
         finally:
-            # After a failure, give the caller its model back without our adapter.
+            # After a failure the caller gets its model back as it was, without our adapter.
             if model is not input_model and hasattr(model, "peft_config"):
                 model.unload()
         paths: tuple[str | None, str | None] = (None, None)
         if self.config.save_intermediate:
             saved = self.save_model_and_tokenizer(model, tokenizer)
-            # A stage without a model of its own saves none; one folder may have both.
+            # A stage that makes no model saves none; one folder may have both.
             paths = saved if isinstance(saved, tuple) else (saved, saved)
-        # The result of such a stage, a reward model or metrics, is not what the chain trains.
+        # What such a stage makes, a reward model or figures, is not what the chain trains.
         if not self.hands_on:
             model, tokenizer = input_model, input_tokenizer
             paths = previous_folder, previous_folder

@@ -126,12 +126,12 @@ BARE_SCORE = re.compile(rf"(?:\W*score)?{NUMBER}\W*", re.IGNORECASE)
 
 
 def parse_verdict(text: str, mark: str, shown: Sequence[str] = ()) -> str | None:
-    """A or B, from the last line that is a verdict with this mark, or from an answer that is
-    nothing but a verdict. None if there is none.
+    """A or B, from the last line that is a verdict with this mark, in one of the usual forms; or
+    from an answer that is nothing but a verdict. None if there is none.
 
-    `shown` are the texts being judged: an answer that only repeats one of their lines has no
+    `shown` are the texts under judgment: an answer that only repeats a line of them has no
     verdict."""
-    # The last one counts: the reasons come first, and may quote the question.
+    # The last one counts: reasons come first, and may quote the question.
     marked = rf"^[^\w\n]*Verdict\W*{mark}\W*{LETTER}\W*$"
     verdicts = re.findall(marked, text, re.MULTILINE | re.IGNORECASE)
     if not verdicts:
@@ -254,14 +254,14 @@ class Judge:
     ) -> tuple[list[float | None], dict]:
         """Compare pairs (prompt, first answer, second answer): returns (outcomes, metrics).
 
-        An outcome is WIN if the first answer is better, LOSS if the second is, else TIE; None if a
-        verdict is missing. Each pair is judged in both orders, because many judges prefer the
-        answer that they see first."""
+        An outcome is WIN where the first answer is better, LOSS where the second is, else TIE; None
+        where a verdict is missing. Each pair is judged in both orders, because many judges prefer
+        the answer that they see first."""
         if self.client is None:
             outcomes = [self.compare_scores(*pair) for pair in pairs]
             return outcomes, self.comparison_metrics(outcomes, [])
 
-        # Each pair twice in a row, in both orders.
+        # Every pair twice, in both orders, next to each other.
         questions = []
         for prompt, first, second in pairs:
             questions.append((prompt, first, second))

@@ -16,7 +16,7 @@ from core.rollout import Policy, Rollout, completion_outputs
 
 
 def k1(logps: torch.Tensor, ref_logps: torch.Tensor) -> torch.Tensor:
-    """log pi/pi_ref: unbiased, high variance (Schulman 2020, "Approximating KL Divergence")."""
+    """log pi/pi_ref: unbiased, of high variance (Schulman 2020, "Approximating KL Divergence")."""
     return logps - ref_logps
 
 
@@ -62,7 +62,7 @@ def kl_loss(
 
 
 def exact_kl(log_probs: torch.Tensor, ref_log_probs: torch.Tensor) -> torch.Tensor:
-    """(N,): KL(pi || pi_ref) of full distributions, given as log-probabilities (N, V)."""
+    """(N,): KL(pi || pi_ref) of whole distributions, given as log-probabilities (N, V)."""
     log_ratios = log_probs - ref_log_probs
     return (log_probs.exp() * log_ratios).sum(-1)
 

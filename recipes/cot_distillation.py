@@ -272,8 +272,8 @@ def kl_divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 
 
 def jsd(student: torch.Tensor, teacher: torch.Tensor, beta: float) -> torch.Tensor:
-    """(N,): beta KL(P || M) + (1 - beta) KL(Q || M) with M = beta P + (1 - beta) Q, from
-    log-probabilities (N, V), log Q of the student and log P of the teacher. KL(P || Q) for
+    """(N,): beta KL(P || M) + (1 - beta) KL(Q || M) with M = beta P + (1 - beta) Q, of
+    log-probabilities (N, V): log Q of the student and log P of the teacher. KL(P || Q) for
     beta = 0 and KL(Q || P) for beta = 1 (Agarwal et al. 2024, eq. 1)."""
     if beta == 0.0:
         return kl_divergence(teacher, student)
@@ -293,7 +293,7 @@ def distillation_loss(
     alpha: float,
     beta: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss, divergence, nll), each (N,) and in nats, from logits (N, V) and targets (N,). The loss
+    """(loss, divergence, nll), each (N,) and in nats, of logits (N, V) and targets (N,): the loss
     is alpha T^2 JSD at temperature T + (1 - alpha) negative log-likelihood."""
     student_logps = (logits.float() / temperature).log_softmax(-1)  # (N, V)
     teacher_logps = (teacher_logits.float() / temperature).log_softmax(-1)  # (N, V)

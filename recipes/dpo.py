@@ -206,8 +206,7 @@ class PairLogps(NamedTuple):
 def dpo_loss(pairs: PairLogps, config: DPOConfig) -> Tensor:
     """-log sigmoid(beta (chosen - rejected)) of log-ratios (Rafailov et al. 2023, eq. 7).
 
-    With label_smoothing, its expectation if labels are wrong with that probability: conservative
-    DPO (Mitchell 2023).
+    With label_smoothing, its mean if labels are wrong so often: conservative DPO (Mitchell 2023).
     """
     chosen, rejected = pairs.log_ratios.unbind(1)  # (B,)
     margin = config.beta * (chosen - rejected)

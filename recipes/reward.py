@@ -138,8 +138,8 @@ def reward_loss(
 ) -> Tensor:
     """-log sigmoid(chosen - rejected - margin) + center (chosen + rejected)^2 of rewards (B,).
 
-    Preferences determine rewards only up to a constant, which the second term fixes (Eisenstein et
-    al. 2023, section 2).
+    Preferences leave a constant open, which the second term fixes (Eisenstein et al. 2023,
+    section 2).
     """
     preference = -F.logsigmoid(chosen - rejected - margin)
     return preference + center * (chosen + rejected) ** 2

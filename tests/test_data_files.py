@@ -1,4 +1,4 @@
-"""core/data_files.py: files of all kinds become records, and what is no row is named."""
+"""core/data_files.py: files of all kinds become records, and unreadable rows are reported."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""What is different on a GPU. Elsewhere, and unless it is asked for, all but the chain is skipped:
+"""What differs on a GPU. Without one, or unless requested, everything but the chain is skipped:
 
 CUDA_VISIBLE_DEVICES=0 python -m pytest tests/test_gpu.py
 """

@@ -1,4 +1,4 @@
-"""How the answer of another model is read: its reasoning apart, what is odd marked."""
+"""core/llm_answers.py: parsing answers of other models: reasoning, usage, unusual answers."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""core/model_config.py, core/adapters.py: which models can be trained, and what of them trains."""
+"""core/model_config.py, core/adapters.py: which models can be trained, and which weights train."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""output_layer.py: scores in chunks are those of all logits at once."""
+"""core/output_layer.py: scores computed in chunks equal those from all logits at once."""
 
 import contextlib
 
