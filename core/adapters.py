@@ -88,7 +88,7 @@ def wrap(model, lora):
             if isinstance(module, TrainableTokensLayer):
                 module.cast_input_dtype_enabled = True  # expected by disable_input_dtype_casting
         return model
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         reason = str(error).replace("lora.ParamWrapper", "an adapter on experts")
         raise ConfigError(f"this model takes no such adapter: {reason}") from error
 
