@@ -36,6 +36,7 @@ from core.quantization import (
     check_quantized,
     dequantize_base,
     keep_training_mode,
+    refusing_integers,
 )
 from core.recipe_files import get_config_class, make_config, resolve_options
 from core.rehearsal import rehearse_end
@@ -425,7 +426,8 @@ def load_model_and_tokenizer(
             "give a language model"
         )
     prepare_tokenizer(tokenizer, config, needs_chat_template)
-    with as_config_error(f"model {config.model_name_or_path} cannot be loaded"):
+    how = "loaded in 4 or 8 bits" if config.quantized else "loaded"
+    with as_config_error(f"model {config.model_name_or_path} cannot be {how}"):
         # Quantized weights take no merge, and an adapter may be of another task than the stage:
         # then the merged model is saved once and loaded like any other.
         if adapter and (config.quantized or task == "SEQ_CLS"):
@@ -436,7 +438,8 @@ def load_model_and_tokenizer(
         else:
             model = load_weights(config, base, adapter, task).to(default_device())
         if task == "CAUSAL_LM":
-            check_causal(model, config.model_name_or_path)
+            with refusing_integers(model):
+                check_causal(model, config.model_name_or_path)
     return model, tokenizer
 
 
