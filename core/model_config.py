@@ -13,8 +13,9 @@ from core.config import ModelConfig, TrainingConfig
 from core.errors import ConfigError, as_config_error
 from core.runtime import logger
 
-# Mamba computes with the weights of a layer directly; Falcon's linear layers are of another class.
-NOT_QUANTIZED = {"mamba", "falcon_mamba", "falcon"}
+# Mamba computes with the weights of a layer directly, Gemma 3n clips them, and Falcon's linear
+# layers are of another class.
+NOT_QUANTIZED = {"mamba", "falcon_mamba", "falcon", "gemma3n", "gemma3n_text"}
 
 
 def read_stop_tokens(folder: Path) -> list[int]:
