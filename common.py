@@ -28,6 +28,7 @@ from core.errors import ConfigError, as_config_error
 from core.files import cached_folder, check_disk_space, has_weights
 from core.fingerprints import compute_fingerprint
 from core.hub import find_model_parts, load_skeleton, load_tokenizer
+from core.logprobs import check_causal
 from core.model_config import check_can_score, context_length, set_generation_config
 from core.new_tokens import rows_to_start, start_new_rows
 from core.quantization import (
@@ -35,6 +36,7 @@ from core.quantization import (
     check_quantized,
     dequantize_base,
     keep_training_mode,
+    refusing_integers,
 )
 from core.recipe_files import get_config_class, make_config, resolve_options
 from core.rehearsal import rehearse_end
@@ -424,16 +426,21 @@ def load_model_and_tokenizer(
             "give a language model"
         )
     prepare_tokenizer(tokenizer, config, needs_chat_template)
-    with as_config_error(f"model {config.model_name_or_path} cannot be loaded"):
+    how = "loaded in 4 or 8 bits" if config.quantized else "loaded"
+    with as_config_error(f"model {config.model_name_or_path} cannot be {how}"):
         # An adapter cannot be merged into quantized weights, or may be for another task than the
         # stage: then the merged model is saved once and loaded like any other.
         if adapter and (config.quantized or task == "SEQ_CLS"):
             base = merged_folder(config, base, adapter, adapter_task)
             adapter = None
-        if not config.quantized:
-            model = load_weights(config, base, adapter, task)
-            return model.to(default_device()), tokenizer
-        return load_quantized(config, base, task), tokenizer
+        if config.quantized:
+            model = load_quantized(config, base, task)
+        else:
+            model = load_weights(config, base, adapter, task).to(default_device())
+        if task == "CAUSAL_LM":
+            with refusing_integers(model):
+                check_causal(model, config.model_name_or_path)
+    return model, tokenizer
 
 
 def load_weights(

@@ -88,7 +88,7 @@ def wrap(model, lora):
             if isinstance(module, TrainableTokensLayer):
                 module.cast_input_dtype_enabled = True  # expected by disable_input_dtype_casting
         return model
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         reason = str(error).replace("lora.ParamWrapper", "an adapter on experts")
         raise ConfigError(f"this model takes no such adapter: {reason}") from error
 
@@ -98,6 +98,19 @@ def is_linear(module) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, torch.nn.Linear | Conv1D)
+
+
+def is_plain_product(layer) -> bool:
+    """Whether a linear layer returns only the product of its input and its weight. A router returns
+    several tensors, and a grouped layer splits its input."""
+    # Classes of torch, PEFT and bitsandbytes do; those defined in a model's files may not.
+    if not type(layer).__module__.startswith(("transformers.models.", "transformers_modules.")):
+        return True
+    try:
+        output = layer(layer.weight.new_zeros(1, layer.in_features))
+    except RuntimeError:
+        return False
+    return isinstance(output, torch.Tensor) and output.shape == (1, layer.out_features)
 
 
 def other_modalities(model) -> list[torch.nn.Parameter]:
@@ -126,15 +139,16 @@ def matrices_of(model) -> dict[str, torch.nn.Parameter]:
 
 
 def layers_without_adapter(model) -> list[str]:
-    """The linear layers that "all-linear" leaves out: those of another modality, those that return
-    more than a product, and those whose weights are read directly."""
+    """The linear layers that "all-linear" leaves out: those of another modality, those that are not
+    a plain product, and those whose weights are read directly."""
     outside = {id(weight) for weight in other_modalities(model)}
     direct = READ_DIRECTLY.get(model.config.model_type, ())
     names = []
     for name, module in model.named_modules():
-        is_router = "router" in type(module).__name__.lower()
+        if not is_linear(module):
+            continue
         is_read_directly = any(f".{name}".endswith(f".{end}") for end in direct)
-        if is_linear(module) and (id(module.weight) in outside or is_router or is_read_directly):
+        if id(module.weight) in outside or is_read_directly or not is_plain_product(module):
             names.append(name)
     return names
 
@@ -166,7 +180,11 @@ def named_targets(model, targets: Sequence[str]) -> dict[str, Any]:
     """LoraConfig options for names given by the user, of layers or of experts' parameters.
 
     Raises ConfigError for a name that the model does not have, and for tied embeddings."""
-    layers = {name.split(".")[-1] for name, module in model.named_modules() if is_linear(module)}
+    layers = {
+        name.split(".")[-1]
+        for name, module in model.named_modules()
+        if is_linear(module) and is_plain_product(module)
+    }
     experts = {
         name.split(".")[-1] for name, weight in matrices_of(model).items() if weight.dim() == 3
     }

@@ -169,7 +169,8 @@ def load_skeleton(config: ModelConfig) -> tuple:
 
     tokenizer, model_config = load_tokenizer(config)
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-    with torch.device("meta"):
+    what = f"model {config.model_name_or_path} cannot be loaded"
+    with as_config_error(what), torch.device("meta"):
         return tokenizer, AutoModelForCausalLM.from_config(model_config, **options)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from core.chat import IGNORE
+from core.errors import ConfigError
 from core.output_layer import hidden_states_at, logits_at, scores_at, unwrap_model
 from core.runtime import logger, to_device
 
@@ -148,6 +149,20 @@ def answer_scores(
 
 
 @torch.no_grad()
+def check_causal(model, name: str) -> None:
+    """Raise ConfigError for a model whose tokens see later ones, such as an encoder or a diffusion
+    model: it would learn to predict a token from that token itself."""
+    ids = torch.arange(8, device=model.device).repeat(2, 1)  # (2, 8)
+    ids[1, 4:] = ids[1, :4]  # the first four tokens of both rows are the same
+    first, second = model(input_ids=ids).logits[:, :4].float()  # (4, V) each
+    if not states_agree(first, second, model.dtype):
+        raise ConfigError(
+            f"model {name} ({model.config.model_type}) is not causal: its tokens see those after "
+            "them; give a decoder-only language model"
+        )
+
+
+@torch.no_grad()
 def sharing_is_exact(model, row: dict) -> bool:
     """Whether the answers of `row` get the same hidden states from a shared prompt as from separate
     prompts. `row` should be as long as possible: a sliding window matters only beyond its size."""
@@ -184,7 +199,7 @@ def takes_our_mask(model) -> bool:
 
 
 def states_agree(first: torch.Tensor, second: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether two ways to compute hidden states (N, H) in `dtype` agree."""
+    """Whether two ways to compute hidden states (N, H) or logits in `dtype` agree."""
     # The largest difference, because a convolution leaks only into a document's first tokens.
     difference = (first - second).std(-1).max()
     tolerance = 1e-3 if dtype == torch.float32 else 0.3

@@ -12,8 +12,9 @@ from core.config import ModelConfig, TrainingConfig
 from core.errors import ConfigError, as_config_error
 from core.runtime import logger
 
-# Mamba uses the weights of layers directly; Falcon's linear layers have a class of their own.
-NOT_QUANTIZED = {"mamba", "falcon_mamba", "falcon"}
+# Mamba uses the weights of layers directly, Gemma 3n clips them, and Falcon's linear layers have a
+# class of their own.
+NOT_QUANTIZED = {"mamba", "falcon_mamba", "falcon", "gemma3n", "gemma3n_text"}
 
 
 def read_stop_tokens(folder: Path) -> list[int]:

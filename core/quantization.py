@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 from core.errors import ConfigError
 from core.runtime import logger
+
+QUANTIZED_LAYERS = ("Linear4bit", "Linear8bitLt")  # classes of bitsandbytes
 
 
 def check_quantized(model) -> None:
@@ -14,7 +19,7 @@ def check_quantized(model) -> None:
     kept = quantized = 0
     for module in model.modules():
         for weight in module.parameters(recurse=False):
-            if type(module).__name__ in ("Linear4bit", "Linear8bitLt") and weight.dim() > 1:
+            if type(module).__name__ in QUANTIZED_LAYERS and weight.dim() > 1:
                 quantized += module.in_features * module.out_features
             elif weight.dim() > 1:
                 kept += weight.numel()
@@ -29,6 +34,27 @@ def check_quantized(model) -> None:
             100 * share,
             size,
         )
+
+
+@contextlib.contextmanager
+def refusing_integers(model) -> Iterator[None]:
+    """Raise ConfigError if a quantized layer is given integers in the block: some models cast an
+    input to the dtype of the layer's weights, which is an integer in 4 bits."""
+
+    def check(module, inputs) -> None:
+        if not inputs[0].is_floating_point():
+            raise ConfigError(
+                f"a model of the type {model.config.model_type} cannot be quantized: it casts "
+                "inputs to the dtype of the weights; load it in 16 bits"
+            )
+
+    quantized = [m for m in model.modules() if type(m).__name__ in QUANTIZED_LAYERS]
+    handles = [module.register_forward_pre_hook(check) for module in quantized]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def keep_training_mode(module) -> None:

@@ -40,6 +40,7 @@ from core.rollout import (
     Rollout,
     TokenOutputs,
     can_share_prompts,
+    check_can_sample,
     check_sampled_logps,
     check_sampling_gap,
     completion_outputs,
@@ -465,6 +466,7 @@ def build_run(
         scaler=torch.amp.GradScaler(model.device.type, enabled=float16),
         kl_coef=config.init_kl_coef,
     )
+    check_can_sample(run, probe_row["ids"])
     if not run.parameters:
         raise RuntimeError("no parameter of the model trains: everything is frozen")
     if router_loss_weight(model):

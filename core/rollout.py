@@ -31,7 +31,7 @@ from core.config import (
 )
 from core.data import load_rows, usable_rows
 from core.data_sources import DataPath
-from core.errors import ConfigError, RowError
+from core.errors import ConfigError, RowError, as_config_error
 from core.final_answers import opens_thinking
 from core.logprobs import (
     TokenLogps,
@@ -56,6 +56,7 @@ from core.rewards import (
 from core.runtime import compute_dtype, to_device
 from core.sampling import (
     SAMPLING_DEFAULTS,
+    NoStopTokens,
     check_sampling,
     decode_completions,
     sample_completions,
@@ -516,6 +517,14 @@ def rollout_outputs(
     for name in extras:
         setattr(outputs, name, torch.cat([getattr(part, name) for part in parts]))
     return outputs
+
+
+def check_can_sample(policy: Policy, prompt: list[int]) -> None:
+    """Raise ConfigError if a model cannot continue from its cache; tested on two tokens."""
+    kind = policy.model.config.model_type
+    with as_config_error(f"a model of the type {kind} cannot be sampled from"), policy.autocast():
+        two_tokens = SAMPLING_DEFAULTS | {"max_new_tokens": 2}
+        sample_completions(policy.model, NoStopTokens(), [prompt], two_tokens)
 
 
 def can_share_prompts(config: RLConfig, model, longest: dict) -> bool:

@@ -377,6 +377,15 @@ def read_prompts(
 
 
 @torch.no_grad()
+class NoStopTokens:
+    """Replaces a tokenizer, so that completions do not stop before their maximum length."""
+
+    chat_template = None
+    pad_token_id = 0
+    stops_of_the_model: Sequence[int] = (-1,)
+    eos_token_id = -1
+
+
 def sample_completions(
     model,
     tokenizer,

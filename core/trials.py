@@ -12,7 +12,7 @@ import math
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from core.logprobs import TokenLogps, disable_dropout
 from core.optimizers import decay_groups, new_optimizer
 from core.output_layer import output_layer, output_layer_computing, positions_at_once
 from core.runtime import compute_dtype, default_device
-from core.sampling import SAMPLING_DEFAULTS, sample_completions
+from core.sampling import SAMPLING_DEFAULTS, NoStopTokens, sample_completions
 from core.screen import busy
 from core.work import Answers, Work
 
@@ -197,15 +197,6 @@ def measure_model(config: Any, model, work: Work, affordable: int) -> Speed:
         basis=f"a pass forward and backward over {rows * length} tokens, {large:.2g} s here; "
         "random weights",
     )
-
-
-class NoStopTokens:
-    """Replaces a tokenizer, so that measured answers do not stop early."""
-
-    chat_template = None
-    pad_token_id = 0
-    stops_of_the_model: Sequence[int] = (-1,)
-    eos_token_id = -1
 
 
 @torch.no_grad()

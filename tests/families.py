@@ -113,6 +113,7 @@ FAMILIES = {
             num_key_value_heads=4,
         ),
     ),
+    "DeepSeek-V4": ("deepseek_v4", EXPERTS),
     "GPT-OSS": ("gpt_oss", dict(**EXPERTS, **WINDOW)),
     "Granite": ("granite", {}),
     "Granite-MoE": ("granitemoe", EXPERTS),

@@ -224,7 +224,7 @@ def test_an_answer_has_a_deadline_however_often_a_byte_comes(
     with pytest.raises(LLMClientError, match="no complete answer within 0.5 s"):
         ask(client(server, tmp_path, call_timeout=0.5, concurrency=1), ["q0"])
     assert len(began) == 2
-    assert time.monotonic() - start < 4
+    assert time.monotonic() - start < 10
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from conftest import make_model, training_config
 
 import common
@@ -114,6 +115,17 @@ def test_a_model_that_is_not_there_is_refused_at_once(tmp_path, name, words):
     name = name.format(file=__file__, empty=tmp_path / "empty")
     with pytest.raises(ConfigError, match=words):
         common.load_model_and_tokenizer(training_config(name))
+
+
+def test_a_model_that_needs_a_library_is_refused_without_its_weights(model_dir, monkeypatch):
+    """As Gemma 3n needs timm."""
+
+    def fail(*_, **__):
+        raise ImportError("pip install timm")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_config", fail)
+    with pytest.raises(ConfigError, match="cannot be loaded: pip install timm"):
+        core.hub.load_skeleton(training_config(model_dir))
 
 
 def test_a_revision_goes_with_a_hub_name_only(model_dir):

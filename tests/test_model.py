@@ -4,6 +4,7 @@ import pytest
 import sft
 import torch
 from conftest import make_model, training_config
+from transformers import AutoModelForCausalLM, BertGenerationConfig
 
 import common
 from core.errors import ConfigError
@@ -175,6 +176,32 @@ def test_a_base_model_without_a_template_gets_a_choice_before_weights_are_read(m
         ConfigError, match="has no chat template; .*instruction_template='### Instruction"
     ):
         common.load_model_and_tokenizer(training_config(tmp_path / "base"))
+
+
+def test_a_model_whose_tokens_see_later_ones_is_refused(tokenizer, tmp_path):
+    sizes = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+    for is_decoder in (False, True):
+        config = BertGenerationConfig(is_decoder=is_decoder, **sizes)
+        model = AutoModelForCausalLM.from_config(config)
+        model.save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        if is_decoder:
+            common.load_model_and_tokenizer(training_config(tmp_path))
+        else:
+            with pytest.raises(ConfigError, match=r"\(bert-generation\) is not causal"):
+                common.load_model_and_tokenizer(training_config(tmp_path))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_causal_models_pass_in_every_precision(model_dir, dtype):
+    for options in ({}, {"use_4bit": True}, {"use_8bit": True}):
+        common.load_model_and_tokenizer(training_config(model_dir, torch_dtype=dtype, **options))
 
 
 def test_unknown_target_modules_are_refused_with_those_there(model_dir):

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import make_model, training_config
 from families import make_family
 from transformers import AutoConfig
@@ -113,6 +114,20 @@ def test_without_an_adapter_a_vision_tower_stays_as_it_is(tokenizer):
 def test_a_target_that_cannot_be_is_refused(tokenizer, family, options, said):
     with pytest.raises(ConfigError, match=said):
         add_adapter(make_family(family, tokenizer), training_config("m", **options))
+
+
+def test_a_linear_layer_that_is_no_plain_product_gets_no_adapter(tokenizer):
+    """Such as a router, and DeepSeek-V4's grouped projection."""
+    model = make_family("DeepSeek-V4", tokenizer)
+    left = {name.split(".")[-1] for name in layers_without_adapter(model)}
+    assert left == {"o_a_proj"}
+    adapted = add_adapter(model, training_config("m"))
+    assert adapted(torch.ones(1, 4).long()).logits.shape == (1, 4, len(tokenizer))
+    with pytest.raises(ConfigError, match="o_a_proj: the model's are"):
+        options = {"lora_target_modules": "o_a_proj"}
+        add_adapter(make_family("DeepSeek-V4", tokenizer), training_config("m", **options))
+    left = layers_without_adapter(make_family("Llama 4", tokenizer))
+    assert any(name.endswith("router") for name in left)
 
 
 def test_names_of_the_users_own_are_taken(tokenizer):

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from conftest import ROOT, make_model
 from families import make_family
 
@@ -479,6 +480,17 @@ def test_every_step_moves_beta_towards_its_target(tokenizer, tmp_path):
     run.report = lambda metrics: metrics
     run.end_step(data, {})
     assert run.kl_coef == pytest.approx(0.3 * (1 + 0.2 * 8 / 16))
+
+
+def test_a_model_that_cannot_go_on_from_its_cache_is_refused_before_training(
+    tokenizer, tmp_path, monkeypatch
+):
+    sizes = dict(hidden_size=32, num_attention_heads=2, dim_head=16, dim_ff=32)
+    kind = transformers.CpmAntConfig(vocab_size=len(tokenizer), num_hidden_layers=1, **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(kind)
+    monkeypatch.setattr(sys.modules[__name__], "make_model", lambda _: model)
+    with pytest.raises(ConfigError, match="^a model of the type cpmant cannot be sampled from: "):
+        make_run(tokenizer, tmp_path)
 
 
 def test_fisher_products_and_conjugate_gradients():
@@ -1564,8 +1576,8 @@ def test_a_verifier_that_hangs_is_killed_and_its_row_is_shown(tmp_path):
         "    return [1.0] * len(completions)\n"
     )
     reward = f"{tmp_path}/mine.py:wait"
-    settings = config(tmp_path, reward=[reward], reward_length=0, reward_timeout=1)
-    with pytest.raises(RuntimeError, match="no answer within 1 s") as stopped:
+    settings = config(tmp_path, reward=[reward], reward_length=0, reward_timeout=3)
+    with pytest.raises(RuntimeError, match="no answer within 3 s") as stopped:
         rewarded(settings, ["a", "slow", "b"])
     assert '"slow"' in str(stopped.value) and "ask 1" in str(stopped.value)
     settings.on_reward_error = "skip"
