@@ -42,6 +42,14 @@ LINEAR_ATTENTION = dict(
 )
 # A window shorter than the rows of the tests.
 WINDOW = dict(sliding_window=16, layer_types=["sliding_attention", "full_attention"])
+LAYERS_OF_GEMMA_4 = dict(
+    num_hidden_layers=4,
+    layer_types=["sliding_attention", "full_attention"] * 2,
+    sliding_window=16,
+    num_kv_shared_layers=2,
+    hidden_size_per_layer_input=8,
+    vocab_size_per_layer_input=1024,
+)
 SMALL_EYE = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
 
 # {family: (model type, options of its configuration)}; "text_config" gets the sizes of a whole.
@@ -82,6 +90,29 @@ FAMILIES = {
         dict(
             text_config=dict(**WINDOW, query_pre_attn_scalar=16),
             vision_config=dict(**SMALL_EYE, image_size=28, patch_size=14),
+        ),
+    ),
+    "Gemma 3n, text": (
+        "gemma3n_text",
+        dict(**LAYERS_OF_GEMMA_4, laurel_rank=8, altup_num_inputs=2),
+    ),
+    "Gemma 4, text": (
+        "gemma4_text",
+        dict(
+            **LAYERS_OF_GEMMA_4,
+            global_head_dim=16,
+            enable_moe_block=True,
+            num_experts=4,
+            top_k_experts=2,
+            moe_intermediate_size=32,
+        ),
+    ),
+    "Gemma 4": (
+        "gemma4",
+        dict(
+            text_config=dict(**LAYERS_OF_GEMMA_4, global_head_dim=16, use_double_wide_mlp=True),
+            vision_config=dict(**SMALL_EYE, head_dim=16),
+            audio_config=None,
         ),
     ),
     "Phi-3, Phi-4": ("phi3", {}),
@@ -144,6 +175,20 @@ FAMILIES = {
             expert_layer_offset=1,
             mamba_d_state=8,
             mamba_dt_rank=4,
+        ),
+    ),
+    "Kimi Linear": (
+        "kimi_linear",
+        dict(
+            **EXPERTS,
+            layer_types=["linear_attention", "full_attention"],
+            linear_head_dim=16,
+            linear_num_heads=4,
+            kv_lora_rank=16,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=16,
+            v_head_dim=16,
+            num_key_value_heads=4,
         ),
     ),
     "LFM2": ("lfm2", dict(layer_types=["conv", "full_attention"], block_multiple_of=16)),
