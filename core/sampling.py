@@ -376,7 +376,6 @@ def read_prompts(
     return batch, logits
 
 
-@torch.no_grad()
 class NoStopTokens:
     """Replaces a tokenizer, so that completions do not stop before their maximum length."""
 
@@ -386,6 +385,7 @@ class NoStopTokens:
     eos_token_id = -1
 
 
+@torch.no_grad()
 def sample_completions(
     model,
     tokenizer,

@@ -73,7 +73,7 @@ class ItemMeans:
             self.sums[name] = self.sums.get(name, 0) + total
 
     def over_processes(self, accelerator) -> dict[str, float]:
-        values = [*self.sums.values(), torch.tensor(float(self.num_items))]
+        values = [*self.sums.values(), torch.tensor(self.num_items, dtype=torch.float64)]
         totals = torch.stack([value.double().to(accelerator.device) for value in values])
         *sums, num_items = accelerator.reduce(totals, "sum").tolist()
         return {name: total / num_items for name, total in zip(self.sums, sums, strict=True)}
@@ -455,8 +455,8 @@ def mean_metrics(run: FitRun, figures: dict[str, float]) -> dict[str, float]:
     window, run.window = run.window, Window()
     device = run.accelerator.device
     # In float64, so that large token counts stay exact.
-    tokens = torch.tensor(float(window.num_tokens), device=device)
-    totals = torch.stack([torch.stack(window.losses).double().mean(), tokens.double()])
+    tokens = torch.tensor(window.num_tokens, dtype=torch.float64, device=device)
+    totals = torch.stack([torch.stack(window.losses).double().mean(), tokens])
     loss, num_tokens = run.sum_over_processes(totals).tolist()
     metrics = window.means.over_processes(run.accelerator)
     speed = round(num_tokens / window.seconds, 1)

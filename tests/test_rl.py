@@ -482,6 +482,14 @@ def test_every_step_moves_beta_towards_its_target(tokenizer, tmp_path):
     assert run.kl_coef == pytest.approx(0.3 * (1 + 0.2 * 8 / 16))
 
 
+def test_sampling_keeps_no_graph(tokenizer):
+    model, modes = make_model(tokenizer), []
+    model.register_forward_pre_hook(lambda *_: modes.append(torch.is_grad_enabled()))
+    sampling = core.sampling.SAMPLING_DEFAULTS | {"max_new_tokens": 3}
+    core.sampling.sample_completions(model, tokenizer, [[5, 6, 7]], sampling)
+    assert modes and not any(modes)
+
+
 def test_a_model_that_cannot_go_on_from_its_cache_is_refused_before_training(
     tokenizer, tmp_path, monkeypatch
 ):
