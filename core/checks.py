@@ -93,8 +93,8 @@ def check_encoded_rows(
                 return None
             sequences, is_cut = encoded
 
-            keys = row_keys(row, sequences, compare_tokens=is_chat and not is_cut)
-            if side == "evaluation" and keys & training.keys:
+            key = row_key(row, sequences, compare_tokens=is_chat and not is_cut)
+            if side == "evaluation" and key in training.keys:
                 problem = "in_training_data"
             else:
                 problem = find_row_problem(tokenizer, stops, sequences, is_cut, context, is_chat)
@@ -107,7 +107,7 @@ def check_encoded_rows(
                 )
 
             if side == "training":
-                add_training_row(training, keys, sequences, is_cut, stops)
+                add_training_row(training, key, sequences, is_cut, stops)
     check_share_cut(stage.config, training)
     return training
 
@@ -164,23 +164,24 @@ def retokenize(tokenizer, ids: list[int]) -> list[int]:
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
-def row_keys(row, sequences: Sequence[TokenSequence], compare_tokens: bool) -> set:
-    """Keys that identify a row: hashes of its tokens, or its text if the tokens are incomplete."""
-    # Two texts may share their first piece, and two long prompts the part that is kept.
+def row_key(row, sequences: Sequence[TokenSequence], compare_tokens: bool) -> int:
+    """A key that identifies a row: its tokens, or its text if the tokens are incomplete."""
+    # Two texts may share their first piece, and two long prompts the part that is kept. Two pairs
+    # may share one of their answers.
     if compare_tokens:
-        return {hash(tuple(ids)) for ids, _ in sequences}
-    return {str(row)}
+        return hash(tuple(tuple(ids) for ids, _ in sequences))
+    return hash(str(row))
 
 
 def add_training_row(
     training: EncodedRows,
-    keys: set,
+    key: int,
     sequences: Sequence[TokenSequence],
     is_cut: bool,
     stops: Sequence[int],
 ) -> None:
     """Count one training row in `training`."""
-    training.keys |= keys
+    training.keys.add(key)
     ids, labels = max(sequences, key=sequence_length)
     training.lengths.append(len(ids))
     training.targets.append(sum(label != IGNORE for label in labels or ()))

@@ -40,6 +40,8 @@ MEANINGFUL = {
     "tool",
     "video",
 }
+# Columns that say who has written the text of a row.
+SPEAKERS = ("role", "speaker")
 MAX_NAME_LENGTH = 40  # of a column in messages: without a header, its name may be a long text
 
 NO_OPTIONAL_COLUMNS: Mapping[str, Sequence[str]] = {}
@@ -216,6 +218,13 @@ def check_unused(
     unused = [name for name in columns if name not in used]
     # A plain text is usually the whole row, already rendered.
     if list(formats[data_format]) == ["text"]:
+        for name in unused:
+            if plain_name(name) in SPEAKERS and has_values(name):
+                raise ConfigError(
+                    f"data {path}: each row seems to be one message, because of its column {name}; "
+                    "write each conversation as one row with a column messages, or train on the "
+                    f"texts alone: --columns='{{{inline_yaml(name)}: null}}'"
+                )
         return unused
     for name in unused:
         if not is_meaningful(name) or not has_values(name):

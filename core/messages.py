@@ -31,10 +31,17 @@ ROLES = {
     "function": "tool",
     "observation": "tool",
     "human": "user",
+    "prompter": "user",
     "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "bot": "assistant",
     "model": "assistant",
     "function_call": "assistant",
 }
+# A conversation as one text, as in Anthropic's HH data: "\n\nHuman: ...\n\nAssistant: ...".
+TRANSCRIPT_TURN = re.compile(r"\n\n(Human|Assistant):")
 TEXT_KEYS = ("content", "value")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 TEXT_PARTS = ("text", "input_text", "output_text")
@@ -59,7 +66,7 @@ def as_messages(value, role: str) -> list[dict]:
     if not turns:
         raise RowError("with an empty or missing text")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise RowError("that has neither a text nor a list of messages")
+        raise RowError("with neither a text nor a list of messages")
     warn_of_unused_keys(turns)
 
     messages = []
@@ -141,11 +148,13 @@ def read_history(history) -> list[dict]:
 
 
 def parse_messages(value: str):
-    """Parse a text that is messages as JSON, as in a cell of a table; other text is returned
-    unchanged.
+    """Parse a text that is a transcript, or messages as JSON, as in a cell of a table; other text
+    is returned unchanged.
 
     Raises RowError for messages as Python prints them, and for messages in broken JSON.
     """
+    if TRANSCRIPT_TURN.match(value):
+        return split_transcript(value)
     begin = value.lstrip()
     if not begin.startswith(("[", "{")):
         return value
@@ -166,13 +175,28 @@ def parse_messages(value: str):
     return value
 
 
+def split_transcript(text: str) -> list[dict]:
+    """The messages of a text with TRANSCRIPT_TURNs. A prompt ends where its answer begins."""
+    _, *parts = TRANSCRIPT_TURN.split(text)
+    turns = []
+    for speaker, content in zip(parts[::2], parts[1::2], strict=True):
+        turns.append({"role": speaker, "content": content.strip()})
+    if len(turns) > 1 and turns[-1] == {"role": "Assistant", "content": ""}:
+        turns.pop()
+    return turns
+
+
 def is_message(turn) -> bool:
     """Whether a value has a known speaker and a text, or a call."""
     if not isinstance(turn, dict):
         return False
-    speaker = turn.get("role") or turn.get("from")
     has_content = any(key in turn for key in (*TEXT_KEYS, *TOOL_KEYS))
-    return isinstance(speaker, str) and speaker in ROLES and has_content
+    return speaker_of(turn) in ROLES and has_content
+
+
+def speaker_of(turn: dict) -> str:
+    """Who speaks, in lower case; empty if the message does not say."""
+    return str(turn.get("role") or turn.get("from") or "").strip().lower()
 
 
 def warn_of_unused_keys(turns: list[dict]) -> None:
@@ -190,9 +214,11 @@ def warn_of_unused_keys(turns: list[dict]) -> None:
 
 def read_message(turn: dict) -> dict:
     """One message of a data set; raises RowError."""
-    speaker = turn.get("role") or turn.get("from")
+    speaker = speaker_of(turn)
+    if not speaker:
+        raise RowError("with an object that is no message, since it has no role and content")
     if speaker not in ROLES:
-        raise RowError(f"with an unknown speaker ({speaker})")
+        raise RowError(f"with an unknown speaker ({speaker}); known are {', '.join(ROLES)}")
     text, reasoning = read_content(turn)
     message: dict[str, Any] = {"role": ROLES[speaker], "content": text}
 

@@ -106,7 +106,8 @@ def test_messages_are_read_in_the_forms_that_data_sets_have(turn, read):
     "turn, said",
     [
         ({"role": "user", "content": [{"type": "image_url"}]}, "a part that is no text .image_url"),
-        ({"role": "narrator", "content": "b"}, "an unknown speaker .narrator"),
+        ({"role": "narrator", "content": "b"}, "an unknown speaker .narrator.; known are user, "),
+        ({"text": "b"}, "an object that is no message, since it has no role and content"),
         ({"role": "assistant", "content": None}, "an empty or missing text"),
         ({"role": "assistant", "content": "b", "weight": 0.5}, "a weight of 0.5"),
         ({"role": "assistant", "content": "b", "tool_calls": [1]}, "a tool call that is no JSON"),
@@ -116,6 +117,26 @@ def test_messages_are_read_in_the_forms_that_data_sets_have(turn, read):
 def test_a_message_that_would_lose_a_part_is_refused(turn, said):
     with pytest.raises(core.errors.RowError, match=said):
         as_messages([USER, turn], "user")
+
+
+def test_speakers_are_read_in_any_case():
+    turns = [{"from": "Human", "value": "a"}, {"from": "ChatGPT", "value": "b"}]
+    assert as_messages(turns, "user") == [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+    ]
+
+
+@pytest.mark.parametrize("end", ["", "\n\nAssistant:"])
+def test_a_transcript_is_a_conversation(end):
+    """In the form of Anthropic's HH data; a prompt of it ends where the answer begins."""
+    text = "\n\nHuman: One?\n\nAssistant: a\n\nb\n\nHuman: Two?" + end
+    assert as_messages(text, "user") == [
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "a\n\nb"},
+        {"role": "user", "content": "Two?"},
+    ]
+    assert as_messages("Human: One?", "user") == [{"role": "user", "content": "Human: One?"}]
 
 
 def test_an_empty_system_message_is_none_and_tools_stay(caplog):

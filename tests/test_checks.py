@@ -347,6 +347,23 @@ def test_a_row_on_both_sides_is_refused(tmp_path, own_tokenizer):
         core.checks.check_encoded_rows(stage, own_tokenizer, 512)
 
 
+def test_two_pairs_may_share_an_answer(tmp_path, own_tokenizer):
+    pairs = [{"prompt": "A joke?", "chosen": f"Joke {n}.", "rejected": "No."} for n in range(6)]
+    config = dpo.DPOConfig(
+        model_name_or_path="tiny",
+        preference_dataset_path=write(tmp_path / "pairs.jsonl", pairs),
+        output_dir=str(tmp_path / "out"),
+        validation_split=0.3,
+    )
+    stage = dpo.DPOStage(config)
+    stage.check()
+    assert all(stage.data)
+    assert len(core.checks.check_encoded_rows(stage, own_tokenizer, 512).lengths) == 4
+    stage.data[1].append(stage.data[0][0])
+    with pytest.raises(ConfigError, match="it is in the training data too"):
+        core.checks.check_encoded_rows(stage, own_tokenizer, 512)
+
+
 def test_heavy_truncation_is_reported_and_total_truncation_refused(tmp_path, own_tokenizer, caplog):
     pairs = [
         {"prompt": "a", "chosen": "yes " * (1 if n % 4 else 40), "rejected": "no"}

@@ -253,6 +253,13 @@ def test_a_column_that_changes_what_a_row_means_is_refused(tmp_path, name):
         assert load(tmp_path, [row | {name: empty}]) == [[USER, GOOD]]
 
 
+def test_a_row_for_each_message_is_no_text_to_train_on(tmp_path):
+    row = {"conversation_id": 1, "role": "user", "text": "3 pm?"}
+    with pytest.raises(ConfigError, match="each row seems to be one message.* column role; write"):
+        load(tmp_path, [row])
+    load(tmp_path, [row], columns={"role": None})
+
+
 def test_the_refusal_names_the_mapping_that_joins_the_column(tmp_path):
     row = {"question": "3 pm?", "answer": "15:00", "passage": "24-hour clock."}
     with pytest.raises(ConfigError, match="--columns='{context: passage}'"):

@@ -215,6 +215,17 @@ def test_rows_that_show_no_preference_say_why(row, form, reason):
         to_pair(row, form)
 
 
+def test_pairs_of_transcripts_have_the_prompt_that_both_begin_with():
+    """Anthropic's HH data has whole conversations as texts."""
+    begin = "\n\nHuman: 4 pm?\n\nAssistant: "
+    pair = to_pair({"chosen": begin + "Yes.", "rejected": begin + "No."}, "chosen-rejected")
+    assert pair == {
+        "prompt": [{"role": "user", "content": "4 pm?"}],
+        "chosen": [{"role": "assistant", "content": "Yes."}],
+        "rejected": [{"role": "assistant", "content": "No."}],
+    }
+
+
 def test_preferences_coded_by_0_and_1_are_refused_since_their_1_is_the_other_answer(tmp_path):
     rows = [
         {"question": f"a{n}", "answer_a": "b", "answer_b": "c", "preference": int(n == 5)}
