@@ -45,7 +45,13 @@ from core.pipeline_config import (
 )
 from core.recipe_files import find_links
 from core.run_end import describe_next_steps, describe_resumption, start_of
-from core.runtime import exit_on_signals, is_main_process, logger, start_logging
+from core.runtime import (
+    exit_on_signals,
+    is_main_process,
+    level_of_dry_run,
+    logger,
+    start_logging,
+)
 from core.screen import format_table
 from core.stage_plan import StagePlan, short_name
 from core.statistics import before_and_after
@@ -140,7 +146,7 @@ class Pipeline(StagePlan):
         without deleting anything. With dry_run, only check and print the plan. Raises ConfigError
         before the first stage runs."""
         if self.config.dry_run:
-            with start_logging(self.config.log_level):
+            with start_logging(level_of_dry_run(self.config.log_level)):
                 descriptions = self.check_and_show_plan()
                 logger.info("%s", "\n".join(descriptions))
             return []

@@ -46,6 +46,7 @@ from core.runtime import (
     default_device,
     exit_on_signals,
     is_main_process,
+    level_of_dry_run,
     logger,
     peak_memory,
     start_logging,
@@ -592,7 +593,7 @@ def build_stage(stage_class: type[BaseStage], arguments: Sequence[str]) -> tuple
 def log_dry_run(stage: BaseStage) -> None:
     """Check everything that needs no weights, and log what the stage would do."""
     config = stage.config
-    with start_logging(config.log_level):
+    with start_logging(level_of_dry_run(config.log_level)):
         stage.check()
         lines, bytes_written = describe_stage(stage, *load_skeleton(config))
         check_disk_space(config.output_dir, bytes_written)

@@ -176,7 +176,8 @@ class LLMClient:
         url = self.url or ""
         if not re.match("https?://", url):
             raise ConfigError(
-                f"{option} is the address of the server, for example http://localhost:8000/v1"
+                f"{option} is the address of the server, for example http://localhost:8000/v1; "
+                f"or set {self.role}_model_type to {' or '.join(PROVIDERS)}"
             )
         if re.search(r"//[^/]*@|[?]", url):
             kind = "query" if "?" in url else "password"

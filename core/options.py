@@ -22,7 +22,7 @@ from annotated_types import Ge
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
 from core.errors import ConfigError, unknown_name
-from core.other_names import SAMPLING, SAMPLING_NAMES, translate
+from core.other_names import SAMPLING, SAMPLING_NAMES, SIMILAR_NAMES, translate
 from core.yaml_files import parse_yaml
 
 MAPPINGS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
@@ -243,6 +243,8 @@ def unknown_names(config_class: Any, values: Mapping[str, Any]) -> list[str]:
         if name in SAMPLING_NAMES and SAMPLING in names:
             inner = f"{{{SAMPLING_NAMES[name]}: {value}}}"
             sentences.append(f"unknown option {name!r}; it belongs to {SAMPLING}='{inner}'")
+        elif SIMILAR_NAMES.get(name) in names:
+            sentences.append(f"unknown option {name!r}; see {SIMILAR_NAMES[name]}")
         else:
             sentences.append(unknown_name("option", name, known))
     return sentences

@@ -19,6 +19,12 @@ OTHER_NAMES = {
     "epochs": "num_train_epochs",
     "batch_size": "per_device_train_batch_size",
     "lr": "learning_rate",
+    "micro_batch_size": "per_device_train_batch_size",
+    "sequence_len": "max_seq_length",
+    "cutoff_len": "max_seq_length",
+    "sample_packing": "packing",
+    "random_state": "seed",
+    "ref_model_name_or_path": "reference_model_path",
     "lora_rank": "lora_r",
     "load_in_4bit": "use_4bit",
     "load_in_8bit": "use_8bit",
@@ -27,6 +33,37 @@ OTHER_NAMES = {
     "run_name": "wandb_run_name",
     "hub_model_id": "hub_repo_id",
     "hub_private_repo": "hub_private",
+    # reinforcement learning
+    "max_steps": "num_training_steps",
+    "eval_steps": "eval_freq",
+    "save_steps": "save_freq",
+    "reward_funcs": "reward",
+    "kl_coef": "init_kl_coef",
+    "lam": "gae_lambda",
+    "vf_coef": "value_loss_coef",
+    "group_size": "num_generations",
+}
+
+# Options elsewhere that mean something similar, in another unit or form: the option here.
+SIMILAR_NAMES = {
+    "beta": "init_kl_coef",
+    "epsilon": "clip_range",
+    "clip_ratio": "clip_range",
+    "per_device_train_batch_size": "batch_size",
+    "num_iterations": "ppo_epochs",
+    "total_episodes": "num_training_steps",
+    "num_mini_batches": "mini_batch_size",
+    "ref_model": "reference_model_path",
+    "rpo_alpha": "loss_weights",
+    "orpo_alpha": "beta",
+    "max_completion_length": "max_seq_length",
+    "val_set_size": "validation_split",
+    "val_size": "validation_split",
+    "flash_attention": "attn_implementation",
+    "adapter": "lora_r",
+    "use_peft": "lora_r",
+    "lora_target_linear": "lora_target_modules",
+    "use_gradient_checkpointing": "gradient_checkpointing",
 }
 
 # Stage in older files -> recipe.
@@ -47,6 +84,7 @@ SAMPLING = "generation_kwargs"
 SAMPLING_NAMES = {
     "max_new_tokens": "max_new_tokens",
     "max_completion_length": "max_new_tokens",
+    "response_length": "max_new_tokens",
     "temperature": "temperature",
     "top_k": "top_k",
     "top_p": "top_p",
@@ -71,7 +109,7 @@ NOT_HERE = {
     "completion_only_loss": NotHere(ALWAYS, None),
     "assistant_only_loss": NotHere(ALWAYS, None),
     "use_liger_kernel": NotHere("the recipes save that memory themselves", None),
-    "packing_strategy": NotHere("packing is best-fit decreasing, bfd", (*OFF, "bfd")),
+    "packing_strategy": NotHere("packing is best-fit decreasing, bfd", (*OFF, "bfd", "ffd")),
     "push_to_hub": NotHere("run, after the training: hf upload NAME/MODEL FOLDER"),
     "push_adapter_only": NotHere("run, after the training: hf upload NAME/MODEL FOLDER/adapter"),
     "hub_repo_id": NotHere("it is for push_to_hub", None),
@@ -94,6 +132,15 @@ NOT_HERE = {
     "overwrite_output_dir": NotHere("resume_from_checkpoint=false trains again", None),
     "ddp_find_unused_parameters": NotHere("it is found out", None),
     "logging_dir": NotHere("trackers write into output_dir", None),
+    "dataset_num_proc": NotHere("rows are encoded by one process", None),
+    "log_completions": NotHere("samples.jsonl has completions of every evaluation", None),
+    "use_vllm": NotHere("the recipe samples by itself"),
+    "torch_compile": NotHere("models are not compiled"),
+    "deepspeed": NotHere("run the recipe by accelerate launch, see docs/hardware.md"),
+    "fsdp": NotHere("run the recipe by accelerate launch, see docs/hardware.md"),
+    "use_cpu": NotHere("set CUDA_VISIBLE_DEVICES to an empty text in the environment"),
+    "eval_packing": NotHere("packing is for training rows"),
+    "train_on_inputs": NotHere(ALWAYS),
     "disable_tqdm": NotHere("log_level decides what the screen shows", None),
 }
 
@@ -107,6 +154,7 @@ def translate(
     """
     own_names = {option.name for option in fields(config_class)}
     replaced: dict[str, Any] = {}
+    given_as: dict[str, str] = {}
     problems: list[str] = []
     notes: list[str] = []
     for key, value in values.items():
@@ -120,7 +168,7 @@ def translate(
                 continue
             value = meant if written(value) in ON else f"{key}={value}"
         if name == TEXT_COLUMN and "columns" in own_names:
-            if written(value) in (*OFF, "text"):
+            if written(value) in (*OFF, "text", "messages", "conversations"):
                 continue
             name, value = "columns", {"text": value}
         if name not in own_names and name in NOT_HERE:
@@ -133,8 +181,10 @@ def translate(
             if written(value) in NOTHING:
                 continue
             if written(replaced[name]) not in (*NOTHING, written(value)):
-                problems.append(f"{name} is given twice, once by another name ({key}); keep one")
-        replaced[name] = value
+                problems.append(
+                    f"{name} is given twice, as {given_as[name]} and as {key}; keep one"
+                )
+        replaced[name], given_as[name] = value, key
     return replaced, problems, notes
 
 

@@ -124,6 +124,10 @@ def split_options(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, 
     return top, own
 
 
+# What llama.cpp's convert_hf_to_gguf.py writes.
+GGUF_OUTPUT_TYPES = ("f32", "f16", "bf16", "q8_0", "tq1_0", "tq2_0", "auto")
+
+
 def commands_after(config: PipelineConfig) -> list[str]:
     """Commands of other programs that publish or convert the final model, as the options request.
     Raises ConfigError for a secret among the options."""
@@ -141,9 +145,12 @@ def commands_after(config: PipelineConfig) -> list[str]:
         repository = config.hub_repo_id or "NAME/MODEL"
         commands.append(f"hf upload {repository} {folder} {private}--commit-message={message}")
     if config.convert_to_gguf:
-        commands.append(
-            f"python llama.cpp/convert_hf_to_gguf.py {final} "
-            f"--outfile {config.gguf_output_path or 'model.gguf'} "
-            f"--outtype {config.gguf_quantization or 'q8_0'}"
-        )
+        file = config.gguf_output_path or "model.gguf"
+        kind = (config.gguf_quantization or "q8_0").lower()
+        convert = f"python llama.cpp/convert_hf_to_gguf.py {final} --outfile"
+        if kind in GGUF_OUTPUT_TYPES:
+            commands.append(f"{convert} {file} --outtype {kind}")
+        else:  # the others are made from a converted file
+            commands.append(f"{convert} {file}.f16 --outtype f16")
+            commands.append(f"llama-quantize {file}.f16 {file} {kind.upper()}")
     return commands

@@ -148,6 +148,8 @@ def rl_command(stage: Any) -> str:
     options = {
         "model": config.model_name_or_path,
         "data": data_of(stage) if has_prompts else "PROMPTS.jsonl",
+        # Data of pairs may have messages too.
+        "dataset_format": "prompt" if has_prompts else None,
         "reward_model_path": config.output_dir,
         "output_dir": f"{Path(config.output_dir)}-grpo",
     }

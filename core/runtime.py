@@ -271,6 +271,11 @@ def warn_together(what: str, notes: Sequence[str]) -> None:
         logger.warning("%s:\n  %s", what, "\n  ".join(notes))
 
 
+def level_of_dry_run(level: str) -> str:
+    """The plan is the answer of a dry run, so it is shown at every log level."""
+    return level if level.upper() == "DEBUG" else "INFO"
+
+
 def start_logging(level: str, path: Path | None = None) -> contextlib.ExitStack:
     """Log to the screen, and to the file at `path`, until the returned stack is closed.
 

@@ -41,7 +41,7 @@ from core.chat import IGNORE
 from core.config import Count, Names, Natural, NonNegative, Positive, comma_separated
 from core.data import load_rows, usable_rows
 from core.data_sources import DataPath
-from core.errors import ConfigError, RowError, unknown_name
+from core.errors import ConfigError, RowError
 from core.hub import check_model
 from core.logprobs import (
     TokenLogps,
@@ -118,7 +118,8 @@ class DPOConfig(SamplesConfig):
         if self.lora_r and rate < usual_rate / 20:
             self.notes.append(f"learning_rate={rate:g} hardly moves an adapter; try {usual_rate:g}")
         for name in set(self.loss_type) - set(LOSSES):
-            raise ConfigError(unknown_name("loss_type", name, LOSSES))
+            known = ", ".join(sorted(LOSSES))
+            raise ConfigError(f"unknown loss_type {name!r}; known: {known}; sigmoid is DPO's own")
         if not self.loss_type or len(self.loss_weights) not in (0, len(self.loss_type)):
             raise ConfigError("loss_type and loss_weights: give one weight for each loss")
         if "kto" in self.loss_type and len(self.loss_type) > 1:

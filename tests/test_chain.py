@@ -800,6 +800,12 @@ def test_what_would_be_unsafe_or_wrong_is_refused_with_the_remedy(
     assert "hf_secret" not in str(caught.value)
 
 
+def test_a_gguf_file_in_few_bits_takes_two_commands(tmp_path, model_dir):
+    convert, quantize = Pipeline.from_dict(older(tmp_path, model_dir, convert_to_gguf=True)).notes
+    assert convert.endswith("/final --outfile model.gguf.f16 --outtype f16")
+    assert quantize.endswith(": llama-quantize model.gguf.f16 model.gguf Q4_K_M")
+
+
 @pytest.mark.parametrize(
     "changes, command",
     [
@@ -807,8 +813,8 @@ def test_what_would_be_unsafe_or_wrong_is_refused_with_the_remedy(
         ({"upload_to_hub": True}, "hf upload me/model .*/final --private --commit-message="),
         ({"push_adapter_only": True}, "hf upload me/model .*/NN_STAGE/adapter"),
         (
-            {"convert_to_gguf": True},
-            "convert_hf_to_gguf.py .*/final --outfile model.gguf --outtype q4_k_m",
+            {"convert_to_gguf": True, "gguf_quantization": "q8_0"},
+            "convert_hf_to_gguf.py .*/final --outfile model.gguf --outtype q8_0",
         ),
     ],
 )

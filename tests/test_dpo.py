@@ -960,7 +960,7 @@ def test_kto_learns_from_single_answers_and_from_pairs(model_dir, tmp_path, unpa
 @pytest.mark.parametrize(
     "options, said",
     [
-        ({"loss_type": "sigmiod"}, "did you mean 'sigmoid'"),
+        ({"loss_type": "dpo"}, "unknown loss_type 'dpo'; known: .*; sigmoid is DPO's own"),
         ({"loss_type": "sigmoid,nll", "loss_weights": "1"}, "one weight for each"),
         ({"loss_type": "kto,nll"}, "cannot be mixed"),
         ({"loss_type": "exo_pair", "label_smoothing": 0}, "set it to 1e-3"),

@@ -228,6 +228,29 @@ def test_an_option_of_sampling_is_told_its_place():
         resolved(sft.SFTStage, top_p=0.7)
 
 
+@pytest.mark.parametrize(
+    "stage, given, said",
+    [
+        (grpo.GRPOStage, {"beta": 0.04}, "unknown option 'beta'; see init_kl_coef"),
+        (grpo.GRPOStage, {"num_iterations": 2}, "unknown option 'num_iterations'; see ppo_epochs"),
+        (dpo.DPOStage, {"ref_model": "m"}, "unknown option 'ref_model'; see reference_model_path"),
+        (sft.SFTStage, {"use_peft": "true"}, "unknown option 'use_peft'; see lora_r"),
+        (sft.SFTStage, {"lr": 1, "learning_rate": 2}, "learning_rate is given twice, as lr and as"),
+        (grpo.GRPOStage, {"use_vllm": True}, "use_vllm=True is not possible: the recipe samples"),
+    ],
+)
+def test_a_name_of_other_tools_is_told_the_option_here(stage, given, said):
+    with pytest.raises(ConfigError, match=said):
+        resolved(stage, **given)
+
+
+def test_steps_of_reinforcement_learning_have_their_usual_names():
+    given = {"max_steps": 3, "eval_steps": 2, "save_steps": 1, "reward_funcs": "exact"}
+    config, notes = resolved(grpo.GRPOStage, **given, use_vllm=False)
+    assert (config.num_training_steps, config.eval_freq, config.save_freq) == (3, 2, 1)
+    assert config.reward == ["exact"] and ["use_vllm" in note for note in notes] == [True]
+
+
 def test_the_stage_trl_sft_is_sft():
     options = {"data": "d", "packing_strategy": "bfd", "neftune_noise_alpha": 5}
     one = Pipeline.from_dict(
