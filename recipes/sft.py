@@ -283,7 +283,7 @@ def check_packing(model, packed: list[dict]) -> None:
         agree = states_agree(hidden_states([row]), hidden_states(alone), model.dtype)
     if not agree:
         raise ConfigError(
-            "packing=true: packed documents would see each other in a model of the type "
+            "packing=true: packed documents would see each other in a model of type "
             f"{model.config.model_type}; set packing=false"
         )
 

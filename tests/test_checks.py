@@ -365,7 +365,7 @@ def test_heavy_truncation_is_reported_and_total_truncation_refused(tmp_path, own
         and "25% of the training rows are cut at max_seq_length=60" in caplog.text
     )
     for length, message in (
-        (17, "100% of the training rows are cut at max_seq_length=17, so that none ends"),
+        (17, "100% of the training rows are cut at max_seq_length=17, so none ends"),
         (9, "no usable rows .12 whose prompt leaves no room"),
     ):
         stage = dpo.DPOStage(dpo.DPOConfig(**settings, max_seq_length=length))
