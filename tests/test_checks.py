@@ -160,7 +160,7 @@ def test_a_template_that_writes_more_before_an_answer_than_it_keeps_is_refused(
     own_tokenizer.chat_template = "{{ raise_exception('only one turn') }}"
     with pytest.raises(
         ConfigError,
-        match="set instruction_template instead; every conversation is one which .* only one turn",
+        match="set instruction_template instead. Every conversation is one which .* only one turn",
     ):
         core.chat.stop_tokens(own_tokenizer)
 

@@ -87,9 +87,12 @@ def test_an_option_of_another_tool_that_asks_for_nothing_is_noted(given, note):
 @pytest.mark.parametrize(
     "given, words",
     [
-        ({"packing_strategy": "wrapped"}, "packing_strategy='wrapped' is not possible: packing is"),
-        ({"push_to_hub": True}, "push_to_hub=True is not possible: run, after the training"),
-        ({"save_strategy": "epoch"}, "save_strategy='epoch' is not possible: intervals are"),
+        (
+            {"packing_strategy": "wrapped"},
+            "packing_strategy='wrapped' is not supported: packing is",
+        ),
+        ({"push_to_hub": True}, "push_to_hub=True is not supported: run, after the training"),
+        ({"save_strategy": "epoch"}, "save_strategy='epoch' is not supported: intervals are"),
         ({"bf16": True, "torch_dtype": "float32"}, "torch_dtype is given twice"),
         ({"bf16": "perhaps"}, "torch_dtype='bf16=perhaps'"),
     ],

@@ -1849,7 +1849,7 @@ def test_a_run_that_was_cut_off_goes_on_exactly(model_dir, tmp_path, algorithm, 
 
 
 def test_a_reward_is_named_once():
-    with pytest.raises(ConfigError, match="names a function twice; give it another weight"):
+    with pytest.raises(ConfigError, match="names a function twice; change its weight"):
         page_config(
             model_name_or_path="m",
             prompt_dataset_path="d",
