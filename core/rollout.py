@@ -160,7 +160,7 @@ class RLConfig(DataConfig, ScoringConfig, TrainingConfig):
                 "max_new_tokens; raise max_seq_length or lower max_new_tokens"
             )
         self.validate_batch_sizes()
-        why = "here: every rollout makes one step"
+        why = "here, since every rollout makes one step"
         self.note_unread(not self.accumulates, "gradient_accumulation_steps", why)
         self.validate_kl()
         if self.trains_with_rl and self.lora_dropout:

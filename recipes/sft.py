@@ -94,7 +94,7 @@ class SFTConfig(SamplesConfig):
         super().validate()
         if self.streaming and self.packing:
             raise ConfigError(
-                "streaming=true reads max_steps batches of rows, and packing=true puts an unknown "
+                "streaming=true reads max_steps batches of rows, but packing=true puts an unknown "
                 "number of rows into each sequence; set one of them to false"
             )
 

@@ -189,7 +189,7 @@ def test_notes_of_all_stages_are_one_warning(tmp_path, caplog):
     assert lines[2:] == [
         "01_sft: use_liger_kernel has no effect: the recipes save that memory themselves",
         "01_sft, 02_dpo: wandb_project has no effect without use_wandb=true",
-        "01_sft, 02_dpo: torch_dtype=float16 does not train on a CPU; it is float32 here",
+        "01_sft, 02_dpo: torch_dtype=float16 cannot train on a CPU; float32 is used",
     ]
 
 

@@ -394,9 +394,9 @@ def add_option(file):
         ("options.json", remove, "options.json is missing"),
         ("weights.safetensors", become_a_folder, r"weights.safetensors cannot be read (Is a dir"),
         ("weights.safetensors", link_to_itself, "weights.safetensors cannot be read (Too many"),
-        ("", become_a_file, "it is no folder"),
-        ("", link_to_itself, "it is no folder"),
-        ("state.json", make_newer, "it is of a newer version of these scripts"),
+        ("", become_a_file, "it is not a folder"),
+        ("", link_to_itself, "it is not a folder"),
+        ("state.json", make_newer, "it was written by a newer version of these scripts"),
         ("options.json", add_option, "it belongs to another recipe or version"),
     ],
 )
@@ -616,7 +616,7 @@ def test_the_end_of_a_training_goes_no_further(interrupted):
     run, folder, _ = interrupted
     assert not run("end", fails=True, keep_end=True).success
     end = folder.parent / "end/checkpoints/checkpoint-5"
-    with pytest.raises(ConfigError, match="is the end of a training, without its optimizer"):
+    with pytest.raises(ConfigError, match="is the end of a training run, without its optimizer"):
         run("more", max_steps=7, resume_from_checkpoint=str(end))
 
 
@@ -683,7 +683,8 @@ def test_a_loss_that_is_not_finite_at_step_3_stops_with_the_weights_of_step_2(
     result = sft.SFTStage(settings).execute()
     assert (
         not result.success
-        and "the loss is nan at step 3; the weights are as before it" in result.error_message
+        and "the loss is nan at step 3; the weights are those from before it"
+        in result.error_message
     )
     assert core.checkpoints.find_checkpoint(settings).name == "checkpoint-2"
 
