@@ -468,7 +468,7 @@ def read_arguments(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
         words.append(options.pop("config"))
     if len(words) != 1:
         given = ", ".join(words) or "none"
-        raise ConfigError(f"give one YAML file, python chain.py FILE; got {given}")
+        raise ConfigError(f"give one YAML file: python chain.py FILE; got {given}")
     return words[0], options
 
 

@@ -359,7 +359,7 @@ class BaseStage:
             reader = f"{self.needs_folder} starts"
         else:
             return
-        raise ConfigError(f"{reader} from a folder: set save_intermediate in the stage before")
+        raise ConfigError(f"{reader} from a folder: set save_intermediate in the previous stage")
 
     def _adopt(self, model, tokenizer) -> tuple:
         """Prepare the (model, tokenizer) passed in for this stage. They are copied if the next

@@ -287,7 +287,7 @@ class TrainingConfig(ModelConfig):
         self.check_adapter()
         self.check_precision()
         self.note_unread(bool(self.warmup_steps), "warmup_ratio", "beside warmup_steps")
-        why = "with lr_scheduler_type=constant; constant_with_warmup has it"
+        why = "with lr_scheduler_type=constant; constant_with_warmup uses it"
         is_flat = self.lr_scheduler_type == "constant"
         self.note_unread(is_flat, "warmup_ratio warmup_steps", why)
         if isinstance(self.resume_from_checkpoint, str):

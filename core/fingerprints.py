@@ -316,7 +316,7 @@ def describe_differences(old: Mapping, new: Mapping) -> str:
         elif part == "data":
             differences.append("its data changed")
         elif part == "start":
-            differences.append("a stage before it changed")
+            differences.append("an earlier stage changed")
         else:
             differences.append(f"processes {before} -> {now}")
     return "; ".join(differences)

@@ -404,8 +404,8 @@ def stop_without_verdicts(
     if never_scored or (is_unscored and len(recent) == UNSCORED_STEPS):
         raise RuntimeError(
             f"no completion of the last {len(recent)} steps has a verdict of {', '.join(names)}: "
-            "there is nothing to learn from. A reward function gives none by None or NaN, or, with "
-            "on_reward_error=skip, by an error; with several, each has to give one"
+            "there is nothing to learn from. A reward function gives none by returning None or NaN "
+            "or, with on_reward_error=skip, by raising an error; with several, each must give one"
         )
 
 

@@ -418,7 +418,8 @@ def test_what_starts_from_a_folder_follows_what_leaves_one(pipeline, data):
         }
         with pytest.raises(
             ConfigError,
-            match=f"stage {folder} starts from a folder: set save_intermediate in the stage before",
+            match=f"stage {folder} starts from a folder: set save_intermediate in the "
+            "previous stage",
         ):
             Pipeline.from_yaml(pipeline(["sft", stage], configs))
         Pipeline.from_yaml(pipeline([stage], configs))

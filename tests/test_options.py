@@ -68,7 +68,10 @@ def test_data_has_the_same_names_in_every_recipe(alias):
 @pytest.mark.parametrize(
     "given, note",
     [
-        ({"completion_only_loss": None}, "completion_only_loss has no effect: the answers are"),
+        (
+            {"completion_only_loss": None},
+            "completion_only_loss has no effect: only the answers are",
+        ),
         ({"assistant_only_loss": False}, "assistant_only_loss has no effect"),
         ({"use_liger_kernel": True}, "use_liger_kernel has no effect"),
         ({"packing_strategy": "bfd"}, "packing_strategy has no effect"),

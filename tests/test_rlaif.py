@@ -83,7 +83,7 @@ def test_a_model_in_memory_alone_is_refused(tmp_path, model, tokenizer):
     """Recorded answers and finished parts are those of a model that has a name."""
     stage = rlaif.RLAIFStage(config(tmp_path))
     with pytest.raises(
-        ConfigError, match="rlaif starts from a folder: set save_intermediate in the stage before"
+        ConfigError, match="rlaif starts from a folder: set save_intermediate in the previous stage"
     ):
         stage.prepare_model_and_tokenizer(model, tokenizer)
 

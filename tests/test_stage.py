@@ -69,7 +69,7 @@ def test_without_save_intermediate_the_model_is_handed_on_in_memory(model_dir, t
         first.model, first.tokenizer, first
     )
     assert second.success
-    with pytest.raises(ConfigError, match="set save_intermediate in the stage before"):
+    with pytest.raises(ConfigError, match="set save_intermediate in the previous stage"):
         Stage(stage_config(model_dir, tmp_path / "3", use_4bit=True)).execute(
             first.model, first.tokenizer, first
         )
