@@ -177,7 +177,7 @@ class Pipeline(StagePlan):
         logger.info("%s", self.plan())
         if self.unused:
             names = ", ".join(self.unused)
-            logger.info("unused, because no such stage runs: stage_configs of %s", names)
+            logger.info("not used, because no such stage runs: stage_configs of %s", names)
         return descriptions
 
     def run_stages(self, finished: Sequence[StageResult]) -> bool:
@@ -319,7 +319,7 @@ class Pipeline(StagePlan):
         paths = paths or [named[-1].model_path]
         if len(paths) != 1 or paths[0] is None:
             names = ", ".join(artifacts) or "nothing"
-            raise ConfigError(f"stage {name} leaves no {kind}; it leaves {names}")
+            raise ConfigError(f"stage {name} produces no {kind}; it produces {names}")
         return paths[0]
 
     # ---- the final model ----
@@ -474,7 +474,7 @@ def read_arguments(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
         words.append(options.pop("config"))
     if len(words) != 1:
         given = ", ".join(words) or "none"
-        raise ConfigError(f"give one YAML file, python chain.py FILE; got {given}")
+        raise ConfigError(f"give one YAML file: python chain.py FILE; got {given}")
     return words[0], options
 
 

@@ -32,8 +32,8 @@ from core.screen import busy, show_controls
 from core.side_by_side import print_side_by_side
 
 COMMANDS = """\
-  /system TEXT    begin anew with this system prompt; without TEXT, with none
-  /reset          begin anew with the same system prompt
+  /system TEXT    start over with this system prompt; without TEXT, with none
+  /reset          start over with the same system prompt
   /save FILE      append the conversation to a .jsonl file that recipes/sft.py trains on
   /quit, Ctrl-D   leave; Ctrl-C stops an answer"""
 
@@ -121,7 +121,9 @@ def run_command(conversations: list[Conversation], line: str) -> None:
             conversation.start(text if command == "/system" else conversation.system)
         say(f"(a new conversation; system prompt: {conversations[-1].system or 'none'})")
     else:
-        raise ConfigError(f"{command} is no command; a space before it sends it\n{COMMANDS}")
+        raise ConfigError(
+            f"{command} is not a command; put a space before it to send it\n{COMMANDS}"
+        )
 
 
 def talk(conversations: list[Conversation]) -> None:
@@ -159,7 +161,7 @@ def run(config: ChatConfig) -> None:
         with as_config_error("stdin cannot be read"):
             prompt = sys.stdin.buffer.read().decode()
     if prompt is not None and not prompt.strip():
-        raise ConfigError("the prompt is empty; give --prompt=TEXT, or a text by a pipe")
+        raise ConfigError("the prompt is empty; give --prompt=TEXT, or pipe a text in")
     configs = [config]
     if config.compare:
         configs.insert(0, replace(config, model_name_or_path=config.compare, revision=None))

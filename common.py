@@ -139,7 +139,7 @@ class BaseStage:
 
         if not isinstance(self.config, ModelConfig):
             if model is None:
-                raise ConfigError(f"{self.stage_name} loads no model: hand one over to execute()")
+                raise ConfigError(f"{self.stage_name} loads no model; pass one to execute()")
             return model, tokenizer
         previous_folder = previous_result.model_path if previous_result else None
         self._refuse_model_in_memory(model, previous_folder)
@@ -167,7 +167,7 @@ class BaseStage:
     def train(self, model, tokenizer) -> dict[str, float] | tuple[dict[str, float], Any]:
         """Train `model` in place. Returns the metrics, or (metrics, model) if the result is a
         different model."""
-        raise NotImplementedError(f"{type(self).__name__} defines no train()")
+        raise NotImplementedError(f"{type(self).__name__} does not define train()")
 
     def save_model_and_tokenizer(self, model, tokenizer) -> Any:
         """Save both to the stage's folder; returns (path of the model, path of the tokenizer). A
@@ -329,7 +329,7 @@ class BaseStage:
         # A part of a larger run (reuse_finished) continues with the code that the run began with.
         if self._changed_code and not self.reuse_finished:
             files = ", ".join(self._changed_code)
-            raise ConfigError(f"{files} changed since it was imported here; start Python anew")
+            raise ConfigError(f"{files} changed since it was imported here; restart Python")
         checkpoints.claim_run_folder(self.config, fingerprint)
 
     def _input_config(self, previous_folder: str | None) -> Any:
@@ -360,7 +360,7 @@ class BaseStage:
             reader = f"{self.needs_folder} starts"
         else:
             return
-        raise ConfigError(f"{reader} from a folder: set save_intermediate in the stage before")
+        raise ConfigError(f"{reader} from a folder: set save_intermediate in the previous stage")
 
     def _adopt(self, model, tokenizer) -> tuple:
         """Prepare the (model, tokenizer) passed in for this stage. They are copied if the next
@@ -423,8 +423,7 @@ def load_model_and_tokenizer(
     is_classifier = any(name.endswith("ForSequenceClassification") for name in architectures)
     if task != "SEQ_CLS" and (is_classifier or adapter_task == "SEQ_CLS"):
         raise ConfigError(
-            f"model {config.model_name_or_path} returns scores and writes no text; "
-            "give a language model"
+            f"model {config.model_name_or_path} returns scores, not text; give a language model"
         )
     prepare_tokenizer(tokenizer, config, needs_chat_template)
     how = "loaded in 4 or 8 bits" if config.quantized else "loaded"

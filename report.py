@@ -539,7 +539,7 @@ def read_arguments(arguments: Sequence[str]) -> tuple[list[str], str | None]:
         elif name == "--output" and value:
             output = value
         else:
-            raise ValueError(f"unknown option {argument}; there is --output=FILE")
+            raise ValueError(f"unknown option {argument}; the only one is --output=FILE")
     if not folders:
         raise ValueError("give the folder of a run, or of several to compare")
     return folders, output

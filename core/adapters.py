@@ -90,7 +90,7 @@ def wrap(model, lora):
         return model
     except (ValueError, TypeError) as error:
         reason = str(error).replace("lora.ParamWrapper", "an adapter on experts")
-        raise ConfigError(f"this model takes no such adapter: {reason}") from error
+        raise ConfigError(f"this adapter does not fit the model: {reason}") from error
 
 
 def is_linear(module) -> bool:
@@ -172,7 +172,7 @@ def share_adapted(model) -> float:
     total = sum(weight.numel() for weight in matrices)
     share = sum(weight.numel() for weight in matrices if id(weight) in reached) / total
     if share < 0.995:
-        logger.info("the adapter reaches %.0f%% of the weights in linear layers", 100 * share)
+        logger.info("the adapter covers %.0f%% of the weights in linear layers", 100 * share)
     return round(share, 4)
 
 
@@ -191,7 +191,7 @@ def named_targets(model, targets: Sequence[str]) -> dict[str, Any]:
     unknown = sorted(set(targets) - layers - experts)
     if unknown:
         known = ", ".join(sorted(layers | experts))
-        raise ConfigError(f"lora_target_modules={','.join(unknown)}: the model's are {known}")
+        raise ConfigError(f"lora_target_modules={','.join(unknown)}: the model has only {known}")
     output_layer = model.get_output_embeddings()
     is_tied = (
         output_layer is not None and output_layer.weight is model.get_input_embeddings().weight
@@ -199,7 +199,7 @@ def named_targets(model, targets: Sequence[str]) -> dict[str, Any]:
     ends = {name.split(".")[-1] for name, module in model.named_modules() if module is output_layer}
     if is_tied and ends & set(targets):
         raise ConfigError(
-            f"lora_target_modules={','.join(ends)}: this layer is the input embeddings too, which "
+            f"lora_target_modules={','.join(ends)}: this layer is also the input embeddings, which "
             "merging the adapter would change; leave it out"
         )
     return {

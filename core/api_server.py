@@ -236,7 +236,7 @@ class ApiServer:
         if not is_same_model(self.model, model) and model not in self.other_models:
             self.other_models.add(model)
             logger.warning(
-                "%s: asked for %s, %s answers; such answers are used, and marked by `model` in %s",
+                "%s: asked for %s, but %s answers; its answers are used, marked by `model` in %s",
                 self.url,
                 self.model,
                 model,
@@ -246,7 +246,7 @@ class ApiServer:
         if answer.get("usage_missing") and prices and not self.estimates_cost:
             self.estimates_cost = True
             logger.warning(
-                "%s reports no usable token counts; such calls count with the most that they can "
+                "%s reports no usable token counts; such calls are counted at the most they can "
                 "cost: a token for each byte sent, and all tokens that may be written",
                 self.url,
             )

@@ -182,8 +182,8 @@ def stop_tokens(tokenizer) -> list[int]:
             rendered = apply_template(tokenizer, SHORT_CHAT)
         except RowError as error:
             raise ConfigError(
-                "the chat template cannot be used for training, set instruction_template instead; "
-                f"every conversation is one {error}"
+                "the chat template cannot be used for training; set instruction_template instead. "
+                f"Every conversation is one {error}"
             ) from error
         stop, _ = find_end_of_turn(tokenizer, SHORT_CHAT, rendered)
         if stop:
@@ -258,8 +258,8 @@ def render_last_turn(
 
     opening = generation_prompt_of(tokenizer, earlier, tools, template, shown)
     problem = RowError(
-        f"which the chat template renders without its generation prompt {opening!r}; begin the "
-        "answers as it ends, or set instruction_template"
+        f"which the chat template renders without its generation prompt {opening!r}; start the "
+        "answers with how it ends, or set instruction_template"
     )
     if not context.endswith(opening):
         raise problem
@@ -328,7 +328,7 @@ def rendering() -> Iterator[None]:
     except (TimeoutError, MemoryError):
         raise ConfigError(
             f"the chat template takes more than {RENDER_SECONDS:g} s or {RENDER_GIGABYTES} GB for "
-            "one conversation; give another one by chat_template_path or instruction_template"
+            "one conversation; give another one with chat_template_path or instruction_template"
         ) from None
     except Exception as error:  # by Jinja, or raised by the template for unsupported input
         raise RowError(f"which the chat template refuses: {error}") from error
@@ -432,7 +432,7 @@ def check_marks(tokenizer, messages: list[dict]) -> None:
         ]
         for mark in at_the_ends:
             if mark in marks_of(tokenizer, str(tokenizer.chat_template)):
-                raise RowError(f"whose texts have the marks of the chat template already ({mark})")
+                raise RowError(f"whose texts already have the marks of the chat template ({mark})")
         warn_once(
             f"a text has the special token {found[0].group()} inside, which the model reads as such"
         )
@@ -479,7 +479,7 @@ def check_operations(template: str) -> None:
             if kind == "operator" and text == "**":
                 raise ConfigError(
                     f"the chat template has a power (**) in line {line}, which may take forever; "
-                    "give another one by chat_template_path or instruction_template"
+                    "give another one with chat_template_path or instruction_template"
                 )
 
 
@@ -502,7 +502,9 @@ def read_chat_template(path: str) -> str:
     with as_config_error(f"chat_template_path={path}: neither a file nor a model"):
         template = AutoTokenizer.from_pretrained(path).chat_template
     if not isinstance(template, str):
-        raise ConfigError(f"chat_template_path={path}: that model has no one chat template")
+        raise ConfigError(
+            f"chat_template_path={path}: that model does not have exactly one chat template"
+        )
     return template
 
 

@@ -87,7 +87,9 @@ def log_circumstances(what: str, recorded: Mapping, config: StageConfig) -> None
         "options", recorded.get("evaluation") or {}, now["evaluation"]
     )
     if differences:
-        logger.info("the figures of %s are of other options: %s", what, "; ".join(differences))
+        logger.info(
+            "the results in %s were measured with other options: %s", what, "; ".join(differences)
+        )
 
 
 # -- checkpoints ----------------------------------------------------------------------------------
@@ -124,7 +126,7 @@ def find_checkpoint(config: TrainingConfig) -> Path | None:
             logger.warning("%s is skipped: %s", folder, damage)
             continue
         if not is_of_recipe(folder, config):
-            logger.warning("%s is skipped: it is of another recipe or version", folder)
+            logger.warning("%s is skipped: it belongs to another recipe or version", folder)
             continue
         refuse_other_options(folder, config)
         logger.info("resuming from %s", folder)
@@ -152,7 +154,7 @@ def check_named_checkpoint(folder: Path, config: TrainingConfig) -> Path:
     ConfigError otherwise."""
     if not is_of_recipe(folder, config):
         raise ConfigError(
-            f"resume_from_checkpoint={folder} is of another recipe; give a checkpoint of this one"
+            f"resume_from_checkpoint={folder} belongs to another recipe; give one of this recipe"
         )
     compare_circumstances(folder, config)
     return folder
@@ -174,8 +176,8 @@ def refuse_other_options(checkpoint: Path, config: TrainingConfig) -> None:
     changes = describe_differences(before, now)
     if changes:
         raise ConfigError(
-            f"{checkpoint} is of a run with other options ({changes}); choose another output_dir, "
-            "or start anew with resume_from_checkpoint=False"
+            f"{checkpoint} comes from a run with other options ({changes}); choose another "
+            "output_dir, or start over with resume_from_checkpoint=False"
         )
     compare_circumstances(checkpoint, config)
 

@@ -27,7 +27,7 @@ MAX_SHARE_CUT = 0.1  # warn if a larger fraction of the training rows is cut
 
 # Problems of a row, with the remedy. Each of these would fail silently in training.
 ROW_PROBLEMS = {
-    "no_target": "none of its tokens is a target; the chat template leaves the answer out",
+    "no_target": "none of its tokens is a target: the chat template leaves the answer out",
     "no_stop": "its answer does not end in a stop token, so the model would never stop",
     "double_bos": "it begins with two bos tokens; remove one from the chat template or the data",
     "prompt_differs": "its prompt tokenizes differently without its answer, so what the model "
@@ -206,7 +206,7 @@ def check_share_cut(config: Any, training: EncodedRows) -> None:
             limits.append(f"{name}={limit}")
     summary = f"{training.share_cut:.0%} of the training rows are cut at {' or '.join(limits)}"
     if not training.with_stop:
-        raise ConfigError(f"{summary}, so that none ends in a stop token; raise the limit")
+        raise ConfigError(f"{summary}, so none ends in a stop token; raise the limit")
     logger.warning("%s", summary)
 
 

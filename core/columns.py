@@ -72,7 +72,7 @@ def rename_columns(
             continue
         if name in columns and column in known and column not in columns:
             swapped = f"{{{column}: {inline_yaml(name)}}}"
-            raise ConfigError(f"columns has names of a format first; write {swapped}")
+            raise ConfigError(f"in columns, the name of a format comes first; write {swapped}")
         if name not in known and not any_name:
             raise ConfigError(f"columns: {unknown_name('name', name, known)}")
         found = find_column(columns, column)
@@ -91,7 +91,7 @@ def rename_columns(
     for column, name in names.items():
         if name is not None and name in by_name:
             raise ConfigError(
-                f"the columns {by_name[name]!r} and {column!r} both stand for {name}; choose by "
+                f"the columns {by_name[name]!r} and {column!r} both stand for {name}; choose with "
                 f"--columns='{{{name}: {inline_yaml(column)}}}'"
             )
         if name is not None:
@@ -168,7 +168,7 @@ def detect_format(
     if len(candidates) > 1:
         raise ConfigError(
             f"the columns {', '.join(columns)} fit {' and '.join(candidates)}; "
-            "choose by dataset_format"
+            "choose with dataset_format"
         )
     if not candidates:
         known = "; ".join(f"{name} ({', '.join(needs)})" for name, needs in formats.items())
@@ -232,8 +232,8 @@ def check_unused(
         drop = f"--columns='{{{inline_yaml(name)}: null}}'"
         if passes_on:
             logger.warning(
-                "data %s: the column %s is passed to the reward functions and is no part of the "
-                "prompt; %s drops it",
+                "data %s: the column %s is passed to the reward functions but is not part of "
+                "the prompt; %s drops it",
                 path,
                 name,
                 drop,
@@ -247,7 +247,7 @@ def check_unused(
             )
             as_other = f"say what it is ({mappings}), "
         raise ConfigError(
-            f"data {path}: the column {name} may change what a row means, and the format "
+            f"data {path}: the column {name} may change what a row means, but the format "
             f"{data_format} does not use it; {as_other}join it to another column in the data, or "
             f"say that it is not needed: {drop}"
         )

@@ -223,7 +223,7 @@ class ModelConfig(StageConfig):
             if getattr(self, name) == "float16":
                 setattr(self, name, "float32")
                 if name == "torch_dtype" or self.use_4bit:
-                    note = f"{name}=float16 does not train on a CPU; it is float32 here"
+                    note = f"{name}=float16 cannot train on a CPU; float32 is used"
                     self.notes.append(note)
                     self.notes_on_names.append(note)  # a second `validate` finds float32
 
@@ -287,7 +287,7 @@ class TrainingConfig(ModelConfig):
         self.check_adapter()
         self.check_precision()
         self.note_unread(bool(self.warmup_steps), "warmup_ratio", "beside warmup_steps")
-        why = "with lr_scheduler_type=constant; constant_with_warmup has it"
+        why = "with lr_scheduler_type=constant; constant_with_warmup uses it"
         is_flat = self.lr_scheduler_type == "constant"
         self.note_unread(is_flat, "warmup_ratio warmup_steps", why)
         if isinstance(self.resume_from_checkpoint, str):
@@ -317,7 +317,7 @@ class TrainingConfig(ModelConfig):
     def check_precision(self) -> None:
         """Raise ConfigError for combinations that do not work."""
         if self.use_dora and self.use_8bit and default_device().type == "cpu":
-            raise ConfigError("use_dora and use_8bit do not go together on a CPU; use_4bit does")
+            raise ConfigError("use_dora does not work with use_8bit on a CPU; set use_4bit")
         if self.torch_dtype == "float16" and not self.lora_r:
             raise ConfigError(
                 "torch_dtype=float16 with lora_r=0 underflows; use auto, bfloat16 or float32"
@@ -413,7 +413,7 @@ class FitConfig(DataConfig, TrainingConfig):
             raise ConfigError("streaming=true reads as many rows as max_steps takes; set max_steps")
         if self.optim == "muon" and is_sharded():
             raise ConfigError(
-                "optim=muon needs every matrix whole, and FSDP and DeepSpeed split them; "
+                "optim=muon needs every matrix whole, but FSDP and DeepSpeed split them; "
                 "launch with yaml/accelerate/ddp.yaml, or use adamw_torch_fused"
             )
         compares_evaluations = self.load_best_model_at_end or self.early_stopping_patience

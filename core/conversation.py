@@ -88,7 +88,7 @@ class Conversation:
         """Token ids (T,) of the conversation with one more question. Raises ConfigError for what
         the model cannot take."""
         messages = [*self.messages, {"role": "user", "content": question}]
-        with as_config_error("the text has bytes that are no UTF-8", UnicodeEncodeError):
+        with as_config_error("the text has bytes that are not UTF-8", UnicodeEncodeError):
             "".join(message["content"] for message in messages).encode()
         try:
             prompt = prompt_ids(self.tokenizer, messages)
@@ -96,8 +96,8 @@ class Conversation:
             raise ConfigError(f"{self.name} cannot take a conversation {error}") from None
         if len(prompt) >= self.context:
             raise ConfigError(
-                f"the conversation has {len(prompt)} tokens, and {self.name} takes {self.context}, "
-                "with its answer; shorten the question, or begin anew with /reset"
+                f"the conversation has {len(prompt)} tokens, but {self.name} takes {self.context}, "
+                "answer included; shorten the question, or start over with /reset"
             )
         return prompt
 

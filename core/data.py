@@ -217,8 +217,8 @@ def check_same_kind(source: DataSource, rows: Sequence, more_rows: Sequence) -> 
 
     if rows and kind(rows[0]) != kind(more_rows[0]):
         raise ConfigError(
-            f"data {source.path}: its rows are of another kind than those before it, such as texts "
-            "beside conversations; train on one kind after the other, in two stages"
+            f"data {source.path}: its rows are of a different kind from those before it, such as "
+            "texts beside conversations; train on one kind after the other, in two stages"
         )
 
 

@@ -37,9 +37,9 @@ ARROW = (
     "give the folder that save_to_disk wrote, or convert it: "
     "datasets.Dataset.from_file(path).to_parquet('rows.parquet')"
 )
-LINES_OF_TEXT = 'write one JSON object a line into a .jsonl file: {"text": "..."}'
+LINES_OF_TEXT = 'write one JSON object per line to a .jsonl file: {"text": "..."}'
 PICKLE = "reading it could run code; save it as .jsonl or .parquet where you made it"
-ARCHIVE = "unpack it first; of compressed files, .gz is read"
+ARCHIVE = "unpack it first; the only compressed files read are .gz"
 REMEDIES = {
     **dict.fromkeys((".xlsx", ".xls", ".ods", ".numbers"), SPREADSHEET),
     **dict.fromkeys((".arrow", ".feather"), ARROW),
@@ -54,8 +54,8 @@ EVALUATION_NAME = re.compile(
 )
 
 BROKEN_JSON = "broken JSON"
-NO_OBJECT = "that are no JSON object"
-KEY_TWICE = "with a key twice"
+NO_OBJECT = "that are not a JSON object"
+KEY_TWICE = "with a repeated key"
 BROKEN_CHARACTER = "with a broken character"
 NOT_UTF8 = "with bytes that are not UTF-8"
 TOO_MANY_CELLS = "with more cells than the header; quote texts that contain the delimiter"
@@ -99,9 +99,9 @@ def check_file_type(path: str, file: Path) -> None:
     if file_type(file):
         return
     suffix = file.suffix.lower()
-    types = f"{', '.join(FILE_TYPES)}, or one of the first five with .gz behind it"
+    types = f"{', '.join(FILE_TYPES)}, or one of the first five followed by .gz"
     remedy = REMEDIES.get(suffix, f"expected a file of type {types}")
-    kind = f"a {suffix} file is not read here; " if suffix in REMEDIES else ""
+    kind = f"{suffix} files cannot be read here; " if suffix in REMEDIES else ""
     raise ConfigError(f"data {path}: {kind}{remedy}")
 
 
@@ -136,7 +136,8 @@ def find_data_files(path: str, local: Path) -> tuple[list[Path], list[Path]]:
         (evaluation_files if is_evaluation else training_files).append(file)
     if not training_files:
         raise ConfigError(
-            f"data {path}: by their names none of its files is for training; give one of them"
+            f"data {path}: judging by their names, none of its files is for training; give one"
+            " of them"
         )
     return training_files, evaluation_files
 
@@ -176,7 +177,7 @@ def read_text(file: Path) -> tuple[str, str]:
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         return data.decode("utf-16"), "UTF-16"
     if data.count(0) > len(data) / 10:
-        raise ConfigError("it is no UTF-8 text; save it as UTF-8")
+        raise ConfigError("it is not UTF-8 text; save it as UTF-8")
 
     text = data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", errors="surrogateescape")
     broken_bytes = len(re.findall("[\udc80-\udcff]", text))
@@ -251,7 +252,7 @@ def parse_json(text: str) -> Any:
     try:
         return json.loads(text, parse_constant=missing_value, object_pairs_hook=unique_keys)
     except RecursionError:
-        raise ValueError("too many brackets inside each other") from None
+        raise ValueError("too many nested brackets") from None
 
 
 def missing_value(constant: str) -> None:
@@ -263,7 +264,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict:
     values = dict(pairs)
     if len(values) < len(pairs):
         counts = Counter(key for key, _ in pairs)
-        raise DuplicateKeyError(f"the key {counts.most_common(1)[0][0]!r} comes twice")
+        raise DuplicateKeyError(f"the key {counts.most_common(1)[0][0]!r} appears twice")
     return values
 
 
@@ -319,8 +320,8 @@ def rows_of_object(document: dict) -> list:
     are_texts = are_lists and all(isinstance(text, str) for text in itertools.chain(*values))
     if values and (are_mappings or are_texts):
         raise ConfigError(
-            "it holds columns and no rows; write it by "
-            "to_json('rows.jsonl', orient='records', lines=True) of pandas"
+            "it holds columns, not rows; write it with pandas: "
+            "to_json('rows.jsonl', orient='records', lines=True)"
         )
     # Databases write rows by key: {"c17": {"question": "3 pm?", "answer": ...}, "c18": ...}
     if len(values) > 1 and is_list_of_rows(values):
@@ -430,7 +431,7 @@ def check_end_of_row(
     text = "".join(lines)
     if text.count('"') % 2 or text.count(delimiter) < width - 1:
         raise ConfigError(
-            f"line {number}: a quoted cell goes on behind its closing quote; double the quotes "
+            f"line {number}: a quoted cell continues after its closing quote; double the quotes "
             'inside a cell, as in "He said ""hi"""'
         )
 
@@ -447,7 +448,7 @@ def name_columns(cells: Sequence[str]) -> list[str]:
         numbers[name] += 1
         numbered.append(f"{name} {numbers[name]}" if counts[name] > 1 else name)
     if len(set(numbered)) < len(numbered):
-        raise ConfigError(f"several columns are named alike: {', '.join(names)}")
+        raise ConfigError(f"several columns have the same name: {', '.join(names)}")
     return numbered
 
 

@@ -24,7 +24,7 @@ def read_columns(value: Any) -> Any:
     for part in value.split(","):
         name, equals, column = part.partition("=")
         if not equals:
-            raise ValueError(f"{part!r} is no name=column; write {{name: column, ...}}")
+            raise ValueError(f"{part!r} is not name=column; write {{name: column, ...}}")
         column = column.strip()
         columns[name.strip()] = None if column in ("null", "none", "None") else column
     return columns
@@ -96,7 +96,7 @@ def make_source(options: Mapping[str, Any]) -> DataSource:
     except ValueError as error:
         raise ConfigError(f"data {path}: columns: {error}") from None
     if not isinstance(columns, Mapping):
-        raise ConfigError(f"data {path}: columns has to be a mapping, {{name: column, ...}}")
+        raise ConfigError(f"data {path}: columns must be a mapping, {{name: column, ...}}")
     return DataSource(
         path=path,
         weight=float(weight),

@@ -81,7 +81,7 @@ def stream_rows(
         raise ConfigError(f"{what}: all of its rows are held out; lower validation_split")
     if len(training) < num_training:
         logger.warning(
-            "%s has %d rows to train on, and max_steps=%d takes %d: they come more than once",
+            "%s has %d rows to train on, and max_steps=%d takes %d: they are repeated",
             what,
             len(training),
             config.max_steps,
@@ -208,7 +208,9 @@ def records_of_lines(file: Path) -> Iterator[Record]:
     opener = gzip.open if is_compressed else open
     with opener(file, "rb") as start:
         if start.read(2) in (b"\xff\xfe", b"\xfe\xff"):
-            raise ConfigError(f"data {file} is UTF-16; streaming=true reads UTF-8, save it so")
+            raise ConfigError(
+                f"data {file} is UTF-16, but streaming=true reads UTF-8; save it as UTF-8"
+            )
     with opener(file, "rt", encoding="utf-8-sig", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():

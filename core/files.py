@@ -36,7 +36,7 @@ def file_digest(path: Path) -> str:
 def find_damage(folder: Path) -> str:
     """What is wrong with the checkpoint in `folder`, according to its manifest; "" if intact."""
     if not folder.is_dir():
-        return "it is no folder"
+        return "it is not a folder"
     try:
         digests = read_manifest(folder)
         damaged = [name for name in digests if file_digest(folder / name) != digests[name]]
@@ -55,7 +55,7 @@ def find_damage(folder: Path) -> str:
         return f"manifest.json does not list {', '.join(unlisted)}"
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     if state.get("format", CHECKPOINT_FORMAT) > CHECKPOINT_FORMAT:
-        return "it is of a newer version of these scripts"
+        return "it was written by a newer version of these scripts"
     return ""
 
 

@@ -305,7 +305,7 @@ def describe_differences(old: Mapping, new: Mapping) -> str:
     differences = []
     is_comparable = old.get("form") == new.get("form")
     if not is_comparable:
-        differences.append("an older version recorded its files and code in another form")
+        differences.append("an older version recorded its files and code in another format")
     for part, now in new.items():
         before = old.get(part)
         # In another format, files and code differ in any case.
@@ -316,7 +316,7 @@ def describe_differences(old: Mapping, new: Mapping) -> str:
         elif part == "data":
             differences.append("its data changed")
         elif part == "start":
-            differences.append("a stage before it changed")
+            differences.append("an earlier stage changed")
         else:
             differences.append(f"processes {before} -> {now}")
     return "; ".join(differences)

@@ -92,7 +92,7 @@ def find_model(name: str, config: ModelConfig, weights: bool = True) -> Path:
         raise ConfigError(f"model {name} is a file; give its folder")
     if path.exists():
         if config.revision:
-            raise ConfigError(f"model {name} is a folder, and revision goes with a hub name")
+            raise ConfigError(f"model {name} is a folder, but revision is only for a hub name")
         return path
     return download_model(name, config, weights)
 
@@ -116,13 +116,13 @@ def find_model_parts(config: ModelConfig, weights: bool = True) -> tuple[Path, P
 def check_weight_index(folder: Path) -> None:
     """Raise ConfigError if a weight index names a file outside of the model's folder."""
     for index in folder.glob("*.safetensors.index.json"):
-        with as_config_error(f"{index} is no index of weights"):
+        with as_config_error(f"{index} is not an index of weights"):
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
             strange_names = sorted(name for name in names if Path(name).name != name)
         if strange_names:
             raise ConfigError(
-                f"{index} names weights outside of its folder: {strange_names[0]!r}; get the model "
-                "anew from a source that you trust"
+                f"{index} names weights outside of its folder: {strange_names[0]!r}; download "
+                "the model again from a source that you trust"
             )
 
 

@@ -162,12 +162,12 @@ class LLMClient:
             return
         problem = "is not set"
         if self.secret:
-            problem = "has a space, a line break or a letter beyond ASCII in it"
+            problem = "has a space, a line break or a non-ASCII character in it"
         known_variables = [variable for _, variable in PROVIDERS.values()]
         name = f" {self.key_variable}" if self.key_variable in known_variables else ""
         raise ConfigError(
             f"{self.role}_api_key names the environment variable that holds the key, "
-            f"and{name} {problem}"
+            f"but{name} {problem}"
         )
 
     def check_url(self) -> None:
@@ -182,7 +182,7 @@ class LLMClient:
         if re.search(r"//[^/]*@|[?]", url):
             kind = "query" if "?" in url else "password"
             raise ConfigError(
-                f"{option} has a {kind} in it; name its environment variable by {self.role}_api_key"
+                f"{option} has a {kind} in it; name its environment variable in {self.role}_api_key"
             )
         try:
             urllib.request.urlopen(url, timeout=10).close()

@@ -120,7 +120,7 @@ def read_system(row: dict) -> str:
         if value is None or value == "":
             continue
         if not isinstance(value, str):
-            raise RowError(f"whose column {column} is no text")
+            raise RowError(f"whose column {column} is not text")
         if value.strip():
             texts[value.strip()] = value
     if len(texts) > 1:
@@ -141,7 +141,7 @@ def read_history(history) -> list[dict]:
     for turn in history if isinstance(history, list) else [None]:
         is_pair = isinstance(turn, list | tuple) and len(turn) == 2
         if not is_pair or not all(isinstance(text, str) for text in turn):
-            raise RowError("with a history that is no list of [question, answer]")
+            raise RowError("with a history that is not a list of [question, answer]")
         question, answer = turn
         messages += as_messages(question, "user") + as_messages(answer, "assistant")
     return messages
@@ -164,7 +164,7 @@ def parse_messages(value: str):
         quoted = re.match(r"""\[?\s*\{\s*(['"])(role|content|from|value)\1\s*:""", begin)
         if quoted and quoted.group(1) == "'":
             raise RowError(
-                "with messages as Python prints them; write them by json.dumps"
+                "with messages as Python prints them; write them with json.dumps"
             ) from None
         if quoted:
             raise RowError("with messages that are broken JSON") from None
@@ -209,7 +209,7 @@ def warn_of_unused_keys(turns: list[dict]) -> None:
                 unused.add(key)
     if unused:
         names = ", ".join(sorted(unused))
-        warn_once(f"these parts of a message are not used: {names}")
+        warn_once(f"these keys of a message are not used: {names}")
 
 
 def read_message(turn: dict) -> dict:
@@ -261,7 +261,7 @@ def read_content(turn: dict) -> tuple[str, str]:
         elif kind == "thinking":
             thoughts.append(read_content({"content": part.get("thinking")})[0])
         else:
-            raise RowError(f"with a part that is no text ({kind})")
+            raise RowError(f"with a part that is not text ({kind})")
     return "\n".join(texts), "\n".join(thoughts)
 
 
@@ -320,7 +320,7 @@ def as_list(value, what: str) -> list[dict]:
     entries = value if isinstance(value, list) else [value]
     entries = [as_json(entry, what) for entry in entries]
     if not all(isinstance(entry, dict) for entry in entries):
-        raise RowError(f"with {what} that is no JSON object")
+        raise RowError(f"with {what} that is not a JSON object")
     return entries
 
 
@@ -331,4 +331,4 @@ def as_json(value, what: str):
     try:
         return json.loads(value)
     except ValueError as error:
-        raise RowError(f"with {what} that is no JSON") from error
+        raise RowError(f"with {what} that is not JSON") from error

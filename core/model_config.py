@@ -53,17 +53,18 @@ def check_model_config(
     is_encoder = fills_gaps and not getattr(model_config, "is_decoder", False)
     if not brings_code and (is_encoder or not writes_text):
         raise ConfigError(
-            f"model {name} ({kind}) is none that transformers loads as a causal language model"
+            f"model {name} ({kind}) cannot be loaded as a causal language "
+            "model; give a decoder-only language model"
         )
     if config.quantized and kind in NOT_QUANTIZED:
-        raise ConfigError(f"a model of the type {kind} cannot be quantized; load it in 16 bits")
+        raise ConfigError(f"a model of type {kind} cannot be quantized; load it in 16 bits")
     num_embeddings = model_config.get_text_config().vocab_size
     if isinstance(config, TrainingConfig):
         may_grow = may_grow or bool(config.new_tokens or config.new_special_tokens)
     if len(tokenizer) > num_embeddings and not may_grow:
         missing = tokenizer.convert_ids_to_tokens(list(range(num_embeddings, len(tokenizer))))
         raise ConfigError(
-            f"model {name} has embeddings for {num_embeddings} tokens, and its tokenizer has "
+            f"model {name} has embeddings for {num_embeddings} tokens, but its tokenizer has "
             f"{len(tokenizer)}; call model.resize_token_embeddings({len(tokenizer)}) and save it, "
             f"or train them: --new_tokens='{','.join(missing[:8])}'"
         )
@@ -93,8 +94,8 @@ def check_can_score(model_config) -> None:
 
     if type(model_config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise ConfigError(
-            f"a model of the type {model_config.model_type} cannot be a reward model: transformers "
-            "has no form of it that returns a score; start from another one"
+            f"a model of type {model_config.model_type} cannot be a reward model: transformers "
+            "has no version of it that returns a score; start from another model"
         )
 
 

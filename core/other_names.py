@@ -103,7 +103,7 @@ class NotHere:
     harmless: Sequence[str] | None = OFF  # values that change nothing; None: all
 
 
-ALWAYS = "the answers are learnt, and only they"
+ALWAYS = "only the answers are learnt"
 INTERVALS = "intervals are numbers of steps: eval_steps, save_steps, logging_steps; 0 is never"
 NOT_HERE = {
     "completion_only_loss": NotHere(ALWAYS, None),
@@ -123,14 +123,14 @@ NOT_HERE = {
     "save_strategy": NotHere(INTERVALS, (*OFF, "steps")),
     "logging_strategy": NotHere(INTERVALS, (*OFF, "steps")),
     "load_best_model": NotHere("write load_best_model_at_end"),
-    "do_train": NotHere("a recipe trains", ON),
+    "do_train": NotHere("a recipe always trains", ON),
     "do_eval": NotHere("held-out rows are evaluated: validation_split", None),
     "remove_unused_columns": NotHere("the log says which columns are used", None),
     "dataloader_num_workers": NotHere("all rows are in memory", None),
     "dataloader_pin_memory": NotHere("all rows are in memory", None),
-    "group_by_length": NotHere("batches are of similar length always", None),
+    "group_by_length": NotHere("batches always have rows of similar length", None),
     "overwrite_output_dir": NotHere("resume_from_checkpoint=false trains again", None),
-    "ddp_find_unused_parameters": NotHere("it is found out", None),
+    "ddp_find_unused_parameters": NotHere("it is determined automatically", None),
     "logging_dir": NotHere("trackers write into output_dir", None),
     "dataset_num_proc": NotHere("rows are encoded by one process", None),
     "log_completions": NotHere("samples.jsonl has completions of every evaluation", None),
@@ -195,7 +195,7 @@ def judge_foreign(
     if option.harmless is None or written(value) in option.harmless:
         notes.append(f"{name} has no effect: {option.why}")
     else:
-        problems.append(f"{name}={value!r} is not possible: {option.why}")
+        problems.append(f"{name}={value!r} is not supported: {option.why}")
 
 
 def written(value: Any) -> str:

@@ -134,7 +134,7 @@ def commands_after(config: PipelineConfig) -> list[str]:
     final = f"{config.output_dir}/final"
     if config.hub_token:
         raise ConfigError(
-            "hub_token is refused, because others may read a secret in a file; log in by "
+            "hub_token is refused, because others may read a secret in a file; log in with "
             "`hf auth login` or set the variable HF_TOKEN, and write use_auth_token: true"
         )
     commands = []

@@ -24,12 +24,12 @@ def check_quantized(model) -> None:
             elif weight.dim() > 1:
                 kept += weight.numel()
     if not quantized:
-        raise ConfigError(f"a model of the type {kind} cannot be quantized; load it in 16 bits")
+        raise ConfigError(f"a model of type {kind} cannot be quantized; load it in 16 bits")
     share = kept / (kept + quantized)
     if share > 0.5:
         size = kept * model.dtype.itemsize / 1e9
         logger.warning(
-            "%.0f%% of the weights (%.1f GB) stay as they are: linear layers are quantized, "
+            "%.0f%% of the weights (%.1f GB) are not quantized: linear layers are, "
             "embeddings and experts are not",
             100 * share,
             size,
@@ -44,7 +44,7 @@ def refusing_integers(model) -> Iterator[None]:
     def check(module, inputs) -> None:
         if not inputs[0].is_floating_point():
             raise ConfigError(
-                f"a model of the type {model.config.model_type} cannot be quantized: it casts "
+                f"a model of type {model.config.model_type} cannot be quantized: it casts "
                 "inputs to the dtype of the weights; load it in 16 bits"
             )
 
@@ -105,7 +105,7 @@ def cast_weights(model, dtype: torch.dtype):
     """`model` with weights in `dtype`; buffers, such as rotary frequencies, are unchanged."""
     if not all(weight.is_floating_point() for weight in model.parameters()):
         raise ConfigError(
-            "a quantized model cannot be handed over; give its folder, and use_4bit or use_8bit"
+            "a quantized model cannot be passed in; give its folder and set use_4bit or use_8bit"
         )
     for weight in model.parameters():
         weight.data = weight.data.to(dtype)

@@ -39,7 +39,7 @@ def load_recipe(path: Path, base_class: type) -> Any:
     if len(classes) != 1:
         raise ConfigError(
             f"stage {path}: the file must define one subclass of {base_class.__name__}, "
-            f"and defines {len(classes)}"
+            f"but it defines {len(classes)}"
         )
     return classes[0]
 

@@ -76,7 +76,7 @@ class ScoringConfig(ModelConfig):
             self.validate_reward(name)
         if len(set(self.reward)) < len(self.reward):
             raise ConfigError(
-                "reward names a function twice; give it another weight by reward_weights"
+                "reward names a function twice; change its weight with reward_weights"
             )
 
         # Note options that no chosen reward reads, rather than ignoring them silently.
@@ -131,14 +131,15 @@ def check_reward_model(path: str) -> None:
     if not any(name.endswith("ForSequenceClassification") for name in architectures):
         names = ", ".join(architectures)
         raise ConfigError(
-            f"reward_model_path={path} is a {names}; train one with recipes/reward.py"
+            f"reward_model_path={path} is a {names}, not a reward model; train one "
+            "with recipes/reward.py"
         )
 
 
 def check_reward_prompts(config: ScoringConfig, prompts: Sequence[list[dict]]) -> None:
     """Raise ConfigError if the reward model's chat template cannot take one of the prompts."""
     if config.reward_model_path and config.on_reward_error == "stop":
-        remedy = "change it, or leave such rows out by on_reward_error=skip"
+        remedy = "change it, or leave such rows out with on_reward_error=skip"
         check_model_takes_prompts("reward_model_path", config.reward_model_path, prompts, remedy)
 
 
@@ -180,7 +181,7 @@ def load_reward_model(config: ScoringConfig) -> Callable:
     # A single label is an unbounded score, several are classes: the softmax of one is always 1.
     if is_regression != (num_labels == 1):
         raise ConfigError(
-            f"reward_model_type={config.reward_model_type} does not suit {path}: it has "
+            f"reward_model_type={config.reward_model_type} does not fit {path}: it has "
             f"{num_labels} labels; regression is for one, classification for several"
         )
 
@@ -256,7 +257,7 @@ def check_reward_arguments(
             known = ", ".join(["prompts", "completions", *columns])
             function.stop()
             raise ConfigError(
-                f"reward={name} takes {', '.join(missing)}, which the data has no column for; "
+                f"reward={name} needs {', '.join(missing)}, but the data has no such column; "
                 f"it can take {known}"
             )
 
@@ -403,8 +404,8 @@ def stop_without_verdicts(
     if never_scored or (is_unscored and len(recent) == UNSCORED_STEPS):
         raise RuntimeError(
             f"no completion of the last {len(recent)} steps has a verdict of {', '.join(names)}: "
-            "there is nothing to learn from. A reward function gives none by None or NaN, or, with "
-            "on_reward_error=skip, by an error; with several, each has to give one"
+            "there is nothing to learn from. A reward function gives none by returning None or NaN "
+            "or, with on_reward_error=skip, by raising an error; with several, each must give one"
         )
 
 

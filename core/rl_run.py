@@ -256,7 +256,7 @@ class Run(Policy):
         if not self.scaler.is_enabled() and not torch.isfinite(norm):  # float16's scaler skips it
             raise FloatingPointError(
                 f"the gradient norm is {float(norm)} at step {self.step + 1}; the weights are "
-                "those before it. Lower learning_rate"
+                "those from before it. Lower learning_rate"
             )
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -468,7 +468,7 @@ def build_run(
     )
     check_can_sample(run, probe_row["ids"])
     if not run.parameters:
-        raise RuntimeError("no parameter of the model trains: everything is frozen")
+        raise RuntimeError("no parameter of the model is trainable: everything is frozen")
     if router_loss_weight(model):
         logger.warning("the model's router loss (output_router_logits) is not part of RL's loss")
     return run

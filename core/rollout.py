@@ -160,7 +160,7 @@ class RLConfig(DataConfig, ScoringConfig, TrainingConfig):
                 "max_new_tokens; raise max_seq_length or lower max_new_tokens"
             )
         self.validate_batch_sizes()
-        why = "here: every rollout makes one step"
+        why = "here, since every rollout makes one step"
         self.note_unread(not self.accumulates, "gradient_accumulation_steps", why)
         self.validate_kl()
         if self.trains_with_rl and self.lora_dropout:
@@ -522,7 +522,7 @@ def rollout_outputs(
 def check_can_sample(policy: Policy, prompt: list[int]) -> None:
     """Raise ConfigError if a model cannot continue from its cache; tested on two tokens."""
     kind = policy.model.config.model_type
-    with as_config_error(f"a model of the type {kind} cannot be sampled from"), policy.autocast():
+    with as_config_error(f"a model of type {kind} cannot be sampled from"), policy.autocast():
         two_tokens = SAMPLING_DEFAULTS | {"max_new_tokens": 2}
         sample_completions(policy.model, NoStopTokens(), [prompt], two_tokens)
 

@@ -155,7 +155,8 @@ def read_run(folder: Path) -> tuple[list[Stage], list[LogEntry], str]:
     # The log is enough: a run that has just started has no other file.
     if not chain and not any((folder / name).exists() for name in of_a_stage):
         raise ValueError(
-            f"{folder}: no run here, neither pipeline.json nor {', '.join(of_a_stage)}"
+            f"{folder} is not the folder of a run: it has neither pipeline.json nor "
+            f"{', '.join(of_a_stage)}"
         )
     log = read_log(folder / ("pipeline_training.log" if chain else "training.log"))
     # The folder of a single stage is read like a chain of one unnamed stage.

@@ -127,7 +127,7 @@ class StagePlan:
             )
         if "model_name_or_path" in own and folder != self.folders[0]:
             raise ConfigError(
-                "it starts from the model of the stage before; remove model_name_or_path"
+                "it starts from the model of the previous stage; remove model_name_or_path"
             )
         config_class = get_config_class(stage_class)
         shared = {
@@ -193,7 +193,7 @@ class StagePlan:
             if not on_disk and (stage.needs_folder or stage.config.quantized):
                 raise ConfigError(
                     f"stage {folder} starts from a folder: "
-                    "set save_intermediate in the stage before"
+                    "set save_intermediate in the previous stage"
                 )
             if stage.hands_on:
                 on_disk = stage.config.save_intermediate
@@ -206,7 +206,7 @@ class StagePlan:
                 target = self.last_stage_before(folder, name)
                 link = f"stage {folder}: {option}={LINK}{name}"
                 if target is None:
-                    raise ConfigError(f"{link}: no stage before it is named {name}")
+                    raise ConfigError(f"{link}: no earlier stage is named {name}")
                 if not target.config.save_intermediate:
                     raise ConfigError(f"{link}: that stage has save_intermediate=false")
 

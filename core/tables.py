@@ -126,7 +126,7 @@ def warn_of_evaluation_files(path: str, files: Sequence[Path]) -> None:
     """Warn of files in a folder that are not read."""
     if files:
         names = ", ".join(file.name for file in files)
-        logger.warning("data %s: not read, by name not for training: %s", path, names)
+        logger.warning("data %s: not read, since their names are not for training: %s", path, names)
 
 
 def table_of_files(path: str, files: Sequence[Path]) -> Table:

@@ -199,7 +199,8 @@ def load_checkpoint(
         load_optimizer(folder, optimizer)
     elif step_of(folder) < steps:
         raise ConfigError(
-            f"{folder} is the end of a training, without its optimizer; give an earlier checkpoint"
+            f"{folder} is the end of a training run, without its optimizer; give an earlier "
+            "checkpoint"
         )
     # Last, because loading may have drawn random numbers.
     states = read_tensors(random_file(folder))

@@ -255,7 +255,7 @@ def log_start(config: FitConfig, model, rows: int) -> None:
     trainable = model.num_parameters(only_trainable=True)
     total = model.num_parameters()
     if not trainable:
-        raise RuntimeError("no parameter of the model trains: everything is frozen")
+        raise RuntimeError("no parameter of the model is trainable: everything is frozen")
     logger.info(
         "training %s of %s parameters on %s rows, on %s in %s",
         f"{trainable:,}",
@@ -400,8 +400,8 @@ def require_finite(run: FitRun, loss: Tensor, norm: float) -> None:
     for what, value in figures.items():
         if not math.isfinite(value):
             raise FloatingPointError(
-                f"the {what} is {value} at step {run.progress.step + 1}; the weights are as "
-                "before it. Lower learning_rate, or look for a broken row"
+                f"the {what} is {value} at step {run.progress.step + 1}; the weights are "
+                "those from before it. Lower learning_rate, or look for a broken row"
             )
 
 
@@ -491,7 +491,7 @@ def check_best_metric(config: FitConfig, metrics: dict[str, float]) -> None:
     name = config.metric_for_best_model
     if f"eval_{name.removeprefix('eval_')}" not in metrics:
         known = ", ".join(sorted(metrics))
-        raise ConfigError(f"metric_for_best_model={name}: there are {known}")
+        raise ConfigError(f"metric_for_best_model={name} is unknown, one of: {known}")
 
 
 def compare_with_best(run: FitRun, metrics: dict[str, float]) -> bool:

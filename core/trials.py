@@ -44,7 +44,7 @@ UTILIZATION = 0.4  # typical training speed as a fraction of a matrix product's
 @torch.random.fork_rng()
 def training_model(config: TrainingConfig, skeleton):
     """The model that the stage trains, on the meta device, from the `skeleton` without an adapter.
-    Raises ConfigError if the model takes no such adapter, or cannot recompute its layers."""
+    Raises ConfigError if the adapter does not fit, or if the model cannot recompute its layers."""
     model = copy.deepcopy(skeleton).to(config.weight_dtype)
     if config.attn_implementation:
         model.set_attn_implementation(config.attn_implementation)

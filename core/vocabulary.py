@@ -62,7 +62,7 @@ def check_model(model) -> None:
     lists = [name for name in LISTS_OF_IDS if getattr(model.generation_config, name, None)]
     if tables or lists:
         raise ConfigError(
-            f"this model has {', '.join(tables + lists)}, so it uses token ids beside its "
+            f"this model has {', '.join(tables + lists)}, so it uses token ids besides its "
             "embeddings and output layer, which are all that is transferred; start from another one"
         )
 
@@ -150,8 +150,8 @@ def check_new_tokenizer(old, new, settings: dict[str, Any], texts: Sequence[str]
     around_new = new.convert_ids_to_tokens(new("").input_ids)
     if new.get_vocab() != settings["model"]["vocab"] or around_new != around_old:
         raise ConfigError(
-            f"transformers loads the new tokenizer, a {type(new).__name__}, with other tokens than "
-            "it has; start from another model"
+            f"transformers loads the new tokenizer, a {type(new).__name__}, with tokens other than "
+            "its own; start from another model"
         )
     for text in texts:
         decoded = new.decode(text_ids(new, text), clean_up_tokenization_spaces=False)
@@ -177,7 +177,7 @@ def new_ids_of(old_ids: Sequence[int], old_tokenizer, new_tokenizer) -> list[int
         token = old_tokenizer.convert_ids_to_tokens(old_id)
         if token not in vocabulary:
             raise ConfigError(
-                f"the options of the model name the token {token}, which the new vocabulary lacks; "
+                f"the model's options name the token {token}, which the new vocabulary lacks; "
                 f"keep it: --special_tokens={token}"
             )
         ids.append(vocabulary[token])

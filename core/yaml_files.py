@@ -29,7 +29,7 @@ class Constructor(SafeConstructor):
         has_anchors = bool(self.composer.anchors)
         if has_anchors and expanded_size(node, {}) > MAX_EXPANDED_SIZE:
             raise MarkedYAMLError(
-                problem="its aliases (*name) stand for too much; write the values out",
+                problem="its aliases (*name) expand to too much; write the values out",
                 problem_mark=node.start_mark,
             )
         return super().construct_document(node)

@@ -86,12 +86,12 @@ class CustomTokenizerConfig(DataConfig, ModelConfig):
         super().validate()
         if self.tokenizer_type == "unigram":
             raise ConfigError(
-                "tokenizer_type=unigram learns another vocabulary in each run, so a resumed chain "
-                "would pair weights with other tokens; use bpe"
+                "tokenizer_type=unigram learns a different vocabulary in each run, so a resumed "
+                "chain would pair weights with the wrong tokens; use bpe"
             )
         if self.tokenizer_type == "wordpiece":
             raise ConfigError(
-                "tokenizer_type=wordpiece replaces long words by an unknown token; use bpe"
+                "tokenizer_type=wordpiece replaces long words with an unknown token; use bpe"
             )
         if self.quantized:
             raise ConfigError(

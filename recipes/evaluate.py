@@ -130,7 +130,7 @@ class EvaluateConfig(DataConfig, ScoringConfig, JudgingConfig, ModelConfig):
         super().validate()
         if self.feedback_model_path and not self.baseline:
             raise ConfigError(
-                "feedback_model_path: a judge compares two models; name the other one by baseline"
+                "feedback_model_path: a judge compares two models; name the other one with baseline"
             )
         no_judge = not self.feedback_model_path
         judging = {option.name for option in fields(JudgingConfig)}

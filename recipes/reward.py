@@ -289,7 +289,7 @@ def find_spare_token(tokenizer) -> str:
     spare = special - set(stop_tokens(tokenizer))
     if not spare:
         raise ConfigError(
-            "every special token of the tokenizer ends a turn, and none is left to pad with; "
+            "every special token of the tokenizer ends a turn, so none is left to pad with; "
             "add a padding token"
         )
     return tokenizer.convert_ids_to_tokens(min(spare))

@@ -140,14 +140,15 @@ class RLAIFConfig(RLConfig, JudgingConfig):
         kind = f"feedback_model_type={self.feedback_model_type}"
         if self.reward_model_path:
             raise ConfigError(
-                "reward_model_path: write feedback_model_type=reward_model and feedback_model_path"
+                "instead of reward_model_path, set feedback_model_type=reward_model and "
+                "feedback_model_path"
             )
         unread = " ".join(self.unread_options())
         like = {"algorithm": self.algorithm, "lora_r": self.lora_r}
         self.note_unread(True, unread, f"with {mode} and {kind}", **like)
         if self.feedback_mode == "direct" and self.feedback_model_type == "preference_model":
             raise ConfigError(
-                f"{mode} needs scores, and a preference_model only compares; set "
+                f"{mode} needs scores, but a preference_model only compares; set "
                 "feedback_model_type=local or feedback_mode=preference"
             )
         if self.num_candidates % 2:

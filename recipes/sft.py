@@ -94,7 +94,7 @@ class SFTConfig(SamplesConfig):
         super().validate()
         if self.streaming and self.packing:
             raise ConfigError(
-                "streaming=true reads max_steps batches of rows, and packing=true puts an unknown "
+                "streaming=true reads max_steps batches of rows, but packing=true puts an unknown "
                 "number of rows into each sequence; set one of them to false"
             )
 
@@ -283,7 +283,7 @@ def check_packing(model, packed: list[dict]) -> None:
         agree = states_agree(hidden_states([row]), hidden_states(alone), model.dtype)
     if not agree:
         raise ConfigError(
-            "packing=true: packed documents would see each other in a model of the type "
+            "packing=true: packed documents would see each other in a model of type "
             f"{model.config.model_type}; set packing=false"
         )
 

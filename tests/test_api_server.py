@@ -310,7 +310,7 @@ def test_an_answer_of_another_model_is_used_marked_and_said(
         one = client(server, tmp_path)
         assert ask(one, numbered(3)) == answers_to(numbered(3))
         assert one.report()["teacher_other_model"] == 3
-    assert caplog.text.count("asked for big, small answers") == 1
+    assert caplog.text.count("asked for big, but small answers") == 1
     assert {line["model"] for line in kept_lines(tmp_path)} == {"small"}
 
 

@@ -398,7 +398,7 @@ def test_code_that_changed_after_it_was_imported_does_not_run(pipeline, tmp_path
     result = Pipeline.from_yaml(path).run()[0]
     assert (
         not result.success
-        and "helper_that_changes.py changed since it was imported here; start Python anew"
+        and "helper_that_changes.py changed since it was imported here; restart Python"
         in result.error_message
     )
     (part,) = Pipeline.from_yaml(path).stages
@@ -418,7 +418,8 @@ def test_what_starts_from_a_folder_follows_what_leaves_one(pipeline, data):
         }
         with pytest.raises(
             ConfigError,
-            match=f"stage {folder} starts from a folder: set save_intermediate in the stage before",
+            match=f"stage {folder} starts from a folder: set save_intermediate in the "
+            "previous stage",
         ):
             Pipeline.from_yaml(pipeline(["sft", stage], configs))
         Pipeline.from_yaml(pipeline([stage], configs))
@@ -434,7 +435,7 @@ def test_a_stage_that_cannot_be_imported_is_refused(pipeline, tmp_path):
 
 def test_options_of_stages_that_do_not_run_are_said(pipeline, capsys):
     Pipeline.from_yaml(pipeline(["note"], {"dpo": {"beta": 0.2}})).run()
-    assert "unused, because no such stage runs: stage_configs of dpo" in capsys.readouterr().out
+    assert "not used, because no such stage runs: stage_configs of dpo" in capsys.readouterr().out
 
 
 def test_what_a_stage_is_made_of_counts(pipeline, model_dir, tmp_path, monkeypatch):

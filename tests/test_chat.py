@@ -105,13 +105,19 @@ def test_messages_are_read_in_the_forms_that_data_sets_have(turn, read):
 @pytest.mark.parametrize(
     "turn, said",
     [
-        ({"role": "user", "content": [{"type": "image_url"}]}, "a part that is no text .image_url"),
+        (
+            {"role": "user", "content": [{"type": "image_url"}]},
+            "a part that is not text .image_url",
+        ),
         ({"role": "narrator", "content": "b"}, "an unknown speaker .narrator.; known are user, "),
         ({"text": "b"}, "an object that is no message, since it has no role and content"),
         ({"role": "assistant", "content": None}, "an empty or missing text"),
         ({"role": "assistant", "content": "b", "weight": 0.5}, "a weight of 0.5"),
-        ({"role": "assistant", "content": "b", "tool_calls": [1]}, "a tool call that is no JSON"),
-        ({"from": "function_call", "value": "f(x)"}, "a tool call that is no JSON"),
+        (
+            {"role": "assistant", "content": "b", "tool_calls": [1]},
+            "a tool call that is not a JSON object",
+        ),
+        ({"from": "function_call", "value": "f(x)"}, "a tool call that is not JSON"),
     ],
 )
 def test_a_message_that_would_lose_a_part_is_refused(turn, said):
@@ -146,7 +152,7 @@ def test_an_empty_system_message_is_none_and_tools_stay(caplog):
     assert with_context(as_messages([system, USER], "user"), {"tools": tools}) == [
         USER | {"tools": [{"type": "function", "function": {"name": "f"}}]}
     ]
-    assert "these parts of a message are not used: rating" in caplog.text
+    assert "these keys of a message are not used: rating" in caplog.text
 
 
 def test_an_instruction_template_warns_of_unknown_fields(tokenizer, caplog):
@@ -182,7 +188,7 @@ def test_a_chat_template_comes_from_a_file_or_from_another_model(tokenizer, tmp_
     plain = copy.deepcopy(tokenizer)
     plain.chat_template = None
     plain.save_pretrained(tmp_path / "plain")
-    with pytest.raises(ConfigError, match="that model has no one chat template"):
+    with pytest.raises(ConfigError, match="that model does not have exactly one chat template"):
         core.chat.read_chat_template(str(tmp_path / "plain"))
     config = ModelConfig(model_name_or_path="m", chat_template_path=str(file))
     core.chat.prepare_tokenizer(plain, config)

@@ -210,7 +210,7 @@ def test_a_line_of_a_pipe_is_no_command(model_dir, monkeypatch, capsys, answers)
         (["MODEL", "--compare=./nowhere"], b"a", "./nowhere: no such file"),
         (["MODEL"], b" \n", "the prompt is empty"),
         (["MODEL"], b"\xff", "stdin cannot be read"),
-        (["MODEL", "--prompt=a\udcff"], b"", "bytes that are no UTF-8"),
+        (["MODEL", "--prompt=a\udcff"], b"", "bytes that are not UTF-8"),
         (["MODEL", "--prompt=a<|im_end|>"], b"", "marks of the chat template"),
         (["MODEL"], b"a " * 600, "takes 512"),
     ],

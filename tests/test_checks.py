@@ -160,7 +160,7 @@ def test_a_template_that_writes_more_before_an_answer_than_it_keeps_is_refused(
     own_tokenizer.chat_template = "{{ raise_exception('only one turn') }}"
     with pytest.raises(
         ConfigError,
-        match="set instruction_template instead; every conversation is one which .* only one turn",
+        match="set instruction_template instead. Every conversation is one which .* only one turn",
     ):
         core.chat.stop_tokens(own_tokenizer)
 
@@ -382,7 +382,7 @@ def test_heavy_truncation_is_reported_and_total_truncation_refused(tmp_path, own
         and "25% of the training rows are cut at max_seq_length=60" in caplog.text
     )
     for length, message in (
-        (17, "100% of the training rows are cut at max_seq_length=17, so that none ends"),
+        (17, "100% of the training rows are cut at max_seq_length=17, so none ends"),
         (9, "no usable rows .12 whose prompt leaves no room"),
     ):
         stage = dpo.DPOStage(dpo.DPOConfig(**settings, max_seq_length=length))

@@ -400,11 +400,11 @@ URL, KEY = "teacher_base_url", "teacher_api_key"
             "api",
             "http://127.0.0.1:9/v1",
             "LINE",
-            f"{KEY} names .*, and has a space, a line break or a letter beyond ASCII in it",
+            f"{KEY} names .*, but has a space, a line break or a non-ASCII character in it",
         ),
         ("api", "http://127.0.0.1:PORT/v1", None, f"{URL}=.* does not answer: nonnumeric port"),
-        ("openai", None, None, f"{KEY} names .*, and OPENAI_API_KEY is not set"),
-        ("anthropic", None, None, f"{KEY} names .*, and ANTHROPIC_API_KEY is not set"),
+        ("openai", None, None, f"{KEY} names .*, but OPENAI_API_KEY is not set"),
+        ("anthropic", None, None, f"{KEY} names .*, but ANTHROPIC_API_KEY is not set"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_before(tmp_path, monkeypatch, kind, url, variable, words):

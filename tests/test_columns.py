@@ -57,7 +57,9 @@ def test_columns_are_named_by_an_option(tmp_path, columns):
 def test_names_match_without_case_and_outer_blanks(tmp_path, caplog):
     assert load(tmp_path, [{"Prompt ": "3 pm?", "RESPONSE": "15:00", "Id": 1}]) == [[USER, GOOD]]
     assert "(not used: Id)" in caplog.text
-    with pytest.raises(ConfigError, match="'prompt' and 'Prompt' both stand for prompt; choose by"):
+    with pytest.raises(
+        ConfigError, match="'prompt' and 'Prompt' both stand for prompt; choose with"
+    ):
         load(tmp_path, [{"prompt": "a", "Prompt": "b", "response": "c"}])
     rows = load(
         tmp_path, [{"prompt": "a", "Prompt": "3 pm?", "response": "15:00"}], columns="prompt=Prompt"
@@ -72,7 +74,7 @@ def test_names_match_without_case_and_outer_blanks(tmp_path, caplog):
         ("{prompt: aa, response: c}", "unknown column of the data 'aa'"),
         ("{prompt: question_txt, response: b}", "did you mean 'question_text'"),
         ("{prompt: a, response: a}", "names the column a twice"),
-        ("{a: prompt, b: response}", "has names of a format first; write {prompt: a}"),
+        ("{a: prompt, b: response}", "the name of a format comes first; write {prompt: a}"),
         ("{contxt: null}", "unknown column of the data 'contxt'"),
         ("{prompt: a, response: b", "columns.*not valid YAML"),
     ],
@@ -85,7 +87,7 @@ def test_a_mapping_that_does_not_fit_is_refused(tmp_path, columns, words):
 def test_the_names_of_a_mapping_decide_between_formats():
     formats = {"question": ["question"], "prompt-response": ["prompt", "response"]}
     columns = ["question", "prompt", "response"]
-    with pytest.raises(ConfigError, match="choose by dataset_format"):
+    with pytest.raises(ConfigError, match="choose with dataset_format"):
         detect_format(columns, formats)
     assert detect_format(columns, formats, mapped=["prompt", "response"]) == "prompt-response"
     names = rename_columns(["question", "q"], {"question": "q"}, {"question"}, any_name=False)
@@ -193,7 +195,7 @@ def test_another_system_message_is_refused():
     with pytest.raises(RowError, match="columns system and system_prompt differ"):
         with_context([USER], {"system": "a", "system_prompt": "b"})
     assert with_context([SYSTEM, USER], {"system": " 24-hour clock.\n"}) == [SYSTEM, USER]
-    with pytest.raises(RowError, match="column system is no text"):
+    with pytest.raises(RowError, match="column system is not text"):
         with_context([USER], {"system": ["a"]})
 
 
@@ -224,7 +226,7 @@ def test_a_history_becomes_earlier_turns(tmp_path, history):
 
 def test_a_history_that_cannot_be_read_leaves_the_row_out():
     for history in ([["a"]], ["a", "b"], "a", [["a", None]]):
-        with pytest.raises(RowError, match="with a history that is no"):
+        with pytest.raises(RowError, match="with a history that is not "):
             with_context([USER], {"history": history})
 
 
@@ -272,7 +274,7 @@ def test_what_only_rewards_get_is_said(tmp_path, caplog):
     row = {"question": "3 pm?", "answer": "15", "context": "24-hour clock."}
     (prompt,) = load(tmp_path, [row], grpo.GRPOStage, reward="numeric")
     assert prompt["columns"] == {"answer": "15", "context": "24-hour clock."}
-    assert "the column context is passed to the reward functions and is no part" in caplog.text
+    assert "the column context is passed to the reward functions but is not part" in caplog.text
     row = {"q": "3 pm?", "gold": "15"}
     columns = "{question: q, answer: gold}"
     (prompt,) = load(tmp_path, [row], grpo.GRPOStage, reward="numeric", columns=columns)
@@ -296,7 +298,7 @@ def test_messages_in_a_cell_are_json(tmp_path):
     text = '[{"time": "15:00"}]'
     ((_, answer),) = load(tmp_path, [{"prompt": "3 pm?", "response": text}])
     assert answer["content"] == text
-    with pytest.raises(RowError, match="as Python prints them; write them by json.dumps"):
+    with pytest.raises(RowError, match="as Python prints them; write them with json.dumps"):
         sft.to_messages({"messages": str([USER, GOOD])}, "messages")
     with pytest.raises(RowError, match="messages that are broken JSON"):
         sft.to_messages({"messages": json.dumps([USER, GOOD])[:-9]}, "messages")

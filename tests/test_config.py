@@ -116,7 +116,7 @@ def test_unknown_names_get_the_nearest_valid_one():
         ({"dataset_name_or_path": ""}, "dataset_name_or_path is missing"),
         ({"use_4bit": True, "use_8bit": True}, "exclude each other"),
         ({"use_4bit": True, "lora_r": 0}, "lora_r=0"),
-        ({"use_dora": True, "use_8bit": True}, "do not go together on a CPU"),
+        ({"use_dora": True, "use_8bit": True}, "use_dora does not work with use_8bit on a CPU"),
         ({"load_best_model_at_end": True}, "set eval_steps"),
         (
             {"eval_steps": 3, "save_steps": 4, "load_best_model_at_end": True},
@@ -136,7 +136,7 @@ def test_options_that_contradict_each_other_are_refused(options, words):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"torch_dtype": "float16"}, "torch_dtype=float16 does not train on a CPU; it is float32"),
+        ({"torch_dtype": "float16"}, "torch_dtype=float16 cannot train on a CPU; float32 is used"),
         ({"lr_scheduler_type": "constant", "warmup_ratio": 0.5}, "warmup_ratio has no effect"),
         ({"num_eval_samples": 4, "validation_split": 0}, "num_eval_samples has no effect"),
         ({"wandb_project": "p"}, "without use_wandb"),

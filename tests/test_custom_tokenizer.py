@@ -180,11 +180,11 @@ def test_a_new_tokenizer_that_reads_otherwise_is_refused():
     with pytest.raises(ConfigError, match="reads 'Not So' as 'not so'"):
         vocabulary.check_new_tokenizer(old, lower, lower_settings, ["Not So"])
     smaller, _ = learn(old, vocab_size=400)
-    with pytest.raises(ConfigError, match="with other tokens than"):
+    with pytest.raises(ConfigError, match="with tokens other than"):
         vocabulary.check_new_tokenizer(old, smaller, settings, [])
     no_begin = settings | {"post_processor": None}
     without = vocabulary.rebuild_tokenizer(old, no_begin, LlamaConfig())
-    with pytest.raises(ConfigError, match="with other tokens than"):
+    with pytest.raises(ConfigError, match="with tokens other than"):
         vocabulary.check_new_tokenizer(old, without, no_begin, [])
 
 
@@ -411,8 +411,8 @@ def test_in_a_chain_all_weights_train_on_the_new_tokens(
         ({"use_4bit": True}, "use_4bit and use_8bit leave the embeddings as they are"),
         ({"use_8bit": True}, "use_4bit and use_8bit leave the embeddings as they are"),
         ({"validation_split": 0}, "leaves no text to check"),
-        ({"tokenizer_type": "Unigram"}, "learns another vocabulary in each run"),
-        ({"tokenizer_type": "wordpiece"}, "replaces long words by an unknown token"),
+        ({"tokenizer_type": "Unigram"}, "learns a different vocabulary in each run"),
+        ({"tokenizer_type": "wordpiece"}, "replaces long words with an unknown token"),
         ({"training_corpus_path": ""}, "training_corpus_path is missing"),
     ],
 )

@@ -62,7 +62,7 @@ def test_what_is_not_read_of_a_folder_is_said(tmp_path, caplog):
     [
         ('{"a": 1}\n{"a": \n\n {"b', r"1 usable rows \(2 broken JSON \(lines 2, 4\)\)"),
         ('{"a": \n\n1', "broken JSON: Expecting ',' delimiter: line 3 column 2"),
-        ("[1, 2]", r"no usable rows \(2 that are no JSON object \(rows 1, 2\)\)"),
+        ("[1, 2]", r"no usable rows \(2 that are not a JSON object \(rows 1, 2\)\)"),
         ("", "has no rows"),
         ("\udce4", "broken JSON: Expecting value: line 1 column 1"),
     ],
@@ -255,11 +255,11 @@ def test_columns_for_rewards_are_shared_by_data_sets(tmp_path):
 def test_rows_of_different_kinds_are_not_mixed(tmp_path):
     chats = write(tmp_path, "a.jsonl", questions("a", 2))
     texts = write(tmp_path, "b.jsonl", [{"text": "a"}])
-    with pytest.raises(ConfigError, match="b.jsonl: its rows are of another kind"):
+    with pytest.raises(ConfigError, match="b.jsonl: its rows are of a different kind"):
         load([chats, texts])
     pairs = write(tmp_path, "c.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
     single = write(tmp_path, "d.jsonl", [{"prompt": "a", "completion": "b", "label": True}])
-    with pytest.raises(ConfigError, match="d.jsonl: its rows are of another kind"):
+    with pytest.raises(ConfigError, match="d.jsonl: its rows are of a different kind"):
         load([pairs, single], dpo.DPOConfig, dpo.DPOStage)
 
 
@@ -272,7 +272,7 @@ def test_rows_of_different_kinds_are_not_mixed(tmp_path):
         ({"weight": 2}, "an entry has no path"),
         ({"path": "a", "format": "alpacca"}, "dataset_format=alpacca is unknown"),
         ({"path": "a", "columns": "{a"}, "data a: columns: not valid YAML"),
-        ({"path": "a", "columns": ["b"]}, "columns has to be a mapping"),
+        ({"path": "a", "columns": ["b"]}, "columns must be a mapping"),
     ],
 )
 def test_an_entry_that_says_nothing_is_refused(entry, words):

@@ -62,7 +62,7 @@ def test_an_index_without_a_name_keeps_its_place():
 def test_columns_of_one_name_are_numbered():
     records, _ = read_csv_text("Summary,Comment,Comment\na,b,\n")
     assert rows_of(records) == [{"Summary": "a", "Comment 1": "b", "Comment 2": ""}]
-    with pytest.raises(ConfigError, match="named alike: a, a, a 2"):
+    with pytest.raises(ConfigError, match="several columns have the same name: a, a, a 2"):
         read_csv_text("a,a,a 2\n1,2,3\n")
 
 
@@ -95,7 +95,7 @@ def test_a_row_with_too_many_cells_is_named_by_its_line():
 
 
 def test_quotes_that_leave_open_where_cells_end_are_refused():
-    with pytest.raises(ConfigError, match='line 3: a quoted cell goes on .* ""hi""'):
+    with pytest.raises(ConfigError, match='line 3: a quoted cell continues .* ""hi""'):
         read_csv_text('q,a\n1,2\n"He said "hi" to me\nthen, left",b\nc,d\n')
     with pytest.raises(ConfigError, match="line 2: a quote is not closed"):
         read_csv_text('q,a\n"1,2\n3,4\n5,6\n')
@@ -145,8 +145,8 @@ def test_an_object_of_messages_is_a_row():
     "document, words",
     [
         ({"train": PAIR, "test": PAIR}, r"several lists of rows \(train, test\)"),
-        ({"q": {"0": "a", "1": "b"}, "r": {"0": "c", "1": "d"}}, "columns and no rows.*orient="),
-        ({"q": ["a", "b"], "r": ["c", "d"]}, "columns and no rows"),
+        ({"q": {"0": "a", "1": "b"}, "r": {"0": "c", "1": "d"}}, "columns, not rows.*orient="),
+        ({"q": ["a", "b"], "r": ["c", "d"]}, "columns, not rows"),
     ],
 )
 def test_an_object_that_leaves_open_what_its_rows_are_is_refused(document, words):
@@ -159,8 +159,8 @@ def test_each_bad_line_is_named_and_stops_no_other():
     bad = {
         2: ('{"a": "\\ud83d"}', "with a broken character"),
         4: ('{"a": 1', "broken JSON"),
-        5: ("[1, 2]", "that are no JSON object"),
-        6: ('{"a": 1, "a": 2}', "with a key twice"),
+        5: ("[1, 2]", "that are not a JSON object"),
+        6: ('{"a": 1, "a": 2}', "with a repeated key"),
         8: ("[" * 100_000, "broken JSON"),
         9: ('{"a": "\udce4"}', "with bytes that are not UTF-8"),
     }
@@ -246,7 +246,7 @@ def test_a_folder_mixes_capitals_and_names_the_file_of_a_bad_row(tmp_path, caplo
     [
         ("rows.xlsx", "save the sheet as CSV UTF-8"),
         ("rows.arrow", "give the folder that save_to_disk wrote"),
-        ("rows.txt", 'one JSON object a line into a .jsonl file: {"text"'),
+        ("rows.txt", 'one JSON object per line to a .jsonl file: {"text"'),
         ("rows.PKL", "reading it could run code"),
         ("rows.zip", "unpack it first"),
         ("rows.parquet.gz", "expected a file of type .json"),
@@ -265,7 +265,7 @@ def test_other_files_are_refused_with_the_way_out(tmp_path, name, words):
 def test_bytes_that_are_no_text_are_refused(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_bytes("q,a\nä,b\n".encode("utf-16-le"))
-    with pytest.raises(ConfigError, match="it is no UTF-8 text"):
+    with pytest.raises(ConfigError, match="it is not UTF-8 text"):
         read(path)
     path.write_bytes(b"q,a\n\x81\x8d,b\n")
     with pytest.raises(ConfigError, match="neither UTF-8 nor Windows-1252"):

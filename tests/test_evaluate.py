@@ -71,7 +71,7 @@ def saying(monkeypatch, *answers):
 @pytest.mark.parametrize(
     "options, words",
     [
-        (dict(feedback_model_path="judge"), "name the other one by baseline"),
+        (dict(feedback_model_path="judge"), "name the other one with baseline"),
         (dict(reward=["numerc"]), "did you mean 'numeric'"),
         (dict(model_name_or_path=""), "model_name_or_path is missing"),
         (dict(dataset_name_or_path=""), "dataset_name_or_path is missing"),

@@ -383,8 +383,8 @@ def test_a_finished_chain_stays_finished_under_other_display_options(chain, tmp_
     screen = capsys.readouterr().out
     assert finished_times(tmp_path) == times and final_weights(tmp_path) == weights
     assert "step 1/" not in screen
-    assert "01_sft are of other options: eval_steps 0 -> 1" in screen
-    assert "02_dpo are of other options: num_eval_samples 0 -> 3" in screen
+    assert "01_sft were measured with other options: eval_steps 0 -> 1" in screen
+    assert "02_dpo were measured with other options: num_eval_samples 0 -> 3" in screen
     chain(**others, **{"dpo.beta": 0.7})
     assert "running from 02_dpo on: beta 0.1 -> 0.7" in capsys.readouterr().out
 
@@ -413,7 +413,10 @@ def test_a_checkpoint_goes_on_under_other_display_options(
     assert resumed == plain
     screen = capsys.readouterr().out
     assert "step 1/4" not in screen.split("the power is gone")[1]
-    assert "checkpoint-2 are of other options: eval_steps 0 -> 1; num_eval_samples 0 -> 2" in screen
+    assert (
+        "checkpoint-2 were measured with other options: eval_steps 0 -> 1; num_eval_samples 0 -> 2"
+        in screen
+    )
 
 
 def test_other_versions_of_the_libraries_are_warned_of(chain, tmp_path, monkeypatch, capsys):
@@ -550,7 +553,7 @@ def test_a_folder_of_an_older_version_runs_again_and_says_why(chain, tmp_path, c
 def test_options_of_an_older_version_are_compared_by_their_values():
     older = {"options": fingerprinted_options(sft.SFTConfig()) | {"eval_steps": 3}}
     now = {"options": fingerprinted_options(sft.SFTConfig(lora_r=4)), "form": 2}
-    words = "an older version recorded its files and code in another form; lora_r 16 -> 4"
+    words = "an older version recorded its files and code in another format; lora_r 16 -> 4"
     assert describe_differences(older, now) == words
 
 
@@ -559,7 +562,7 @@ def test_a_named_checkpoint_of_an_older_version_is_taken(tmp_path):
     (tmp_path / "options.json").write_text(json.dumps(options))
     assert core.checkpoints.check_named_checkpoint(tmp_path, sft.SFTConfig()) == tmp_path
     assert core.checkpoints.check_named_checkpoint(tmp_path, sft.SFTConfig(**COMPARE)) == tmp_path
-    with pytest.raises(ConfigError, match="is of another recipe"):
+    with pytest.raises(ConfigError, match="belongs to another recipe"):
         core.checkpoints.check_named_checkpoint(tmp_path, dpo.DPOConfig())
 
 

@@ -129,7 +129,7 @@ def test_a_model_that_needs_a_library_is_refused_without_its_weights(model_dir, 
 
 
 def test_a_revision_goes_with_a_hub_name_only(model_dir):
-    with pytest.raises(ConfigError, match="revision goes with a hub name"):
+    with pytest.raises(ConfigError, match="revision is only for a hub name"):
         core.hub.find_model(model_dir, training_config(model_dir, revision="main"))
 
 
@@ -160,5 +160,5 @@ def test_an_index_that_names_weights_outside_of_its_folder_is_refused(tokenizer,
         core.hub.load_tokenizer(training_config(adapter))
 
     index.write_text('{"weight_map": []}')
-    with pytest.raises(ConfigError, match="is no index of weights"):
+    with pytest.raises(ConfigError, match="is not an index of weights"):
         core.hub.load_tokenizer(config)

@@ -129,7 +129,7 @@ def test_a_classifier_writes_nothing_and_may_start_from_a_language_models_adapte
         tmp_path / "rm"
     )
     AutoTokenizer.from_pretrained(model_dir).save_pretrained(tmp_path / "rm")
-    with pytest.raises(ConfigError, match="rm returns scores and writes no text"):
+    with pytest.raises(ConfigError, match="rm returns scores, not text"):
         common.load_model_and_tokenizer(training_config(str(tmp_path / "rm")))
     tuned = sft.SFTStage(
         sft.SFTConfig(
@@ -146,7 +146,7 @@ def test_a_classifier_writes_nothing_and_may_start_from_a_language_models_adapte
         "SEQ_CLS",
     )
     scorer.save_pretrained(tmp_path / "scorer")
-    with pytest.raises(ConfigError, match="scorer returns scores and writes no text"):
+    with pytest.raises(ConfigError, match="scorer returns scores, not text"):
         common.load_model_and_tokenizer(training_config(str(tmp_path / "scorer")))
     for dtype in (torch.bfloat16, torch.float32):  # each merge is kept apart
         half = reward.RewardConfig(
@@ -206,7 +206,7 @@ def test_causal_models_pass_in_every_precision(model_dir, dtype):
 
 def test_unknown_target_modules_are_refused_with_those_there(model_dir):
     model, _ = common.load_model_and_tokenizer(training_config(model_dir))
-    with pytest.raises(ConfigError, match="query: the model's are down_proj"):
+    with pytest.raises(ConfigError, match="query: the model has only down_proj"):
         common.add_adapter(model, training_config(model_dir, lora_target_modules="query"))
 
 

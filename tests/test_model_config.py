@@ -25,8 +25,8 @@ from core.model_config import check_can_score, context_length
     [
         ("t5", "is an encoder and a decoder"),
         ("bart", "is an encoder and a decoder"),
-        ("bert", "is none that transformers loads as a causal language model"),
-        ("vit", "is none that transformers loads as a causal language model"),
+        ("bert", "cannot be loaded as a causal language model"),
+        ("vit", "cannot be loaded as a causal language model"),
     ],
 )
 def test_a_model_that_writes_no_text_is_refused_by_its_configuration(
@@ -43,7 +43,7 @@ def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(model_dir, toke
     grown = copy.deepcopy(tokenizer)
     grown.add_tokens(["<a>", "<b>"])
     grown.save_pretrained(folder)
-    with pytest.raises(ConfigError, match="embeddings for 400 tokens, and its tokenizer has 402"):
+    with pytest.raises(ConfigError, match="embeddings for 400 tokens, but its tokenizer has 402"):
         core.hub.load_tokenizer(training_config(str(folder)))
 
 
@@ -106,9 +106,13 @@ def test_without_an_adapter_a_vision_tower_stays_as_it_is(tokenizer):
 @pytest.mark.parametrize(
     "family, options, said",
     [
-        ("Llama 3", {"lora_target_modules": "query"}, "query: the model's are down_proj, .*q_proj"),
-        ("GPT-OSS", {"lora_dropout": 0.1}, "takes no such adapter: an adapter on experts"),
-        ("Mixtral", {"use_dora": True}, "takes no such adapter: an adapter on experts"),
+        (
+            "Llama 3",
+            {"lora_target_modules": "query"},
+            "query: the model has only down_proj, .*q_proj",
+        ),
+        ("GPT-OSS", {"lora_dropout": 0.1}, "does not fit the model: an adapter on experts"),
+        ("Mixtral", {"use_dora": True}, "does not fit the model: an adapter on experts"),
     ],
 )
 def test_a_target_that_cannot_be_is_refused(tokenizer, family, options, said):
@@ -123,7 +127,7 @@ def test_a_linear_layer_that_is_no_plain_product_gets_no_adapter(tokenizer):
     assert left == {"o_a_proj"}
     adapted = add_adapter(model, training_config("m"))
     assert adapted(torch.ones(1, 4).long()).logits.shape == (1, 4, len(tokenizer))
-    with pytest.raises(ConfigError, match="o_a_proj: the model's are"):
+    with pytest.raises(ConfigError, match="o_a_proj: the model has only"):
         options = {"lora_target_modules": "o_a_proj"}
         add_adapter(make_family("DeepSeek-V4", tokenizer), training_config("m", **options))
     left = layers_without_adapter(make_family("Llama 4", tokenizer))
@@ -139,7 +143,7 @@ def test_names_of_the_users_own_are_taken(tokenizer):
 
 def test_an_output_layer_that_is_the_embeddings_too_is_no_target(tokenizer):
     config = training_config("m", lora_target_modules="lm_head")
-    with pytest.raises(ConfigError, match="lm_head: this layer is the input embeddings too"):
+    with pytest.raises(ConfigError, match="lm_head: this layer is also the input embeddings"):
         add_adapter(make_model(tokenizer, tie_word_embeddings=True), config)
     add_adapter(make_model(tokenizer), config)
 

@@ -244,8 +244,8 @@ def table_of_all(tokenizer):
                         refusal = train(folder, run, out)
                     except Exception as error:
                         refusal, all_well = f"WRONG {error!r}"[:200], False
-                refusal = re.sub(r"model \S+ \((\w+)\)", r"a model of the type \1", refusal)
-                refusal = re.sub(r"of the type \w+", "of the type X", refusal)
+                refusal = re.sub(r"model \S+ \((\w+)\)", r"a model of type \1", refusal)
+                refusal = re.sub(r"of type \w+", "of type X", refusal)
                 print(f"{family:24} {run:12} {refusal or 'exact'}", flush=True)
                 if refusal and refusal not in refusals:
                     refusals.append(refusal)

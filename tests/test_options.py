@@ -68,7 +68,10 @@ def test_data_has_the_same_names_in_every_recipe(alias):
 @pytest.mark.parametrize(
     "given, note",
     [
-        ({"completion_only_loss": None}, "completion_only_loss has no effect: the answers are"),
+        (
+            {"completion_only_loss": None},
+            "completion_only_loss has no effect: only the answers are",
+        ),
         ({"assistant_only_loss": False}, "assistant_only_loss has no effect"),
         ({"use_liger_kernel": True}, "use_liger_kernel has no effect"),
         ({"packing_strategy": "bfd"}, "packing_strategy has no effect"),
@@ -87,9 +90,12 @@ def test_an_option_of_another_tool_that_asks_for_nothing_is_noted(given, note):
 @pytest.mark.parametrize(
     "given, words",
     [
-        ({"packing_strategy": "wrapped"}, "packing_strategy='wrapped' is not possible: packing is"),
-        ({"push_to_hub": True}, "push_to_hub=True is not possible: run, after the training"),
-        ({"save_strategy": "epoch"}, "save_strategy='epoch' is not possible: intervals are"),
+        (
+            {"packing_strategy": "wrapped"},
+            "packing_strategy='wrapped' is not supported: packing is",
+        ),
+        ({"push_to_hub": True}, "push_to_hub=True is not supported: run, after the training"),
+        ({"save_strategy": "epoch"}, "save_strategy='epoch' is not supported: intervals are"),
         ({"bf16": True, "torch_dtype": "float32"}, "torch_dtype is given twice"),
         ({"bf16": "perhaps"}, "torch_dtype='bf16=perhaps'"),
     ],
@@ -186,7 +192,7 @@ def test_notes_of_all_stages_are_one_warning(tmp_path, caplog):
     assert lines[2:] == [
         "01_sft: use_liger_kernel has no effect: the recipes save that memory themselves",
         "01_sft, 02_dpo: wandb_project has no effect without use_wandb=true",
-        "01_sft, 02_dpo: torch_dtype=float16 does not train on a CPU; it is float32 here",
+        "01_sft, 02_dpo: torch_dtype=float16 cannot train on a CPU; float32 is used",
     ]
 
 

@@ -561,9 +561,9 @@ def test_the_command_line(tmp_path):
         (["a", "--out=b"], "unknown option --out=b"),
         (["a", "--output"], "unknown option --output"),
         (["recipes", "core/../recipes"], "given twice"),
-        (["/no/such"], "/no/such: no run here"),
-        (["recipes"], "recipes: no run here"),
-        (["recipes", "/no"], "no run here"),
+        (["/no/such"], "/no/such is not the folder of a run"),
+        (["recipes"], "recipes is not the folder of a run"),
+        (["recipes", "/no"], "is not the folder of a run"),
     ],
 )
 def test_mistakes_exit_with_status_2(arguments, words):

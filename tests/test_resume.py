@@ -394,10 +394,10 @@ def add_option(file):
         ("options.json", remove, "options.json is missing"),
         ("weights.safetensors", become_a_folder, r"weights.safetensors cannot be read (Is a dir"),
         ("weights.safetensors", link_to_itself, "weights.safetensors cannot be read (Too many"),
-        ("", become_a_file, "it is no folder"),
-        ("", link_to_itself, "it is no folder"),
-        ("state.json", make_newer, "it is of a newer version of these scripts"),
-        ("options.json", add_option, "it is of another recipe or version"),
+        ("", become_a_file, "it is not a folder"),
+        ("", link_to_itself, "it is not a folder"),
+        ("state.json", make_newer, "it was written by a newer version of these scripts"),
+        ("options.json", add_option, "it belongs to another recipe or version"),
     ],
 )
 def test_a_broken_checkpoint_is_named_and_the_one_before_is_taken(
@@ -446,7 +446,7 @@ def test_a_checkpoint_that_is_named_has_to_be_whole(interrupted):
     flip(folder / "checkpoints/checkpoint-2/optimizer.safetensors")
     with pytest.raises(ConfigError, match="checkpoint-2: optimizer.safetensors is damaged; give"):
         run("cut", resume_from_checkpoint=str(folder / "checkpoints/checkpoint-2"))
-    with pytest.raises(ConfigError, match="checkpoint-4 is of another recipe; give"):
+    with pytest.raises(ConfigError, match="checkpoint-4 belongs to another recipe; give"):
         core.checkpoints.find_checkpoint(
             rl.RLConfig(resume_from_checkpoint=str(folder / "checkpoints/checkpoint-4"))
         )
@@ -487,7 +487,7 @@ def test_train_called_alone_does_not_go_on_from_a_run_with_other_options(interru
     assert core.checkpoints.find_checkpoint(sft.SFTConfig(**options)).name == "checkpoint-4"
     with pytest.raises(
         ConfigError,
-        match=r"checkpoint-4 is of a run with other options \(learning_rate 0.01 -> 0.02\)",
+        match=r"checkpoint-4 comes from a run with other options \(learning_rate 0.01 -> 0.02\)",
     ):
         core.checkpoints.find_checkpoint(sft.SFTConfig(**options | {"learning_rate": 2e-2}))
     assert (
@@ -616,7 +616,7 @@ def test_the_end_of_a_training_goes_no_further(interrupted):
     run, folder, _ = interrupted
     assert not run("end", fails=True, keep_end=True).success
     end = folder.parent / "end/checkpoints/checkpoint-5"
-    with pytest.raises(ConfigError, match="is the end of a training, without its optimizer"):
+    with pytest.raises(ConfigError, match="is the end of a training run, without its optimizer"):
         run("more", max_steps=7, resume_from_checkpoint=str(end))
 
 
@@ -683,7 +683,8 @@ def test_a_loss_that_is_not_finite_at_step_3_stops_with_the_weights_of_step_2(
     result = sft.SFTStage(settings).execute()
     assert (
         not result.success
-        and "the loss is nan at step 3; the weights are as before it" in result.error_message
+        and "the loss is nan at step 3; the weights are those from before it"
+        in result.error_message
     )
     assert core.checkpoints.find_checkpoint(settings).name == "checkpoint-2"
 

@@ -321,7 +321,7 @@ def test_in_a_chain_the_policy_goes_on_and_the_reward_model_is_found_by_name(
             "stages": stages,
             "stage_configs": {**values["stage_configs"], "judge": {"reward_model_path": named}},
         }
-        with pytest.raises(ConfigError, match=f"reward_model_path={named}: no stage before it"):
+        with pytest.raises(ConfigError, match=f"reward_model_path={named}: no earlier stage"):
             chain.Pipeline.from_dict(wrong)
 
 
@@ -331,7 +331,7 @@ def test_a_reward_model_is_never_lost(model_dir, model, tokenizer, pairs, tmp_pa
     stage = reward.RewardStage(
         config(tmp_path, model_name_or_path=model_dir, preference_dataset_path=pairs, max_steps=1)
     )
-    with pytest.raises(ConfigError, match="set save_intermediate in the stage before"):
+    with pytest.raises(ConfigError, match="set save_intermediate in the previous stage"):
         stage.execute(model, tokenizer, common.StageResult("sft", True))
 
 

@@ -215,7 +215,7 @@ def test_a_column_that_the_data_does_not_have_is_said_before_loading(tmp_path, s
     (tmp_path / "mine.py").write_text(source)
     write_prompts(tmp_path, [f"q{n}" for n in range(8)])
     stage = grpo.GRPOStage(run_config(tmp_path, "no such model"))
-    with pytest.raises(ConfigError, match=f"takes {missing}, which the data has no column for"):
+    with pytest.raises(ConfigError, match=f"needs {missing}, but the data has no such column"):
         stage.check()
     assert stage.functions[f"{tmp_path}/mine.py:reward"].process is None
 

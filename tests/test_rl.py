@@ -497,7 +497,7 @@ def test_a_model_that_cannot_go_on_from_its_cache_is_refused_before_training(
     kind = transformers.CpmAntConfig(vocab_size=len(tokenizer), num_hidden_layers=1, **sizes)
     model = transformers.AutoModelForCausalLM.from_config(kind)
     monkeypatch.setattr(sys.modules[__name__], "make_model", lambda _: model)
-    with pytest.raises(ConfigError, match="^a model of the type cpmant cannot be sampled from: "):
+    with pytest.raises(ConfigError, match="^a model of type cpmant cannot be sampled from: "):
         make_run(tokenizer, tmp_path)
 
 
@@ -1857,7 +1857,7 @@ def test_a_run_that_was_cut_off_goes_on_exactly(model_dir, tmp_path, algorithm, 
 
 
 def test_a_reward_is_named_once():
-    with pytest.raises(ConfigError, match="names a function twice; give it another weight"):
+    with pytest.raises(ConfigError, match="names a function twice; change its weight"):
         page_config(
             model_name_or_path="m",
             prompt_dataset_path="d",

@@ -83,7 +83,7 @@ def test_a_model_in_memory_alone_is_refused(tmp_path, model, tokenizer):
     """Recorded answers and finished parts are those of a model that has a name."""
     stage = rlaif.RLAIFStage(config(tmp_path))
     with pytest.raises(
-        ConfigError, match="rlaif starts from a folder: set save_intermediate in the stage before"
+        ConfigError, match="rlaif starts from a folder: set save_intermediate in the previous stage"
     ):
         stage.prepare_model_and_tokenizer(model, tokenizer)
 
@@ -91,7 +91,10 @@ def test_a_model_in_memory_alone_is_refused(tmp_path, model, tokenizer):
 @pytest.mark.parametrize(
     "options, words",
     [
-        (dict(reward_model_path="x"), "write feedback_model_type=reward_model"),
+        (
+            dict(reward_model_path="x"),
+            "instead of reward_model_path, set feedback_model_type=reward_model",
+        ),
         (dict(feedback_mode="direct", feedback_model_type="preference_model"), "needs scores"),
         (dict(algorithm="reinforce"), "algorithm='reinforce'"),
         (dict(rl_kwargs={"clip_rang": 0.1}), "did you mean 'clip_range'"),

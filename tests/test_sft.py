@@ -212,7 +212,7 @@ THOUGHT = {"role": "assistant", "content": "<think>long</think>Uno."}
         (
             MESSAGE,
             [CHAT[1] | {"content": "<|im_start|>user\nOne?"}, CHAT[2]],
-            "the marks of the chat template already",
+            "already have the marks of the chat template",
         ),
     ],
 )
@@ -226,7 +226,7 @@ def test_a_row_that_the_template_would_garble_is_left_out(tokenizer, template, t
 
 
 def test_an_answer_that_ends_in_eos_gets_no_second_one(tokenizer):
-    with pytest.raises(RowError, match="the marks of the chat template already"):
+    with pytest.raises(RowError, match="already have the marks of the chat template"):
         encode_conversation(
             with_template(tokenizer, PLAIN_TEXT),
             [CHAT[1], CHAT[2] | {"content": "Uno.<|endoftext|>"}],
@@ -524,7 +524,8 @@ def test_every_file_of_a_folder_is_read_but_hidden_ones(tmp_path, kind):
     for name, later in (("train", "valid"), ("a[1]", "test")):
         (folder / f"{name}.{kind}").rename(folder / f"{later}.{kind}")
     with pytest.raises(
-        ConfigError, match="by their names none of its files is for training; give one of them"
+        ConfigError,
+        match="judging by their names, none of its files is for training; give one of them",
     ):
         core.data.load_dataset_from_path(str(folder))
     datasets.DatasetDict(train=rows).save_to_disk(tmp_path / "dict")

@@ -69,7 +69,7 @@ def test_without_save_intermediate_the_model_is_handed_on_in_memory(model_dir, t
         first.model, first.tokenizer, first
     )
     assert second.success
-    with pytest.raises(ConfigError, match="set save_intermediate in the stage before"):
+    with pytest.raises(ConfigError, match="set save_intermediate in the previous stage"):
         Stage(stage_config(model_dir, tmp_path / "3", use_4bit=True)).execute(
             first.model, first.tokenizer, first
         )
@@ -223,7 +223,7 @@ def test_data_that_was_set_by_hand_stays(tmp_path, model_dir, data):
 
 def test_a_quantized_model_cannot_be_handed_over(tmp_path, model_dir, data):
     model, tokenizer = common.load_model_and_tokenizer(training_config(model_dir, use_4bit=True))
-    with pytest.raises(ConfigError, match="a quantized model cannot be handed over"):
+    with pytest.raises(ConfigError, match="a quantized model cannot be passed in"):
         sft.SFTStage(
             sft.SFTConfig(
                 model_name_or_path="tiny", dataset_name_or_path=data, output_dir=str(tmp_path)

@@ -42,7 +42,8 @@ def test_a_metric_that_no_evaluation_gives_is_refused_before_the_first_step(
     )
     with pytest.raises(
         ConfigError,
-        match="metric_for_best_model=exact_match: there are eval_loss, eval_token_accuracy",
+        match="metric_for_best_model=exact_match is unknown, one of: "
+        "eval_loss, eval_token_accuracy",
     ):
         sft.SFTStage(config).execute()
     assert (
