@@ -172,10 +172,12 @@ def sharing_is_exact(model, row: dict) -> bool:
         batch = to_device(batch, model.device)
         return hidden_states_at(model, **answer_inputs(model, batch)).float()
 
-    if takes_our_mask(model):
-        shared, separate = hidden_states(True), hidden_states(False)  # (N, H)
-        if states_agree(shared, separate, model.dtype):
-            return True
+    # Some models cannot compute a shared prompt at all.
+    with contextlib.suppress(RuntimeError, ValueError):
+        if takes_our_mask(model):
+            shared, separate = hidden_states(True), hidden_states(False)  # (N, H)
+            if states_agree(shared, separate, model.dtype):
+                return True
     logger.info(
         "each answer re-encodes its prompt: "
         "sharing one encoded prompt is not exact with this model's attention"
