@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from core import checkpoints, ownership
-from core.adapters import add_adapter, share_adapted
+from core.adapters import add_adapter, merge_saved_adapter, share_adapted
 from core.chat import prepare_tokenizer
 from core.checks import check_encoded_rows, describe_stage
 from core.cli import help_text, read_command_line, read_options_file, read_switch
@@ -448,7 +448,6 @@ def load_weights(
 ):
     """The model in the folder `base`, with `adapter` merged into it."""
     import transformers
-    from peft import PeftModel
 
     options = {
         "dtype": config.weight_dtype,
@@ -468,7 +467,7 @@ def load_weights(
         tokenizer = transformers.AutoTokenizer.from_pretrained(adapter)
         num_embeddings = model.get_input_embeddings().weight.shape[0]
         start_new_rows(model, range(num_embeddings, len(tokenizer)))
-    return PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    return merge_saved_adapter(model, adapter)
 
 
 def merged_folder(config: ModelConfig, base: Path, adapter: Path, task: str | None) -> Path:

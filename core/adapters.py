@@ -7,6 +7,7 @@ linear layers, Conv1D, and the experts of a mixture, which are parameters (exper
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,6 +92,22 @@ def wrap(model, lora):
     except (ValueError, TypeError) as error:
         reason = str(error).replace("lora.ParamWrapper", "an adapter on experts")
         raise ConfigError(f"this adapter does not fit the model: {reason}") from error
+
+
+def merge_saved_adapter(model, folder: Path):
+    """`model` with the adapter saved in `folder` merged. Raises ConfigError if parts of the adapter
+    have no place in the model."""
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(model, folder)
+    # Loaded once more, since only this call says what it did not use.
+    unused = model.load_adapter(folder, "default").unexpected_keys
+    if unused:
+        raise ConfigError(
+            f"adapter {folder}: {len(unused)} of its weights do not fit the model, such as "
+            f"{unused[0]}; give the merged model, which a stage saves beside its adapter"
+        )
+    return model.merge_and_unload()
 
 
 def is_linear(module) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -68,9 +69,9 @@ def keep_training_mode(module) -> None:
 
 def dequantize_base(model):
     """A PEFT model with its quantized base converted to floating point."""
-    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import get_peft_model
 
-    adapter_weights = get_peft_model_state_dict(model)
+    weights = dict(model.named_parameters())
     lora = model.peft_config["default"]
     base = model.unload().dequantize()
     restore_conv1d(base)
@@ -78,9 +79,27 @@ def dequantize_base(model):
     base.is_loaded_in_4bit = base.is_loaded_in_8bit = False
     linear = next(module for module in base.modules() if isinstance(module, torch.nn.Linear))
     cast_weights(base, linear.weight.dtype)
+
     model = get_peft_model(base, lora)
-    set_peft_model_state_dict(model, adapter_weights)
+    without_adapter = lora_layers(weights) - lora_layers(dict(model.named_parameters()))
+    if without_adapter:
+        # PEFT takes some names, such as gate_proj, for those of experts, and leaves layers of the
+        # same name out. As parameters they get an adapter.
+        parameters = [f"{layer}.weight" for layer in sorted(without_adapter)]
+        parameters += lora.target_parameters or []
+        lora = dataclasses.replace(lora, target_parameters=parameters)
+        model = get_peft_model(model.unload(), lora)
+    # By name: PEFT's own loading renames weights by the patterns of the model's checkpoint.
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            weight.data.copy_(weights[name])
     return model
+
+
+def lora_layers(names: Iterable[str]) -> set[str]:
+    """The layers that have a LoRA adapter, by the names of a PEFT model's weights."""
+    with_adapter = [name.partition(".lora_A")[0] for name in names if ".lora_A" in name]
+    return {layer.removeprefix("base_model.model.") for layer in with_adapter}
 
 
 def restore_conv1d(model) -> None:

@@ -191,6 +191,7 @@ FAMILIES = {
             num_key_value_heads=4,
         ),
     ),
+    "Laguna": ("laguna", dict(**EXPERTS, shared_expert_intermediate_size=64)),
     "LFM2": ("lfm2", dict(layer_types=["conv", "full_attention"], block_multiple_of=16)),
     "Nemotron-H": (
         "nemotron_h",

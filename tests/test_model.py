@@ -4,6 +4,7 @@ import pytest
 import sft
 import torch
 from conftest import make_model, training_config
+from families import make_family
 from transformers import AutoModelForCausalLM, BertGenerationConfig
 
 import common
@@ -117,6 +118,32 @@ def test_an_adapter_folder_is_loaded_with_its_base_and_trains(model_dir, tmp_pat
         assert torch.allclose(loaded(IDS).logits, expected, atol=2.0 if bits else 1e-4)
     trainable = common.add_adapter(loaded, training_config(folder, **bits))
     assert sum(p.numel() for p in trainable.parameters() if p.requires_grad) > 0
+
+
+@pytest.fixture(scope="module")
+def laguna(tokenizer, tmp_path_factory):
+    """A model whose layers "shared_experts" PEFT takes for "shared_expert" when it loads them."""
+    folder = tmp_path_factory.mktemp("laguna")
+    make_family("Laguna", tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_no_part_of_an_adapter_is_lost_when_a_quantized_model_is_merged(laguna):
+    config = training_config(laguna, use_4bit=True)
+    model, _ = common.load_model_and_tokenizer(config)
+    model = shaken(common.add_adapter(model, config))
+    with torch.no_grad():
+        before = model(IDS).logits
+        assert torch.allclose(common.merge_adapter(model)(IDS).logits, before, atol=1e-3)
+
+
+def test_an_adapter_that_does_not_fit_its_base_is_refused(laguna, tmp_path):
+    model, _ = common.load_model_and_tokenizer(training_config(laguna))
+    model = shaken(common.add_adapter(model, training_config(laguna)))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="of its weights do not fit the model, such as .*shared"):
+        common.load_model_and_tokenizer(training_config(tmp_path))
 
 
 def test_a_classifier_writes_nothing_and_may_start_from_a_language_models_adapter(
