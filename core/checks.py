@@ -265,7 +265,7 @@ def changed_options(config: Any) -> str:
         value = getattr(config, option.name)
         is_own_name = option.name in ("output_dir", "stage_name")
         if not is_own_name and value != getattr(defaults, option.name):
-            changed.append(f"{option.name}={value}")
+            changed.append(f"{option.name}={value}".replace("\n", "\\n"))
     return ", ".join(changed) or "the defaults"
 
 

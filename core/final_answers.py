@@ -178,3 +178,15 @@ def leading_formula(text: str) -> str:
 def last_section(text: str) -> str:
     """The text after the last ####, without thinking; all of it if there is no ####."""
     return without_thinking(text).rpartition("####")[2].strip()
+
+
+def split_solution(text: str) -> tuple[str | None, str]:
+    r"""(rationale, answer) of a worked solution: GSM8K's "... #### 7", or MATH's with its answer in
+    \boxed{}. (None, text) for an answer alone."""
+    rationale, marker, answer = text.rpartition("####")
+    if marker:
+        return rationale.strip(), answer.strip()
+    boxed, _ = split_at_last_box(text)
+    if boxed is None or text.strip(" $.") == f"\\boxed{{{boxed}}}":
+        return None, text
+    return text, boxed

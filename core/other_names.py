@@ -157,7 +157,7 @@ def translate(
     given_as: dict[str, str] = {}
     problems: list[str] = []
     notes: list[str] = []
-    for key, value in values.items():
+    for key, value in without_saving(own_names, values).items():
         name = config_class.aliases.get(key, key)
         if name not in own_names and key in OTHER_NAMES:
             name = OTHER_NAMES[key]
@@ -186,6 +186,15 @@ def translate(
                 )
         replaced[name], given_as[name] = value, key
     return replaced, problems, notes
+
+
+def without_saving(own_names: set[str], values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The values, with save_strategy=no as an interval of 0, whatever interval is given."""
+    if written(values.get("save_strategy")) != "no":
+        return values
+    intervals = ("save_steps", "save_freq")
+    others = {key: values[key] for key in values if key not in ("save_strategy", *intervals)}
+    return others | {option: 0 for option in intervals if option in own_names}
 
 
 def judge_foreign(

@@ -49,6 +49,7 @@ from core.data import load_rows, read_source, usable_rows
 from core.data_sources import DataPath, DataSource
 from core.errors import ConfigError, RowError, as_config_error, nearest_name, unknown_name
 from core.files import read_jsonl, rows_from_main_process, write_jsonl
+from core.final_answers import split_solution
 from core.llm_client import LLMClient
 from core.messages import read_system
 from core.model_config import context_length
@@ -190,11 +191,8 @@ def convert(row: dict, form: str) -> dict:
         question = f"{question}\n\n{row['input']}"
     if not question:
         raise RowError("with an empty or missing question")
-    if rationale is None and answer and "####" in answer:
-        # The answers of GSM8K: a rationale, #### and the final answer.
-        rationale, _, answer = answer.rpartition("####")
-        rationale = rationale.strip()
-        answer = answer.strip()
+    if rationale is None and answer:
+        rationale, answer = split_solution(answer)
     if rationale:
         # GSM8K marks calculations for a calculator: <<2+2=4>>.
         rationale = re.sub(r"<<[^<>]*>>", "", rationale)

@@ -97,6 +97,16 @@ def test_options_that_the_others_leave_without_effect_are_noted(tmp_path, option
             ("2+2?", "2+2 = 4", "4"),
         ),
         (
+            "question-answer",
+            {"question": "2+2?", "answer": r"So it is $\boxed{\frac{8}{2}}$."},
+            ("2+2?", r"So it is $\boxed{\frac{8}{2}}$.", r"\frac{8}{2}"),
+        ),
+        (
+            "question-answer",
+            {"question": "2+2?", "answer": r"$\boxed{4}$"},
+            ("2+2?", None, r"$\boxed{4}$"),
+        ),
+        (
             "question-rationale-answer",
             {"question": "q", "rationale": "r", "answer": "4"},
             ("q", "r", "4"),

@@ -44,6 +44,8 @@ def resolved(stage_class, **options):
         ({"warmup_steps": 7}, "warmup_steps", 7),
         ({"batch_size": 3}, "per_device_train_batch_size", 3),
         ({"lr": 1e-3}, "learning_rate", 1e-3),
+        ({"save_strategy": "no"}, "save_steps", 0),
+        ({"save_steps": 5, "save_strategy": "NO"}, "save_steps", 0),
         ({"neftune_noise_alpha": None}, "neftune_noise_alpha", 0.0),
         ({"neftune_noise_alpha": "false"}, "neftune_noise_alpha", 0.0),
         ({"resume_from_checkpoint": None}, "resume_from_checkpoint", True),
@@ -242,7 +244,7 @@ def test_an_option_of_sampling_is_told_its_place():
         (dpo.DPOStage, {"ref_model": "m"}, "unknown option 'ref_model'; see reference_model_path"),
         (sft.SFTStage, {"use_peft": "true"}, "unknown option 'use_peft'; see lora_r"),
         (sft.SFTStage, {"lr": 1, "learning_rate": 2}, "learning_rate is given twice, as lr and as"),
-        (grpo.GRPOStage, {"use_vllm": True}, "use_vllm=True is not possible: the recipe samples"),
+        (grpo.GRPOStage, {"use_vllm": True}, "use_vllm=True is not supported: the recipe samples"),
     ],
 )
 def test_a_name_of_other_tools_is_told_the_option_here(stage, given, said):

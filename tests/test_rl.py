@@ -1727,7 +1727,9 @@ def test_a_reward_model_scores_what_it_would_alone(tokenizer, tmp_path, kind, la
 
 
 def test_a_reward_model_without_a_trained_head_is_refused(model_dir):
-    with pytest.raises(ConfigError, match="LlamaForCausalLM; train one with recipes/reward.py"):
+    with pytest.raises(
+        ConfigError, match="LlamaForCausalLM, not a reward model; train one with recipes/reward.py"
+    ):
         core.rewards.check_reward_model(model_dir)
     with pytest.raises(ConfigError, match="not the folder of a model"):
         core.rewards.check_reward_model("nowhere")

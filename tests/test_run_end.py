@@ -173,19 +173,23 @@ def test_a_reward_model_is_used_in_rl(tmp_path, home):
         preference_dataset_path="pairs.jsonl",
     )
     result = common.StageResult("reward", True)
-    for data_format, data in (
-        ("prompt-chosen-rejected", "pairs.jsonl"),
-        ("chosen-rejected", "PROMPTS.jsonl"),
+    for data_format, data, extra in (
+        ("prompt-chosen-rejected", "pairs.jsonl", {"dataset_format": "prompt"}),
+        ("chosen-rejected", "PROMPTS.jsonl", {}),
     ):
         stage.lineage["data"] = {"format": data_format}
         lines = run_end_lines(run_end.describe_end(stage, result))
         assert list(lines) == ["reward model", "report", "use it"]
-        assert options_of(lines["use it"]) == {
-            "model": "start",
-            "data": data,
-            "reward_model_path": str(tmp_path / "rm"),
-            "output_dir": str(tmp_path / "rm-grpo"),
-        }
+        assert (
+            options_of(lines["use it"])
+            == {
+                "model": "start",
+                "data": data,
+                "reward_model_path": str(tmp_path / "rm"),
+                "output_dir": str(tmp_path / "rm-grpo"),
+            }
+            | extra
+        )
 
 
 def test_outside_the_repository_commands_name_the_scripts_in_full(tmp_path, monkeypatch):
