@@ -71,7 +71,8 @@ def dequantize_base(model):
     """A PEFT model with its quantized base converted to floating point."""
     from peft import get_peft_model
 
-    weights = dict(model.named_parameters())
+    # Without the quantized ones, whose memory dequantizing frees.
+    weights = {name: w for name, w in model.named_parameters() if w.is_floating_point()}
     lora = model.peft_config["default"]
     base = model.unload().dequantize()
     restore_conv1d(base)
