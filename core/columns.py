@@ -174,9 +174,17 @@ def detect_format(
         known = "; ".join(f"{name} ({', '.join(needs)})" for name, needs in formats.items())
         raise ConfigError(
             f"unknown data format: the columns are {shown_names(columns)}"
-            f"{suggest_columns(columns, formats)}. Known: {known}"
+            f"{suggest_columns(columns, formats)}{ask_for_header(columns)}. Known: {known}"
         )
     return candidates[0]
+
+
+def ask_for_header(columns: Sequence[str]) -> str:
+    """A remedy if a name looks like a cell of data: a sentence, a date, or a long text."""
+    for name in columns:
+        if len(name) > MAX_NAME_LENGTH or re.search(r"[.?!]$|\d{4}-\d\d", name.strip()):
+            return "; if the first line of the file is not a header, add one"
+    return ""
 
 
 def shown_names(columns: Sequence[str]) -> str:

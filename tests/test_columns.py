@@ -142,6 +142,11 @@ def test_a_table_without_a_header_shows_it():
         detect_format(
             ["Hello, I would like to know when my order arrives", "On Monday"], sft.FORMATS
         )
+    for first_line in (["Where is order 0?", "It ships."], ["Export of 2024-01-01", "column 2"]):
+        with pytest.raises(ConfigError, match="first line of the file is not a header, add one"):
+            detect_format(first_line, sft.FORMATS)
+    with pytest.raises(ConfigError, match="the columns are ask, n. Known"):
+        detect_format(["ask", "n"], dpo.FORMATS)
     with pytest.raises(ConfigError, match="the columns are c0, .*, c24 and 75 more"):
         detect_format([f"c{n}" for n in range(100)], dpo.FORMATS)
 
