@@ -128,7 +128,7 @@ def is_plain_product(layer) -> bool:
         return True
     try:
         output = layer(layer.weight.new_zeros(1, layer.in_features))
-    except RuntimeError:
+    except (RuntimeError, TypeError, ValueError):  # it takes another input
         return False
     return isinstance(output, torch.Tensor) and output.shape == (1, layer.out_features)
 

@@ -172,8 +172,7 @@ def sharing_is_exact(model, row: dict) -> bool:
         batch = to_device(batch, model.device)
         return hidden_states_at(model, **answer_inputs(model, batch)).float()
 
-    # Some models cannot compute a shared prompt at all.
-    with contextlib.suppress(RuntimeError, ValueError):
+    with failing_without_harm():  # some models cannot compute a shared prompt at all
         if takes_our_mask(model):
             shared, separate = hidden_states(True), hidden_states(False)  # (N, H)
             if states_agree(shared, separate, model.dtype):
@@ -183,6 +182,18 @@ def sharing_is_exact(model, row: dict) -> bool:
         "sharing one encoded prompt is not exact with this model's attention"
     )
     return False
+
+
+@contextlib.contextmanager
+def failing_without_harm() -> Iterator[None]:
+    """Ignore errors of a model that cannot compute what is tried in the block. A lack of memory
+    says nothing about the model, and is raised."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError):
+        logger.debug("the model cannot compute this", exc_info=True)
 
 
 def takes_our_mask(model) -> bool:

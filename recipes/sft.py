@@ -43,7 +43,7 @@ from core.config import Count, NonNegative
 from core.data import load_rows, usable_rows
 from core.data_sources import DataPath
 from core.errors import ConfigError, RowError
-from core.logprobs import TokenLogps, states_agree
+from core.logprobs import TokenLogps, failing_without_harm, states_agree
 from core.messages import as_messages, is_learnt, with_context
 from core.model_config import context_length
 from core.output_layer import hidden_states_at, scores_at
@@ -279,7 +279,7 @@ def check_packing(model, packed: list[dict]) -> None:
 
     agree = False
     # Some models cannot compute a packed sequence at all.
-    with evaluation_mode(model), contextlib.suppress(RuntimeError, ValueError):
+    with evaluation_mode(model), failing_without_harm():
         agree = states_agree(hidden_states([row]), hidden_states(alone), model.dtype)
     if not agree:
         raise ConfigError(

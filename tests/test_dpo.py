@@ -215,6 +215,21 @@ def test_rows_that_show_no_preference_say_why(row, form, reason):
         to_pair(row, form)
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+def test_a_lack_of_memory_is_no_property_of_a_model(tokenizer, monkeypatch, error):
+    def fail(*_, **__):
+        raise error("too large")
+
+    monkeypatch.setattr(core.logprobs, "hidden_states_at", fail)
+    row = {"prompt": [5, 6], "answers": [[7], [8]], "labels": [[7], [8]]}
+    model = make_model(tokenizer)
+    if error is RuntimeError:
+        assert not core.logprobs.sharing_is_exact(model, row)
+    else:
+        with pytest.raises(torch.OutOfMemoryError):
+            core.logprobs.sharing_is_exact(model, row)
+
+
 def test_pairs_of_transcripts_have_the_prompt_that_both_begin_with():
     """Anthropic's HH data has whole conversations as texts."""
     begin = "\n\nHuman: 4 pm?\n\nAssistant: "
