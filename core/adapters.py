@@ -97,11 +97,14 @@ def wrap(model, lora):
 def merge_saved_adapter(model, folder: Path):
     """`model` with the adapter saved in `folder` merged. Raises ConfigError if parts of the adapter
     have no place in the model."""
-    from peft import PeftModel
+    from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
+    from safetensors.torch import load_file
 
-    model = PeftModel.from_pretrained(model, folder)
-    # Loaded once more, since only this call says what it did not use.
-    unused = model.load_adapter(folder, "default").unexpected_keys
+    # PeftModel.from_pretrained would not say which weights it did not use.
+    model = get_peft_model(model, PeftConfig.from_pretrained(str(folder)))
+    weights = load_file(folder / "adapter_model.safetensors")
+    result: Any = set_peft_model_state_dict(model, weights)
+    unused = result.unexpected_keys
     if model.config.get_text_config().tie_word_embeddings:
         # New rows of the embeddings are those of the output layer too.
         unused = [name for name in unused if ".token_adapter." not in name]
