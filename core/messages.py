@@ -216,7 +216,7 @@ def read_message(turn: dict) -> dict:
     """One message of a data set; raises RowError."""
     speaker = speaker_of(turn)
     if not speaker:
-        raise RowError("with an object that is no message, since it has no role and content")
+        raise RowError("with an object that is not a message, since it has no role")
     if speaker not in ROLES:
         raise RowError(f"with an unknown speaker ({speaker}); known are {', '.join(ROLES)}")
     text, reasoning = read_content(turn)

@@ -110,7 +110,7 @@ def test_messages_are_read_in_the_forms_that_data_sets_have(turn, read):
             "a part that is not text .image_url",
         ),
         ({"role": "narrator", "content": "b"}, "an unknown speaker .narrator.; known are user, "),
-        ({"text": "b"}, "an object that is no message, since it has no role and content"),
+        ({"text": "b"}, "an object that is not a message, since it has no role"),
         ({"role": "assistant", "content": None}, "an empty or missing text"),
         ({"role": "assistant", "content": "b", "weight": 0.5}, "a weight of 0.5"),
         (
